@@ -1,0 +1,244 @@
+"""The command line: configuration in, exit status out.
+
+YAML and dotted overrides become a `Config`; all problems of it are shown at once. Commands are imported late, so
+that `--help` does not load torch. Exit status: 0 done, 2 bad usage, configuration or data, 1 anything else; rank 0
+also writes it to RUN_DIR/exit.json, because `accelerate launch` turns every failure into 1.
+"""
+
+import difflib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from dpo.config import Config, SftConfig, problems
+from dpo.errors import UserError
+
+COMMANDS = {
+    "sft": "train a model on text or on chosen completions, also from random weights",
+    "precompute-ref": "fill the cache of reference log-probabilities",
+    "train": "optimize the policy on preferences, reading the cache",
+    "evaluate": "held-out metrics, samples side by side, and the report",
+}
+USAGE = """usage: dpo COMMAND --config FILE [--KEY VALUE ...]
+
+Direct Preference Optimization with an offline reference cache.
+
+commands:
+{commands}
+  check [COMMAND]  validate a configuration and its data for COMMAND (default: train); loads no model
+
+dpo COMMAND --help lists every key. Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo ...
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns the exit status."""
+    commands = "\n".join(f"  {name:<16} {summary}" for name, summary in COMMANDS.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE.format(commands=commands))
+        return 0 if arguments else 2
+    command, *rest = arguments
+    run_dir: Path | None = None
+    started = time.time()
+    try:
+        checking = command == "check"
+        if checking:
+            command = rest.pop(0) if rest and not rest[0].startswith("-") else "train"
+        if command not in COMMANDS:
+            raise UserError(f"no command {command}{_nearest(command, [*COMMANDS, 'check'])}; see dpo --help")
+        config = parse(command, rest)
+        run_dir = None if checking else Path(config.run_dir)
+        _execute(command, config, checking=checking)
+    except UserError as error:
+        _say(f"dpo: error: {error}")
+        return _finish(run_dir, command, 2, str(error), started)
+    except KeyboardInterrupt:
+        _say("dpo: interrupted")
+        return _finish(run_dir, command, 1, "interrupted", started)
+    except Exception as error:
+        _finish(run_dir, command, 1, f"{type(error).__name__}: {error}", started)
+        raise
+    return _finish(run_dir, command, 0, "done", started)
+
+
+def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
+    """The configuration of a command from its arguments.
+
+    Raises:
+        UserError: Everything that is wrong, one problem a line.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    kind: type[Config] | type[SftConfig] = SftConfig if command == "sft" else Config
+    parser = ArgumentParser(prog=f"dpo {command}", description=COMMANDS[command], exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(kind)
+    found = [*_problems_of_keys(kind, arguments), *_problems_of_values(kind, arguments)]
+    namespace = Namespace()
+    if not found:
+        try:
+            namespace = parser.parse_args(list(arguments))
+        except (ArgumentError, TypeError, ValueError) as error:
+            found = [_short(str(error))]
+    if not found:
+        config: Config | SftConfig = kind(
+            **{k: v for k, v in _built(parser, namespace).items() if k != "config"}
+        )
+        found = problems(config)
+        if not found:
+            return config
+    noun = "problem" if len(found) == 1 else "problems"
+    listed = "".join(f"\n  {problem}" for problem in found)
+    raise UserError(f"{len(found)} {noun} in the configuration:{listed}")
+
+
+def _built(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
+    return vars(parser.instantiate(namespace))
+
+
+def _problems_of_keys(kind: type, arguments: Sequence[str]) -> Iterator[str]:
+    """Unreadable files and unknown keys, in files and among the arguments."""
+    legal = set(_leaves(kind))
+    for place, key, _ in _given(kind, arguments):
+        branch = any(known.startswith(f"{key}.") for known in legal)
+        inside = any(key.startswith(f"{known}.") for known in legal)  # .help of a type
+        if key not in legal and not branch and not inside:
+            yield f"{place}{key}: unknown key{_nearest(key, legal)}"
+
+
+def _problems_of_values(kind: type, arguments: Sequence[str]) -> Iterator[str]:
+    """Each value that has the wrong type on its own, and each required key that is missing."""
+    leaves = _leaves(kind)
+    given: set[str] = set()
+    for place, key, value in _given(kind, arguments):
+        given.add(key)
+        if key not in leaves:
+            continue
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--value", type=leaves[key][0])
+        try:
+            parser.parse_object({"value": value}) if place else parser.parse_args([f"--value={value}"])
+        except (ArgumentError, TypeError, ValueError) as error:
+            yield f"{place}{key}: {value!r}: {_short(str(error))}"
+    yield from (f"{key}: required" for key, (_, required) in leaves.items() if required and key not in given)
+
+
+def _given(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """(place, dotted key, value) of everything the user gave: config files flattened, then arguments."""
+    words = iter(arguments)
+    legal = set(_leaves(kind))
+    for word in words:
+        if not word.startswith("--"):
+            continue
+        key, separator, value = word[2:].partition("=")
+        if key in ("help", "print_config"):
+            continue
+        value = value if separator else next(words, "")
+        if key == "config":
+            yield from ((f"{value}: ", *entry) for entry in _flat(_read_yaml(value), "", legal))
+        else:
+            yield "", key, value
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(name).read_text())
+    except OSError as error:
+        raise UserError(f"--config: {name}: {error.strerror}; expected a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {name}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"--config: {name}: expected keys and values, got {type(tree).__name__}")
+    return tree
+
+
+def _flat(tree: dict[str, Any], prefix: str, legal: set[str]) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in legal:
+            yield from _flat(value, f"{key}.", legal)
+        else:
+            yield key, value
+
+
+def _leaves(kind: type, prefix: str = "") -> dict[str, tuple[Any, bool]]:
+    """Dotted key -> (type, whether it is required) of every option of a configuration class."""
+    found: dict[str, tuple[Any, bool]] = {}
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        nested = [
+            part
+            for part in (hints[field.name], *getattr(hints[field.name], "__args__", ()))
+            if is_dataclass(part)
+        ]
+        if nested and "list" not in str(hints[field.name]):
+            found |= _leaves(nested[0], f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            required = field.default is field.default_factory
+            found[f"{prefix}{field.name}"] = (hints[field.name], required)
+    return found
+
+
+def _nearest(key: str, legal: Sequence[str] | set[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(legal), n=1, cutoff=0.5) or [
+        known for known in sorted(legal) if known.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _short(message: str) -> str:
+    """jsonargparse's explanation without its preamble and Python's way of naming types."""
+    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith("Parser key")]
+    return re.sub(r"<class '(\w+)'>", r"\1", "; ".join(lines[:2])).replace("typing.", "") or message
+
+
+def _execute(command: str, config: Config | SftConfig, *, checking: bool) -> None:
+    from dpo import commands
+
+    if checking:
+        commands.check(command, config)
+    elif isinstance(config, SftConfig):
+        commands.sft(config)
+    else:
+        {"precompute-ref": commands.precompute_ref, "train": commands.train, "evaluate": commands.evaluate}[
+            command
+        ](config)
+
+
+def _finish(run_dir: Path | None, command: str, status: int, message: str, started: float) -> int:
+    """Leaves RUN_DIR/exit.json for scripts, from rank 0 and only in a folder that is a run."""
+    if run_dir is not None and os.environ.get("RANK", "0") == "0" and _is_ours(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        step = _last_step(run_dir) if command in ("train", "sft") else 0
+        record = {"command": command, "status": status, "message": message, "step": step, "started": started}
+        (run_dir / "exit.json").write_text(json.dumps(record, indent=2) + "\n")
+    return status
+
+
+def _is_ours(run_dir: Path) -> bool:
+    if not run_dir.exists():
+        return True
+    names = ("exit.json", "config.yaml")
+    return run_dir.is_dir() and (
+        not any(run_dir.iterdir()) or any((run_dir / name).is_file() for name in names)
+    )
+
+
+def _last_step(run_dir: Path) -> int:
+    try:
+        return int(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"])
+    except (OSError, ValueError, KeyError, IndexError):
+        return 0
+
+
+def _say(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(message if rank == "0" else f"[rank {rank}] {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,333 @@
+"""The commands, each a script that reads top-down: check, load data, load one model, work, say what was made."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo import distributed, engine
+from dpo.config import Config, ModelConfig, SftConfig
+from dpo.data.dataset import TokenizedDataset, check_sources, open_datasets
+from dpo.data.plan import BatchPlan
+from dpo.engine import Engine
+from dpo.errors import UserError
+
+# from dpo.evaluate.run import evaluate_run
+from dpo.evaluate.rewards import score_pairs
+from dpo.model.export import export_model, model_card
+from dpo.model.load import check_model_path, load_model, load_tokenizer, max_positions
+from dpo.model.scratch import scratch_model, scratch_positions, scratch_tokenizer
+from dpo.monitor import Monitor
+from dpo.reference.identity import reference_identity, reference_model
+from dpo.reference.precompute import precompute, reference_logps
+from dpo.reference.store import ReferenceStore
+from dpo.train.checkpoint import Progress, load_checkpoint
+from dpo.train.loop import train as run_loop
+from dpo.train.preference import PreferenceObjective
+from dpo.train.run_folder import config_text, describe_run, find_start
+from dpo.train.sft import NextTokenObjective, held_out_loss, is_text, open_text_or_preferences, read_lines
+
+
+def check(command: str, config: Config | SftConfig) -> None:
+    """Everything that can be known to be wrong without a model in memory. Raises UserError."""
+    if isinstance(config, SftConfig):
+        find_start(config)
+        if is_text(config.data.train):
+            if next(read_lines(config.data.train, "data.train"), None) is None:
+                raise UserError(f"data.train: {config.data.train} has no text")
+        if config.model.name_or_path:
+            check_model_path(config.model.name_or_path, "model.name_or_path")
+        return
+    for key, model in (
+        ("model.name_or_path", config.model.name_or_path),
+        ("reference.model", config.reference.model),
+    ):
+        if model is not None:
+            check_model_path(model, key)
+    check_sources(config.data)
+    if command == "train":
+        find_start(config)
+    if command == "evaluate":
+        _finished_model(config)
+    if distributed.is_main():
+        print(f"{command}: configuration and data are in order", file=sys.stderr)
+
+
+def precompute_ref(config: Config) -> None:
+    """Fills the reference cache with every sequence of the training and held-out data."""
+    _quiet()
+    distributed.start()
+    train_data, test_data, _ = _data(config)
+    store = _store(config)
+    result = precompute(config, [data for data in (train_data, test_data) if data is not None], store)
+    rate = f", {result.misses / result.seconds:.1f} sequences/s" if result.misses else ""
+    _summary(
+        f"reference cache: {result.hits} sequences were there, {result.misses} computed{rate}",
+        f"in {store.path}",
+        _counts("train", train_data),
+        _counts("test", test_data),
+    )
+
+
+def train(config: Config) -> None:
+    """Optimizes the policy; the reference comes from the cache, and one set of weights is loaded."""
+    _quiet()
+    accelerator = engine.start(config.model)
+    start = find_start(config)
+    train_data, test_data, tokenizer = _data(config)
+    store = _store(config)
+    command = (
+        f"make precompute-ref CONFIG=... (or: dpo precompute-ref with the same keys as {config.run_dir})"
+    )
+    reference = reference_logps(train_data, store, command)
+    test_reference = reference_logps(test_data, store, command) if test_data is not None else None
+    objective = PreferenceObjective(dataset=train_data, reference=reference, loss_config=config.loss)
+    plan = BatchPlan(
+        train_data.pairs_per_group,
+        seed=config.train.seed,
+        num_epochs=config.train.num_epochs,
+        pairs_per_step=config.train.pairs_per_step,
+        max_steps=config.train.max_steps,
+    )
+    model = load_model(config.model, dtype=engine.weight_dtype(accelerator, config.model))
+    policy = Engine(accelerator, model, config.model, config.train)
+    progress = load_checkpoint(policy, start) if start else Progress()
+    describe_run(config, engine=policy.description)
+
+    def evaluate_policy(policy: Engine) -> dict[str, float]:
+        assert test_data is not None
+        assert test_reference is not None
+        return score_pairs(
+            policy.score_only,
+            test_data,
+            test_reference,
+            config.loss,
+            budget=config.train.max_tokens_per_micro_batch,
+            device=policy.device,
+        ).means()
+
+    def export(folder: Path) -> None:
+        _export(policy, tokenizer, folder, _policy_card(config, folder))
+
+    run_dir = Path(config.run_dir)
+    with Monitor(
+        run_dir, num_steps=plan.num_steps, first_step=progress.step, unit="pairs", description="train"
+    ) as monitor:
+        monitor.say(
+            f"{policy.description}; {policy.num_parameters / 1e6:.1f}M parameters; {_counts('train', train_data)}"
+        )
+        monitor.text("config", f"```yaml\n{config_text(config)}```")
+        evaluated = run_loop(
+            policy,
+            objective,
+            plan,
+            config.train,
+            monitor,
+            progress,
+            run_dir=run_dir,
+            evaluate=evaluate_policy if test_data is not None else None,
+            export=export,
+        )
+    export(run_dir / "model")
+    _summary(
+        f"trained {plan.num_steps} steps on {_counts('train', train_data)}",
+        *(
+            [f"held-out {_metrics(evaluated)}"]
+            if evaluated
+            else ["no held-out data, so nothing was evaluated"]
+        ),
+        f"model in {run_dir / 'model'}; watch: make tensorboard",
+    )
+
+
+def evaluate(config: Config) -> None:
+    """Held-out metrics, samples of reference and policy side by side, and the report."""
+    _quiet()
+    distributed.start()
+    policy = _finished_model(config)
+    _, test_data, tokenizer = _data(config)
+    if test_data is None:
+        raise UserError(
+            "data.test: none given and none beside data.train; evaluate needs held-out preferences"
+        )
+    store = _store(config)
+    command = "make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)"
+    evaluate_run(
+        config,
+        policy,
+        reference_model(config),
+        test_data,
+        reference_logps(test_data, store, command),
+        tokenizer,
+    )
+
+
+def sft(config: SftConfig) -> None:
+    """Next-token training of an existing model, or of one made here."""
+    _quiet()
+    accelerator = engine.start(config.model)
+    start = find_start(config)
+    tokenizer, positions = _sft_tokenizer(config)
+    train_data, test_data = open_text_or_preferences(config.data, tokenizer, positions)
+    objective = NextTokenObjective(dataset=train_data)
+    plan = BatchPlan(
+        (train_data.pairs_per_group * 0) + 1,
+        seed=config.train.seed,
+        num_epochs=config.train.num_epochs,
+        pairs_per_step=config.train.sequences_per_step,
+        max_steps=config.train.max_steps,
+    )
+    dtype = engine.weight_dtype(accelerator, config.model)
+    if config.model.scratch is not None:
+        model: PreTrainedModel = scratch_model(
+            config.model.scratch,
+            tokenizer,
+            seed=config.train.seed,
+            dtype=dtype,
+            attention=config.model.attention,
+        )
+    else:
+        model = load_model(config.model, dtype=dtype)
+    policy = Engine(accelerator, model, config.model, config.train)
+    progress = load_checkpoint(policy, start) if start else Progress()
+    describe_run(config, engine=policy.description)
+
+    def evaluate_policy(policy: Engine) -> dict[str, float]:
+        assert test_data is not None
+        return held_out_loss(policy, test_data, config.train.max_tokens_per_micro_batch)
+
+    def export(folder: Path) -> None:
+        _export(policy, tokenizer, folder, _sft_card(config, folder))
+
+    run_dir = Path(config.run_dir)
+    with Monitor(
+        run_dir, num_steps=plan.num_steps, first_step=progress.step, unit="sequences", description="sft"
+    ) as monitor:
+        monitor.say(
+            f"{policy.description}; {policy.num_parameters / 1e6:.1f}M parameters; {len(train_data)} sequences"
+        )
+        monitor.text("config", f"```yaml\n{config_text(config)}```")
+        evaluated = run_loop(
+            policy,
+            objective,
+            plan,
+            config.train,
+            monitor,
+            progress,
+            run_dir=run_dir,
+            evaluate=evaluate_policy if test_data is not None else None,
+            export=export,
+        )
+    export(run_dir / "model")
+    _summary(
+        f"trained {plan.num_steps} steps on {len(train_data)} sequences, {train_data.counts['tokens']} tokens",
+        *([f"held-out loss {evaluated['eval/loss']:.3f} nats a token"] if evaluated else []),
+        f"model in {run_dir / 'model'}",
+    )
+
+
+def _data(config: Config) -> tuple[TokenizedDataset, TokenizedDataset | None, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(config.model)
+    train_data, test_data = open_datasets(config.data, tokenizer, max_positions(config.model))
+    return train_data, test_data, tokenizer
+
+
+def _store(config: Config) -> ReferenceStore:
+    """The cache of the reference model; rank 0 hashes the files, the others are told."""
+    cache_dir = Path(config.reference.cache_dir)
+    identity = reference_identity(reference_model(config), cache_dir) if distributed.is_main() else None
+    identity = distributed.from_main(identity)
+    assert identity is not None
+    return ReferenceStore(cache_dir, identity)
+
+
+def _finished_model(config: Config) -> ModelConfig:
+    folder = Path(config.run_dir) / "model"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"run_dir: no trained model in {folder}; run train first")
+    return ModelConfig(
+        name_or_path=str(folder),
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _sft_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """Tokenizer and positions; a tokenizer that is trained is trained by rank 0 and read by all."""
+    scratch = config.model.scratch
+    if scratch is None:
+        return load_tokenizer(config.model), max_positions(config.model)
+    folder = Path(config.run_dir) / "tokenizer"
+    if distributed.is_main():
+        if scratch.tokenizer is None and not is_text(config.data.train):
+            raise UserError(
+                "data.train: a tokenizer is trained on text files; give text, or model.scratch.tokenizer"
+            )
+        scratch_tokenizer(scratch, read_lines(config.data.train, "data.train")).save_pretrained(folder)
+    distributed.barrier()
+    return load_tokenizer(ModelConfig(name_or_path=str(folder))), scratch_positions(scratch)
+
+
+def _export(policy: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+    weights: dict[str, Tensor] = policy.weights()
+    if distributed.is_main():
+        export_model(policy.model, weights, tokenizer, folder, card)
+    distributed.barrier()
+
+
+def _policy_card(config: Config, folder: Path) -> str:
+    train = config.train
+    body = (
+        f"Trained with Direct Preference Optimization (arXiv 2305.18290), loss `{config.loss.type}`, "
+        f"beta {config.loss.beta}, learning rate {train.learning_rate}, {train.pairs_per_step} pairs a step, "
+        f"{train.num_epochs} epoch(s), seed {train.seed}.\n\n"
+        "The whole configuration is in `config.yaml` of the run folder.\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n```'
+    )
+    base = config.model.name_or_path
+    return model_card(
+        title=Path(config.run_dir).name, base_model=base, tags=["dpo", "preference-optimization"], body=body
+    )
+
+
+def _sft_card(config: SftConfig, folder: Path) -> str:
+    start = config.model.name_or_path or "random weights"
+    body = f"Next-token training from {start} with learning rate {config.train.learning_rate}."
+    return model_card(
+        title=Path(config.run_dir).name, base_model=config.model.name_or_path, tags=["sft"], body=body
+    )
+
+
+def _counts(split: str, data: TokenizedDataset | None) -> str:
+    if data is None:
+        return f"{split}: none"
+    counts = data.counts
+    lost = [f"{n} {name}" for name, n in counts.items() if n and name.startswith(("dropped/", "truncated/"))]
+    said = f"{split}: {counts['pairs']} pairs of {counts['groups']} prompts"
+    return f"{said} ({', '.join(lost)})" if lost else said
+
+
+def _metrics(evaluated: dict[str, float]) -> str:
+    return (
+        f"loss {evaluated['eval/loss']:.4f}, reward accuracy {evaluated['eval/rewards/accuracies']:.3f}, "
+        f"margin {evaluated['eval/rewards/margins']:.3f}"
+    )
+
+
+def _summary(*lines: str) -> None:
+    if distributed.is_main():
+        print("\n".join(lines), flush=True)
+
+
+def _quiet() -> None:
+    """Silences what a user cannot act on: other libraries' progress notes and deprecations among themselves."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -1,0 +1,327 @@
+"""Every option once: meaning, unit, legal range and cross-checks, as frozen dataclasses.
+
+`dpo.cli` fills them from YAML and dotted overrides; `problems` lists everything wrong with the values at
+once, without loading a model or opening the data. Defaults follow the DPO paper (arXiv 2305.18290, appendix
+B) where it gives one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The causal language model to train."""
+
+    name_or_path: str
+    """A local folder with config.json, safetensors and tokenizer, or a hub name such as gpt2."""
+    revision: str | None = None
+    """Hub revision: a branch, tag or commit. Default: the hub's main branch."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Compute type of policy and reference. Master weights, sums and log-softmax are float32 in either."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel: PyTorch's scaled dot product, or the model's own plain code."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub repository. Off unless asked for by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """One part of a data mixture."""
+
+    path: str
+    """A folder with train.parquet and test.parquet, a .parquet, .jsonl or .jsonl.gz file, or a hub name."""
+    weight: float = 1.0
+    """Share of the source's groups that is used: 0.5 is a fixed random half, 2 takes each group twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Preference data and how it becomes token ids."""
+
+    train: str | list[DataSource]
+    """Training preferences: a path, a hub name, or a list of {path, weight}."""
+    test: str | list[DataSource] | None = None
+    """Held-out preferences. Default: the test split beside `train` where there is one, else no evaluation."""
+    max_length: int | None = None
+    """Longest prompt + completion, in tokens. Default: 1024 or the model's positions, whichever is less."""
+    max_prompt_length: int | None = None
+    """Longest prompt, in tokens; its end is kept. Default: what the group's completions leave, at least
+    half."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What becomes of a group that does not fit: cut (the prompt's end and the completion's start stay) or
+    drop."""
+    group_pairs: bool = True
+    """Train all pairs of one prompt in the same step; false makes every pair a group of its own."""
+    pairing: Literal["best-vs-rest", "best-vs-worst", "all"] = "best-vs-rest"
+    """How scored completions become pairs, where the data has scores and no pairs."""
+    min_margin: float = 0.0
+    """Pairs whose scores differ by no more than this are not made."""
+    append_eos: bool | None = None
+    """End completions with EOS. Default: what the data's manifest says of them, else true."""
+    strict: bool = False
+    """Make a faulty row an error instead of a counted drop."""
+    cache_dir: str = "cache/tokenized"
+    """Where token ids are kept, memory-mapped by all ranks. Safe to delete."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The frozen reference policy and the cache of its log-probabilities."""
+
+    model: str | None = None
+    """The reference model, a folder or a hub name. Default: the policy's start, model.name_or_path."""
+    cache_dir: str = "cache/reference"
+    """Root of the caches; each model has its own folder in it, named by its identity."""
+    max_tokens_per_batch: int = 16384
+    """Tokens of one forward pass, padding included. Independent of the number of ranks."""
+    flush_every_seconds: float = 60.0
+    """How often a rank writes what it has computed: a crash loses at most this much work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The preference loss."""
+
+    type: Literal["sigmoid"] = "sigmoid"
+    """sigmoid: DPO, Eq. 7 of the paper."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference, > 0. Smaller drifts further."""
+    label_smoothing: float = 0.0
+    """Assumed share of flipped labels, in [0, 0.5): conservative DPO."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """What `train` and `sft` share: the optimizer, its schedule, the batches, and what is recorded."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: constant, or a decay to 0 at the last step."""
+    warmup_steps: int = 150
+    """Linear warm-up, in optimizer steps; cut to a tenth of the run where that is shorter."""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """adamw, or rmsprop as in the paper."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the first and second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW) or L2 penalty (RMSprop) of matrices; biases and norms have none."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this; 0 turns clipping off."""
+    num_epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, also in the middle of an epoch."""
+    max_tokens_per_micro_batch: int = 8192
+    """Tokens of one forward and backward pass of one rank, padding included. Memory grows with it; results do
+    not change."""
+    seed: int = 0
+    """Fixes the order of the data."""
+    evaluate_every: int = 0
+    """Evaluate on held-out data every N steps, and at both ends; 0: only at both ends."""
+    checkpoint_every: int = 0
+    """Write a checkpoint every N steps; 0: none."""
+    keep_last: int = 2
+    """How many checkpoints stay, at least 1."""
+    keep_best: bool = False
+    """Also keep the weights of the evaluation with the lowest loss, in RUN_DIR/best/."""
+    resume: str = "auto"
+    """auto: go on from the newest valid checkpoint; never: start, in an empty folder; or a checkpoint's
+    path."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(OptimizationConfig):
+    """Preference optimization."""
+
+    pairs_per_step: int = 64
+    """Pairs of one optimizer step, over all ranks and micro-batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Samples and scores of the finished model."""
+
+    num_prompts: int = 64
+    """Held-out prompts that are continued; 0: no samples."""
+    completion_tokens: int = 64
+    """Longest sampled continuation, in tokens."""
+    temperature: float = 0.7
+    """Sampling temperature of the compared samples; 0 takes the likeliest token. KL has samples of its own at
+    1."""
+    scorer: str | None = None
+    """vader, or hf:MODEL (a text-classification model), or nothing."""
+    seed: int = 0
+    """Seed of the samples; policy and reference use the same one on the same prompt."""
+    batch_size: int = 64
+    """Sequences that are sampled together."""
+    table_rows: int = 10
+    """Rows of the table query | reference | policy; always the first held-out prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One experiment: precompute-ref, train and evaluate read the same file."""
+
+    run_dir: str = "runs/default"
+    """Everything a run writes."""
+    model: ModelConfig
+    data: DataConfig
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScratchConfig:
+    """A model that does not exist yet."""
+
+    config: str
+    """A config.json in transformers' format: model_type and sizes. vocab_size comes from the tokenizer."""
+    tokenizer: str | None = None
+    """An existing tokenizer, a folder or a hub name. Default: byte-level BPE trained on the text."""
+    vocab_size: int = 8192
+    """Size of the vocabulary that is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftModelConfig(ModelConfig):
+    """The model to fine-tune, or the plan of one to train from scratch."""
+
+    name_or_path: str = ""
+    """A local folder or a hub name; leave empty with `scratch`."""
+    scratch: ScratchConfig | None = None
+    """Start from random weights instead of a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftDataConfig:
+    """Text, or the chosen completions of preference data."""
+
+    train: str
+    """A text file (.txt, .txt.gz, .txt.xz; a document a line), a folder of such, or preference data, of which
+    each chosen completion is learned given its prompt."""
+    test: str | None = None
+    """Held-out data of the same kind. Default: the test split beside `train` where there is one."""
+    max_length: int | None = None
+    """Tokens of one block of text or of prompt + completion. Default: 1024 or the model's positions."""
+    append_eos: bool | None = None
+    """As data.append_eos of a preference experiment."""
+    strict: bool = False
+    """Make a faulty row an error instead of a counted drop."""
+    cache_dir: str = "cache/tokenized"
+    """Where token ids are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftTrainConfig(OptimizationConfig):
+    """Next-token training."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    sequences_per_step: int = 64
+    """Sequences (blocks of text, or completions) of one optimizer step, over all ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """One supervised fine-tuning run."""
+
+    run_dir: str = "runs/sft"
+    """Everything the run writes; the model is in RUN_DIR/model."""
+    model: SftModelConfig = field(default_factory=SftModelConfig)
+    data: SftDataConfig
+    train: SftTrainConfig = field(default_factory=SftTrainConfig)
+
+
+def problems(config: Config | SftConfig) -> list[str]:
+    """Everything wrong with the values, each as `key: value; expected what`. Empty when all is well."""
+    found = [*_optimization_problems(config.train)]
+    if config.data.max_length is not None and config.data.max_length < 2:
+        found.append(
+            f"data.max_length: {config.data.max_length}; expected at least 2 (a prompt and a completion token)"
+        )
+    if isinstance(config, SftConfig):
+        if bool(config.model.name_or_path) == (config.model.scratch is not None):
+            found.append("model: expected exactly one of model.name_or_path and model.scratch")
+        if config.train.sequences_per_step < 1:
+            found.append(f"train.sequences_per_step: {config.train.sequences_per_step}; expected at least 1")
+        scratch = config.model.scratch
+        if scratch and not Path(scratch.config).is_file():
+            found.append(f"model.scratch.config: {scratch.config}; no such file")
+        return found
+    return [*found, *_preference_problems(config)]
+
+
+def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
+    at_least = {
+        "warmup_steps": 0,
+        "weight_decay": 0,
+        "max_grad_norm": 0,
+        "num_epochs": 1,
+        "max_tokens_per_micro_batch": 2,
+        "seed": 0,
+        "evaluate_every": 0,
+        "checkpoint_every": 0,
+        "keep_last": 1,
+    }
+    for name, minimum in at_least.items():
+        if not getattr(train, name) >= minimum:
+            yield f"train.{name}: {getattr(train, name)}; expected at least {minimum}"
+    if not train.learning_rate > 0:
+        yield f"train.learning_rate: {train.learning_rate}; expected a number above 0"
+    if train.max_steps is not None and train.max_steps < 1:
+        yield f"train.max_steps: {train.max_steps}; expected at least 1, or nothing"
+    if not all(0 <= beta < 1 for beta in train.adam_betas):
+        yield f"train.adam_betas: {list(train.adam_betas)}; expected two numbers in [0, 1)"
+    if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
+        yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint"
+
+
+def _preference_problems(config: Config) -> Iterator[str]:
+    if not config.model.name_or_path:
+        yield "model.name_or_path: empty; expected a folder or a hub name"
+    for key, sources in (("data.train", config.data.train), ("data.test", config.data.test)):
+        if isinstance(sources, list):
+            if not sources:
+                yield f"{key}: an empty list; expected at least one {{path, weight}}"
+            for index, source in enumerate(sources):
+                if not source.weight > 0:
+                    yield f"{key}[{index}].weight: {source.weight}; expected a number above 0"
+        elif sources == "":
+            yield f"{key}: empty; expected a path or a hub name"
+    longest_prompt, longest = config.data.max_prompt_length, config.data.max_length
+    if longest_prompt is not None and (
+        longest_prompt < 1 or (longest is not None and longest_prompt >= longest)
+    ):
+        bound = "data.max_length" if longest is None else longest
+        yield f"data.max_prompt_length: {longest_prompt}; expected at least 1 and less than {bound}"
+    if config.data.min_margin < 0:
+        yield f"data.min_margin: {config.data.min_margin}; expected at least 0"
+    if not config.loss.beta > 0:
+        yield f"loss.beta: {config.loss.beta}; expected a number above 0"
+    if not 0 <= config.loss.label_smoothing < 0.5:
+        yield f"loss.label_smoothing: {config.loss.label_smoothing}; expected a number in [0, 0.5)"
+    if config.train.pairs_per_step < 1:
+        yield f"train.pairs_per_step: {config.train.pairs_per_step}; expected at least 1"
+    if config.reference.max_tokens_per_batch < 2:
+        yield f"reference.max_tokens_per_batch: {config.reference.max_tokens_per_batch}; expected at least 2"
+    evaluate = config.evaluate
+    for name, minimum in (
+        ("num_prompts", 0),
+        ("completion_tokens", 1),
+        ("temperature", 0),
+        ("batch_size", 1),
+    ):
+        if getattr(evaluate, name) < minimum:
+            yield f"evaluate.{name}: {getattr(evaluate, name)}; expected at least {minimum}"
+    if evaluate.scorer is not None and evaluate.scorer != "vader" and not evaluate.scorer.startswith("hf:"):
+        yield f"evaluate.scorer: {evaluate.scorer}; expected vader, hf:MODEL, or nothing"

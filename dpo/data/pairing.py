@@ -1,0 +1,42 @@
+"""Scores -> pairs: which of a prompt's scored completions are preferred to which.
+
+Used where data has scores and no pairs, by training and by data_prep alike. Ties never make a pair.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from dpo.records import Pair
+
+PairingRule = Literal["best-vs-rest", "best-vs-worst", "all"]
+PAIRING_RULES: tuple[PairingRule, ...] = get_args(PairingRule)
+
+
+def pairs_from_scores(
+    scores: Sequence[float], rule: PairingRule, min_margin: float = 0.0
+) -> tuple[Pair, ...]:
+    """The pairs (chosen, rejected) whose scores differ by more than `min_margin`.
+
+    Args:
+        scores: One finite score a completion, higher is better; at least one.
+        rule: best-vs-rest: the best completion against each other one. best-vs-worst: one pair. all: every
+            completion against every lower one. Of equally good completions the first counts as the best, of
+            equally bad ones as the worst.
+        min_margin: >= 0, in units of the score; a difference of exactly this makes no pair.
+
+    Returns:
+        The pairs by ascending index, possibly none.
+    """
+    indices = range(len(scores))
+    best = max(indices, key=scores.__getitem__)
+    worst = min(indices, key=scores.__getitem__)
+    candidates = {
+        "best-vs-rest": [(best, other) for other in indices],
+        "best-vs-worst": [(best, worst)],
+        "all": [(chosen, rejected) for chosen in indices for rejected in indices],
+    }[rule]
+    return tuple(
+        Pair(chosen, rejected)
+        for chosen, rejected in candidates
+        if scores[chosen] - scores[rejected] > max(min_margin, 0.0)
+    )

@@ -1,0 +1,139 @@
+"""The batch plan: which groups make each optimizer step, and how a step is cut for the ranks.
+
+Two pure functions. `plan_steps` never sees the world size, so one GPU and sixty-four walk the same steps over
+the same pairs; `share` cuts one step: longest group first to the least loaded rank, then micro-batches by
+token budget.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo.errors import UserError
+
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochPlan:
+    """One pass over the data, as two arrays."""
+
+    order: Int64s
+    """(G,) group indices in training order."""
+    offsets: Int64s
+    """(num_steps + 1,) step i trains order[offsets[i] : offsets[i + 1]]."""
+
+
+def plan_steps(pairs_per_group: Int64s, *, seed: int, epoch: int, pairs_per_step: int) -> EpochPlan:
+    """Shuffles the groups and fills steps with whole groups, at most `pairs_per_step` pairs each.
+
+    Args:
+        pairs_per_group: (G,) number of pairs of each group, at least 1.
+        seed: Order of the data.
+        epoch: Number of the pass, from 0; each has its own order.
+        pairs_per_step: Pairs of an optimizer step. The last step of an epoch may have fewer.
+
+    Raises:
+        UserError: A group has more pairs than a step.
+    """
+    if len(pairs_per_group) and pairs_per_group.max() > pairs_per_step:
+        raise UserError(
+            f"train.pairs_per_step: {pairs_per_step}; group {int(pairs_per_group.argmax())} has "
+            f"{int(pairs_per_group.max())} pairs and groups are not split: raise it, or set data.group_pairs: false"
+        )
+    order = np.random.default_rng([seed, epoch]).permutation(len(pairs_per_group))
+    ends = np.cumsum(pairs_per_group[order])
+    offsets = [0]
+    while offsets[-1] < len(order):
+        start = int(ends[offsets[-1] - 1]) if offsets[-1] else 0
+        offsets.append(int(np.searchsorted(ends, start + pairs_per_step, side="right")))
+    return EpochPlan(order=order, offsets=np.asarray(offsets, dtype=np.int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One optimizer step."""
+
+    number: int
+    """From 1, over all epochs."""
+    epoch: float
+    """Passes over the data when this step is done."""
+    groups: Int64s
+    """Indices of the groups it trains."""
+
+
+class BatchPlan:
+    """All optimizer steps of a run: the epochs' plans one after the other."""
+
+    def __init__(
+        self,
+        pairs_per_group: Int64s,
+        *,
+        seed: int,
+        num_epochs: int,
+        pairs_per_step: int,
+        max_steps: int | None,
+    ) -> None:
+        self._epochs = [
+            plan_steps(pairs_per_group, seed=seed, epoch=epoch, pairs_per_step=pairs_per_step)
+            for epoch in range(num_epochs)
+        ]
+        self._ends = np.cumsum([len(epoch.offsets) - 1 for epoch in self._epochs])
+        self.num_steps = int(self._ends[-1]) if max_steps is None else min(max_steps, int(self._ends[-1]))
+
+    def step(self, number: int) -> Step:
+        """The optimizer step with this number, from 1 to `num_steps`."""
+        epoch = int(np.searchsorted(self._ends, number, side="left"))
+        first = int(self._ends[epoch - 1]) if epoch else 0
+        plan, index = self._epochs[epoch], number - first - 1
+        groups = plan.order[plan.offsets[index] : plan.offsets[index + 1]]
+        done = plan.offsets[index + 1] / len(plan.order)
+        return Step(number=number, epoch=float(epoch + done), groups=groups)
+
+
+def share(num_sequences: Int64s, longest: Int64s, *, world_size: int, budget: int) -> list[list[list[int]]]:
+    """Cuts a step's groups for the ranks and into micro-batches.
+
+    A group's work is its padded size, num_sequences * longest. Every rank gets the same number of
+    micro-batches, some of them empty: ranks must make the same number of engine calls or ZeRO-3 deadlocks. A
+    group larger than the budget is a micro-batch of its own.
+
+    Args:
+        num_sequences: (G,) sequences of each group.
+        longest: (G,) tokens of each group's longest sequence.
+        world_size: Number of ranks.
+        budget: Most tokens of a micro-batch, padding included.
+
+    Returns:
+        For each rank a list of micro-batches, each a list of positions in 0..G-1.
+    """
+    work = num_sequences * longest
+    loads = [0] * world_size
+    mine: list[list[int]] = [[] for _ in range(world_size)]
+    for position in sorted(range(len(work)), key=lambda p: (-int(work[p]), p)):
+        rank = loads.index(min(loads))
+        loads[rank] += int(work[position])
+        mine[rank].append(position)
+    shares = [_micro_batches(positions, num_sequences, longest, budget) for positions in mine]
+    most = max(map(len, shares))
+    return [[*micro_batches, *([[]] * (most - len(micro_batches)))] for micro_batches in shares]
+
+
+def _micro_batches(
+    positions: Sequence[int], num_sequences: Int64s, longest: Int64s, budget: int
+) -> list[list[int]]:
+    """Groups of similar length together, as many as the budget holds when all rows are padded to the
+    longest.
+    """
+    batches: list[list[int]] = []
+    rows, width = 0, 0
+    for position in sorted(positions, key=lambda p: (-int(longest[p]), p)):
+        rows += int(num_sequences[position])
+        if batches and rows * width <= budget:
+            batches[-1].append(position)
+        else:
+            batches.append([position])
+            rows, width = int(num_sequences[position]), int(longest[position])
+    return batches

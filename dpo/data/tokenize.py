@@ -1,0 +1,204 @@
+"""Text groups -> token-id groups: template, BOS and EOS, the prompt's boundary, truncation; every drop has a
+reason.
+
+Guarantees: a prompt has the same ids for all of its completions, is never empty (the first completion token
+needs a predictor), and a completion that was cut never ends with EOS.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo.errors import UserError
+from dpo.records import Pair, PreferenceGroup, TokenIds, TokenizedGroup
+
+GROUPS_PER_CALL = 512  # the fast tokenizers work in parallel inside one call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeOptions:
+    """What decides the ids of a group, besides the tokenizer and the text."""
+
+    max_length: int
+    """Longest prompt + completion, in tokens."""
+    max_prompt_length: int | None
+    """Longest prompt; None: what the longest completion leaves, and at least half of max_length."""
+    drop_too_long: bool
+    """Drop a group that does not fit instead of cutting it."""
+    append_eos: bool
+    """Completions are complete: end them with EOS."""
+
+
+def tokenize_groups(
+    groups: Iterable[PreferenceGroup],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    counts: Counter[str],
+) -> Iterator[TokenizedGroup]:
+    """Tokenizes a stream of groups, in order.
+
+    Args:
+        groups: Text groups; prompts as text or as chat turns.
+        tokenizer: The policy's tokenizer; needs a chat template for chat turns.
+        options: Lengths and EOS.
+        counts: Receives the reasons of dropped groups and pairs (`dropped/...`) and of cuts
+            (`truncated/...`).
+
+    Raises:
+        UserError: Chat turns and a tokenizer without a chat template.
+    """
+    stream = iter(groups)
+    while chunk := list(islice(stream, GROUPS_PER_CALL)):
+        for group, (prompt, completions) in zip(
+            chunk, _encode(chunk, tokenizer, options.append_eos), strict=True
+        ):
+            if completions is None:
+                counts["dropped/template_rewrites_history"] += 1
+            elif (fitted := _fit(prompt, completions, group.pairs, tokenizer, options, counts)) is not None:
+                yield fitted
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of a prompt: BOS once if the tokenizer adds it, and BOS or EOS if there is nothing else."""
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+    bos = bos_prefix(tokenizer)
+    if bos and ids[:1] != bos:
+        ids = bos + ids
+    return ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+
+
+def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] if the tokenizer starts every text with it, else []."""
+    first = list(tokenizer("", add_special_tokens=True).input_ids)[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) of everything in the tokenizer that decides ids, so that tokenized data cannot go
+    stale.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        content.pop("padding", None)
+        content.pop("truncation", None)
+    else:
+        content = sorted(tokenizer.get_vocab().items())
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, bos_prefix(tokenizer), tokenizer.chat_template)
+    return hashlib.sha256(json.dumps([type(tokenizer).__name__, content, special]).encode()).hexdigest()
+
+
+def _encode(
+    groups: Sequence[PreferenceGroup], tokenizer: PreTrainedTokenizerBase, append_eos: bool
+) -> Iterator[tuple[list[int], list[list[int]] | None]]:
+    """Prompt ids and completion ids of each group; None for completions whose template rewrites the
+    prompt.
+    """
+    texts = [group for group in groups if isinstance(group.prompt, str)]
+    joint = iter(_encode_batch([f"{g.prompt}{c}" for g in texts for c in g.completions], tokenizer))
+    apart = iter(_encode_batch([c for g in texts for c in g.completions], tokenizer))
+    bos = bos_prefix(tokenizer)
+    for group in groups:
+        if not isinstance(group.prompt, str):
+            yield _encode_chat(group, tokenizer)
+            continue
+        prompt = encode_text(group.prompt, tokenizer)
+        plain = prompt[len(bos) :] if bos and group.prompt else prompt
+        completions = []
+        for _ in group.completions:
+            together, alone = next(joint), next(apart)
+            # The ids of the joint text are what a tokenizer that marks word starts means; where the boundary
+            # falls inside a token the parts stand alone, as when a policy continued the prompt's ids.
+            fits = group.prompt and together[: len(plain)] == plain and len(together) > len(plain)
+            ids = together[len(plain) :] if fits else alone
+            if append_eos and ids[-1:] != [tokenizer.eos_token_id]:
+                ids = [*ids, tokenizer.eos_token_id]
+            completions.append(ids)
+        yield prompt, completions
+
+
+def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
+    return list(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
+
+
+def _encode_chat(
+    group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[list[int]] | None]:
+    """Ids through the chat template, which owns BOS and the end of a turn.
+
+    The prefix property: the templated dialogue must start with the templated prompt. Templates that rewrite
+    history (dropping earlier reasoning, say) break it, and a log-prob of the completion would then be of
+    another prompt.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "data.train: the prompts are chat messages and the tokenizer has no chat template; use a tokenizer that "
+            "has one, or prepare the data as text (python -m data_prep hh --format text, for example)"
+        )
+    turns: list[dict[str, Any]] = [dict(message) for message in group.prompt if isinstance(message, dict)]
+    prompt = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    completions = []
+    for completion in group.completions:
+        turn = {"role": "assistant", "content": completion}
+        whole = list(tokenizer.apply_chat_template([*turns, turn], return_dict=False))
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            return prompt, None
+        completions.append(whole[len(prompt) :])
+    return prompt, completions
+
+
+def _fit(
+    prompt: list[int],
+    completions: list[list[int]],
+    pairs: tuple[Pair, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    counts: Counter[str],
+) -> TokenizedGroup | None:
+    """Cuts or drops what is too long; drops pairs that became identical. None if nothing is left."""
+    longest = max(map(len, completions))
+    limit = options.max_prompt_length or max(options.max_length - longest, options.max_length // 2)
+    room = options.max_length - min(len(prompt), limit)
+    if len(prompt) > limit or longest > room:
+        if options.drop_too_long:
+            counts["dropped/too_long"] += 1
+            return None
+        if len(prompt) > limit:
+            counts["truncated/prompts"] += 1
+            bos = bos_prefix(tokenizer) if prompt[:1] == bos_prefix(tokenizer) and limit > 1 else []
+            prompt = bos + prompt[len(prompt) - limit + len(bos) :]
+        counts["truncated/completions"] += sum(len(ids) > room for ids in completions)
+        completions = [ids[:room] for ids in completions]
+    kept = tuple(pair for pair in pairs if completions[pair.chosen] != completions[pair.rejected])
+    counts["dropped/pairs_identical_in_tokens"] += len(pairs) - len(kept)
+    if any(not ids for ids in completions) or not kept:
+        counts["dropped/nothing_left_after_tokenization"] += 1
+        return None
+    return _without_unused(np.asarray(prompt, dtype=np.int32), completions, kept)
+
+
+def _without_unused(
+    prompt: TokenIds, completions: list[list[int]], pairs: tuple[Pair, ...]
+) -> TokenizedGroup:
+    """Keeps each different completion that some pair names once: nothing is computed for the others."""
+    position: dict[tuple[int, ...], int] = {}
+    for index in sorted({index for pair in pairs for index in pair}):
+        position.setdefault(tuple(completions[index]), len(position))
+    renamed = tuple(
+        dict.fromkeys(
+            Pair(position[tuple(completions[chosen])], position[tuple(completions[rejected])])
+            for chosen, rejected in pairs
+        )
+    )
+    return TokenizedGroup(
+        prompt=prompt, completions=tuple(np.asarray(ids, dtype=np.int32) for ids in position), pairs=renamed
+    )

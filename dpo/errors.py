@@ -1,0 +1,9 @@
+"""The one error type a person is meant to read.
+
+Everything a person can get wrong (a file, an option, a folder, a model) is raised as `UserError`; the command
+line prints its message without a traceback and exits with status 2. Anything else is a bug of ours.
+"""
+
+
+class UserError(Exception):
+    """Bad usage, configuration or data. The message says where, what, what was expected, and what to do."""

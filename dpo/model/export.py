@@ -1,0 +1,49 @@
+"""The finished model as others load it: safetensors, tokenizer, generation config and a model card."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export_model(
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+) -> None:
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads; complete or not there at all.
+
+    Args:
+        model: The bare model, for its config and for which weights are tied.
+        weights: Its full state dict on the CPU.
+        tokenizer: The tokenizer it was trained with.
+        folder: Where; replaced if it exists.
+        card: The model card, Markdown.
+    """
+    building = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(building, ignore_errors=True)
+    model.config.use_cache = True  # off during training only
+    model.save_pretrained(building, state_dict=dict(weights))
+    model.config.use_cache = False
+    tokenizer.save_pretrained(building)
+    (building / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
+
+
+def model_card(*, title: str, base_model: str, tags: list[str], body: str) -> str:
+    """A model card with the hub's metadata block.
+
+    Args:
+        title: Heading.
+        base_model: Name of the model that training started from.
+        tags: The hub's tags.
+        body: Markdown below the heading.
+    """
+    listed = "\n".join(f"- {tag}" for tag in tags)
+    base = f"base_model: {base_model}\n" if base_model and "/" not in base_model.strip("./") else ""
+    return f"---\nlibrary_name: transformers\n{base}tags:\n{listed}\n---\n\n# {title}\n\n{body}\n"

@@ -1,0 +1,163 @@
+"""Model and tokenizer from a local folder or the hub: safetensors only, every dropout at zero.
+
+Law 0: policy and reference run without dropout; every key of the model's config that ends in a dropout rate
+is set to 0, so that training, precompute and evaluation see the same function.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from dpo.config import ModelConfig
+from dpo.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NO_DROPOUT_SUFFIXES = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "layerdrop", "dropout_p")
+
+
+def check_model_path(name_or_path: str, key: str) -> None:
+    """Raises UserError if `name_or_path` looks like a local path and is not a folder with a config.json.
+
+    A hub name (`gpt2`, `org/name`) passes: only the hub can tell.
+
+    Args:
+        name_or_path: What the user gave.
+        key: The option's name, for the message.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"{key}: {name_or_path} has no config.json; expected a folder written by save_pretrained"
+            )
+        return
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists()
+    if looks_local:
+        raise UserError(
+            f"{key}: {name_or_path} does not exist or is not a folder; expected a model folder or a hub name"
+        )
+
+
+def raw_config(model: ModelConfig) -> dict[str, Any]:
+    """The model's config.json as written, before transformers fills in the defaults of its version."""
+    path = _resolve(model, "config.json")
+    return dict(json.loads(Path(path).read_text()))
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with EOS as padding where it has none (padding is always masked)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.name_or_path: no tokenizer in {model.name_or_path}: {_first_line(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.name_or_path: the tokenizer of {model.name_or_path} has no EOS token; set one and save it"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer  # type: ignore[no-any-return]
+
+
+def max_positions(model: ModelConfig) -> int | None:
+    """Longest sequence the model's config allows, in tokens, or None where it names no limit."""
+    check_model_path(model.name_or_path, "model.name_or_path")
+    return positions_of(raw_config(model))
+
+
+def positions_of(config: dict[str, Any]) -> int | None:
+    """Longest sequence of a raw config.json, in tokens, or None where it names no limit."""
+    config = config.get("text_config", config)
+    for key in ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
+
+
+def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The causal language model on the CPU, dropout-free, in evaluation mode.
+
+    Args:
+        model: Which model, and its compute dtype.
+        dtype: Type of the weights; default: `model.dtype`.
+
+    Raises:
+        UserError: The folder or hub repository is missing, or has no safetensors.
+    """
+    check_model_path(model.name_or_path, "model.name_or_path")
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(model.name_or_path, **options)
+        remove_dropout(config)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.name_or_path,
+            config=config,
+            dtype=dtype or DTYPES[model.dtype],
+            attn_implementation=model.attention,
+            use_safetensors=True,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.name_or_path: cannot load {model.name_or_path}: {_first_line(error)}"
+        ) from error
+    loaded.config.use_cache = False
+    return loaded.eval()  # type: ignore[no-any-return]
+
+
+def remove_dropout(config: Any) -> None:
+    """Sets every dropout rate of a transformers config, nested ones included, to 0."""
+    for key, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            remove_dropout(value)
+        elif isinstance(value, float) and key.endswith(NO_DROPOUT_SUFFIXES):
+            setattr(config, key, 0.0)
+
+
+def weight_files(model: ModelConfig) -> list[Path]:
+    """The safetensors files that hold the model's weights, in name order; downloaded if they are on the
+    hub.
+    """
+    try:
+        single = cached_file(
+            model.name_or_path,
+            "model.safetensors",
+            revision=model.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if single is not None:
+            return [Path(single)]
+        index = json.loads(Path(_resolve(model, "model.safetensors.index.json")).read_text())
+    except OSError as error:
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path} has no model.safetensors; expected safetensors weights: "
+            f"{_first_line(error)}"
+        ) from error
+    return [Path(_resolve(model, name)) for name in sorted(set(index["weight_map"].values()))]
+
+
+def _resolve(model: ModelConfig, name: str) -> str:
+    try:
+        return str(cached_file(model.name_or_path, name, revision=model.revision))
+    except OSError as error:
+        raise UserError(
+            f"model.name_or_path: no {name} in {model.name_or_path}: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,129 @@
+"""What a run says: sums and counts become means, and go to the progress bar, metrics.jsonl and TensorBoard.
+
+Law 7: ranks add sums and counts over real samples; a mean of per-rank means appears nowhere. Only the main process
+writes; the others take part in the sum.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dpo import distributed
+
+FLUSH_SECONDS = 3
+
+
+class MetricSums:
+    """Named sums with one count a name; adding and reducing keep both, and only `means` divides."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, name: str, total: float, count: float) -> None:
+        """Adds the sum of `count` values."""
+        self._sums[name] = self._sums.get(name, 0.0) + total
+        self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def means(self) -> dict[str, float]:
+        """Means over all ranks, equal on all of them. Every rank must call it with the same names."""
+        names = sorted(self._sums)
+        packed = np.array([[self._sums[name] for name in names], [self._counts[name] for name in names]])
+        sums, counts = distributed.sum_over_ranks(packed.ravel()).reshape(2, -1)
+        return {
+            name: float(s / c) if c else float("nan") for name, s, c in zip(names, sums, counts, strict=True)
+        }
+
+
+class Monitor:
+    """Progress bar, metrics.jsonl and TensorBoard of one run; does nothing on ranks other than the main one."""
+
+    def __init__(
+        self, run_dir: Path, *, num_steps: int, first_step: int, unit: str, description: str
+    ) -> None:
+        """Opens the files; lines and curves after `first_step` (of an interrupted run) are cut off.
+
+        Args:
+            run_dir: The run folder.
+            num_steps: Optimizer steps of the whole run.
+            first_step: Steps already done when this process starts.
+            unit: What `perf/<unit>_per_second` counts, shown in the bar.
+            description: The bar's title.
+        """
+        self._unit = unit
+        self._enabled = distributed.is_main()
+        if not self._enabled:
+            return
+        path = run_dir / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(kept))
+        self._file = path.open("a", buffering=1)
+        self._writer = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=first_step + 1, flush_secs=FLUSH_SECONDS
+        )
+        self._bar = tqdm(
+            total=num_steps, initial=first_step, desc=description, unit="step", dynamic_ncols=True
+        )
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line and one point a curve.
+
+        Args:
+            step: Optimizer step, from 1; 0 for what is measured before the first.
+            values: Finite numbers under the names that the README lists.
+        """
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def advance(self, values: Mapping[str, float]) -> None:
+        """Moves the bar by a step and shows the numbers that people follow."""
+        if not self._enabled:
+            return
+        shown = {
+            "loss": ("train/loss", ".4f"),
+            "acc": ("train/rewards/accuracies", ".2f"),
+            "margin": ("train/rewards/margins", ".3f"),
+            f"{self._unit}/s": (f"perf/{self._unit}_per_second", ".1f"),
+        }
+        self._bar.set_postfix(
+            {label: f"{values[name]:{form}}" for label, (name, form) in shown.items() if name in values}
+        )
+        self._bar.update()
+
+    def text(self, tag: str, content: str) -> None:
+        """A text for TensorBoard, in Markdown."""
+        if self._enabled:
+            self._writer.add_text(tag, content, 0)
+
+    def say(self, message: str) -> None:
+        """A line above the bar."""
+        if self._enabled:
+            self._bar.write(message)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes and flushes the files, also when the run fails."""
+        if self._enabled:
+            self._bar.close()
+            self._writer.close()
+            self._file.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """Complete lines of a file that may end in a half one, or not exist."""
+    if not path.is_file():
+        return []
+    with path.open() as file:
+        return [line for line in file if line.endswith("\n")]

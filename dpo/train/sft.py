@@ -1,0 +1,202 @@
+"""Supervised fine-tuning: next tokens of text, or the chosen completions of preference data given their prompts.
+
+The paper's first stage, its preferred-FT baseline, and the way to a base model where there is none: from random
+weights with a tokenizer trained on the text. A sequence is a group with one completion and no pairs, so that data,
+plan, engine and loop are those of preference training.
+"""
+
+import gzip
+import hashlib
+import json
+import lzma
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dpo import distributed
+from dpo.config import DataConfig, SftDataConfig
+from dpo.data.batches import RowBatch, sequence_batch
+from dpo.data.dataset import TokenizedDataset, map_dataset, open_datasets, resolve_max_length, write_dataset
+from dpo.data.plan import Int64s, share
+from dpo.data.tokenize import tokenizer_digest
+from dpo.engine import Engine
+from dpo.errors import UserError
+from dpo.monitor import MetricSums
+from dpo.records import TokenIds, TokenizedGroup
+
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.xz")
+LINES_PER_CALL = 4096
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextTokenObjective:
+    """Minimizes the negative log-likelihood, averaged over the completion tokens of a step."""
+
+    dataset: TokenizedDataset
+    unit: str = "sequences"
+
+    def sequences(self, groups: Int64s) -> list[tuple[TokenIds, TokenIds]]:
+        """(prompt, completion) of these groups: the chosen completions, or the one there is."""
+        found = []
+        for group in (self.dataset[int(index)] for index in groups):
+            wanted = dict.fromkeys(pair.chosen for pair in group.pairs) or {0: None}
+            found.extend((group.prompt, group.completions[index]) for index in wanted)
+        return found
+
+    def count(self, groups: Int64s) -> int:
+        """Completion tokens of these groups."""
+        return sum(len(completion) for _, completion in self.sequences(groups))
+
+    def num_units(self, groups: Int64s) -> int:
+        """Sequences of these groups."""
+        return len(self.sequences(groups))
+
+    def batch(self, groups: Int64s) -> RowBatch:
+        """Rows of these sequences."""
+        return sequence_batch(self.sequences(groups))
+
+    def loss(self, logps: Tensor, batch: RowBatch, groups: Int64s, sums: MetricSums) -> Tensor:
+        """Sum of the tokens' losses; see `Objective.loss`."""
+        sums.add("loss", -float(logps.detach().sum()), len(batch.targets))
+        return -logps.sum()
+
+
+def held_out_loss(engine: Engine, dataset: TokenizedDataset, budget: int) -> dict[str, float]:
+    """{"eval/loss": nats a token} over all sequences of a data set, summed over ranks."""
+    objective, sums = NextTokenObjective(dataset=dataset), MetricSums()
+    shares = share(
+        dataset.sequences_per_group, dataset.longest, world_size=distributed.world_size(), budget=budget
+    )
+    for positions in shares[distributed.rank()]:
+        batch = objective.batch(np.asarray(positions, dtype=np.int64)).to(engine.device)
+        sums.add("eval/loss", -float(engine.score_only(batch).sum()), len(batch.targets))
+    return sums.means()
+
+
+def open_text_or_preferences(
+    data: SftDataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Training and held-out sequences in token ids.
+
+    Args:
+        data: Text files, or preference data.
+        tokenizer: The policy's.
+        positions: The model's longest sequence, or None without a limit.
+
+    Raises:
+        UserError: Missing or empty data.
+    """
+    if not is_text(data.train):
+        preferences = DataConfig(
+            train=data.train,
+            test=data.test,
+            max_length=data.max_length,
+            append_eos=data.append_eos,
+            strict=data.strict,
+            cache_dir=data.cache_dir,
+        )
+        return open_datasets(preferences, tokenizer, positions)
+    max_length = resolve_max_length(data.max_length, positions)
+    train = _open_text(data.train, "data.train", data.cache_dir, tokenizer, max_length)
+    test = _open_text(data.test, "data.test", data.cache_dir, tokenizer, max_length) if data.test else None
+    return train, test
+
+
+def is_text(path: str) -> bool:
+    """Whether this is a text file or a folder of text files, rather than preference data."""
+    return path.endswith(TEXT_SUFFIXES) or bool(Path(path).is_dir() and _text_files(Path(path)))
+
+
+def read_lines(path: str, key: str) -> Iterator[str]:
+    """Non-empty lines of a text file, or of the text files of a folder in name order.
+
+    Raises:
+        UserError: No such file, or not UTF-8 text.
+    """
+    source = Path(path)
+    files = _text_files(source) if source.is_dir() else [source]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{key}: {file} does not exist; expected a text file or a folder of text files")
+        try:
+            with _open_file(file) as lines:
+                yield from (line.strip() for line in lines if line.strip())
+        except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+            raise UserError(
+                f"{key}: {file}: not readable as text ({error}); expected UTF-8, plain, gzip or xz"
+            ) from error
+
+
+def _text_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.name.endswith(TEXT_SUFFIXES))
+
+
+def _open_file(file: Path) -> IO[str]:
+    if file.suffix == ".gz":
+        return gzip.open(file, "rt", encoding="utf-8")
+    if file.suffix == ".xz":
+        return lzma.open(file, "rt", encoding="utf-8")
+    return file.open(encoding="utf-8")
+
+
+def _open_text(
+    path: str, key: str, cache_dir: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> TokenizedDataset:
+    source = Path(path)
+    files = _text_files(source) if source.is_dir() else [source]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing:
+        raise UserError(f"{key}: {missing[0]} does not exist; expected a text file or a folder of text files")
+    content = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    decisive = ["text", FORMAT_VERSION, content, tokenizer_digest(tokenizer), max_length]
+    digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+    folder = Path(cache_dir) / digest[:16]
+    if distributed.is_main() and not (folder / "counts.json").is_file():
+        write_dataset(_blocks(path, key, tokenizer, max_length), folder, Counter())
+    distributed.barrier()
+    dataset = map_dataset(folder, digest)
+    if len(dataset) == 0:
+        raise UserError(f"{key}: {path} has no text; expected a document a line")
+    return dataset
+
+
+def _blocks(
+    path: str, key: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[TokenizedGroup]:
+    """All documents one after the other, each started and ended by EOS, cut into blocks of max_length tokens."""
+    eos = int(tokenizer.eos_token_id)
+    waiting = [eos]
+    lines = tqdm(read_lines(path, key), desc="tokenize text", unit=" lines", leave=False)
+    for chunk in _chunks(lines):
+        for ids in tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids:
+            waiting.extend([*ids, eos])
+        while len(waiting) > max_length:
+            yield _block(waiting[:max_length])
+            waiting = waiting[max_length:]
+    if len(waiting) > 1:
+        yield _block(waiting)
+
+
+def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    for line in lines:
+        chunk.append(line)
+        if len(chunk) == LINES_PER_CALL:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _block(ids: list[int]) -> TokenizedGroup:
+    """The first token has no predictor and so is the prompt."""
+    tokens = np.asarray(ids, dtype=np.int32)
+    return TokenizedGroup(prompt=tokens[:1], completions=(tokens[1:],), pairs=())
