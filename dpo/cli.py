@@ -1,8 +1,8 @@
 """The command line: configuration in, exit status out.
 
-YAML and dotted overrides become a `Config`; all problems of it are shown at once. Commands are imported late, so
-that `--help` does not load torch. Exit status: 0 done, 2 bad usage, configuration or data, 1 anything else; rank 0
-also writes it to RUN_DIR/exit.json, because `accelerate launch` turns every failure into 1.
+YAML and dotted overrides become a `Config`; all problems of it are shown at once. Commands are imported late,
+so that `--help` does not load torch. Exit status: 0 done, 2 bad usage, configuration or data, 1 anything
+else; rank 0 also writes it to RUN_DIR/exit.json, because `accelerate launch` turns every failure into 1.
 """
 
 import difflib
@@ -36,7 +36,8 @@ commands:
 {commands}
   check [COMMAND]  validate a configuration and its data for COMMAND (default: train); loads no model
 
-dpo COMMAND --help lists every key. Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo ...
+dpo COMMAND --help lists every key. Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo
+...
 """
 
 
@@ -101,7 +102,7 @@ def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
 
 
 def _built(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
-    return vars(parser.instantiate(namespace))
+    return dict(vars(parser.instantiate(namespace)))
 
 
 def _problems_of_keys(kind: type, arguments: Sequence[str]) -> Iterator[str]:
@@ -195,8 +196,10 @@ def _nearest(key: str, legal: Sequence[str] | set[str]) -> str:
 
 
 def _short(message: str) -> str:
-    """jsonargparse's explanation without its preamble and Python's way of naming types."""
-    lines = [line.strip() for line in message.splitlines() if line.strip() and not line.startswith("Parser key")]
+    """Jsonargparse's explanation without its preamble and Python's way of naming types."""
+    lines = [
+        line.strip() for line in message.splitlines() if line.strip() and not line.startswith("Parser key")
+    ]
     return re.sub(r"<class '(\w+)'>", r"\1", "; ".join(lines[:2])).replace("typing.", "") or message
 
 

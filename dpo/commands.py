@@ -1,4 +1,6 @@
-"""The commands, each a script that reads top-down: check, load data, load one model, work, say what was made."""
+"""The commands, each a script that reads top-down: check, load data, load one model, work, say what was
+made.
+"""
 
 import logging
 import sys
@@ -6,18 +8,16 @@ import warnings
 from pathlib import Path
 
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import distributed, engine
-from dpo.config import Config, ModelConfig, SftConfig
+from dpo.config import Config, DataConfig, ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset, check_sources, open_datasets
 from dpo.data.plan import BatchPlan
 from dpo.engine import Engine
 from dpo.errors import UserError
-
-# from dpo.evaluate.run import evaluate_run
 from dpo.evaluate.rewards import score_pairs
+from dpo.evaluate.run import evaluate_run
 from dpo.model.export import export_model, model_card
 from dpo.model.load import check_model_path, load_model, load_tokenizer, max_positions
 from dpo.model.scratch import scratch_model, scratch_positions, scratch_tokenizer
@@ -26,6 +26,7 @@ from dpo.reference.identity import reference_identity, reference_model
 from dpo.reference.precompute import precompute, reference_logps
 from dpo.reference.store import ReferenceStore
 from dpo.train.checkpoint import Progress, load_checkpoint
+from dpo.train.loop import Evaluation, Objective
 from dpo.train.loop import train as run_loop
 from dpo.train.preference import PreferenceObjective
 from dpo.train.run_folder import config_text, describe_run, find_start
@@ -33,12 +34,16 @@ from dpo.train.sft import NextTokenObjective, held_out_loss, is_text, open_text_
 
 
 def check(command: str, config: Config | SftConfig) -> None:
-    """Everything that can be known to be wrong without a model in memory. Raises UserError."""
+    """Everything that can be known to be wrong without a model in memory; raises UserError.
+
+    Prints the run folder, for scripts that want RUN_DIR/exit.json afterwards.
+    """
     if isinstance(config, SftConfig):
         find_start(config)
-        if is_text(config.data.train):
-            if next(read_lines(config.data.train, "data.train"), None) is None:
-                raise UserError(f"data.train: {config.data.train} has no text")
+        if not is_text(config.data.train):
+            check_sources(DataConfig(train=config.data.train, test=config.data.test))
+        elif next(read_lines(config.data.train, "data.train"), None) is None:
+            raise UserError(f"data.train: {config.data.train} has no text")
         if config.model.name_or_path:
             check_model_path(config.model.name_or_path, "model.name_or_path")
         return
@@ -95,8 +100,6 @@ def train(config: Config) -> None:
     )
     model = load_model(config.model, dtype=engine.weight_dtype(accelerator, config.model))
     policy = Engine(accelerator, model, config.model, config.train)
-    progress = load_checkpoint(policy, start) if start else Progress()
-    describe_run(config, engine=policy.description)
 
     def evaluate_policy(policy: Engine) -> dict[str, float]:
         assert test_data is not None
@@ -110,37 +113,16 @@ def train(config: Config) -> None:
             device=policy.device,
         ).means()
 
-    def export(folder: Path) -> None:
-        _export(policy, tokenizer, folder, _policy_card(config, folder))
-
-    run_dir = Path(config.run_dir)
-    with Monitor(
-        run_dir, num_steps=plan.num_steps, first_step=progress.step, unit="pairs", description="train"
-    ) as monitor:
-        monitor.say(
-            f"{policy.description}; {policy.num_parameters / 1e6:.1f}M parameters; {_counts('train', train_data)}"
-        )
-        monitor.text("config", f"```yaml\n{config_text(config)}```")
-        evaluated = run_loop(
-            policy,
-            objective,
-            plan,
-            config.train,
-            monitor,
-            progress,
-            run_dir=run_dir,
-            evaluate=evaluate_policy if test_data is not None else None,
-            export=export,
-        )
-    export(run_dir / "model")
-    _summary(
-        f"trained {plan.num_steps} steps on {_counts('train', train_data)}",
-        *(
-            [f"held-out {_metrics(evaluated)}"]
-            if evaluated
-            else ["no held-out data, so nothing was evaluated"]
-        ),
-        f"model in {run_dir / 'model'}; watch: make tensorboard",
+    _optimize(
+        config,
+        policy,
+        objective,
+        plan,
+        start,
+        tokenizer,
+        evaluate=evaluate_policy if test_data is not None else None,
+        data=_counts("train", train_data),
+        card=_policy_card(config),
     )
 
 
@@ -193,23 +175,51 @@ def sft(config: SftConfig) -> None:
     else:
         model = load_model(config.model, dtype=dtype)
     policy = Engine(accelerator, model, config.model, config.train)
-    progress = load_checkpoint(policy, start) if start else Progress()
-    describe_run(config, engine=policy.description)
 
     def evaluate_policy(policy: Engine) -> dict[str, float]:
         assert test_data is not None
         return held_out_loss(policy, test_data, config.train.max_tokens_per_micro_batch)
 
-    def export(folder: Path) -> None:
-        _export(policy, tokenizer, folder, _sft_card(config, folder))
+    _optimize(
+        config,
+        policy,
+        objective,
+        plan,
+        start,
+        tokenizer,
+        evaluate=evaluate_policy if test_data is not None else None,
+        data=f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens",
+        card=_sft_card(config),
+    )
 
+
+def _optimize(
+    config: Config | SftConfig,
+    policy: Engine,
+    objective: Objective,
+    plan: BatchPlan,
+    start: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    evaluate: Evaluation | None,
+    data: str,
+    card: str,
+) -> None:
+    """Runs the loop from the start or from a checkpoint, and exports the model."""
+    progress = load_checkpoint(policy, start) if start else Progress()
+    describe_run(config, engine=policy.description)
     run_dir = Path(config.run_dir)
-    with Monitor(
-        run_dir, num_steps=plan.num_steps, first_step=progress.step, unit="sequences", description="sft"
-    ) as monitor:
-        monitor.say(
-            f"{policy.description}; {policy.num_parameters / 1e6:.1f}M parameters; {len(train_data)} sequences"
-        )
+
+    def export(folder: Path) -> None:
+        weights = policy.weights()
+        if distributed.is_main():
+            export_model(policy.model, weights, tokenizer, folder, card)
+        distributed.barrier()
+
+    with Monitor(run_dir, num_steps=plan.num_steps, first_step=progress.step, unit=objective.unit) as monitor:
+        monitor.say(f"{policy.description}; {policy.num_parameters / 1e6:.1f}M parameters; {data}")
+        if start:
+            monitor.say(f"going on after step {progress.step}, from {start}")
         monitor.text("config", f"```yaml\n{config_text(config)}```")
         evaluated = run_loop(
             policy,
@@ -219,14 +229,18 @@ def sft(config: SftConfig) -> None:
             monitor,
             progress,
             run_dir=run_dir,
-            evaluate=evaluate_policy if test_data is not None else None,
+            evaluate=evaluate,
             export=export,
         )
     export(run_dir / "model")
     _summary(
-        f"trained {plan.num_steps} steps on {len(train_data)} sequences, {train_data.counts['tokens']} tokens",
-        *([f"held-out loss {evaluated['eval/loss']:.3f} nats a token"] if evaluated else []),
-        f"model in {run_dir / 'model'}",
+        f"trained {plan.num_steps} steps on {data}",
+        *(
+            [f"held-out {_metrics(evaluated)}"]
+            if evaluated
+            else ["no held-out data, so nothing was evaluated"]
+        ),
+        f"model in {run_dir / 'model'}; to watch the curves: make tensorboard",
     )
 
 
@@ -273,36 +287,24 @@ def _sft_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, int | No
     return load_tokenizer(ModelConfig(name_or_path=str(folder))), scratch_positions(scratch)
 
 
-def _export(policy: Engine, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    weights: dict[str, Tensor] = policy.weights()
-    if distributed.is_main():
-        export_model(policy.model, weights, tokenizer, folder, card)
-    distributed.barrier()
-
-
-def _policy_card(config: Config, folder: Path) -> str:
-    train = config.train
+def _policy_card(config: Config) -> str:
+    train, name = config.train, Path(config.run_dir).name
     body = (
         f"Trained with Direct Preference Optimization (arXiv 2305.18290), loss `{config.loss.type}`, "
         f"beta {config.loss.beta}, learning rate {train.learning_rate}, {train.pairs_per_step} pairs a step, "
         f"{train.num_epochs} epoch(s), seed {train.seed}.\n\n"
-        "The whole configuration is in `config.yaml` of the run folder.\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")\n```'
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
     )
-    base = config.model.name_or_path
-    return model_card(
-        title=Path(config.run_dir).name, base_model=base, tags=["dpo", "preference-optimization"], body=body
-    )
+    tags = ["dpo", "preference-optimization"]
+    return model_card(title=name, base_model=config.model.name_or_path, tags=tags, body=body)
 
 
-def _sft_card(config: SftConfig, folder: Path) -> str:
-    start = config.model.name_or_path or "random weights"
+def _sft_card(config: SftConfig) -> str:
+    start, name = config.model.name_or_path or "random weights", Path(config.run_dir).name
     body = f"Next-token training from {start} with learning rate {config.train.learning_rate}."
-    return model_card(
-        title=Path(config.run_dir).name, base_model=config.model.name_or_path, tags=["sft"], body=body
-    )
+    return model_card(title=name, base_model=config.model.name_or_path, tags=["sft"], body=body)
 
 
 def _counts(split: str, data: TokenizedDataset | None) -> str:
@@ -315,10 +317,12 @@ def _counts(split: str, data: TokenizedDataset | None) -> str:
 
 
 def _metrics(evaluated: dict[str, float]) -> str:
-    return (
-        f"loss {evaluated['eval/loss']:.4f}, reward accuracy {evaluated['eval/rewards/accuracies']:.3f}, "
-        f"margin {evaluated['eval/rewards/margins']:.3f}"
-    )
+    shown = {
+        "loss": "eval/loss",
+        "reward accuracy": "eval/rewards/accuracies",
+        "margin": "eval/rewards/margins",
+    }
+    return ", ".join(f"{label} {evaluated[name]:.4f}" for label, name in shown.items() if name in evaluated)
 
 
 def _summary(*lines: str) -> None:
@@ -327,7 +331,9 @@ def _summary(*lines: str) -> None:
 
 
 def _quiet() -> None:
-    """Silences what a user cannot act on: other libraries' progress notes and deprecations among themselves."""
+    """Silences what a user cannot act on: other libraries' progress notes and deprecations among
+    themselves.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -247,7 +247,7 @@ def problems(config: Config | SftConfig) -> list[str]:
     found = [*_optimization_problems(config.train)]
     if config.data.max_length is not None and config.data.max_length < 2:
         found.append(
-            f"data.max_length: {config.data.max_length}; expected at least 2 (a prompt and a completion token)"
+            f"data.max_length: {config.data.max_length}; expected at least 2: a prompt and a completion token"
         )
     if isinstance(config, SftConfig):
         if bool(config.model.name_or_path) == (config.model.scratch is not None):

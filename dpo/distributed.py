@@ -6,7 +6,7 @@ A single process that was not launched gets the same functions with a world of o
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,8 @@ def start() -> None:
         PartialState()
         return
     backend = None if torch.cuda.is_available() else "gloo"
-    PartialState(**({"backend": backend} if backend else {}), timeout=COLLECTIVE_TIMEOUT)
+    options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT} | ({"backend": backend} if backend else {})
+    PartialState(**options)
     if (
         backend and os.environ.get("OMP_NUM_THREADS", "1") == "1"
     ):  # the launcher's default, not a person's wish

@@ -1,7 +1,8 @@
 """The one place that knows Accelerate and DeepSpeed.
 
-`start` joins the launcher's world; `Engine` holds the policy and its optimizer and offers the loop three calls:
-score a batch, accumulate a gradient, update the weights. The same loop so runs on ZeRO, on DDP and on one device.
+`start` joins the launcher's world; `Engine` holds the policy and its optimizer and offers the loop three
+calls: score a batch, accumulate a gradient, update the weights. The same loop so runs on ZeRO, on DDP and on
+    one device.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,23 +26,24 @@ RMSPROP_SMOOTHING = 0.99
 
 
 def start(model: ModelConfig) -> Accelerator:
-    """The Accelerator of this process; to be made before the model is loaded, so that ZeRO-3 can shard it then.
+    """The Accelerator of this process; to be made before the model is loaded, so that ZeRO-3 can shard it
+    then.
 
     Without an accelerator the gloo backend must be named, or Accelerate believes that every rank is alone.
     """
     distributed.start()
     backend = None if torch.cuda.is_available() else "gloo"
-    handlers = (
-        [InitProcessGroupKwargs(backend=backend, timeout=distributed.COLLECTIVE_TIMEOUT)]
-        if distributed.is_distributed()
-        else []
-    )
+    handlers: list[KwargsHandler] = []
+    if distributed.is_distributed():
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=distributed.COLLECTIVE_TIMEOUT))
     mixed_precision = "bf16" if model.dtype == "bfloat16" else "no"
     return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
 
 
 def weight_dtype(accelerator: Accelerator, model: ModelConfig) -> torch.dtype:
-    """Type in which the policy is loaded: DeepSpeed keeps float32 masters of its own, elsewhere the weights are them."""
+    """Type in which the policy is loaded: DeepSpeed keeps float32 masters of its own, elsewhere the weights
+    are them.
+    """
     return DTYPES[model.dtype] if accelerator.distributed_type == DistributedType.DEEPSPEED else torch.float32
 
 
@@ -82,7 +84,7 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where batches belong."""
-        return self._accelerator.device
+        return torch.device(self._accelerator.device)
 
     @property
     def kind(self) -> str:
@@ -102,7 +104,9 @@ class Engine:
         return int(self._accelerator.deepspeed_plugin.zero_stage)
 
     def score(self, batch: RowBatch) -> Tensor:
-        """(S,) float64 log-probs of the batch's completions under the policy; see `SequenceScorer.forward`."""
+        """(S,) float64 log-probs of the batch's completions under the policy; see
+        `SequenceScorer.forward`.
+        """
         logps: Tensor = self._scorer(batch)
         return logps
 
@@ -115,8 +119,8 @@ class Engine:
         """Adds a micro-batch's gradient to the step's.
 
         Args:
-            loss: This micro-batch's part of the step's loss, already divided by the step's global count, so that
-                the parts of all ranks and micro-batches add up to it.
+            loss: This micro-batch's part of the step's loss, already divided by the step's global count, so
+                that the parts of all ranks and micro-batches add up to it.
             last: Whether it is the step's last micro-batch. Every rank must make the same number of calls.
         """
         scaled = loss * distributed.world_size()  # DeepSpeed and DDP average over ranks

@@ -1,7 +1,7 @@
 """What a run says: sums and counts become means, and go to the progress bar, metrics.jsonl and TensorBoard.
 
-Law 7: ranks add sums and counts over real samples; a mean of per-rank means appears nowhere. Only the main process
-writes; the others take part in the sum.
+Law 7: ranks add sums and counts over real samples; a mean of per-rank means appears nowhere. Only the main
+process writes; the others take part in the sum.
 """
 
 import json
@@ -41,11 +41,11 @@ class MetricSums:
 
 
 class Monitor:
-    """Progress bar, metrics.jsonl and TensorBoard of one run; does nothing on ranks other than the main one."""
+    """Progress bar, metrics.jsonl and TensorBoard of one run; does nothing on ranks other than the main
+    one.
+    """
 
-    def __init__(
-        self, run_dir: Path, *, num_steps: int, first_step: int, unit: str, description: str
-    ) -> None:
+    def __init__(self, run_dir: Path, *, num_steps: int, first_step: int, unit: str) -> None:
         """Opens the files; lines and curves after `first_step` (of an interrupted run) are cut off.
 
         Args:
@@ -53,7 +53,6 @@ class Monitor:
             num_steps: Optimizer steps of the whole run.
             first_step: Steps already done when this process starts.
             unit: What `perf/<unit>_per_second` counts, shown in the bar.
-            description: The bar's title.
         """
         self._unit = unit
         self._enabled = distributed.is_main()
@@ -66,9 +65,7 @@ class Monitor:
         self._writer = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=first_step + 1, flush_secs=FLUSH_SECONDS
         )
-        self._bar = tqdm(
-            total=num_steps, initial=first_step, desc=description, unit="step", dynamic_ncols=True
-        )
+        self._bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line and one point a curve.

@@ -62,7 +62,8 @@ class RowBatch:
 
 def group_batch(groups: Sequence[TokenizedGroup]) -> RowBatch:
     """One row a completion, the groups one after the other, with their pairs."""
-    sequences, pairs = [], []
+    sequences: list[tuple[TokenIds, TokenIds]] = []
+    pairs: list[tuple[int, int]] = []
     for group in groups:
         pairs.extend((len(sequences) + chosen, len(sequences) + rejected) for chosen, rejected in group.pairs)
         sequences.extend((group.prompt, completion) for completion in group.completions)

@@ -1,7 +1,7 @@
 """Tokenized groups on disk, memory-mapped: tokenized once by one rank, shared by all ranks and later runs.
 
-A folder is named by a digest of everything that decides its content (source bytes, tokenizer, options), so it can
-be deleted at any time and never be stale. It holds flat arrays; a group is a view into them.
+A folder is named by a digest of everything that decides its content (source bytes, tokenizer, options), so it
+can be deleted at any time and never be stale. It holds flat arrays; a group is a view into them.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,8 @@ WEIGHT_SEED = 0  # the half of a source that weight 0.5 takes is the same in eve
 class TokenizedDataset:
     """G groups in flat arrays. Segment 0 of a group is its prompt, the others are its completions.
 
-    The sequences of all groups are numbered in order: sequence s is the prompt and one completion of its group.
+    The sequences of all groups are numbered in order: sequence s is the prompt and one completion of its
+    group.
     """
 
     path: Path
@@ -64,7 +66,7 @@ class TokenizedDataset:
         """The group, as views into the mapped arrays."""
         first, end = int(self.group_segments[index]), int(self.group_segments[index + 1])
         cuts = self.segment_offsets[first : end + 1]
-        segments = [self.tokens[start:stop] for start, stop in zip(cuts[:-1], cuts[1:], strict=True)]
+        segments = [self.tokens[start:stop] for start, stop in pairwise(cuts)]
         pairs = self.pairs[self.group_pairs[index] : self.group_pairs[index + 1]]
         return TokenizedGroup(
             prompt=segments[0],
@@ -84,7 +86,9 @@ class TokenizedDataset:
 
     @property
     def first_sequence(self) -> npt.NDArray[np.int64]:
-        """(G,) number of each group's first sequence: every group before it has one segment that is a prompt."""
+        """(G,) number of each group's first sequence: every group before it has one segment that is a
+        prompt.
+        """
         return self.group_segments[:-1] - np.arange(len(self))
 
     @property
@@ -229,7 +233,8 @@ def _split(group: TokenizedGroup) -> Iterator[TokenizedGroup]:
 
 
 def write_dataset(groups: Iterable[TokenizedGroup], folder: Path, counts: Counter[str]) -> None:
-    """Writes the arrays beside `folder` and renames them into place, so that a reader never sees half of them.
+    """Writes the arrays beside `folder` and renames them into place, so that a reader never sees half of
+    them.
 
     Args:
         groups: A stream; only offsets are held in memory.

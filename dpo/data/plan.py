@@ -41,7 +41,8 @@ def plan_steps(pairs_per_group: Int64s, *, seed: int, epoch: int, pairs_per_step
     if len(pairs_per_group) and pairs_per_group.max() > pairs_per_step:
         raise UserError(
             f"train.pairs_per_step: {pairs_per_step}; group {int(pairs_per_group.argmax())} has "
-            f"{int(pairs_per_group.max())} pairs and groups are not split: raise it, or set data.group_pairs: false"
+            f"{int(pairs_per_group.max())} pairs, and groups are not split: raise it, or set "
+            "data.group_pairs: false"
         )
     order = np.random.default_rng([seed, epoch]).permutation(len(pairs_per_group))
     ends = np.cumsum(pairs_per_group[order])

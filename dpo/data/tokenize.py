@@ -141,8 +141,8 @@ def _encode_chat(
     """
     if tokenizer.chat_template is None:
         raise UserError(
-            "data.train: the prompts are chat messages and the tokenizer has no chat template; use a tokenizer that "
-            "has one, or prepare the data as text (python -m data_prep hh --format text, for example)"
+            "data.train: the prompts are chat messages and the tokenizer has no chat template; use one "
+            "that has, or prepare the data as text (python -m data_prep hh --format text, for example)"
         )
     turns: list[dict[str, Any]] = [dict(message) for message in group.prompt if isinstance(message, dict)]
     prompt = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))

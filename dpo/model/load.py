@@ -70,7 +70,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def max_positions(model: ModelConfig) -> int | None:
@@ -144,7 +144,7 @@ def weight_files(model: ModelConfig) -> list[Path]:
         index = json.loads(Path(_resolve(model, "model.safetensors.index.json")).read_text())
     except OSError as error:
         raise UserError(
-            f"model.name_or_path: {model.name_or_path} has no model.safetensors; expected safetensors weights: "
+            f"model.name_or_path: {model.name_or_path} has no model.safetensors; expected safetensors: "
             f"{_first_line(error)}"
         ) from error
     return [Path(_resolve(model, name)) for name in sorted(set(index["weight_map"].values()))]

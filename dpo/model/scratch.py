@@ -24,10 +24,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def scratch_tokenizer(scratch: ScratchConfig, lines: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The named tokenizer, or a byte-level BPE trained on `lines` with one special token for both ends of text."""
+    """The named tokenizer, or a byte-level BPE trained on `lines` with one special token for both ends of
+    text.
+    """
     if scratch.tokenizer is not None:
         try:
-            return AutoTokenizer.from_pretrained(scratch.tokenizer)  # type: ignore[no-any-return]
+            return AutoTokenizer.from_pretrained(scratch.tokenizer)
         except (OSError, ValueError) as error:
             raise UserError(f"model.scratch.tokenizer: cannot load {scratch.tokenizer}: {error}") from error
     bpe = Tokenizer(models.BPE())
@@ -56,7 +58,9 @@ def scratch_model(
     dtype: torch.dtype,
     attention: str,
 ) -> PreTrainedModel:
-    """Random weights in the shape that the config file gives, with the tokenizer's vocabulary and special tokens."""
+    """Random weights in the shape that the config file gives, with the tokenizer's vocabulary and special
+    tokens.
+    """
     values = _read_config(scratch) | {"vocab_size": len(tokenizer)}
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     try:
@@ -76,5 +80,5 @@ def _read_config(scratch: ScratchConfig) -> dict[str, Any]:
         return {**values, "model_type": values["model_type"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"model.scratch.config: {scratch.config}: {error!r}; expected a transformers config.json with model_type"
+            f"model.scratch.config: {scratch.config}: {error!r}; expected a config.json with model_type"
         ) from error

@@ -1,7 +1,8 @@
 """What makes two reference models the same: bytes, not names.
 
-The identity is a digest over the SHA-256 of every weight file, the raw config.json less a short list of keys that
-cannot change a log-probability, and the compute type. A path, a learning rate, a beta or a world size is not in it.
+The identity is a digest over the SHA-256 of every weight file, the raw config.json less a short list of keys
+that cannot change a log-probability, and the compute type. A path, a learning rate, a beta or a world size is
+not in it.
 """
 
 import hashlib
@@ -16,12 +17,12 @@ from dpo.config import Config, ModelConfig
 from dpo.model.load import raw_config, weight_files
 
 IDENTITY_VERSION = 1
-INERT_CONFIG_KEYS = frozenset(
-    # How the file was written, how text is generated, or dropout, which is always off here (law 0).
-    "_name_or_path _commit_hash architectures dtype torch_dtype transformers_version use_cache "
-    "bos_token_id eos_token_id pad_token_id task_specific_params "
-    "attn_pdrop embd_pdrop resid_pdrop summary_first_dropout attention_dropout hidden_dropout dropout".split()
-)
+INERT_CONFIG_KEYS = (
+    "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_commit_hash",  # file
+    "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params",  # generation
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout",  # dropout is always off (law 0)
+    "attention_dropout", "hidden_dropout", "dropout",
+)  # fmt: skip
 HASHES_FILE = "file_hashes.json"
 HASH_CHUNK_BYTES = 1 << 22
 
@@ -49,7 +50,9 @@ class ReferenceIdentity:
 
 
 def reference_model(config: Config) -> ModelConfig:
-    """The reference: reference.model where it is named, else the policy's start; same compute type and kernel."""
+    """The reference: reference.model where it is named, else the policy's start; same compute type and
+    kernel.
+    """
     if config.reference.model is None:
         return config.model
     return ModelConfig(
@@ -78,8 +81,8 @@ def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity
 def _sha256(path: Path, memory: Path) -> str:
     """SHA-256 (hex) of a file: from the hub cache, from memory, or from its bytes.
 
-    The hub cache names a large file by its SHA-256. A local file is hashed once and remembered by (path, size,
-    modification and change time, inode): editing it in place changes at least the change time.
+    The hub cache names a large file by its SHA-256. A local file is hashed once and remembered by (path,
+    size, modification and change time, inode): editing it in place changes at least the change time.
     """
     resolved = path.resolve()
     if resolved.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", resolved.name):

@@ -1,4 +1,5 @@
-"""Fills the reference cache: the missing sequences only, in batches that do not depend on the number of ranks.
+"""Fills the reference cache: the missing sequences only, in batches that do not depend on the number of
+ranks.
 
 Also the other end of it: the values of a data set, read from the cache, aligned with its sequences.
 """
@@ -80,8 +81,8 @@ def reference_logps(
     rows = table.find(dataset.keys)
     if (rows < 0).any():
         raise UserError(
-            f"{store.path}: the reference cache lacks {int((rows < 0).sum())} of the {len(rows)} sequences of this "
-            f"data; training never computes a reference. Run: {command}"
+            f"{store.path}: the cache lacks {int((rows < 0).sum())} of the {len(rows)} sequences of "
+            f"this data; training never computes a reference. Run: {command}"
         )
     lengths = np.diff(dataset.segment_offsets)
     completions = np.delete(lengths, dataset.group_segments[:-1])

@@ -1,7 +1,7 @@
 """The reference cache on disk: identity.json and append-only Parquet shards of one row a sequence.
 
-Shards are immutable, have unique names and may overlap; the loaded table has each key once. A shard is written
-under a temporary name, flushed and renamed, so that a crash loses at most the shard being written.
+Shards are immutable, have unique names and may overlap; the loaded table has each key once. A shard is
+written under a temporary name, flushed and renamed, so that a crash loses at most the shard being written.
 """
 
 import json
@@ -81,8 +81,8 @@ class ReferenceStore:
         """
         if not np.isfinite(logps).all():
             raise UserError(
-                f"{self.path}: the reference model gave {int((~np.isfinite(logps)).sum())} log-probs that are not "
-                "finite; nothing of this batch was stored. Check the weights, or set model.dtype: float32"
+                f"{self.path}: the model gave {int((~np.isfinite(logps)).sum())} log-probs that are "
+                "not finite; nothing of this batch was stored. Check the weights, or set model.dtype: float32"
             )
         packed = pa.py_buffer(np.ascontiguousarray(keys).tobytes())
         columns = [pa.FixedSizeBinaryArray.from_buffers(SCHEMA.field("key").type, len(keys), [None, packed])]
@@ -130,8 +130,8 @@ class ReferenceStore:
         if stored != wanted:
             differing = ", ".join(key for key in wanted if stored.get(key) != wanted[key])
             raise UserError(
-                f"{self.path}: the cache is of another reference model, it differs in: {differing}; delete the "
-                "folder, or use another reference.cache_dir"
+                f"{self.path}: the cache is of another reference model, it differs in: {differing}; delete "
+                "the folder, or use another reference.cache_dir"
             )
 
     def _check_agreement(
@@ -143,7 +143,7 @@ class ReferenceStore:
         if wrong.any():
             row = int(np.argmax(wrong))
             raise UserError(
-                f"{self.path}: {int(wrong.sum())} rows stand in two shards with different values, for example "
+                f"{self.path}: {int(wrong.sum())} rows stand in two shards with different values, as "
                 f"{logps[kept[row]]:.6f} and {logps[row]:.6f} nats; delete the folder and recompute it"
             )
 
@@ -157,7 +157,11 @@ def _keys_of(table: pa.Table) -> Keys:
     """(N,) V16, without a Python object a row."""
     column = table["key"].combine_chunks()
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    parts = [np.frombuffer(c.buffers()[1], dtype=f"V{KEY_BYTES}")[c.offset : c.offset + len(c)] for c in chunks if len(c)]
+    parts = [
+        np.frombuffer(c.buffers()[1], dtype=f"V{KEY_BYTES}")[c.offset : c.offset + len(c)]
+        for c in chunks
+        if len(c)
+    ]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=f"V{KEY_BYTES}")
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: written beside, digested, renamed last. One without a valid manifest does not exist.
 
-What a run needs to go on is listed in one place: the engine's state (weights, optimizer) and `Progress`. There is
-no random state: dropout is off and the order of the data is a function of (seed, epoch).
+What a run needs to go on is listed in one place: the engine's state (weights, optimizer) and `Progress`.
+There is no random state: dropout is off and the order of the data is a function of (seed, epoch).
 """
 
 import hashlib
@@ -71,8 +71,8 @@ def load_checkpoint(engine: Engine, folder: Path) -> Progress:
     here = (distributed.world_size(), engine.kind)
     if (manifest["world_size"], manifest["engine"]) != here:
         raise UserError(
-            f"{folder}: written by {manifest['world_size']} rank(s) with {manifest['engine']}; this run has {here[0]} "
-            f"with {here[1]}. Launch it the same way, or start in another run_dir"
+            f"{folder}: written by {manifest['world_size']} rank(s) with {manifest['engine']}; this run has "
+            f"{here[0]} with {here[1]}. Launch it the same way, or start in another run_dir"
         )
     engine.load(folder)
     return Progress(**json.loads((folder / PROGRESS).read_text()))

@@ -1,7 +1,8 @@
 """The training loop, for preferences and for next tokens alike: score, loss, backward, update, record.
 
-What differs between the two is an `Objective`. The plan fixes the steps without the world size; this rank takes its
-share, and every sum is divided by the count of the whole step, so that the gradient is that of one big batch.
+What differs between the two is an `Objective`. The plan fixes the steps without the world size; this rank
+takes its share, and every sum is divided by the count of the whole step, so that the gradient is that of one
+big batch.
 """
 
 import math
@@ -28,9 +29,13 @@ from dpo.train.checkpoint import Progress, save_checkpoint
 class Objective(Protocol):
     """What a run minimizes."""
 
-    dataset: TokenizedDataset
-    unit: str
-    """What a step is made of, for the bar: pairs or sequences."""
+    @property
+    def dataset(self) -> TokenizedDataset:
+        """Where the groups are."""
+
+    @property
+    def unit(self) -> str:
+        """What a step is made of, for the bar: pairs or sequences."""
 
     def count(self, groups: Int64s) -> int:
         """What the step's loss is divided by: its pairs, or its completion tokens."""

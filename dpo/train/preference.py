@@ -1,4 +1,6 @@
-"""Preference optimization as an objective: pairs, their reference log-probs from the cache, and the DPO loss."""
+"""Preference optimization as an objective: pairs, their reference log-probs from the cache, and the DPO
+loss.
+"""
 
 from dataclasses import dataclass
 

@@ -19,12 +19,22 @@ from dpo.errors import UserError
 from dpo.train.checkpoint import is_valid, newest_checkpoint
 
 CONFIG_FILE = "config.yaml"
-FREE_TO_CHANGE = (
-    # These may differ between a run and its continuation: they change no weight.
-    "run_dir evaluate reference.cache_dir reference.max_tokens_per_batch reference.flush_every_seconds "
-    "data.cache_dir data.strict train.resume train.keep_last train.keep_best train.checkpoint_every "
-    "train.evaluate_every train.max_tokens_per_micro_batch model.gradient_checkpointing"
-).split()
+FREE_TO_CHANGE = (  # between a run and its continuation: they change no weight
+    "run_dir",
+    "evaluate",
+    "reference.cache_dir",
+    "reference.max_tokens_per_batch",
+    "reference.flush_every_seconds",
+    "data.cache_dir",
+    "data.strict",
+    "train.resume",
+    "train.keep_last",
+    "train.keep_best",
+    "train.checkpoint_every",
+    "train.evaluate_every",
+    "train.max_tokens_per_micro_batch",
+    "model.gradient_checkpointing",
+)
 PACKAGES = ("dpo", "torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "numpy")
 
 
@@ -49,7 +59,7 @@ def find_start(config: Config | SftConfig) -> Path | None:
     occupied = run_dir.is_dir() and any(run_dir.iterdir())
     if resume == "never" and recorded:
         raise UserError(
-            f"run_dir: {run_dir} holds a run of {recorded} steps and train.resume is never; choose another run_dir"
+            f"run_dir: {run_dir} holds a run of {recorded} steps and train.resume is never; choose another"
         )
     if occupied and not (run_dir / CONFIG_FILE).is_file() and not (run_dir / "exit.json").is_file():
         raise UserError(
@@ -58,17 +68,18 @@ def find_start(config: Config | SftConfig) -> Path | None:
     if not recorded:
         return None
     _refuse_other_settings(config, run_dir)
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is None:
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
         raise UserError(
-            f"run_dir: {run_dir} records {recorded} steps but has no valid checkpoint to go on from; choose another "
-            "run_dir, or delete this one to start again (train.checkpoint_every makes a run resumable)"
+            f"run_dir: {run_dir} records {recorded} steps but has no valid checkpoint; choose "
+            "another run_dir, or delete this one to start again (train.checkpoint_every makes runs resumable)"
         )
-    return checkpoint
+    return newest
 
 
 def describe_run(config: Config | SftConfig, *, engine: str) -> None:
-    """Writes config.yaml (resolved) and environment.json. No environment variable is recorded: they hold tokens.
+    """Writes config.yaml (resolved) and environment.json. No environment variable is recorded: they hold
+    tokens.
 
     Args:
         config: The resolved configuration.
@@ -91,7 +102,7 @@ def describe_run(config: Config | SftConfig, *, engine: str) -> None:
 
 def config_text(config: Config | SftConfig) -> str:
     """The resolved configuration as YAML that the commands read back."""
-    return yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
+    return str(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
 
 
 def _refuse_other_settings(config: Config | SftConfig, run_dir: Path) -> None:

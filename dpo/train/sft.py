@@ -1,8 +1,9 @@
-"""Supervised fine-tuning: next tokens of text, or the chosen completions of preference data given their prompts.
+"""Supervised fine-tuning: next tokens of text, or the chosen completions of preference data given their
+prompts.
 
-The paper's first stage, its preferred-FT baseline, and the way to a base model where there is none: from random
-weights with a tokenizer trained on the text. A sequence is a group with one completion and no pairs, so that data,
-plan, engine and loop are those of preference training.
+The paper's first stage, its preferred-FT baseline, and the way to a base model where there is none: from
+random weights with a tokenizer trained on the text. A sequence is a group with one completion and no pairs,
+so that data, plan, engine and loop are those of preference training.
 """
 
 import gzip
@@ -10,7 +11,7 @@ import hashlib
 import json
 import lzma
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -45,7 +46,7 @@ class NextTokenObjective:
 
     def sequences(self, groups: Int64s) -> list[tuple[TokenIds, TokenIds]]:
         """(prompt, completion) of these groups: the chosen completions, or the one there is."""
-        found = []
+        found: list[tuple[TokenIds, TokenIds]] = []
         for group in (self.dataset[int(index)] for index in groups):
             wanted = dict.fromkeys(pair.chosen for pair in group.pairs) or {0: None}
             found.extend((group.prompt, group.completions[index]) for index in wanted)
@@ -171,7 +172,9 @@ def _open_text(
 def _blocks(
     path: str, key: str, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[TokenizedGroup]:
-    """All documents one after the other, each started and ended by EOS, cut into blocks of max_length tokens."""
+    """All documents one after the other, each started and ended by EOS, cut into blocks of max_length
+    tokens.
+    """
     eos = int(tokenizer.eos_token_id)
     waiting = [eos]
     lines = tqdm(read_lines(path, key), desc="tokenize text", unit=" lines", leave=False)
@@ -185,7 +188,7 @@ def _blocks(
         yield _block(waiting)
 
 
-def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:
+def _chunks(lines: Iterable[str]) -> Iterator[list[str]]:
     chunk: list[str] = []
     for line in lines:
         chunk.append(line)

@@ -1,0 +1,84 @@
+# Every habit of the project. `make help` lists the targets; CONFIG, NPROC, MODEL and ARGS go where they fit:
+#   make train CONFIG=configs/demo.yaml NPROC=2 ARGS="--train.learning_rate 1e-6"
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON3 ?= python3
+CONFIG ?= configs/demo.yaml
+SFT_CONFIG = $(if $(filter command line environment,$(origin CONFIG)),$(CONFIG),configs/demo_sft.yaml)
+NPROC ?=
+MODEL ?=
+ARGS ?=
+LABELS ?= sentiment
+
+py := .venv/bin/python
+launch := PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/run
+model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
+ready := .venv/.ready
+
+.PHONY: help setup demo data sft precompute-ref train eval sentiment tensorboard
+.PHONY: test test-unit test-distributed test-e2e lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
+
+setup: $(ready) ## make .venv with the exact versions of requirements.lock and install the project
+
+$(ready): requirements.lock pyproject.toml
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "setup: $$($(PYTHON3) --version) is too old; expected Python 3.11 or newer (make setup PYTHON3=...)" >&2; exit 2; }
+	$(PYTHON3) -m venv .venv
+	$(py) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(py) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: $(ready) ## the whole pipeline on stories of a small grammar: base model, samples, DPO, report (no network)
+	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/demo
+
+data: $(ready) ## prepare preference data: make data ARGS="hh --input FILE --output DIR" (no ARGS: what there is)
+	$(py) -m data_prep $(or $(ARGS),--help)
+
+sft: $(ready) ## next-token training with CONFIG (default configs/demo_sft.yaml)
+	$(launch) sft --config $(SFT_CONFIG) $(model_key) $(ARGS)
+
+precompute-ref: $(ready) ## fill the cache of reference log-probabilities for CONFIG; costs seconds where it is full
+	$(launch) precompute-ref --config $(CONFIG) $(model_key) $(ARGS)
+
+train: precompute-ref ## optimize the policy with CONFIG, after precompute-ref
+	$(launch) train --config $(CONFIG) $(model_key) $(ARGS)
+
+eval: $(ready) ## held-out metrics, samples side by side and the report of CONFIG's run
+	$(launch) evaluate --config $(CONFIG) $(model_key) $(ARGS)
+
+sentiment: $(ready) ## the founding experiment: MODEL (default gpt2, or a folder), LABELS (a task of OpenAI's, or a file)
+	PYTHON=$(py) MODEL="$(MODEL)" LABELS="$(LABELS)" $(if $(NPROC),NPROC=$(NPROC)) launch/sentiment $(ARGS)
+
+tensorboard: $(ready) ## watch the runs under runs/ at http://localhost:6006
+	$(py) -m tensorboard.main --logdir runs --host localhost $(ARGS)
+
+test: $(ready) ## every test
+	$(py) -m pytest tests/unit -n 2 -q $(ARGS)
+	$(py) -m pytest tests/distributed tests/end_to_end -q $(ARGS)
+
+test-unit: $(ready) ## fast tests of single modules
+	$(py) -m pytest tests/unit -n 2 -q $(ARGS)
+
+test-distributed: $(ready) ## real ranks, the real launcher, the real DeepSpeed
+	$(py) -m pytest tests/distributed -q $(ARGS)
+
+test-e2e: $(ready) ## the commands as a person runs them
+	$(py) -m pytest tests/end_to_end -q $(ARGS)
+
+lint: $(ready) ## formatting, lint and types
+	$(py) -m ruff format --check .
+	$(py) -m ruff check .
+	$(py) -m mypy
+
+format: $(ready) ## format the code
+	$(py) -m ruff format .
+	$(py) -m ruff check --fix .
+
+clean: ## remove caches, runs and prepared data; keeps .venv
+	rm -rf runs cache data .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,204 @@
+"""Preference groups -> the folder that training reads: train.parquet, test.parquet and manifest.json.
+
+The folder is written beside its place under a temporary name and renamed last, so that it is whole or not
+there. Memory holds a thousand groups at a time; Parquet pages carry checksums.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from dpo.data.load import Split
+from dpo.errors import UserError
+from dpo.records import PreferenceGroup
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+_GROUPS_PER_WRITE = 1024
+_MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+_PAIRS = pa.list_(pa.struct([("chosen", pa.int32()), ("rejected", pa.int32())]))
+
+
+class PreferenceWriter:
+    """Writes one folder of preference files; a context manager.
+
+    On a clean exit the manifest is written and the folder takes its place; on an error nothing is left.
+
+        with PreferenceWriter(output, overwrite=False, completions_are_complete=True, source={...}) as writer:
+            writer.write("train", group)
+    """
+
+    def __init__(
+        self, output: Path, *, overwrite: bool, completions_are_complete: bool, source: dict[str, Any]
+    ) -> None:
+        """Checks that `output` may be written.
+
+        Args:
+            output: The folder to make; missing, empty, or with `overwrite` one that a writer made before.
+            overwrite: Replace preference files that are there.
+            completions_are_complete: Whether completions end where their writer ended (EOS follows them), or
+                were cut at a fixed length.
+            source: What the data were made from and with which options, for the manifest; JSON values.
+
+        Raises:
+            UserError: Something is in the way.
+        """
+        self.drops: Counter[str] = Counter()
+        """Dropped rows (and pairs) by reason; goes into the manifest."""
+        self.sources: list[dict[str, Any]] = []
+        """The files that were read, each as `describe_file` gives it; goes into the manifest."""
+        self.folder = output.parent / f".{output.name}.partial-{os.getpid()}"
+        """The folder while it is written; further files put here come along."""
+        self._output = output
+        self._complete = completions_are_complete
+        self._source = source
+        self._buffers: dict[Split, list[PreferenceGroup]] = {split: [] for split in SPLITS}
+        self._files: dict[Split, pq.ParquetWriter] = {}
+        self._rows: Counter[Split] = Counter()
+        self._num_pairs = 0
+        self._as_messages: bool | None = None
+        _check_output(output, overwrite=overwrite)
+
+    def __enter__(self) -> Self:
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--output: {self._output} cannot be written ({error.strerror})") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for split in SPLITS if kind is None else ():
+                self._flush(split)
+            for file in self._files.values():
+                file.close()
+            if kind is None:
+                self._finish()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def write(self, split: Split, group: PreferenceGroup) -> None:
+        """Adds one group. Raises UserError when text and message prompts are mixed."""
+        as_messages = not isinstance(group.prompt, str)
+        if self._as_messages is None:
+            self._as_messages = as_messages
+        if as_messages is not self._as_messages:
+            raise UserError(
+                "the data has both text prompts and message prompts; expected one kind. Prepare them one by "
+                "one, and give the folders as a list in data.train"
+            )
+        self._buffers[split].append(group)
+        self._rows[split] += 1
+        self._num_pairs += len(group.pairs)
+        if len(self._buffers[split]) >= _GROUPS_PER_WRITE:
+            self._flush(split)
+
+    def write_all(self, groups: Iterable[tuple[Split, PreferenceGroup]]) -> None:
+        """Adds a stream of groups under a progress bar."""
+        for split, group in tqdm(groups, desc="data_prep", unit=" groups"):
+            self.write(split, group)
+
+    def _flush(self, split: Split) -> None:
+        groups = self._buffers[split]
+        if not groups:
+            return
+        if split not in self._files:
+            self._files[split] = pq.ParquetWriter(
+                self.folder / f"{split}.parquet",
+                self._schema(),
+                compression="zstd",
+                write_page_checksum=True,
+            )
+        rows = [
+            {
+                "prompt": group.prompt,
+                "completions": group.completions,
+                "pairs": [pair._asdict() for pair in group.pairs],
+                "scores": group.scores,
+                "id": group.id,
+            }
+            for group in groups
+        ]
+        self._files[split].write_table(pa.Table.from_pylist(rows, schema=self._schema()))
+        groups.clear()
+
+    def _schema(self) -> pa.Schema:
+        return pa.schema(
+            [
+                ("prompt", _MESSAGES if self._as_messages else pa.string()),
+                ("completions", pa.list_(pa.string())),
+                ("pairs", _PAIRS),
+                ("scores", pa.list_(pa.float64())),
+                ("id", pa.string()),
+            ]
+        )
+
+    def _finish(self) -> None:
+        dropped = dict(self.drops.most_common())
+        if not self._rows["train"]:
+            raise UserError(
+                f"nothing left after filtering: {self._rows['test']} test and no training groups; dropped "
+                f"{dropped or 'none'}. Check that the input has rows of the expected form"
+            )
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "source": self._source,
+            "sources": self.sources,
+            "rows": {split: self._rows[split] for split in SPLITS},
+            "pairs": self._num_pairs,
+            "dropped": dropped,
+            "completions_are_complete": self._complete,
+            "created_with": version("dpo"),
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        (self.folder / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+        self._take_place()
+
+    def _take_place(self) -> None:
+        """Renames the finished folder over its place; an older one steps aside and goes last."""
+        if not self._output.exists():
+            self.folder.rename(self._output)
+            return
+        old = self.folder.with_name(f"{self.folder.name}.old")
+        self._output.rename(old)
+        self.folder.rename(self._output)
+        shutil.rmtree(old)
+
+
+def describe_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The command line as the manifest keeps it: source and options, without where the output went."""
+    return {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Name, size in bytes and SHA-256 of a file, for the manifest."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output: {output} is a file; expected a folder to make")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"--output: {output} is not empty; choose another folder, or add --overwrite")
+    if not (output / MANIFEST).is_file():  # someone mistook a folder of theirs for one of ours
+        raise UserError(f"--output: {output} holds other files than preference files; choose another folder")

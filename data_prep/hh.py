@@ -1,0 +1,92 @@
+r"""Anthropic's HH-RLHF: pairs of whole dialogues -> the shared dialogue as prompt, the last turns as a pair.
+
+Input rows are {chosen, rejected}, each "\n\nHuman: ...\n\nAssistant: ..." to its end. As text the prompt ends
+with "\n\nAssistant:" and a completion starts with the space that follows; as messages the markers are gone.
+"""
+
+import argparse
+import re
+from functools import partial
+from typing import Any
+
+from data_prep.files import PreferenceWriter, describe_arguments
+from data_prep.splits import open_inputs, read_inputs
+from dpo.data.load import RowError, group_from_row
+from dpo.records import Message, PreferenceGroup
+
+SUMMARY = "Anthropic's HH-RLHF dialogues; train and test never share the human's first turn."
+
+_MARKER = re.compile(r"\n\n(Human|Assistant):")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this source."""
+    parser.add_argument(
+        "input",
+        nargs="+",
+        metavar="INPUT",
+        help=".jsonl.gz or .jsonl files, or a hub name (Anthropic/hh-rlhf)",
+    )
+    parser.add_argument(
+        "--test",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="held-out files (default: the input's own test split, else a share of the input)",
+    )
+    parser.add_argument(
+        "--format", choices=("text", "messages"), default="text", help="form of the prompt (default: text)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the preference files. Raises UserError."""
+    inputs = open_inputs(args.input, args.test)
+    with PreferenceWriter(
+        args.output,
+        overwrite=args.overwrite,
+        completions_are_complete=True,
+        source=describe_arguments(args),
+    ) as writer:
+        writer.sources.extend(inputs.describe())
+        convert = partial(hh_group, as_messages=args.format == "messages")
+        writer.write_all(read_inputs(inputs, convert, first_turn, args=args, drops=writer.drops))
+
+
+def hh_group(row: Any, *, as_messages: bool) -> PreferenceGroup:
+    """One row as a group.
+
+    Raises:
+        RowError: A faulty row, or dialogues that part before the last assistant turn.
+    """
+    group = group_from_row(row)
+    if not isinstance(group.prompt, str) or not group.prompt.endswith("\n\nAssistant:"):
+        raise RowError(
+            "not_a_dialogue", 'the dialogues share no turn; expected "\\n\\nHuman: ... \\n\\nAssistant:"'
+        )
+    if any(_MARKER.search(completion) for completion in group.completions):
+        raise RowError("prompts_differ", "the dialogues differ before the last assistant turn")
+    turns = _turns(group.prompt)
+    if not as_messages:
+        return group
+    if not all(turn["content"] for turn in turns):
+        raise RowError("empty_turn", "a turn of the dialogue is empty; a chat template needs text")
+    return PreferenceGroup(
+        prompt=turns, completions=tuple(text.strip() for text in group.completions), pairs=group.pairs
+    )
+
+
+def first_turn(group: PreferenceGroup) -> str:
+    """What the human says first: the key that train and test must not share."""
+    turns = _turns(group.prompt) if isinstance(group.prompt, str) else group.prompt
+    return turns[0]["content"]
+
+
+def _turns(prompt: str) -> tuple[Message, ...]:
+    """A dialogue's turns, without the assistant's marker that ends it."""
+    before, *rest = _MARKER.split(prompt)
+    pieces = list(zip(rest[::2], rest[1::2], strict=True))[:-1]
+    if before.strip() or not pieces or pieces[0][0] != "Human":
+        raise RowError("not_a_dialogue", 'the dialogue does not start with "\\n\\nHuman:"')
+    return tuple(Message(role=_ROLES[speaker], content=text.strip()) for speaker, text in pieces)

@@ -1,0 +1,94 @@
+"""Preference data in the field's own formats -> preference files; from JSON Lines, Parquet, folders, the hub.
+
+Training reads these formats itself; preparing them once gives a held-out split, counts of what is faulty, and
+checksums.
+"""
+
+import argparse
+from functools import partial
+
+from data_prep.files import PreferenceWriter, describe_arguments
+from data_prep.splits import open_inputs, prompt_key, read_inputs
+from dpo.data.load import group_from_row
+from dpo.data.pairing import PAIRING_RULES
+from dpo.errors import UserError
+
+SUMMARY = (
+    "Any preference data: rows of prompt, chosen, rejected, or of prompt, completions and pairs or scores."
+)
+
+_FIELDS = ("prompt", "chosen", "rejected", "completions", "pairs", "scores", "id")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this source."""
+    parser.add_argument(
+        "input",
+        nargs="+",
+        metavar="INPUT",
+        help=".jsonl, .jsonl.gz or .parquet files, folders, or hub names",
+    )
+    parser.add_argument(
+        "--test",
+        nargs="+",
+        default=[],
+        metavar="INPUT",
+        help="held-out data (default: the input's own test split, else a share of the input)",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help=f"the data's own names where they differ: prompt=question; fields are {', '.join(_FIELDS)}",
+    )
+    parser.add_argument(
+        "--pairing", choices=PAIRING_RULES, default="best-vs-rest", help="how scores become pairs"
+    )
+    parser.add_argument(
+        "--min_margin", type=float, default=0.0, help="pairs whose scores differ by no more are not made"
+    )
+    parser.add_argument(
+        "--completions",
+        choices=("complete", "fragments"),
+        help="whether completions end where their writer ended or were cut (default: what the input's "
+        "manifest says, else complete)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the preference files. Raises UserError."""
+    convert = partial(
+        group_from_row,
+        columns=_columns(args.columns),
+        pairing=args.pairing,
+        min_margin=args.min_margin,
+    )
+    inputs = open_inputs(args.input, args.test)
+    known = {source.completions_are_complete for source in (*inputs.train, *inputs.test)} - {None}
+    if args.completions is None and len(known) > 1:
+        raise UserError(
+            "the inputs' manifests differ in completions_are_complete; give --completions, or prepare the "
+            "inputs apart"
+        )
+    complete = args.completions == "complete" if args.completions else known != {False}
+    with PreferenceWriter(
+        args.output,
+        overwrite=args.overwrite,
+        completions_are_complete=complete,
+        source=describe_arguments(args),
+    ) as writer:
+        writer.sources.extend(inputs.describe())
+        writer.write_all(read_inputs(inputs, convert, prompt_key, args=args, drops=writer.drops))
+
+
+def _columns(mappings: list[str]) -> dict[str, str]:
+    columns = {}
+    for mapping in mappings:
+        field, equals, column = mapping.partition("=")
+        if field not in _FIELDS or not equals or not column:
+            raise UserError(
+                f"--columns: {mapping!r}; expected FIELD=COLUMN with a field of {', '.join(_FIELDS)}"
+            )
+        columns[field] = column
+    return columns

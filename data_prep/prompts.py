@@ -1,0 +1,207 @@
+"""Prompts for `sample`: cut from any text to a fixed number of tokens, or those of preference data.
+
+A text is documents with an empty line between them, a document is paragraphs, one a line. No two prompts
+overlap, and train and test prompts come from different documents where there are at least ten.
+"""
+
+import argparse
+import gzip
+import lzma
+import random
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, groupby, islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, NamedTuple
+
+from tqdm import tqdm
+
+from data_prep.splits import open_inputs, prompt_key, read_inputs
+from dpo.data.load import Split, group_from_row, open_source, read_rows
+from dpo.errors import UserError
+from dpo.records import Message
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and `--help` must not
+    from transformers import PreTrainedTokenizerBase
+
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.xz")
+FEWEST_DOCUMENTS = 10
+"""With fewer, train and test prompts come from two disjoint parts of the text instead."""
+HUB_ROWS_PER_PROMPT = 20
+"""How many rows of a hub data set are read for each prompt that is asked for: some have no end."""
+
+
+class Prompt(NamedTuple):
+    """One prompt, and the split that its group goes to."""
+
+    split: Split
+    content: str | tuple[Message, ...]
+
+
+def is_preference_folder(path: str) -> bool:
+    """Whether prompts can be taken from `path` as they are."""
+    return (Path(path) / "train.parquet").is_file()
+
+
+def ready_prompts(args: argparse.Namespace, drops: Counter[str]) -> list[Prompt]:
+    """The first different prompts of each split of the preference folder `args.input`.
+
+    Args:
+        args: input, num_prompts and num_test_prompts (None: all), and what `read_inputs` reads.
+        drops: Counts faulty rows by reason.
+    """
+    limits: dict[Split, int | None] = {"train": args.num_prompts, "test": args.num_test_prompts}
+    found: dict[Split, dict[str, Prompt]] = {"train": {}, "test": {}}
+    inputs = open_inputs([args.input], [])
+    for split, group in read_inputs(inputs, group_from_row, prompt_key, args=args, drops=drops):
+        found[split].setdefault(prompt_key(group), Prompt(split, group.prompt))
+    return [prompt for split in found for prompt in islice(found[split].values(), limits[split])]
+
+
+def text_files(path: Path) -> list[Path]:
+    """The text files that `path` names: itself, or those of a folder in name order; none if it is no text."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [file for file in files if file.name.endswith(TEXT_SUFFIXES) and file.is_file()]
+
+
+def read_documents(path: str, *, max_rows: int | None, num_prompts: int) -> Iterator[list[str]]:
+    """Streams the documents of a text file, of a folder of such, or of a data set with a column `text`.
+
+    Args:
+        path: A .txt, .txt.gz or .txt.xz file, or a folder of such: an empty line or the end of a file ends a
+            document. Or a .jsonl or .parquet file, or a hub name: a row is a document.
+        max_rows: Read at most this many paragraphs or rows; None: all, of a hub data set as many as
+            `num_prompts` may need.
+        num_prompts: How many prompts will be cut.
+
+    Yields:
+        The paragraphs of a document, without the white space around them; at least one.
+
+    Raises:
+        UserError: Nothing is there, a damaged file, or rows without text.
+    """
+    files = text_files(Path(path))
+    if files:
+        lines = chain.from_iterable((*_lines(file), "") for file in files)
+        for empty, paragraphs in groupby(islice(lines, max_rows), key=lambda line: not line):
+            if not empty:
+                yield list(paragraphs)
+        return
+    if Path(path).is_dir():
+        raise UserError(
+            f"input: the folder {path} has no file that ends with {', '.join(TEXT_SUFFIXES)} and no "
+            "train.parquet; expected texts or a preference folder"
+        )
+    source = open_source(path, "train", key="input")
+    limit = max_rows or (None if source.files else HUB_ROWS_PER_PROMPT * num_prompts)
+    for place, row in islice(read_rows(source), limit):
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise UserError(f"{place}: no column `text` with a string; expected a text data set")
+        if row["text"].strip():
+            yield [line.strip() for line in row["text"].splitlines() if line.strip()]
+
+
+def text_prompts(
+    documents: Iterable[Sequence[str]],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    prompt_tokens: int,
+    num_prompts: int,
+    num_test_prompts: int,
+    seed: int,
+) -> list[Prompt]:
+    """Cuts prompts at paragraph starts, spread evenly over the text.
+
+    Args:
+        documents: Lists of paragraphs.
+        tokenizer: Counts the tokens; its special tokens are no part of a prompt.
+        prompt_tokens: Length of every prompt, in tokens, also when its text is tokenized again.
+        num_prompts: Prompts of the train split.
+        num_test_prompts: Prompts of the test split.
+        seed: Chooses the documents that are held out.
+
+    Raises:
+        UserError: The text is too short for so many.
+    """
+    documents = tqdm(documents, desc="cut prompts", unit=" documents", dynamic_ncols=True)
+    cut = [cut_prompts(document, tokenizer, prompt_tokens) for document in documents]
+    train, test = _split([prompts for prompts in cut if prompts], num_prompts, num_test_prompts, seed)
+    if len(train) < num_prompts or len(test) < num_test_prompts:
+        raise UserError(
+            f"the text holds {len(train)} train and {len(test)} test prompts of {prompt_tokens} tokens; "
+            f"expected {num_prompts} and {num_test_prompts}. Give more text, or ask for fewer or shorter ones"
+        )
+    return [
+        *(Prompt("train", text) for text in _spread(train, num_prompts)),
+        *(Prompt("test", text) for text in _spread(test, num_test_prompts)),
+    ]
+
+
+def cut_prompts(
+    paragraphs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", num_tokens: int
+) -> list[str]:
+    """Every prompt of one document: a paragraph, joined by newlines with the next ones while it is too short.
+
+    A stretch whose first tokens are not tokenized to the same again (cut inside a letter, say) is left out.
+    """
+    lengths = map(len, _encode(paragraphs, tokenizer))
+    stretches: list[str] = []
+    open_paragraphs: list[str] = []
+    num_open_tokens = 0
+    for paragraph, length in zip(paragraphs, lengths, strict=True):
+        open_paragraphs.append(paragraph)
+        num_open_tokens += length
+        if num_open_tokens >= num_tokens:
+            stretches.append("\n".join(open_paragraphs))
+            open_paragraphs, num_open_tokens = [], 0
+    ids = [stretch_ids[:num_tokens] for stretch_ids in _encode(stretches, tokenizer)]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [
+        text
+        for text, before, after in zip(texts, ids, _encode(texts, tokenizer), strict=True)
+        if before == after and len(after) == num_tokens
+    ]
+
+
+def _split(
+    documents: Sequence[Sequence[str]], num_train: int, num_test: int, seed: int
+) -> tuple[list[str], list[str]]:
+    """Prompts of train and of test, each in the order of the text, and no text in both."""
+    total = sum(map(len, documents))
+    wanted = max(num_test, round(total * num_test / max(1, num_train + num_test)))
+    if len(documents) < FEWEST_DOCUMENTS:
+        pooled = list(chain.from_iterable(documents))
+        train, test = pooled[: total - wanted], pooled[max(0, total - wanted) :]
+    else:
+        held_out: set[int] = set()
+        num_held_out = 0
+        for number in random.Random(seed).sample(range(len(documents)), len(documents)):
+            size = len(documents[number])
+            if num_held_out < wanted and total - num_held_out - size >= num_train:
+                held_out.add(number)
+                num_held_out += size
+        train = [text for number, texts in enumerate(documents) if number not in held_out for text in texts]
+        test = [text for number in sorted(held_out) for text in documents[number]]
+    different = dict.fromkeys(train)
+    return list(different), [text for text in dict.fromkeys(test) if text not in different]
+
+
+def _spread(texts: Sequence[str], count: int) -> list[str]:
+    """`count` of them at equal distances, from the first on."""
+    return [texts[number * len(texts) // count] for number in range(count)]
+
+
+def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    return list(tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids) if texts else []
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Streams the lines of a text, without white space around them."""
+    unpack: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
+    try:
+        with unpack.get(file.suffix, open)(file, mode="rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield line.strip()
+    except (UnicodeDecodeError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{file}: cannot be read to its end ({error}); expected UTF-8 text") from error

@@ -1,0 +1,244 @@
+"""Preference data from a policy's own continuations: prompts, samples of each, a score a sample, and pairs.
+
+Runs plain or under `accelerate launch`: sampling and scoring are spread over the ranks; rank 0 cuts prompts
+and writes the files. What is sampled does not depend on the number of ranks.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_prep.files import PreferenceWriter, describe_arguments, describe_file
+from data_prep.prompts import (
+    Prompt,
+    is_preference_folder,
+    read_documents,
+    ready_prompts,
+    text_files,
+    text_prompts,
+)
+from dpo.config import ModelConfig
+from dpo.data.pairing import PAIRING_RULES, pairs_from_scores
+from dpo.errors import UserError
+from dpo.records import PreferenceGroup, TokenIds
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import, and `--help` must not
+    from transformers import PreTrainedTokenizerBase
+
+SUMMARY = "Continuations sampled from a policy and scored: the one with the better score is preferred."
+NUM_PROMPTS = 1000
+MINIMA = {
+    "num_prompts": 1,
+    "num_test_prompts": 0,
+    "prompt_tokens": 1,
+    "num_samples": 2,
+    "completion_tokens": 1,
+    "temperature": 0.01,
+    "batch_size": 1,
+    "min_margin": 0,
+    "seed": 0,
+}
+
+PromptIds = tuple[Prompt, TokenIds]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this source."""
+    add = parser.add_argument
+    add(
+        "input",
+        metavar="INPUT",
+        help="where prompts come from: a .txt, .txt.gz or .txt.xz file (a paragraph a line, an empty line "
+        "between documents), a folder of such, a data set with a column `text` (.jsonl, .parquet, a hub name), or "
+        "a preference folder, whose prompts and splits are used as they are",
+    )
+    add("--model", required=True, help="the policy that is sampled: a folder or a hub name")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="what it runs in (default: bfloat16)",
+    )
+    add("--scorer", required=True, help="vader, or hf:MODEL, a text-classification model")
+    add(
+        "--num_prompts", type=int, help=f"training prompts (default: {NUM_PROMPTS} of a text, all ready ones)"
+    )
+    add(
+        "--num_test_prompts",
+        type=int,
+        help="held-out prompts (default: test_fraction of num_prompts of a text, all ready ones)",
+    )
+    add("--prompt_tokens", type=int, default=64, help="length of a prompt cut from a text (default: 64)")
+    add("--num_samples", type=int, default=4, help="continuations of each prompt (default: 4)")
+    add("--completion_tokens", type=int, default=24, help="longest continuation, in tokens (default: 24)")
+    add("--temperature", type=float, default=0.7, help="of sampling (default: 0.7)")
+    add("--batch_size", type=int, default=64, help="sequences that a rank samples together (default: 64)")
+    add("--pairing", choices=PAIRING_RULES, default="best-vs-rest", help="how scores become pairs")
+    add("--min_margin", type=float, default=0.0, help="pairs whose scores differ by no more are not made")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Samples and scores on every rank; rank 0 writes the preference files. Raises UserError."""
+    from dpo import distributed
+    from dpo.evaluate.scoring import load_scorer, score_over_ranks
+    from dpo.model.load import load_tokenizer
+
+    for name, minimum in MINIMA.items():
+        value = getattr(args, name)
+        if value is not None and not value >= minimum:
+            raise UserError(f"--{name}: {value}; expected at least {minimum}")
+    distributed.start()
+    model = ModelConfig(name_or_path=args.model, dtype=args.dtype)
+    writer = _writer(args) if distributed.is_main() else None
+    scorer = load_scorer(args.scorer)
+    tokenizer = load_tokenizer(model)
+    prepared = distributed.from_main([] if writer is None else _prepare(args, model, tokenizer, writer))
+    texts = _continue(prepared, model, tokenizer, args)
+    flat = score_over_ranks(scorer, [text for samples in texts for text in samples])
+    if writer is None:
+        return
+    scores = [flat[start : start + args.num_samples] for start in range(0, len(flat), args.num_samples)]
+    with writer:
+        prompts = [prompt for prompt, _ in prepared]
+        for prompt, group in _groups(prompts, texts, scores, args, writer.drops):
+            writer.write(prompt.split, group)
+    positive = sum(map(scorer.is_positive, flat)) / len(flat)
+    print(
+        f"sampled {len(flat):,} continuations of {len(prompts):,} prompts: "
+        f"mean score {sum(flat) / len(flat):+.3f}, {positive:.1%} positive ({scorer.name})"
+    )
+
+
+def _writer(args: argparse.Namespace) -> PreferenceWriter:
+    writer = PreferenceWriter(
+        args.output,
+        overwrite=args.overwrite,
+        completions_are_complete=False,
+        source=describe_arguments(args),
+    )
+    path = Path(args.input)
+    files = sorted(path.glob("*.parquet")) if is_preference_folder(args.input) else text_files(path)
+    writer.sources.extend(map(describe_file, files or filter(Path.is_file, [path])))
+    return writer
+
+
+def _prepare(
+    args: argparse.Namespace,
+    model: ModelConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    writer: PreferenceWriter,
+) -> list[PromptIds]:
+    """The prompts with their token ids, those left out that leave no room for a continuation."""
+    from dpo.model.load import max_positions
+
+    if is_preference_folder(args.input):
+        prompts = ready_prompts(args, writer.drops)
+    else:
+        num_train = args.num_prompts or NUM_PROMPTS
+        num_test = args.num_test_prompts
+        if num_test is None:
+            num_test = round(args.test_fraction * num_train)
+        prompts = text_prompts(
+            read_documents(args.input, max_rows=args.max_rows, num_prompts=num_train + num_test),
+            tokenizer,
+            prompt_tokens=args.prompt_tokens,
+            num_prompts=num_train,
+            num_test_prompts=num_test,
+            seed=args.seed,
+        )
+    positions = max_positions(model)
+    prepared = []
+    for prompt in prompts:
+        ids = _encode(prompt, tokenizer)
+        if positions is not None and len(ids) + args.completion_tokens > positions:
+            writer.drops["prompt_too_long"] += 1
+        else:
+            prepared.append((prompt, ids))
+    if not prepared:
+        raise UserError(
+            f"input: no prompt of {args.input} is left that {args.completion_tokens} tokens can follow "
+            f"within {args.model}'s {positions} positions; dropped {dict(writer.drops) or 'none'}"
+        )
+    return prepared
+
+
+def _encode(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> TokenIds:
+    """(T,) ids, T >= 1: text with BOS where the tokenizer starts texts with it, messages by the template."""
+    if not isinstance(prompt.content, str):
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "--model: the prompts are chat messages and the model's tokenizer has no chat template; "
+                "expected a chat model, or prompts as text"
+            )
+        turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt.content]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    else:
+        starts_with_bos = list(tokenizer("").input_ids)[:1] == [tokenizer.bos_token_id]
+        ids = list(tokenizer(prompt.content, add_special_tokens=False).input_ids)
+        if starts_with_bos or not ids:
+            ids = [
+                tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
+                *ids,
+            ]
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _continue(
+    prepared: Sequence[PromptIds],
+    model: ModelConfig,
+    tokenizer: "PreTrainedTokenizerBase",
+    args: argparse.Namespace,
+) -> list[list[str]]:
+    """`num_samples` continuations of each prompt as text, on every rank."""
+    from dpo import distributed
+    from dpo.evaluate.sampling import sample
+    from dpo.model.load import load_model
+
+    policy = load_model(model)
+    policy.to(distributed.device())  # type: ignore[arg-type]
+    samples = sample(
+        policy,
+        [ids for _, ids in prepared],
+        num_samples=args.num_samples,
+        max_new_tokens=args.completion_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        eos_token_id=tokenizer.eos_token_id,
+        progress="sample",
+    )
+    return [
+        [str(tokenizer.decode(one.ids, skip_special_tokens=True)) for one in several] for several in samples
+    ]
+
+
+def _groups(
+    prompts: Sequence[Prompt],
+    texts: Sequence[Sequence[str]],
+    scores: Sequence[Sequence[float]],
+    args: argparse.Namespace,
+    drops: Counter[str],
+) -> Iterator[tuple[Prompt, PreferenceGroup]]:
+    """The groups with a preference: identical continuations merged, blank ones left out, the rest counted."""
+    for number, prompt in enumerate(prompts):
+        score_of = {
+            text: score for text, score in zip(texts[number], scores[number], strict=True) if text.strip()
+        }
+        pairs = pairs_from_scores(list(score_of.values()), args.pairing, args.min_margin) if score_of else ()
+        if not pairs:
+            drops["identical_continuations" if len(score_of) < 2 else "no_pair_above_margin"] += 1
+            continue
+        yield (
+            prompt,
+            PreferenceGroup(
+                prompt=prompt.content,
+                completions=tuple(score_of),
+                pairs=pairs,
+                scores=tuple(score_of.values()),
+                id=f"{prompt.split}-{number}",
+            ),
+        )

@@ -1,0 +1,122 @@
+"""Which groups train and which are held out: by the input's own test split, or by a hash of the prompt.
+
+Either way no key (a prompt, a dialogue's first turn) is in both, and a hashed choice depends on nothing but
+key and seed: not on the order, not on other rows.
+"""
+
+import argparse
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from data_prep.files import describe_file
+from dpo.data.load import PreferenceSource, Split, convert_rows, has_split, open_source, read_rows
+from dpo.records import PreferenceGroup
+
+Rows = Iterable[tuple[str, Any]]
+"""Raw rows, each with its place for messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What a source reads."""
+
+    train: Sequence[PreferenceSource]
+    """The training data, or everything where there is no separate test data."""
+    test: Sequence[PreferenceSource]
+    """Held-out data; empty where the training data is to be split."""
+
+    def rows(self) -> dict[Split, Rows]:
+        """The raw rows of each split that there is, with their places."""
+        rows: dict[Split, Rows] = {"train": chain.from_iterable(map(read_rows, self.train))}
+        if self.test:
+            rows["test"] = chain.from_iterable(map(read_rows, self.test))
+        return rows
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Name, size and digest of each file, or name, split and fingerprint of a hub data set."""
+        descriptions = []
+        for source in (*self.train, *self.test):
+            hub = {"name": source.path, "split": source.split, "fingerprint": source.fingerprint}
+            descriptions.extend([describe_file(file) for file in source.files] or [hub])
+        return descriptions
+
+
+def open_inputs(train: Sequence[str], test: Sequence[str]) -> Inputs:
+    """Opens the inputs; without `test`, the test splits that the training inputs have themselves.
+
+    Raises:
+        UserError: One of them does not exist.
+    """
+    own_tests = [path for path in train if has_split(path, "test")]
+    return Inputs(
+        train=[open_source(path, "train", key="input") for path in train],
+        test=[open_source(path, "test", key="--test") for path in test or own_tests],
+    )
+
+
+def read_inputs(
+    inputs: Inputs,
+    convert: Callable[[Any], PreferenceGroup],
+    key: Callable[[PreferenceGroup], str],
+    *,
+    args: argparse.Namespace,
+    drops: Counter[str],
+) -> Iterator[tuple[Split, PreferenceGroup]]:
+    """Streams every group of the inputs with its split; arguments as of `split_groups`."""
+    return split_groups(inputs.rows(), convert, key, args=args, drops=drops)
+
+
+def split_groups(
+    rows: Mapping[Split, Rows],
+    convert: Callable[[Any], PreferenceGroup],
+    key: Callable[[PreferenceGroup], str],
+    *,
+    args: argparse.Namespace,
+    drops: Counter[str],
+) -> Iterator[tuple[Split, PreferenceGroup]]:
+    """Streams every group with its split; test rows that have the key of a training row are dropped.
+
+    Args:
+        rows: The raw rows, "train" and "test"; without "test" the training rows are split.
+        convert: Makes a group of a raw row, or raises `RowError`.
+        key: What the splits must not share.
+        args: The command line: strict, max_rows, seed, test_fraction.
+        drops: Counts what is dropped, by reason.
+    """
+
+    def groups(split: Split) -> Iterator[PreferenceGroup]:
+        return convert_rows(islice(rows[split], args.max_rows), convert, strict=args.strict, drops=drops)
+
+    if "test" not in rows:
+        for group in groups("train"):
+            yield split_of(key(group), seed=args.seed, test_fraction=args.test_fraction), group
+        return
+    seen = set()
+    for group in groups("train"):
+        seen.add(_digest(key(group)))
+        yield "train", group
+    for group in groups("test"):
+        if _digest(key(group)) in seen:
+            drops["test_prompt_in_train"] += 1
+        else:
+            yield "test", group
+
+
+def split_of(key: str, *, seed: int, test_fraction: float) -> Split:
+    """The split of a key: test for about `test_fraction` of all keys; key and seed alone decide."""
+    value = int.from_bytes(_digest(f"{seed}\0{key}")[:8], "big")
+    return "test" if value < test_fraction * 2**64 else "train"
+
+
+def prompt_key(group: PreferenceGroup) -> str:
+    """A group's prompt as a key: equal prompts, equal keys."""
+    return group.prompt if isinstance(group.prompt, str) else json.dumps(group.prompt)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -1,0 +1,188 @@
+"""The report of an evaluation: headline numbers, the table query | reference | policy, and every sample.
+
+What models and prompts say is data: it is escaped before it enters Markdown, and control characters are taken
+out before it reaches a terminal. Each file is written beside its place and renamed: nobody reads half of one.
+"""
+
+import html
+import json
+import math
+import re
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+LONGEST_PROMPT = 400
+"""Characters of a prompt that the tables show, its end; samples.jsonl has all of it."""
+COLUMNS = ("query", "reference policy", "DPO-trained policy")
+LABELS = {
+    "eval/loss": "held-out loss",
+    "eval/rewards/accuracies": "held-out reward accuracy",
+    "eval/rewards/margins": "held-out reward margin",
+    "score/reference": "mean score, reference",
+    "score/policy": "mean score, policy",
+    "positive_share/reference": "share scored positive, reference",
+    "positive_share/policy": "share scored positive, policy",
+    "win_rate": "policy scores higher than reference (a tie is half)",
+    "kl/sequence": "KL(policy, reference), nats a sequence",
+    "kl/token": "KL(policy, reference), nats a token",
+    "distinct_2/reference": "distinct word pairs, reference",
+    "distinct_2/policy": "distinct word pairs, policy",
+}
+"""What the report calls the keys of summary.json, in its order; other keys follow under their own name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRow:
+    """One held-out prompt and what both models made of it with the same seed."""
+
+    index: int
+    """Of the prompt in the held-out set."""
+    seed: int
+    prompt: str
+    reference: str
+    policy: str
+    reference_score: float | None = None
+    """None where no scorer was given."""
+    policy_score: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Everything that an evaluation found."""
+
+    summary: dict[str, float]
+    """Flat, under the names of summary.json; an interval is `<name>/low` and `<name>/high`."""
+    rows: Sequence[SampleRow]
+    """All samples, in the order of the held-out prompts."""
+    table_rows: int
+    """How many of them report.md shows: always the first."""
+    essentials: dict[str, str]
+    """What was compared and how: models, reference identity, data, temperature, scorer."""
+    commands: Sequence[str]
+    """The commands that made this report, as a person would type them."""
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Writes report.md, summary.json and samples.jsonl into `folder`, which is made if it is missing.
+
+    A number that is not finite is written to summary.json as null.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finite = {key: value if math.isfinite(value) else None for key, value in report.summary.items()}
+    lines = [json.dumps(asdict(row), ensure_ascii=False) for row in report.rows]
+    _write(folder / "summary.json", json.dumps(finite, indent=2) + "\n")
+    _write(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
+    _write(folder / "report.md", markdown(report))
+
+
+def markdown(report: Report) -> str:
+    """The whole of report.md."""
+    shown = report.rows[: report.table_rows]
+    sections = ["# What changed", _numbers(report.summary)]
+    if shown:
+        seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in shown}))
+        sections += [
+            "## Samples",
+            f"The first {len(shown)} held-out prompts, unpicked, each continued by both models with seed "
+            f"{seeds}. All samples are in samples.jsonl.",
+            _sample_table(shown),
+        ]
+    essentials = "\n".join(f"- {_escape(key)}: {_escape(value)}" for key, value in report.essentials.items())
+    commands = "\n".join("    " + " ".join(command.split()) for command in report.commands)
+    sections += ["## What was compared", essentials, "## Commands", commands]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def terminal_table(rows: Sequence[SampleRow], width: int) -> str:
+    """The table query | reference policy | DPO-trained policy for a terminal, cells wrapped.
+
+    Args:
+        rows: What to show; the caller cuts them to its number of rows.
+        width: Columns of the terminal; below 40 it is taken as 40.
+    """
+    cell_width = (max(width, 40) - 2 * len(" | ")) // 3
+    rule = "-+-".join(["-" * cell_width] * 3)
+    lines = [_terminal_line(COLUMNS, cell_width), rule]
+    for row in rows:
+        texts = (_tail(row.prompt), row.reference, row.policy)
+        heads = (f"#{row.index}", _score(row.reference_score), _score(row.policy_score))
+        cells = [
+            [head, *_wrapped(text, cell_width)] if any(heads[1:]) else _wrapped(text, cell_width)
+            for head, text in zip(heads, texts, strict=True)
+        ]
+        for number in range(max(map(len, cells))):
+            line = [cell[number] if number < len(cell) else "" for cell in cells]
+            lines.append(_terminal_line(line, cell_width))
+        lines.append(rule)
+    return "\n".join(lines)
+
+
+def _numbers(summary: dict[str, float]) -> str:
+    """The headline table: every number of the summary with its interval, where it has one."""
+    names = [key for key in summary if not key.endswith(("/low", "/high"))]
+    names.sort(key=lambda key: list(LABELS).index(key) if key in LABELS else len(LABELS))
+    lines = ["| measure | value | 95 % interval |", "|---|---|---|"]
+    for name in names:
+        low, high = summary.get(f"{name}/low"), summary.get(f"{name}/high")
+        interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+        lines.append(f"| {LABELS.get(name, _escape(name))} | {summary[name]:.3f} | {interval} |")
+    return "\n".join(lines) if names else ""
+
+
+def _sample_table(rows: Sequence[SampleRow]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|"]
+    for row in rows:
+        cells = (
+            _escape(_tail(row.prompt)),
+            _scored(row.reference, row.reference_score),
+            _scored(row.policy, row.policy_score),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _scored(text: str, score: float | None) -> str:
+    return _escape(text) if score is None else f"**{_score(score)}**<br>{_escape(text)}"
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f"{score:+.2f}"
+
+
+def _tail(prompt: str) -> str:
+    return prompt if len(prompt) <= LONGEST_PROMPT else "…" + prompt[-LONGEST_PROMPT:]
+
+
+def _escape(text: str) -> str:
+    r"""Text as it is, for one cell of a Markdown table: no markup of its own, in any renderer.
+
+    HTML first, then Markdown; lines are joined by <br>. "a|b" becomes "a\|b", "<script>" "&lt;script&gt;".
+    """
+    lines = (html.escape(line, quote=False) for line in _lines(text))
+    return "<br>".join(re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", line) for line in lines)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text without control characters: an escape code of a terminal becomes visible."""
+    for line in text.splitlines():
+        yield "".join(
+            "\N{REPLACEMENT CHARACTER}" if unicodedata.category(letter) in ("Cc", "Cs") else letter
+            for letter in line.expandtabs(4)
+        )
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return [part for line in _lines(text) for part in textwrap.wrap(line, width) or [""]]
+
+
+def _terminal_line(cells: Sequence[str], width: int) -> str:
+    return " | ".join(cell.ljust(width) for cell in cells).rstrip()
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,274 @@
+"""One evaluation, start to end: the policy alone in memory, then the reference alone, then numbers and the
+report.
+
+Both continue the same held-out prompts with the same seeds. KL has samples of its own, at temperature 1.
+"""
+
+import gc
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo import distributed
+from dpo.config import Config, EvaluateConfig, ModelConfig
+from dpo.data.batches import sequence_batch
+from dpo.data.dataset import TokenizedDataset
+from dpo.evaluate.divergence import kl_summary
+from dpo.evaluate.report import Report, SampleRow, terminal_table, write_report
+from dpo.evaluate.rewards import PairScores, score_pairs
+from dpo.evaluate.sampling import Continuation, sample
+from dpo.evaluate.scoring import load_scorer, score_over_ranks
+from dpo.evaluate.statistics import distinct_n, mean_interval, win_rate
+from dpo.model.load import load_model, max_positions
+from dpo.model.logprobs import SequenceScorer
+from dpo.records import TokenIds
+
+KL_SEED_OFFSET = 1  # the KL's samples are not the compared ones
+
+Sequences = list[tuple[TokenIds, TokenIds]]
+Float64s = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Samples:
+    """Continuations of the held-out prompts by both models, and what the KL needs."""
+
+    prompts: list[TokenIds]
+    reference: list[str]
+    policy: list[str]
+    kl: dict[str, float]
+
+
+def evaluate_run(
+    config: Config,
+    policy: ModelConfig,
+    reference: ModelConfig,
+    test_data: TokenizedDataset,
+    reference_logps: Float64s,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Evaluates the trained policy and writes RUN_DIR/report. All ranks must call it.
+
+    Args:
+        config: The experiment.
+        policy: The trained model.
+        reference: The model that the samples are compared with.
+        test_data: Held-out groups.
+        reference_logps: (S,) their reference log-probs from the cache, in nats.
+        tokenizer: The policy's.
+    """
+    scores, samples = _use_models(config, policy, reference, test_data, reference_logps, tokenizer)
+    summary = _pair_summary(scores)
+    rows: list[SampleRow] = []
+    if samples is not None:
+        sampled, rows = _compare(samples, config.evaluate, tokenizer)
+        summary |= sampled
+    if not distributed.is_main():
+        return
+    folder = Path(config.run_dir) / "report"
+    report = Report(
+        summary=summary,
+        rows=rows,
+        table_rows=config.evaluate.table_rows,
+        essentials=_essentials(config, test_data),
+        commands=[
+            f"python -m dpo {name} --config {config.run_dir}/config.yaml"
+            for name in ("precompute-ref", "train", "evaluate")
+        ],
+    )
+    write_report(report, folder)
+    if rows:
+        print(terminal_table(rows[: config.evaluate.table_rows], shutil.get_terminal_size((140, 24)).columns))
+    print(_headline(summary))
+    print(f"report: {folder / 'report.md'}")
+
+
+def _use_models(
+    config: Config,
+    policy: ModelConfig,
+    reference: ModelConfig,
+    test_data: TokenizedDataset,
+    reference_logps: Float64s,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[PairScores, _Samples | None]:
+    """Everything that needs a model, one model in memory at a time."""
+    options, eos = config.evaluate, int(tokenizer.eos_token_id)
+    prompts = _held_out_prompts(test_data, options, max_positions(policy)) if options.num_prompts else []
+
+    model = load_model(policy)
+    scorer = SequenceScorer(model).to(distributed.device())
+    scores = score_pairs(
+        scorer,
+        test_data,
+        reference_logps,
+        config.loss,
+        budget=config.train.max_tokens_per_micro_batch,
+        device=distributed.device(),
+    )
+    if not prompts:
+        return scores, None
+    by_policy = _sample(model, prompts, options, eos, "policy samples")
+    drawn = _sample(model, prompts, options, eos, "samples for the KL", for_kl=True)
+    kl_sequences = [(prompt, c.sampled_ids(eos)) for prompt, c in zip(prompts, drawn, strict=True)]
+    policy_logps = _log_probs(scorer, kl_sequences, config.train.max_tokens_per_micro_batch)
+    del model, scorer
+    gc.collect()
+
+    model = load_model(reference)
+    scorer = SequenceScorer(model).to(distributed.device())
+    by_reference = _sample(model, prompts, options, eos, "reference samples")
+    kl_reference = _log_probs(scorer, kl_sequences, config.train.max_tokens_per_micro_batch)
+    lengths = [len(completion) for _, completion in kl_sequences]
+    return scores, _Samples(
+        prompts=prompts,
+        reference=_texts(by_reference, tokenizer),
+        policy=_texts(by_policy, tokenizer),
+        kl=kl_summary(policy_logps, kl_reference, lengths, np.arange(len(prompts))),
+    )
+
+
+def _held_out_prompts(
+    data: TokenizedDataset, options: EvaluateConfig, positions: int | None
+) -> list[TokenIds]:
+    """The first different prompts of the data set, cut on the left where the continuation needs the room."""
+    room = positions - options.completion_tokens if positions is not None else None
+    found: dict[bytes, TokenIds] = {}
+    for index in range(len(data)):
+        prompt = np.asarray(data[index].prompt)
+        prompt = prompt[-room:] if room is not None and room > 0 else prompt
+        found.setdefault(prompt.tobytes(), prompt)
+        if len(found) == options.num_prompts:
+            break
+    return list(found.values())
+
+
+def _sample(
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    options: EvaluateConfig,
+    eos: int,
+    progress: str,
+    *,
+    for_kl: bool = False,
+) -> list[Continuation]:
+    drawn = sample(
+        model,
+        prompts,
+        num_samples=1,
+        max_new_tokens=options.completion_tokens,
+        temperature=1.0 if for_kl else options.temperature,
+        seed=options.seed + KL_SEED_OFFSET if for_kl else options.seed,
+        batch_size=options.batch_size,
+        eos_token_id=eos,
+        progress=progress,
+    )
+    return [continuations[0] for continuations in drawn]
+
+
+def _log_probs(scorer: SequenceScorer, sequences: Sequences, budget: int) -> Float64s:
+    """(N,) summed log-probs in nats of all sequences, computed over the ranks, in order, on every rank."""
+    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    size = max(1, budget // width)
+    starts = range(0, len(sequences), size)
+    mine: dict[int, Float64s] = {}
+    for start in tqdm(
+        distributed.share_of(starts), desc="log-probs", disable=not distributed.is_main(), leave=False
+    ):
+        with torch.no_grad():
+            batch = sequence_batch(sequences[start : start + size]).to(distributed.device())
+            mine[start] = scorer(batch).cpu().numpy()
+    gathered = {start: values for part in distributed.gather_objects(mine) for start, values in part.items()}
+    return np.concatenate([gathered[start] for start in starts])
+
+
+def _texts(continuations: Sequence[Continuation], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [str(tokenizer.decode(drawn.ids, skip_special_tokens=True)) for drawn in continuations]
+
+
+def _pair_summary(scores: PairScores) -> dict[str, float]:
+    intervals = {
+        "eval/loss": scores.losses,
+        "eval/rewards/accuracies": scores.correct,
+        "eval/rewards/margins": scores.margins,
+    }
+    found = scores.means()
+    for name, values in intervals.items():
+        found |= mean_interval(values, scores.groups).under(name)
+    return found
+
+
+def _compare(
+    samples: _Samples, options: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, float], list[SampleRow]]:
+    """Numbers of both models' samples, and the samples side by side."""
+    both = {"reference": samples.reference, "policy": samples.policy}
+    prompts = [str(tokenizer.decode(prompt, skip_special_tokens=True)) for prompt in samples.prompts]
+    clusters = np.arange(len(prompts))
+    summary: dict[str, float] = {}
+    scores: dict[str, list[float]] = {}
+    if options.scorer is not None:
+        scorer = load_scorer(options.scorer)
+        scores = {name: score_over_ranks(scorer, texts) for name, texts in both.items()}
+        for name, values in scores.items():
+            positive = [float(scorer.is_positive(value)) for value in values]
+            summary |= mean_interval(values, clusters).under(f"score/{name}")
+            summary |= mean_interval(positive, clusters).under(f"positive_share/{name}")
+        summary |= win_rate(scores["policy"], scores["reference"], clusters).under("win_rate")
+    summary |= samples.kl
+    for name, texts in both.items():
+        summary[f"distinct_2/{name}"] = distinct_n([text.split() for text in texts], 2)
+        summary[f"distinct_texts/{name}"] = len(set(texts)) / len(texts)
+    rows = [
+        SampleRow(
+            index=index,
+            seed=options.seed,
+            prompt=prompt,
+            reference=samples.reference[index],
+            policy=samples.policy[index],
+            reference_score=scores["reference"][index] if scores else None,
+            policy_score=scores["policy"][index] if scores else None,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    return summary, rows
+
+
+def _essentials(config: Config, test_data: TokenizedDataset) -> dict[str, str]:
+    evaluate = config.evaluate
+    return {
+        "policy": f"{config.run_dir}/model, from {config.model.name_or_path}",
+        "reference": config.reference.model or config.model.name_or_path,
+        "loss": f"{config.loss.type}, beta {config.loss.beta}, label smoothing {config.loss.label_smoothing}",
+        "held-out data": f"{test_data.counts['pairs']} pairs of {test_data.counts['groups']} prompts",
+        "samples": f"{evaluate.num_prompts} prompts, temperature {evaluate.temperature}, up to "
+        f"{evaluate.completion_tokens} tokens, scorer {evaluate.scorer or 'none'}",
+        "KL": "estimated from samples of its own at temperature 1, without top-k or top-p",
+        "intervals": "95 %, bootstrapped by prompt",
+    }
+
+
+def _headline(summary: dict[str, float]) -> str:
+    """The numbers that a person wants first."""
+    lines = [
+        f"held-out loss {summary['eval/loss']:.4f}, reward accuracy {summary['eval/rewards/accuracies']:.3f} "
+        f"[{summary['eval/rewards/accuracies/low']:.3f}, {summary['eval/rewards/accuracies/high']:.3f}]"
+    ]
+    if "positive_share/policy" in summary:
+        lines.append(
+            f"scored positive: reference {summary['positive_share/reference']:.1%}, "
+            f"policy {summary['positive_share/policy']:.1%}; win rate {summary['win_rate']:.1%}"
+        )
+    if "kl/sequence" in summary:
+        lines.append(
+            f"KL(policy || reference) {summary['kl/sequence']:.2f} nats a sequence; distinct continuations: "
+            f"reference {summary['distinct_texts/reference']:.1%}, "
+            f"policy {summary['distinct_texts/policy']:.1%}"
+        )
+    return "\n".join(lines)

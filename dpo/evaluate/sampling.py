@@ -1,0 +1,191 @@
+"""Continuations of prompts by a causal language model: batched, over all ranks, the same however they run.
+
+Every (prompt, sample) has a random stream of its own, derived from the seed and the two indices, and batches
+are formed without the world size. So neither batch size nor ranks decide what is sampled (up to the last bits
+of a forward pass), and two models that are given one seed share their randomness: where they agree on the
+distribution they agree on the token.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from dpo.distributed import gather_objects, is_main, share_of
+from dpo.errors import UserError
+from dpo.records import TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """What a model wrote after a prompt."""
+
+    ids: TokenIds
+    """(T,) token ids without EOS; empty where the model ended at once."""
+    finished: bool
+    """Whether the model ended it with EOS; otherwise it was cut at the longest length."""
+
+    def sampled_ids(self, eos_token_id: int) -> TokenIds:
+        """(T,) or (T + 1,) int32: every token that was drawn, EOS included, as a log-probability counts."""
+        return np.append(self.ids, np.int32(eos_token_id)) if self.finished else self.ids
+
+
+class _Row(NamedTuple):
+    """One sequence to sample, by the index of its prompt and its own among that prompt's samples."""
+
+    prompt: int
+    sample: int
+
+
+class _GumbelNoise(LogitsProcessor):
+    """Makes the likeliest token an exact draw: argmax(x + Gumbel) ~ softmax(x) for x = logits / temperature.
+
+    Each row draws from its own generator, once a vocabulary entry and step, whatever the other rows do.
+    """
+
+    def __init__(self, rows: Sequence[_Row], *, temperature: float, seed: int, eos_token_id: int) -> None:
+        self._generators = [np.random.default_rng([seed, row.prompt, row.sample]) for row in rows]
+        self._temperature = temperature
+        self._eos_token_id = eos_token_id
+        self._started = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores plus noise, float32 (S, V). Rows that have ended are padded with EOS and need no noise."""
+        last = input_ids[:, -1].tolist()
+        active = [row for row, token in enumerate(last) if not self._started or token != self._eos_token_id]
+        self._started = True
+        # -log of an exponential is Gumbel. Drawn in double: a float32 draw is 0 about once in 2^24, which a
+        # vocabulary of 50,000 meets every few hundred tokens, and infinite noise is a uniformly random token.
+        exponential = np.ones(tuple(scores.shape), dtype=np.float64)
+        for row in active:
+            self._generators[row].standard_exponential(out=exponential[row])
+        noise = torch.from_numpy(exponential).to(torch.float32).log_().neg_()
+        return scores / self._temperature + noise.to(scores.device)
+
+
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[npt.NDArray[np.int32]],
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    eos_token_id: int,
+    progress: str | None,
+) -> list[list[Continuation]]:
+    """Samples `num_samples` continuations of each prompt from the whole distribution: no top-k, no top-p.
+
+    Every rank calls it with the same arguments and a copy of the model, and gets the complete result.
+
+    Args:
+        model: A causal language model in evaluation mode, on this rank's device. Its own generation settings
+            are not used.
+        prompts: P arrays of (T_p,) token ids, each with at least one token.
+        num_samples: Continuations of each prompt.
+        max_new_tokens: Longest continuation, in tokens, EOS included.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        seed: At least 0. The stream of a sample depends on this, its prompt's index and its own index only.
+        batch_size: Sequences that are sampled together.
+        eos_token_id: Token that ends a continuation.
+        progress: Label of the progress bar on rank 0, or None for no bar.
+
+    Returns:
+        For each prompt, in order, its `num_samples` continuations.
+
+    Raises:
+        UserError: A prompt leaves less than `max_new_tokens` of the model's positions.
+    """
+    _check_lengths(model, prompts, max_new_tokens)
+    rows = [_Row(prompt, number) for prompt in range(len(prompts)) for number in range(num_samples)]
+    rows.sort(key=lambda row: len(prompts[row.prompt]))
+    batches = share_of([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
+
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=eos_token_id,
+        pad_token_id=eos_token_id,
+    )
+    drawn: dict[_Row, Continuation] = {}
+    with (
+        _own_generation_config(model, config),
+        tqdm(
+            desc=progress,
+            total=sum(map(len, batches)),
+            unit=" samples",
+            disable=progress is None or not is_main(),
+            dynamic_ncols=True,
+        ) as bar,
+    ):
+        for batch in batches:
+            noise = _GumbelNoise(batch, temperature=temperature, seed=seed, eos_token_id=eos_token_id)
+            processors = LogitsProcessorList([noise] if temperature > 0 else [])
+            ids, mask = _left_padded([prompts[row.prompt] for row in batch], eos_token_id)
+            output = model.generate(  # type: ignore[operator]
+                inputs=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                logits_processor=processors,
+            )
+            written = output[:, ids.shape[1] :].cpu().numpy().astype(np.int32)
+            for row, tokens in zip(batch, written, strict=True):
+                drawn[row] = _until_eos(tokens, eos_token_id)
+            bar.update(len(batch))
+
+    complete = {key: value for part in gather_objects(drawn) for key, value in part.items()}
+    return [[complete[_Row(prompt, n)] for n in range(num_samples)] for prompt in range(len(prompts))]
+
+
+def _check_lengths(
+    model: PreTrainedModel, prompts: Sequence[npt.NDArray[np.int32]], max_new_tokens: int
+) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise UserError(
+            f"a prompt of {longest} tokens and a continuation of {max_new_tokens} do not fit the model's "
+            f"{positions} positions; sample fewer tokens or shorten the prompts"
+        )
+
+
+def _left_padded(
+    prompts: Sequence[npt.NDArray[np.int32]], pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (S, T) int64, with every prompt's end in the last column.
+
+    [[1, 2, 3], [4]] with padding 0 gives ids [[1, 2, 3], [0, 0, 4]] and mask [[1, 1, 1], [0, 0, 1]].
+    """
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
+
+
+def _until_eos(tokens: TokenIds, eos_token_id: int) -> Continuation:
+    """(T,) generated tokens up to the first EOS; what follows it is padding."""
+    ends = np.flatnonzero(tokens == eos_token_id)
+    if len(ends) == 0:
+        return Continuation(tokens.copy(), finished=False)
+    return Continuation(tokens[: ends[0]].copy(), finished=True)
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Generates with `config` alone: transformers fills what it leaves open from the model's own settings."""
+    saved = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = saved

@@ -1,0 +1,141 @@
+"""Scorers of text: how positive a continuation is, by a lexicon (vader) or by a classifier (hf:MODEL).
+
+A scorer gives one number a text, higher is better, and says from where on a text counts as positive.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from dpo.distributed import device, gather_objects, share_of
+from dpo.errors import UserError
+
+CLASSIFIER_BATCH = 64
+
+
+class Scorer(Protocol):
+    """One number a text, higher is better."""
+
+    name: str
+    """As the user gave it: vader, or hf:MODEL."""
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """The score of each text."""
+
+    def is_positive(self, score: float) -> bool:
+        """Whether a text with this score counts as positive."""
+
+
+class VaderScorer:
+    """The compound sentiment of the vader lexicon, in [-1, 1]; positive above 0.05, as its authors advise."""
+
+    name = "vader"
+
+    def __init__(self) -> None:
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """The compound score of each text, in [-1, 1]."""
+        return [float(self._analyzer.polarity_scores(text)["compound"]) for text in texts]
+
+    def is_positive(self, score: float) -> bool:
+        """Whether the compound exceeds 0.05."""
+        return score > 0.05
+
+
+class ClassifierScorer:
+    """P(positive) by a transformers text classifier, in [0, 1]; positive above 0.5.
+
+    Args:
+        model: A folder or a hub name with safetensors weights. The positive class is the label called
+            positive or pos (in any case), or LABEL_1 of two.
+
+    Raises:
+        UserError: The model is missing, has no safetensors, no trained classifier or no positive label.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.name = f"hf:{model}"
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(model)
+            loaded, report = AutoModelForSequenceClassification.from_pretrained(
+                model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"scorer {self.name}: cannot load {model}; expected a folder or a hub name: {reason}"
+            ) from error
+        if report["missing_keys"]:
+            raise UserError(
+                f"scorer {self.name}: {model} is no trained classifier, it has no "
+                f"{', '.join(sorted(report['missing_keys']))}; expected a text-classification model"
+            )
+        config = loaded.config
+        self._positive = _positive_class(config.id2label, self.name)
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        config.pad_token_id = self._tokenizer.pad_token_id
+        # A tokenizer that names no limit says 1e30. RoBERTa counts its positions from 2.
+        positions = getattr(config, "max_position_embeddings", 512) - 2
+        self._max_length = min(self._tokenizer.model_max_length, positions)
+        self._model = loaded.to(device()).eval()
+
+    @torch.inference_mode()
+    def score(self, texts: Sequence[str]) -> list[float]:
+        """P(positive) of each text, its start where it is longer than the classifier reads."""
+        scores: list[float] = []
+        for start in range(0, len(texts), CLASSIFIER_BATCH):
+            inputs = self._tokenizer(
+                list(texts[start : start + CLASSIFIER_BATCH]),
+                padding=True,
+                truncation=True,
+                max_length=self._max_length,
+                return_tensors="pt",
+            ).to(device())
+            probabilities = self._model(**inputs).logits.float().softmax(dim=-1)
+            scores.extend(probabilities[:, self._positive].tolist())
+        return scores
+
+    def is_positive(self, score: float) -> bool:
+        """Whether P(positive) exceeds a half."""
+        return score > 0.5
+
+
+def load_scorer(name: str) -> Scorer:
+    """The scorer called `name`: vader, or hf:MODEL with a folder or a hub name.
+
+    Raises:
+        UserError: An unknown name, or a classifier that cannot be loaded or has no positive class.
+    """
+    if name == "vader":
+        return VaderScorer()
+    if name.startswith("hf:") and len(name) > len("hf:"):
+        return ClassifierScorer(name.removeprefix("hf:"))
+    raise UserError(f"scorer: {name}; expected vader or hf:MODEL")
+
+
+def score_over_ranks(scorer: Scorer, texts: Sequence[str]) -> list[float]:
+    """Scores of all texts, in order, on every rank, each rank having scored its share.
+
+    Batches are formed before they are dealt, so that a classifier's scores do not depend on the world size.
+    """
+    starts = range(0, len(texts), CLASSIFIER_BATCH)
+    mine = {start: scorer.score(texts[start : start + CLASSIFIER_BATCH]) for start in share_of(starts)}
+    scored = {start: scores for part in gather_objects(mine) for start, scores in part.items()}
+    return [score for start in starts for score in scored[start]]
+
+
+def _positive_class(id2label: dict[int, str], scorer: str) -> int:
+    named = [index for index, label in id2label.items() if label.lower() in ("positive", "pos")]
+    if not named and len(id2label) == 2:
+        named = [index for index, label in id2label.items() if label.lower() == "label_1"]
+    if len(named) != 1:
+        raise UserError(
+            f"scorer {scorer}: which class is positive? its labels are {', '.join(id2label.values())}; "
+            "expected one called POSITIVE or pos, or LABEL_0 and LABEL_1"
+        )
+    return named[0]

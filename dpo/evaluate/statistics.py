@@ -1,0 +1,121 @@
+"""What samples say and how sure one can be: bootstrap intervals by prompt, win rate, distinct n-grams.
+
+Values of one prompt (its samples, its pairs) are not independent: prompts are resampled whole, as clusters.
+Every interval comes from sums and counts by cluster, never from means of means.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """An estimate and the interval around it."""
+
+    mean: float
+    low: float
+    high: float
+
+    def under(self, name: str) -> dict[str, float]:
+        """The keys of summary.json: `name`, `name/low` and `name/high`."""
+        return {name: self.mean, f"{name}/low": self.low, f"{name}/high": self.high}
+
+
+def mean_interval(
+    values: npt.ArrayLike,
+    clusters: npt.ArrayLike,
+    *,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of all values, and its percentile bootstrap interval over resampled clusters.
+
+    Args:
+        values: (N,) numbers.
+        clusters: (N,) integers or names: which prompt a value belongs to.
+        level: Coverage that the interval aims at, in (0, 1). With few clusters it covers less.
+        num_resamples: Bootstrap resamples.
+        seed: Of the resampling: equal input gives equal intervals.
+
+    Raises:
+        ValueError: No values, or lengths that differ.
+    """
+    ones = np.ones(len(np.asarray(values)))
+    return ratio_interval(values, ones, clusters, level=level, num_resamples=num_resamples, seed=seed)
+
+
+def ratio_interval(
+    numerators: npt.ArrayLike,
+    denominators: npt.ArrayLike,
+    clusters: npt.ArrayLike,
+    *,
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """sum(numerators) / sum(denominators), such as nats per token, with its interval by cluster.
+
+    Args:
+        numerators: (N,) numbers.
+        denominators: (N,) numbers above 0.
+        clusters: (N,) integers or names: which prompt a value belongs to.
+        level: As in `mean_interval`.
+        num_resamples: As in `mean_interval`.
+        seed: As in `mean_interval`.
+
+    Raises:
+        ValueError: No values, or lengths that differ.
+    """
+    numerators, denominators = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    _, members = np.unique(np.asarray(clusters), return_inverse=True)
+    if not 0 < len(numerators) == len(denominators) == len(members):
+        raise ValueError(
+            f"{len(numerators)} numerators, {len(denominators)} denominators, {len(members)} clusters; "
+            "expected equal numbers, at least 1"
+        )
+    sums = np.bincount(members, weights=numerators)  # (C,)
+    counts = np.bincount(members, weights=denominators)  # (C,)
+    num_clusters = len(sums)
+    uniform = np.full(num_clusters, 1 / num_clusters)
+    drawn = np.random.default_rng(seed).multinomial(num_clusters, uniform, size=num_resamples)  # (R, C)
+    resampled = (drawn @ sums) / (drawn @ counts)  # (R,)
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
+
+
+def win_rate(
+    policy_scores: npt.ArrayLike, reference_scores: npt.ArrayLike, clusters: npt.ArrayLike
+) -> Interval:
+    """How often the policy's sample scores above the reference's on the same prompt and seed; a tie is half.
+
+    Args:
+        policy_scores: (N,) scores.
+        reference_scores: (N,) scores of the samples they are compared with.
+        clusters: (N,) as in `mean_interval`.
+    """
+    difference = np.asarray(policy_scores, np.float64) - np.asarray(reference_scores, np.float64)
+    return mean_interval((np.sign(difference) + 1) / 2, clusters)
+
+
+def distinct_n(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
+    """Distinct n-grams over all n-grams of all texts, in (0, 1]: near 0 for a model that repeats itself.
+
+    Args:
+        sequences: Texts as words or token ids. Those with fewer than n have no n-gram.
+        n: Length of an n-gram, at least 1.
+
+    Returns:
+        The share, or 0 where no text has n words.
+    """
+    seen: set[tuple[Hashable, ...]] = set()
+    total = 0
+    for sequence in sequences:
+        grams = list(zip(*(sequence[start:] for start in range(n)), strict=False))
+        seen.update(grams)
+        total += len(grams)
+    return len(seen) / total if total else 0.0
