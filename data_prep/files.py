@@ -61,9 +61,9 @@ class PreferenceWriter:
         """Dropped rows (and pairs) by reason; goes into the manifest."""
         self.sources: list[dict[str, Any]] = []
         """The files that were read, each as `describe_file` gives it; goes into the manifest."""
-        self.folder = output.parent / f".{output.name}.partial-{os.getpid()}"
+        self._output = output.resolve()
+        self.folder = self._output.with_name(f".{self._output.name}.partial-{os.getpid()}")
         """The folder while it is written; further files put here come along."""
-        self._output = output
         self._complete = completions_are_complete
         self._source = source
         self._buffers: dict[Split, list[PreferenceGroup]] = {split: [] for split in SPLITS}
@@ -152,9 +152,10 @@ class PreferenceWriter:
     def _finish(self) -> None:
         dropped = dict(self.drops.most_common())
         if not self._rows["train"]:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
             raise UserError(
-                f"nothing left after filtering: {self._rows['test']} test and no training groups; dropped "
-                f"{dropped or 'none'}. Check that the input has rows of the expected form"
+                f"nothing left after filtering: {self._rows['test']} test groups and no training groups; "
+                f"dropped: {reasons or 'nothing'}. --strict shows the first faulty row"
             )
         manifest = {
             "format_version": FORMAT_VERSION,

@@ -128,7 +128,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "hour": (
         "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     ),
-    "closed": ("closed the door", "went inside", "crossed the road", "opened a book", "made some tea", "left"),
+    "closed": ("closed the door", "went inside", "crossed the road", "opened a book", "made some tea"),
     # any mood
     "went": ("walked home", "ran home", "went home", "rode home", "went back"),
     "along": (

@@ -72,9 +72,8 @@ def hh_group(row: Any, *, as_messages: bool) -> PreferenceGroup:
         return group
     if not all(turn["content"] for turn in turns):
         raise RowError("empty_turn", "a turn of the dialogue is empty; a chat template needs text")
-    return PreferenceGroup(
-        prompt=turns, completions=tuple(text.strip() for text in group.completions), pairs=group.pairs
-    )
+    chosen, rejected = (text.strip() for text in group.completions)
+    return group_from_row({"prompt": turns, "chosen": chosen, "rejected": rejected})
 
 
 def first_turn(group: PreferenceGroup) -> str:

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "input",
         metavar="INPUT",
         help="where prompts come from: a .txt, .txt.gz or .txt.xz file (a paragraph a line, an empty line "
-        "between documents), a folder of such, a data set with a column `text` (.jsonl, .parquet, a hub name), or "
-        "a preference folder, whose prompts and splits are used as they are",
+        "between documents), a folder of such, a data set with a column `text` (.jsonl, .parquet, a hub "
+        "name), or a preference folder, whose prompts and splits are used as they are",
     )
     add("--model", required=True, help="the policy that is sampled: a folder or a hub name")
     add(
@@ -85,12 +85,13 @@ def run(args: argparse.Namespace) -> None:
     """Samples and scores on every rank; rank 0 writes the preference files. Raises UserError."""
     from dpo import distributed
     from dpo.evaluate.scoring import load_scorer, score_over_ranks
-    from dpo.model.load import load_tokenizer
+    from dpo.model.load import check_model_path, load_tokenizer
 
     for name, minimum in MINIMA.items():
         value = getattr(args, name)
         if value is not None and not value >= minimum:
             raise UserError(f"--{name}: {value}; expected at least {minimum}")
+    check_model_path(args.model, "--model")
     distributed.start()
     model = ModelConfig(name_or_path=args.model, dtype=args.dtype)
     writer = _writer(args) if distributed.is_main() else None

@@ -1,4 +1,4 @@
-"""The embedded default: stories of a grammar of ours, to pretrain a tiny model on and to train preferences with.
+"""The embedded default: stories of a grammar of ours, to pretrain a tiny model and to train preferences.
 
 Writes preference files (an opening, 4 different continuations, happier preferred to sadder) and, beside them,
 corpus.txt and corpus_heldout.txt with a whole story a line. No held-out opening is in the corpus or in the

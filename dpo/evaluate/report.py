@@ -30,6 +30,8 @@ LABELS = {
     "kl/token": "KL(policy, reference), nats a token",
     "distinct_2/reference": "distinct word pairs, reference",
     "distinct_2/policy": "distinct word pairs, policy",
+    "distinct_texts/reference": "distinct continuations, reference",
+    "distinct_texts/policy": "distinct continuations, policy",
 }
 """What the report calls the keys of summary.json, in its order; other keys follow under their own name."""
 
@@ -101,9 +103,9 @@ def terminal_table(rows: Sequence[SampleRow], width: int) -> str:
 
     Args:
         rows: What to show; the caller cuts them to its number of rows.
-        width: Columns of the terminal; below 40 it is taken as 40.
+        width: Columns of the terminal; below 60 it is taken as 60.
     """
-    cell_width = (max(width, 40) - 2 * len(" | ")) // 3
+    cell_width = (max(width, 60) - 2 * len(" | ")) // 3
     rule = "-+-".join(["-" * cell_width] * 3)
     lines = [_terminal_line(COLUMNS, cell_width), rule]
     for row in rows:

@@ -108,7 +108,7 @@ def sample(
     rows.sort(key=lambda row: len(prompts[row.prompt]))
     batches = share_of([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
 
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,

@@ -1,0 +1,58 @@
+"""Samples and scores are the same on one rank and on two, and complete on each.
+
+Run by pytest it starts this file under torchrun; run by torchrun it is a rank, which writes what it holds.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dpo import distributed
+from dpo.evaluate.sampling import sample
+from dpo.evaluate.scoring import load_scorer, score_over_ranks
+
+
+def samples_and_scores() -> dict[str, list[object]]:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3, eos_token_id=0
+    )
+    rng = np.random.default_rng(0)
+    drawn = sample(
+        GPT2LMHeadModel(config).eval(),
+        [rng.integers(1, 50, length).astype(np.int32) for length in (3, 9, 5, 1, 7)],
+        num_samples=3,
+        max_new_tokens=6,
+        temperature=0.7,
+        seed=0,
+        batch_size=4,  # 15 samples: 4 batches, of which each of two ranks has 2
+        eos_token_id=0,
+        progress=None,
+    )
+    texts = ["a good day" if number % 3 else "a bad day" for number in range(200)]
+    return {
+        "samples": [[(one.ids.tolist(), one.finished) for one in several] for several in drawn],
+        "scores": list(score_over_ranks(load_scorer("vader"), texts)),
+    }
+
+
+def test_two_ranks_hold_what_one_process_holds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([*command, __file__, str(tmp_path)], check=True, env=environment, timeout=120)
+    alone = json.loads(json.dumps(samples_and_scores()))
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == {"world_size": 2, **alone}
+
+
+if __name__ == "__main__":
+    distributed.start()
+    held = {"world_size": distributed.world_size(), **samples_and_scores()}
+    Path(sys.argv[1], f"rank{distributed.rank()}.json").write_text(json.dumps(held))
+    torch.distributed.destroy_process_group()

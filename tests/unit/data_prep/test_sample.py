@@ -1,0 +1,178 @@
+"""The source `sample`, as a person runs it, with a tiny random policy: files, splits, counts and refusals."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from data_prep.cli import main
+from data_prep.files import PreferenceWriter
+from data_prep.prompts import Prompt
+from data_prep.sample import _groups
+from dpo.records import Pair, PreferenceGroup
+
+WORDS = ("good", "bad", "happy", "sad", "awful", "lovely", "table", "chair", "love", "hate", "wonderful")
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policy")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([f" {word}" for word in WORDS] * 50, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=48,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():  # whole words and EOS only: vader reads nothing in random bytes
+        words = [tokenizer(f" {word}").input_ids for word in WORDS]
+        assert all(len(ids) == 1 for ids in words)
+        model.transformer.wte.weight.mul_(0)
+        model.transformer.wte.weight[[0, *(ids[0] for ids in words)], 0] = 1.0
+        model.transformer.ln_f.bias[0] = 20.0
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(f"{number} good bad table chair sad happy" for number in range(60)))
+    return file
+
+
+def run(policy: Path, source: Path, output: Path, *options: str) -> int:
+    defaults = "--scorer vader --dtype float32 --num_samples 4 --completion_tokens 3 --prompt_tokens 6"
+    return main(
+        ["sample", str(source), "--model", str(policy), "--output", str(output), *defaults.split(), *options]
+    )
+
+
+def rows(folder: Path, split: str) -> list[dict[str, Any]]:
+    return list(pq.read_table(folder / f"{split}.parquet").to_pylist())
+
+
+def test_prompts_of_a_text_become_scored_groups(
+    policy: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert run(policy, text, output, "--num_prompts", "12", "--num_test_prompts", "4") == 0
+    manifest = json.loads((output / "manifest.json").read_text())
+    train, test = rows(output, "train"), rows(output, "test")
+    dropped = sum(manifest["dropped"].values())
+    assert len(train) + len(test) + dropped == 16
+    assert 8 <= len(train) <= 12
+    assert len(test) <= 4
+    assert manifest["completions_are_complete"] is False
+    assert manifest["sources"][0]["name"] == "text.txt"
+    for row in train + test:
+        assert row["prompt"] in text.read_text()
+        assert len(set(row["completions"])) == len(row["completions"]) == len(row["scores"])
+        best = max(row["scores"])
+        for pair in row["pairs"]:
+            assert row["scores"][pair["chosen"]] == best > row["scores"][pair["rejected"]]
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    printed = capsys.readouterr().out
+    assert "sampled 64 continuations of 16 prompts: mean score" in printed
+    assert "% positive (vader)" in printed
+    assert f"{len(train)} train and {len(test)} test groups" in printed
+
+
+def test_the_seed_decides_the_samples_and_the_batch_size_does_not(
+    policy: Path, text: Path, tmp_path: Path
+) -> None:
+    few = ("--num_prompts", "8", "--num_test_prompts", "0")
+    for name, options in {
+        "a": (),
+        "b": ("--batch_size", "3"),
+        "c": ("--seed", "1"),
+    }.items():
+        assert run(policy, text, tmp_path / name, *few, *options) == 0
+    a, b, c = (rows(tmp_path / name, "train") for name in "abc")
+    assert a == b
+    assert [row["completions"] for row in a] != [row["completions"] for row in c]
+
+
+def test_ready_prompts_keep_their_text_and_their_split(
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "ready"
+    prompts = {"train": ["a table", "a chair", "too long " * 20, "a table"], "test": ["a held out chair"]}
+    with PreferenceWriter(source, overwrite=False, completions_are_complete=True, source={}) as writer:
+        for split, texts in prompts.items():
+            for prompt in texts:
+                group = PreferenceGroup(prompt=prompt, completions=(" x", " y"), pairs=(Pair(0, 1),))
+                writer.write("train" if split == "train" else "test", group)
+    output = tmp_path / "out"
+    assert run(policy, source, output, "--num_samples", "16") == 0
+    assert "sampled 48 continuations of 3 prompts" in capsys.readouterr().out
+    assert {row["prompt"] for row in rows(output, "train")} == {"a table", "a chair"}
+    assert {row["prompt"] for row in rows(output, "test")} == {"a held out chair"}
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["dropped"] == {"prompt_too_long": 1}
+    assert [file["name"] for file in manifest["sources"]] == ["test.parquet", "train.parquet"]
+
+
+def test_identical_and_blank_continuations_leave_and_groups_without_a_pair_are_counted() -> None:
+    args = argparse.Namespace(pairing="best-vs-rest", min_margin=0.2)
+    prompts = [Prompt("train", "p"), Prompt("train", "q"), Prompt("test", "r"), Prompt("test", "s")]
+    texts = [["a", "b", "a", " "], ["a", "a", "", "a"], ["a", "b", "c", "d"], [" ", "", "", " "]]
+    scores = [[0.5, 0.1, 0.5, 0.0], [0.5, 0.5, 0.0, 0.5], [0.1, 0.2, 0.3, 0.15], [0.0, 0.0, 0.0, 0.0]]
+    drops: Counter[str] = Counter()
+    groups = list(_groups(prompts, texts, scores, args, drops))
+    assert groups == [
+        (
+            prompts[0],
+            PreferenceGroup(
+                prompt="p", completions=("a", "b"), pairs=(Pair(0, 1),), scores=(0.5, 0.1), id="train-0"
+            ),
+        )
+    ]
+    assert drops == {"identical_continuations": 2, "no_pair_above_margin": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--num_samples", "1"), "--num_samples: 1; expected at least 2"),
+        (("--temperature", "0"), "--temperature: 0.0; expected at least 0.01"),
+        (("--scorer", "nothing"), "scorer: nothing; expected vader or hf:MODEL"),
+        (("--model", "/nowhere"), "--model: /nowhere does not exist"),
+        (("--num_prompts", "1000"), "the text holds"),
+        (("--num_prompts", "4", "--completion_tokens", "43"), "that 43 tokens can follow within"),
+    ],
+)
+def test_bad_usage_is_one_clear_message_and_status_2(
+    policy: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    assert run(policy, text, tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,68 @@
+import argparse
+from collections import Counter
+from typing import Any
+
+from data_prep.splits import prompt_key, split_groups, split_of
+from dpo.data.load import Split, group_from_row
+from dpo.records import Message, Pair, PreferenceGroup
+
+
+def _rows(*prompts: str) -> list[tuple[str, Any]]:
+    return [(f"f:{p}", {"prompt": p, "chosen": "a", "rejected": "b"}) for p in prompts]
+
+
+def _split(
+    rows: dict[Split, Any], drops: Counter[str], max_rows: int | None = None
+) -> list[tuple[Split, str | tuple[Message, ...]]]:
+    args = argparse.Namespace(strict=False, max_rows=max_rows, seed=0, test_fraction=0.3)
+    groups = split_groups(rows, group_from_row, prompt_key, args=args, drops=drops)
+    return [(split, group.prompt) for split, group in groups]
+
+
+def test_a_share_of_the_prompts_is_held_out_and_a_repeated_prompt_stays_together() -> None:
+    prompts = [str(number) for number in range(1000)]
+    drops: Counter[str] = Counter()
+    splits = _split({"train": _rows(*prompts, *prompts)}, drops)
+    assert len(splits) == 2000
+    assert splits[:1000] == splits[1000:]
+    # 300 expected of 1000, standard deviation 14.5
+    assert 240 < sum(split == "test" for split, _ in splits[:1000]) < 360
+    assert not drops
+
+
+def test_the_split_of_a_prompt_does_not_depend_on_the_other_rows() -> None:
+    prompts = [str(number) for number in range(50)]
+    forward = _split({"train": _rows(*prompts)}, Counter())
+    backward = _split({"train": _rows(*reversed(prompts))}, Counter())
+    assert sorted(forward) == sorted(backward)
+
+
+def test_another_seed_holds_out_other_prompts() -> None:
+    first, second = (
+        [split_of(str(number), seed=seed, test_fraction=0.5) for number in range(64)] for seed in (0, 1)
+    )
+    assert first != second
+
+
+def test_no_fraction_holds_out_nothing() -> None:
+    assert {split_of(str(number), seed=0, test_fraction=0.0) for number in range(100)} == {"train"}
+
+
+def test_test_rows_with_a_training_prompt_are_dropped_and_counted() -> None:
+    drops: Counter[str] = Counter()
+    splits = _split({"train": _rows("a", "b"), "test": _rows("b", "c", "b")}, drops)
+    assert splits == [("train", "a"), ("train", "b"), ("test", "c")]
+    assert drops == {"test_prompt_in_train": 2}
+
+
+def test_max_rows_limits_each_input_split() -> None:
+    splits = _split({"train": _rows("a", "b", "c"), "test": _rows("d", "e", "f")}, Counter(), max_rows=2)
+    assert splits == [("train", "a"), ("train", "b"), ("test", "d"), ("test", "e")]
+
+
+def test_equal_chats_have_equal_keys() -> None:
+    def group(content: str) -> PreferenceGroup:
+        prompt = (Message(role="user", content=content),)
+        return PreferenceGroup(prompt=prompt, completions=("a", "b"), pairs=(Pair(0, 1),))
+
+    assert prompt_key(group("x")) == prompt_key(group("x")) != prompt_key(group("y"))

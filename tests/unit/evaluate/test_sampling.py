@@ -1,0 +1,190 @@
+"""Samples do not depend on how they are batched, follow the model's distribution, and end at EOS."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from dpo.errors import UserError
+from dpo.evaluate.sampling import Continuation, sample
+from dpo.records import TokenIds
+
+EOS = 0
+VOCABULARY = 13
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,  # a distribution that is far from uniform and depends on the prompt
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        use_cache=False,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def prompts(*lengths: int) -> list[TokenIds]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(1, VOCABULARY, length).astype(np.int32) for length in lengths]
+
+
+def draw(
+    model: PreTrainedModel,
+    texts: Sequence[TokenIds],
+    *,
+    num_samples: int = 3,
+    max_new_tokens: int = 8,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> list[list[Continuation]]:
+    return sample(
+        model,
+        texts,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        batch_size=batch_size,
+        eos_token_id=EOS,
+        progress=None,
+    )
+
+
+def as_lists(drawn: list[list[Continuation]]) -> list[list[tuple[list[int], bool]]]:
+    return [[(one.ids.tolist(), one.finished) for one in several] for several in drawn]
+
+
+def next_token_probabilities(model: PreTrainedModel, prompt: TokenIds, temperature: float) -> np.ndarray:
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1]
+    return (logits / temperature).softmax(-1).double().numpy()
+
+
+def test_batch_size_and_padding_change_no_sample(model: PreTrainedModel) -> None:
+    texts = prompts(9, 2, 5, 1, 7)
+    together = as_lists(draw(model, texts, batch_size=64))
+    assert as_lists(draw(model, texts, batch_size=1)) == together
+    assert as_lists(draw(model, texts, batch_size=4)) == together
+
+
+def test_a_sample_depends_on_its_own_indices_only(model: PreTrainedModel) -> None:
+    texts = prompts(4, 6, 3)
+    whole = as_lists(draw(model, texts, num_samples=4))
+    assert as_lists(draw(model, texts[:2], num_samples=2)) == [several[:2] for several in whole[:2]]
+
+
+def test_samples_and_seeds_differ(model: PreTrainedModel) -> None:
+    (prompt,) = prompts(4)
+    same_prompt_twice = as_lists(draw(model, [prompt, prompt], num_samples=4))
+    first, second = same_prompt_twice
+    assert len({str(one) for one in first + second}) > 4
+    assert first != second
+    assert as_lists(draw(model, [prompt], num_samples=4, seed=1))[0] != first
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_first_tokens_follow_the_whole_distribution(model: PreTrainedModel, temperature: float) -> None:
+    (prompt,) = prompts(5)
+    expected = next_token_probabilities(model, prompt, temperature)
+    num_samples = 4000
+    drawn = draw(
+        model, [prompt], num_samples=num_samples, max_new_tokens=1, temperature=temperature, batch_size=4000
+    )[0]
+    counts = Counter(EOS if one.finished else int(one.ids[0]) for one in drawn)
+    observed = np.array([counts[token] for token in range(VOCABULARY)])
+    # Pearson's chi-squared: its mean is the degrees of freedom, at most 12, and its 99.9 % quantile 32.9.
+    # Tokens of an expected count below 5 share a cell.
+    cell = np.where(expected * num_samples < 5, VOCABULARY, np.arange(VOCABULARY))
+    expected_counts = np.bincount(cell, expected * num_samples, VOCABULARY + 1)
+    observed_counts = np.bincount(cell, observed, VOCABULARY + 1)
+    filled = expected_counts > 0
+    chi_squared = ((observed_counts - expected_counts)[filled] ** 2 / expected_counts[filled]).sum()
+    assert filled.sum() >= 5
+    assert chi_squared < 32.9
+
+
+def test_later_tokens_follow_the_distribution_after_the_earlier_ones(model: PreTrainedModel) -> None:
+    (prompt,) = prompts(5)
+    drawn = draw(model, [prompt], num_samples=4000, max_new_tokens=2, batch_size=4000)[0]
+    pairs = [tuple(one.ids.tolist()) for one in drawn if len(one.ids)]
+    first, count = Counter(pair[0] for pair in pairs).most_common(1)[0]
+    expected = next_token_probabilities(model, np.append(prompt, np.int32(first)), 1.0)
+    observed = Counter(pair[1] if len(pair) == 2 else EOS for pair in pairs if pair[0] == first)
+    for token in range(VOCABULARY):
+        deviation = 4 * np.sqrt(expected[token] * (1 - expected[token]) / count) + 1 / count
+        assert observed[token] / count == pytest.approx(expected[token], abs=deviation)
+
+
+def test_temperature_zero_takes_the_likeliest_token(model: PreTrainedModel) -> None:
+    texts = prompts(3, 6)
+    for prompt, several in zip(texts, draw(model, texts, num_samples=2, temperature=0), strict=True):
+        assert several[0].ids.tolist() == several[1].ids.tolist()
+        ids = prompt
+        for token in several[0].sampled_ids(EOS):
+            assert token == next_token_probabilities(model, ids, 1.0).argmax()
+            ids = np.append(ids, token)
+
+
+def test_a_continuation_ends_before_eos_or_at_its_longest(model: PreTrainedModel) -> None:
+    drawn = [one for several in draw(model, prompts(3, 5), num_samples=40) for one in several]
+    for one in drawn:
+        assert one.ids.dtype == np.int32
+        assert EOS not in one.ids
+        assert one.finished or len(one.ids) == 8
+    assert {one.finished for one in drawn} == {True, False}
+
+
+def test_sampled_ids_count_eos_where_it_was_drawn() -> None:
+    ids = np.array([4, 5], dtype=np.int32)
+    assert Continuation(ids, finished=True).sampled_ids(EOS).tolist() == [4, 5, EOS]
+    assert Continuation(ids, finished=False).sampled_ids(EOS).tolist() == [4, 5]
+
+
+def test_the_models_own_generation_settings_are_not_used_and_stay(model: PreTrainedModel) -> None:
+    texts = prompts(4)
+    expected = as_lists(draw(model, texts))
+    settings = model.generation_config
+    settings.update(do_sample=True, top_k=1, repetition_penalty=9.0, max_length=20, suppress_tokens=[1, 2, 3])
+    try:
+        assert as_lists(draw(model, texts)) == expected
+        assert model.generation_config is settings
+    finally:
+        settings.update(
+            do_sample=None, top_k=None, repetition_penalty=None, max_length=None, suppress_tokens=None
+        )
+
+
+def test_two_models_with_one_seed_share_their_randomness(model: PreTrainedModel) -> None:
+    # The logits of the other model are almost the same: so are almost all of its samples, where independent
+    # samples of 8 tokens would hardly ever agree.
+    other = GPT2LMHeadModel(model.config).eval()
+    other.load_state_dict({name: value * 1.0005 for name, value in model.state_dict().items()})
+    texts = prompts(4, 6)
+    pairs = zip(draw(model, texts, num_samples=20), draw(other, texts, num_samples=20), strict=True)
+    same = [
+        a.ids.tolist() == b.ids.tolist() for left, right in pairs for a, b in zip(left, right, strict=True)
+    ]
+    assert np.mean(same) > 0.8
+
+
+def test_no_prompts_give_no_samples(model: PreTrainedModel) -> None:
+    assert draw(model, []) == []
+
+
+def test_what_does_not_fit_the_positions_is_an_error(model: PreTrainedModel) -> None:
+    assert draw(model, prompts(24), num_samples=1)
+    with pytest.raises(
+        UserError, match="25 tokens and a continuation of 8 do not fit the model's 32 positions"
+    ):
+        draw(model, prompts(25))

@@ -1,0 +1,110 @@
+"""Intervals against closed forms and their coverage in simulation; KL against full enumeration."""
+
+import numpy as np
+import pytest
+
+from dpo.evaluate.divergence import kl_summary
+from dpo.evaluate.statistics import Interval, distinct_n, mean_interval, ratio_interval, win_rate
+
+
+def test_the_mean_weighs_values_not_clusters() -> None:
+    # (1 + 2 + 3 + 10) / 4 = 4; the mean of the cluster means would be (2 + 10) / 2 = 6.
+    assert mean_interval([1, 2, 3, 10], [0, 0, 0, 1]).mean == 4.0
+
+
+def test_a_constant_has_an_interval_of_no_width() -> None:
+    assert mean_interval([0.5] * 6, [0, 0, 1, 1, 2, 2]) == Interval(0.5, 0.5, 0.5)
+
+
+def test_independent_values_give_the_normal_interval() -> None:
+    # 400 coin flips, 200 heads: 0.5 +- 1.96 * sqrt(0.25 / 400) = 0.5 +- 0.049.
+    values = np.tile([0.0, 1.0], 200)
+    interval = mean_interval(values, np.arange(400))
+    assert interval.low == pytest.approx(0.451, abs=0.005)
+    assert interval.high == pytest.approx(0.549, abs=0.005)
+
+
+def test_copies_of_a_value_in_its_cluster_narrow_nothing() -> None:
+    values = np.tile([0.0, 1.0], 50)
+    once = mean_interval(values, np.arange(100))
+    four_times = mean_interval(np.repeat(values, 4), np.repeat(np.arange(100), 4))
+    assert four_times == pytest.approx(once)
+
+
+def test_a_higher_level_is_wider() -> None:
+    values = np.arange(50.0)
+    narrow = mean_interval(values, np.arange(50), level=0.5)
+    wide = mean_interval(values, np.arange(50), level=0.99)
+    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+
+
+def test_intervals_of_clustered_values_cover_the_truth_as_often_as_they_say() -> None:
+    # 60 prompts of 4 samples: a normal effect of the prompt and of the sample, and a true mean of 0. The
+    # percentile bootstrap covers slightly less than 95 %. Ignoring the prompts, the standard error would be
+    # sqrt(1.25 / 240) = 0.072 instead of sqrt((1 + 0.25 / 4) / 60) = 0.133: 1.96 of it are 1.06 true, 71 %.
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(60), 4)
+    covered = ignoring_prompts = 0
+    for _ in range(300):
+        values = np.repeat(rng.normal(size=60), 4) + 0.5 * rng.normal(size=240)
+        interval = mean_interval(values, clusters, num_resamples=400)
+        covered += interval.low <= 0 <= interval.high
+        naive = mean_interval(values, np.arange(240), num_resamples=400)
+        ignoring_prompts += naive.low <= 0 <= naive.high
+    assert 0.90 <= covered / 300 <= 0.98
+    assert ignoring_prompts / 300 < 0.80
+
+
+def test_a_ratio_is_of_sums() -> None:
+    # (1 + 9) / (1 + 3) = 2.5; the mean of the ratios would be (1 + 3) / 2 = 2. A quarter of the resamples
+    # has the first prompt alone, with 1, and a quarter the second, with 3: the ends.
+    assert ratio_interval([1, 9], [1, 3], ["a", "b"]) == Interval(2.5, 1.0, 3.0)
+
+
+def test_lengths_that_differ_and_no_values_are_errors() -> None:
+    with pytest.raises(ValueError, match="2 numerators, 2 denominators, 3 clusters"):
+        mean_interval([1, 2], [0, 1, 2])
+    with pytest.raises(ValueError, match="at least 1"):
+        mean_interval([], [])
+
+
+def test_an_interval_has_the_keys_of_the_summary() -> None:
+    assert Interval(1.0, 0.5, 2.0).under("kl/token") == {
+        "kl/token": 1.0,
+        "kl/token/low": 0.5,
+        "kl/token/high": 2.0,
+    }
+
+
+def test_a_tie_is_half_a_win() -> None:
+    # won, tied, lost, tied: (1 + 0.5 + 0 + 0.5) / 4.
+    assert win_rate([1, 2, 3, 4], [0, 2, 5, 4], range(4)).mean == 0.5
+    assert win_rate([1, 1], [0, 1], range(2)).mean == 0.75
+
+
+def test_distinct_pairs_are_counted_over_all_texts() -> None:
+    # "a b a" has (a b), (b a); "a b" has (a b); "a" has none: 2 distinct of 3.
+    assert distinct_n([["a", "b", "a"], ["a", "b"], ["a"]], 2) == pytest.approx(2 / 3)
+    assert distinct_n([[1, 1, 1, 1]], 1) == 0.25
+    assert distinct_n([["a"]], 2) == 0.0
+
+
+def test_kl_of_all_sequences_in_their_proportion_is_the_sum_over_all_sequences() -> None:
+    # Two tokens drawn independently from (3/4, 1/4) by the policy and from (1/2, 1/2) by the reference.
+    # KL of one token = 3/4 ln(3/2) + 1/4 ln(1/2); of the sequence, twice that. Of 16 draws in exact
+    # proportion 9 are (0, 0), 3 are (0, 1), 3 are (1, 0) and 1 is (1, 1).
+    policy, reference = np.log([3 / 4, 1 / 4]), np.log([1 / 2, 1 / 2])
+    draws = [(0, 0)] * 9 + [(0, 1)] * 3 + [(1, 0)] * 3 + [(1, 1)]
+    policy_logps = [policy[first] + policy[second] for first, second in draws]
+    reference_logps = [reference[first] + reference[second] for first, second in draws]
+    summary = kl_summary(policy_logps, reference_logps, [2] * 16, np.arange(16))
+    token = 3 / 4 * np.log(3 / 2) + 1 / 4 * np.log(1 / 2)
+    assert summary["kl/sequence"] == pytest.approx(2 * token, abs=1e-12)
+    assert summary["kl/token"] == pytest.approx(token, abs=1e-12)
+    assert summary["kl/sequence/low"] < 2 * token < summary["kl/sequence/high"]
+    assert summary["kl/token/low"] < token < summary["kl/token/high"]
+
+
+def test_kl_per_token_counts_every_token_once() -> None:
+    # Log-ratios 1 and 2 over 1 and 5 tokens: 3 / 6, not (1 + 0.4) / 2.
+    assert kl_summary([0, 0], [-1, -2], [1, 5], [0, 1])["kl/token"] == 0.5
