@@ -37,7 +37,7 @@ $(ready): requirements.lock pyproject.toml
 demo: $(ready) ## the whole pipeline on stories of a small grammar: base model, samples, DPO, report (no network)
 	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/demo
 
-data: $(ready) ## prepare preference data: make data ARGS="hh --input FILE --output DIR" (no ARGS: what there is)
+data: $(ready) ## prepare preference data: make data ARGS="hh FILE --output DIR" (no ARGS: what there is)
 	$(py) -m data_prep $(or $(ARGS),--help)
 
 sft: $(ready) ## next-token training with CONFIG (default configs/demo_sft.yaml)

@@ -5,9 +5,13 @@ thing, place and companion. One table serves both ways: `opening` and `continuat
 recognises.
 """
 
+import json
 import random
 import re
+import sys
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal, get_args
 
 Mood = Literal["happy", "neutral", "sad"]
@@ -252,3 +256,16 @@ _PATTERNS = {
     mood: re.compile(" ".join(f"(?:{'|'.join(map(_pattern, templates))})" for templates in sentences))
     for mood, sentences in CONTINUATIONS.items()
 }
+
+
+def main(path: str) -> None:
+    """Prints how many of the samples in a report's samples.jsonl are sentences of the grammar."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    for model in ("reference", "policy"):
+        moods = Counter(mood_of(row[model]) or "not of the grammar" for row in rows)
+        shares = ", ".join(f"{count / len(rows):.1%} {mood}" for mood, count in moods.most_common())
+        print(f"{model}: {shares}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

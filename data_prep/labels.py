@@ -115,6 +115,9 @@ def label_group(row: Any, *, decode: Callable[[list[int]], str], drops: Counter[
     return PreferenceGroup(prompt=prompt, completions=tuple(completions), pairs=pairs)
 
 
+GPT2_PROBE, GPT2_PROBE_TEXT = (15496, 11, 995), "Hello, world"
+
+
 class Decoder:
     """GPT-2 token ids -> text. The tokenizer is loaded at the first row that needs it; text rows never do."""
 
@@ -134,12 +137,19 @@ class Decoder:
         from transformers import AutoTokenizer  # takes seconds to import
 
         try:
-            return AutoTokenizer.from_pretrained(self._name)
+            tokenizer = AutoTokenizer.from_pretrained(self._name)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"--tokenizer: {self._name} is no tokenizer here, nor could the hub deliver one "
                 f"({type(error).__name__}); expected a folder with GPT-2's tokenizer, or gpt2"
             ) from error
+        # Any large enough vocabulary would decode the labels, and another than theirs into nonsense.
+        if len(tokenizer) <= max(GPT2_PROBE) or tokenizer.decode(list(GPT2_PROBE)) != GPT2_PROBE_TEXT:
+            raise UserError(
+                f"--tokenizer: {self._name} has another vocabulary than GPT-2, whose ids the labels are; "
+                "expected a folder with GPT-2's tokenizer, or gpt2"
+            )
+        return tokenizer
 
 
 def download(url: str, path: Path) -> None:

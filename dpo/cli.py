@@ -11,10 +11,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -39,6 +39,17 @@ commands:
 dpo COMMAND --help lists every key. Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo
 ...
 """
+
+
+class _Leaf(NamedTuple):
+    """One option of a configuration class."""
+
+    type: Any
+    required: bool
+    needed_with: str
+    """The optional branch it lies in, with its dot: a required option in it is, once anything of it is
+    given.
+    """
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -76,12 +87,16 @@ def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
 
     Raises:
         UserError: Everything that is wrong, one problem a line.
+        SystemExit: With status 0, after --help or --print_config.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     kind: type[Config] | type[SftConfig] = SftConfig if command == "sft" else Config
     parser = ArgumentParser(prog=f"dpo {command}", description=COMMANDS[command], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(kind)
+    if any(word in ("-h", "--help") for word in arguments):
+        parser.print_help()
+        raise SystemExit(0)
     found = [*_problems_of_keys(kind, arguments), *_problems_of_values(kind, arguments)]
     namespace = Namespace()
     if not found:
@@ -107,12 +122,37 @@ def _built(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
 
 def _problems_of_keys(kind: type, arguments: Sequence[str]) -> Iterator[str]:
     """Unreadable files and unknown keys, in files and among the arguments."""
-    legal = set(_leaves(kind))
-    for place, key, _ in _given(kind, arguments):
-        branch = any(known.startswith(f"{key}.") for known in legal)
-        inside = any(key.startswith(f"{known}.") for known in legal)  # .help of a type
-        if key not in legal and not branch and not inside:
-            yield f"{place}{key}: unknown key{_nearest(key, legal)}"
+    leaves = _leaves(kind)
+    for place, key, value in _given(kind, arguments):
+        branch = any(known.startswith(f"{key}.") for known in leaves)
+        if key in leaves:
+            yield from _problems_of_items(f"{place}{key}", value, leaves[key].type)
+        elif branch and value is None and _branch_is_optional(key, leaves):
+            continue  # `scratch: null`, as --print_config writes it
+        elif branch:
+            yield f"{place}{key}: {value!r}; expected keys below it, such as {_nearest_below(key, leaves)}"
+        else:
+            yield f"{place}{key}: unknown key{_nearest(key, set(leaves))}"
+
+
+def _problems_of_items(place: str, value: Any, expected: Any) -> Iterator[str]:
+    """Unknown keys of the items of a list, such as the {path, weight} of a mixture."""
+    parts = [inner for part in get_args(expected) for inner in (part, *get_args(part))]
+    names = {field.name for part in parts if is_dataclass(part) for field in fields(part)}
+    for index, item in enumerate(value if isinstance(value, list) and names else []):
+        for name in item if isinstance(item, dict) else []:
+            if name not in names:
+                yield f"{place}[{index}].{name}: unknown key{_nearest(str(name), names)}"
+
+
+def _branch_is_optional(key: str, leaves: Mapping[str, _Leaf]) -> bool:
+    return all(
+        leaf.needed_with.startswith(f"{key}.") for name, leaf in leaves.items() if name.startswith(f"{key}.")
+    )
+
+
+def _nearest_below(key: str, leaves: Mapping[str, _Leaf]) -> str:
+    return next(name for name in leaves if name.startswith(f"{key}."))
 
 
 def _problems_of_values(kind: type, arguments: Sequence[str]) -> Iterator[str]:
@@ -124,12 +164,15 @@ def _problems_of_values(kind: type, arguments: Sequence[str]) -> Iterator[str]:
         if key not in leaves:
             continue
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--value", type=leaves[key][0])
+        parser.add_argument("--value", type=leaves[key].type)
         try:
             parser.parse_object({"value": value}) if place else parser.parse_args([f"--value={value}"])
         except (ArgumentError, TypeError, ValueError) as error:
             yield f"{place}{key}: {value!r}: {_short(str(error))}"
-    yield from (f"{key}: required" for key, (_, required) in leaves.items() if required and key not in given)
+    for key, leaf in leaves.items():
+        branch_given = any(name.startswith(leaf.needed_with) for name in given)
+        if leaf.required and key not in given and branch_given | (leaf.needed_with == ""):
+            yield f"{key}: required"
 
 
 def _given(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
@@ -170,21 +213,18 @@ def _flat(tree: dict[str, Any], prefix: str, legal: set[str]) -> Iterator[tuple[
             yield key, value
 
 
-def _leaves(kind: type, prefix: str = "") -> dict[str, tuple[Any, bool]]:
-    """Dotted key -> (type, whether it is required) of every option of a configuration class."""
-    found: dict[str, tuple[Any, bool]] = {}
+def _leaves(kind: type, prefix: str = "", optional_branch: str = "") -> dict[str, _Leaf]:
+    """Dotted key -> option, over all options of a configuration class."""
+    found: dict[str, _Leaf] = {}
     hints = get_type_hints(kind)
     for field in fields(kind):
-        nested = [
-            part
-            for part in (hints[field.name], *getattr(hints[field.name], "__args__", ()))
-            if is_dataclass(part)
-        ]
-        if nested and "list" not in str(hints[field.name]):
-            found |= _leaves(nested[0], f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        hint, key = hints[field.name], f"{prefix}{field.name}"
+        nested = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+        if nested:
+            branch = optional_branch if nested[0] is hint else f"{key}."
+            found |= _leaves(nested[0], f"{key}.", branch)  # type: ignore[arg-type]
         else:
-            required = field.default is field.default_factory
-            found[f"{prefix}{field.name}"] = (hints[field.name], required)
+            found[key] = _Leaf(hint, field.default is field.default_factory, optional_branch)
     return found
 
 

@@ -7,7 +7,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import distributed, engine
@@ -38,28 +37,24 @@ def check(command: str, config: Config | SftConfig) -> None:
 
     Prints the run folder, for scripts that want RUN_DIR/exit.json afterwards.
     """
+    if config.model.name_or_path:
+        check_model_path(config.model.name_or_path, "model.name_or_path")
     if isinstance(config, SftConfig):
         find_start(config)
         if not is_text(config.data.train):
             check_sources(DataConfig(train=config.data.train, test=config.data.test))
         elif next(read_lines(config.data.train, "data.train"), None) is None:
             raise UserError(f"data.train: {config.data.train} has no text")
-        if config.model.name_or_path:
-            check_model_path(config.model.name_or_path, "model.name_or_path")
-        return
-    for key, model in (
-        ("model.name_or_path", config.model.name_or_path),
-        ("reference.model", config.reference.model),
-    ):
-        if model is not None:
-            check_model_path(model, key)
-    check_sources(config.data)
-    if command == "train":
-        find_start(config)
-    if command == "evaluate":
-        _finished_model(config)
-    if distributed.is_main():
-        print(f"{command}: configuration and data are in order", file=sys.stderr)
+    else:
+        if config.reference.model is not None:
+            check_model_path(config.reference.model, "reference.model")
+        check_sources(config.data)
+        if command == "train":
+            find_start(config)
+        if command == "evaluate":
+            _finished_model(config)
+    print(f"{command}: configuration and data are in order", file=sys.stderr)
+    print(config.run_dir)
 
 
 def precompute_ref(config: Config) -> None:
@@ -335,5 +330,4 @@ def _quiet() -> None:
     themselves.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

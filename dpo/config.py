@@ -320,6 +320,8 @@ def _preference_problems(config: Config) -> Iterator[str]:
         ("completion_tokens", 1),
         ("temperature", 0),
         ("batch_size", 1),
+        ("seed", 0),
+        ("table_rows", 0),
     ):
         if getattr(evaluate, name) < minimum:
             yield f"evaluate.{name}: {getattr(evaluate, name)}; expected at least {minimum}"

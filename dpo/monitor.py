@@ -59,11 +59,14 @@ class Monitor:
         if not self._enabled:
             return
         path = run_dir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step]
+        # A run without a step starts afresh: what it measured before its first step is measured again.
+        kept = [line for line in _lines(path) if first_step and json.loads(line)["step"] <= first_step]
         path.write_text("".join(kept))
         self._file = path.open("a", buffering=1)
         self._writer = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=first_step + 1, flush_secs=FLUSH_SECONDS
+            str(run_dir / "tensorboard"),
+            purge_step=first_step + 1 if first_step else 0,
+            flush_secs=FLUSH_SECONDS,
         )
         self._bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
 

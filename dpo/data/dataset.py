@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,7 @@ DEFAULT_MAX_LENGTH = 1024
 WEIGHT_SEED = 0  # the half of a source that weight 0.5 takes is the same in every run
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenizedDataset:
     """G groups in flat arrays. Segment 0 of a group is its prompt, the others are its completions.
 
@@ -74,24 +75,24 @@ class TokenizedDataset:
             pairs=tuple(Pair(int(chosen), int(rejected)) for chosen, rejected in pairs),
         )
 
-    @property
+    @cached_property
     def pairs_per_group(self) -> npt.NDArray[np.int64]:
         """(G,)."""
         return np.diff(self.group_pairs)
 
-    @property
+    @cached_property
     def sequences_per_group(self) -> npt.NDArray[np.int64]:
         """(G,)."""
         return np.diff(self.group_segments) - 1
 
-    @property
+    @cached_property
     def first_sequence(self) -> npt.NDArray[np.int64]:
         """(G,) number of each group's first sequence: every group before it has one segment that is a
         prompt.
         """
         return self.group_segments[:-1] - np.arange(len(self))
 
-    @property
+    @cached_property
     def longest(self) -> npt.NDArray[np.int64]:
         """(G,) tokens of each group's longest sequence."""
         lengths = np.diff(self.segment_offsets)
@@ -115,6 +116,11 @@ def open_datasets(
         UserError: Missing or malformed data, nothing left, or lengths beyond the model's.
     """
     max_length = resolve_max_length(data.max_length, positions)
+    if data.max_prompt_length is not None and data.max_prompt_length >= max_length:
+        raise UserError(
+            f"data.max_prompt_length: {data.max_prompt_length}; expected less than {max_length}, the longest "
+            "prompt + completion: lower it, or set data.max_length"
+        )
     train = _open(_sources(data.train, "train", "data.train"), data, max_length, tokenizer, "train")
     test_sources = test_sources_of(data)
     test = _open(test_sources, data, max_length, tokenizer, "test") if test_sources else None
@@ -202,7 +208,9 @@ def _tokenized(
             append_eos=data.append_eos if data.append_eos is not None else complete is not False,
         )
         drops: Counter[str] = Counter()
-        groups = tqdm(_read(source, data, drops), desc=f"tokenize {split}", unit=" groups", leave=False)
+        groups = tqdm(
+            _read(source, data, drops), desc=f"tokenize {split}", unit=" groups", leave=False, disable=None
+        )
         for group in tokenize_groups(_weighted(groups, weight), tokenizer, options, counts):
             yield from [group] if data.group_pairs else _split(group)
         counts.update({f"dropped/{reason}": number for reason, number in drops.items()})
@@ -242,7 +250,18 @@ def write_dataset(groups: Iterable[TokenizedGroup], folder: Path, counts: Counte
         counts: What was dropped and cut; groups, pairs and tokens are added.
     """
     building = folder.with_name(f"{folder.name}.building-{os.getpid()}")
+    shutil.rmtree(building, ignore_errors=True)  # of a process that died under this number
     building.mkdir(parents=True)
+    try:
+        _write_arrays(groups, building, counts)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
+
+
+def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Counter[str]) -> None:
     segment_offsets, group_segments = array("q", [0]), array("q", [0])
     pairs, group_pairs, keys = array("i"), array("q", [0]), bytearray()
     with (building / "tokens.bin").open("wb") as file:
@@ -263,8 +282,6 @@ def write_dataset(groups: Iterable[TokenizedGroup], folder: Path, counts: Counte
     np.save(building / "keys.npy", np.frombuffer(bytes(keys), dtype=f"V{KEY_BYTES}"))
     counts.update(groups=len(group_segments) - 1, pairs=len(pairs) // 2, tokens=segment_offsets[-1])
     (building / "counts.json").write_text(json.dumps(dict(sorted(counts.items())), indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
 
 
 def map_dataset(folder: Path, digest: str) -> TokenizedDataset:

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dpo.errors import UserError
@@ -59,8 +60,8 @@ def tokenize_groups(
         for group, (prompt, completions) in zip(
             chunk, _encode(chunk, tokenizer, options.append_eos), strict=True
         ):
-            if completions is None:
-                counts["dropped/template_rewrites_history"] += 1
+            if isinstance(completions, str):
+                counts[f"dropped/{completions}"] += 1
             elif (fitted := _fit(prompt, completions, group.pairs, tokenizer, options, counts)) is not None:
                 yield fitted
 
@@ -69,15 +70,20 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of a prompt: BOS once if the tokenizer adds it, and BOS or EOS if there is nothing else."""
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     bos = bos_prefix(tokenizer)
-    if bos and ids[:1] != bos:
-        ids = bos + ids
-    return ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    return bos + without_bos(ids, bos) or [
+        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ]
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[BOS] if the tokenizer starts every text with it, else []."""
     first = list(tokenizer("", add_special_tokens=True).input_ids)[:1]
     return first if first == [tokenizer.bos_token_id] else []
+
+
+def without_bos(ids: list[int], bos: list[int]) -> list[int]:
+    """The ids of a text whose own first token may be the BOS that the tokenizer adds."""
+    return ids[1:] if bos and ids[:1] == bos else ids
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -97,10 +103,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _encode(
     groups: Sequence[PreferenceGroup], tokenizer: PreTrainedTokenizerBase, append_eos: bool
-) -> Iterator[tuple[list[int], list[list[int]] | None]]:
-    """Prompt ids and completion ids of each group; None for completions whose template rewrites the
-    prompt.
-    """
+) -> Iterator[tuple[list[int], list[list[int]] | str]]:
+    """Prompt ids and completion ids of each group, or the reason why it has none."""
     texts = [group for group in groups if isinstance(group.prompt, str)]
     joint = iter(_encode_batch([f"{g.prompt}{c}" for g in texts for c in g.completions], tokenizer))
     apart = iter(_encode_batch([c for g in texts for c in g.completions], tokenizer))
@@ -110,10 +114,10 @@ def _encode(
             yield _encode_chat(group, tokenizer)
             continue
         prompt = encode_text(group.prompt, tokenizer)
-        plain = prompt[len(bos) :] if bos and group.prompt else prompt
+        plain = without_bos(prompt, bos)
         completions = []
         for _ in group.completions:
-            together, alone = next(joint), next(apart)
+            together, alone = without_bos(next(joint), bos), next(apart)
             # The ids of the joint text are what a tokenizer that marks word starts means; where the boundary
             # falls inside a token the parts stand alone, as when a policy continued the prompt's ids.
             fits = group.prompt and together[: len(plain)] == plain and len(together) > len(plain)
@@ -132,7 +136,7 @@ def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 def _encode_chat(
     group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[list[int]] | None]:
+) -> tuple[list[int], list[list[int]] | str]:
     """Ids through the chat template, which owns BOS and the end of a turn.
 
     The prefix property: the templated dialogue must start with the templated prompt. Templates that rewrite
@@ -145,13 +149,16 @@ def _encode_chat(
             "that has, or prepare the data as text (python -m data_prep hh --format text, for example)"
         )
     turns: list[dict[str, Any]] = [dict(message) for message in group.prompt if isinstance(message, dict)]
-    prompt = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    answers = [{"role": "assistant", "content": completion} for completion in group.completions]
+    try:
+        prompt = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+        dialogues = [list(tokenizer.apply_chat_template([*turns, a], return_dict=False)) for a in answers]
+    except TemplateError:  # many templates refuse turns that do not alternate, or a system turn
+        return [], "template_refuses_dialogue"
     completions = []
-    for completion in group.completions:
-        turn = {"role": "assistant", "content": completion}
-        whole = list(tokenizer.apply_chat_template([*turns, turn], return_dict=False))
+    for whole in dialogues:
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            return prompt, None
+            return prompt, "template_rewrites_history"
         completions.append(whole[len(prompt) :])
     return prompt, completions
 
@@ -183,7 +190,9 @@ def _fit(
     if any(not ids for ids in completions) or not kept:
         counts["dropped/nothing_left_after_tokenization"] += 1
         return None
-    return _without_unused(np.asarray(prompt, dtype=np.int32), completions, kept)
+    group = _without_unused(np.asarray(prompt, dtype=np.int32), completions, kept)
+    counts["dropped/pairs_repeated"] += len(kept) - len(group.pairs)
+    return group
 
 
 def _without_unused(

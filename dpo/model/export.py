@@ -26,13 +26,29 @@ def export_model(
     """
     building = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(building, ignore_errors=True)
+    tied = getattr(model, "all_tied_weights_keys", {})  # a cast copy of one is not seen as shared any more
     model.config.use_cache = True  # off during training only
-    model.save_pretrained(building, state_dict=dict(weights))
+    _mend_generation_config(model)
+    model.save_pretrained(
+        building,
+        state_dict={name: weight for name, weight in weights.items() if tied.get(name) not in weights},
+    )
     model.config.use_cache = False
     tokenizer.save_pretrained(building)
     (building / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)
+
+
+def _mend_generation_config(model: PreTrainedModel) -> None:
+    """Lets a base model's temperature or top-p without do_sample be saved; transformers refuses to."""
+    settings = model.generation_config
+    if settings is None:
+        return
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
 
 
 def model_card(*, title: str, base_model: str, tags: list[str], body: str) -> str:

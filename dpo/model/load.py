@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from dpo.config import ModelConfig
@@ -50,8 +52,11 @@ def check_model_path(name_or_path: str, key: str) -> None:
 
 def raw_config(model: ModelConfig) -> dict[str, Any]:
     """The model's config.json as written, before transformers fills in the defaults of its version."""
-    path = _resolve(model, "config.json")
-    return dict(json.loads(Path(path).read_text()))
+    path = Path(_resolve(model, "config.json"))
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"model.name_or_path: {path}: not a config.json ({error}); fetch it again") from error
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -96,25 +101,33 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
         dtype: Type of the weights; default: `model.dtype`.
 
     Raises:
-        UserError: The folder or hub repository is missing, or has no safetensors.
+        UserError: The folder or hub repository is missing, has no safetensors, or lacks weights of the model.
     """
     check_model_path(model.name_or_path, "model.name_or_path")
+    transformers_logging.disable_progress_bar()  # one bar a rank for a load of seconds
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(model.name_or_path, **options)
         remove_dropout(config)
-        loaded = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             model.name_or_path,
             config=config,
             dtype=dtype or DTYPES[model.dtype],
             attn_implementation=model.attention,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"model.name_or_path: cannot load {model.name_or_path}: {_first_line(error)}"
         ) from error
+    loaded, report = found
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path} lacks {len(missing)} weights of "
+            f"{type(loaded).__name__}, {missing[0]} for one; expected a complete causal language model"
+        )
     loaded.config.use_cache = False
     return loaded.eval()  # type: ignore[no-any-return]
 

@@ -43,7 +43,7 @@ class SequenceScorer(nn.Module):
         """(N,) float32 log-probs of every completion token, in row order."""
         if self._selects:
             output = self.model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=batch.predicts)
-            logits = output.logits.reshape(len(batch.targets), -1)
+            logits = output.logits.flatten(0, -2)
         else:
             logits = self.model(input_ids=batch.input_ids, use_cache=False).logits[batch.predicts]
         return -F.cross_entropy(logits.float(), batch.targets, reduction="none")

@@ -167,17 +167,22 @@ def _keys_of(table: pa.Table) -> Keys:
 
 def _read_shard(path: Path) -> pa.Table:
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        table, promised = file.read(), file.metadata.num_rows
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names that are no text
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path}: damaged shard ({reason}); delete it and run precompute-ref again"
         ) from error
-    if table.schema.names[:3] != SCHEMA.names:
+    if table.num_rows != promised:
         raise UserError(
-            f"{path}: not a shard of a reference cache; expected columns {', '.join(SCHEMA.names)}"
+            f"{path}: damaged shard (it has {table.num_rows} of {promised} rows); delete it and run "
+            "precompute-ref again"
         )
-    return table.select(SCHEMA.names).cast(SCHEMA)
+    if [*table.schema][: len(SCHEMA)] != [*SCHEMA]:
+        columns = ", ".join(f"{field.name} ({field.type})" for field in SCHEMA)
+        raise UserError(f"{path}: not a shard of a reference cache; expected the columns {columns}")
+    return table.select(SCHEMA.names)
 
 
 def _flush_directory(path: Path) -> None:

@@ -55,7 +55,9 @@ def save_checkpoint(engine: Engine, progress: Progress, run_dir: Path, keep_last
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
-        for old in _complete(run_dir)[:-keep_last]:
+        # A run that went on from an earlier checkpoint has given up those after it, and records them anew.
+        given_up = [folder for folder in _complete(run_dir) if folder.name > final.name]
+        for old in (*given_up, *_complete(run_dir)[: -keep_last - len(given_up)]):
             shutil.rmtree(old)
     distributed.barrier()
     return final

@@ -93,7 +93,8 @@ def train(
     def evaluate_now() -> dict[str, float]:
         values = evaluate(engine) if evaluate else {}
         monitor.record(progress.step, values)
-        if options.keep_best and values and values["eval/loss"] < (progress.best_loss or math.inf):
+        best = math.inf if progress.best_loss is None else progress.best_loss
+        if options.keep_best and values and values["eval/loss"] < best:
             progress.best_loss = values["eval/loss"]
             export(run_dir / "best")
         return values

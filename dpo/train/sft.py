@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -112,8 +113,14 @@ def open_text_or_preferences(
 
 
 def is_text(path: str) -> bool:
-    """Whether this is a text file or a folder of text files, rather than preference data."""
-    return path.endswith(TEXT_SUFFIXES) or bool(Path(path).is_dir() and _text_files(Path(path)))
+    """Whether this is a text file or a folder of text files, rather than preference data.
+
+    A prepared folder stays one when text stands beside its train.parquet.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return bool(_text_files(folder)) and not (folder / "train.parquet").is_file()
+    return path.endswith(TEXT_SUFFIXES)
 
 
 def read_lines(path: str, key: str) -> Iterator[str]:
@@ -130,7 +137,7 @@ def read_lines(path: str, key: str) -> Iterator[str]:
         try:
             with _open_file(file) as lines:
                 yield from (line.strip() for line in lines if line.strip())
-        except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise UserError(
                 f"{key}: {file}: not readable as text ({error}); expected UTF-8, plain, gzip or xz"
             ) from error
@@ -177,13 +184,15 @@ def _blocks(
     """
     eos = int(tokenizer.eos_token_id)
     waiting = [eos]
-    lines = tqdm(read_lines(path, key), desc="tokenize text", unit=" lines", leave=False)
+    lines = tqdm(read_lines(path, key), desc="tokenize text", unit=" lines", leave=False, disable=None)
     for chunk in _chunks(lines):
         for ids in tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids:
             waiting.extend([*ids, eos])
-        while len(waiting) > max_length:
-            yield _block(waiting[:max_length])
-            waiting = waiting[max_length:]
+        start = 0
+        while len(waiting) - start > max_length:
+            yield _block(waiting[start : start + max_length])
+            start += max_length
+        del waiting[:start]
     if len(waiting) > 1:
         yield _block(waiting)
 

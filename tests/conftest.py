@@ -1,0 +1,159 @@
+"""What most tests need: a tiny GPT-2 with its tokenizer, preference files, and data in token ids.
+
+Nothing here touches the network; the model is saved once a session and read by every test that wants one.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from dpo.config import Config, DataConfig, ModelConfig, ReferenceConfig, TrainConfig
+from dpo.data.dataset import TokenizedDataset, open_datasets
+from dpo.model.load import load_tokenizer
+
+END = "<|endoftext|>"
+CORPUS = ("the cat sat on the mat", "a good day ended well", "a bad day ended badly", "we like films")
+POSITIONS = 64
+WORDS = ("the", "cat", "day", "good", "bad", "film", "well", "mat", "we", "like", "ended", "on")
+
+Row = Mapping[str, Any]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a GPT-2 of two layers (dropout 0.1 in its config) and a byte-level BPE tokenizer.
+
+    Its weights are large, so that its distributions are far from uniform and depend on every token.
+    """
+    folder = tmp_path_factory.mktemp("tiny_model")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([*CORPUS] * 8, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=POSITIONS,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
+    """The tiny model's tokenizer, fresh: a test may change it. It adds no BOS of its own."""
+    loaded = load_tokenizer(ModelConfig(name_or_path=str(tiny_model)))
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    return loaded
+
+
+@pytest.fixture
+def bos_tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
+    """The same with a BOS `<s>` that it puts before every text, as Llama's does."""
+    loaded = AutoTokenizer.from_pretrained(tiny_model)
+    backend = json.loads(loaded.backend_tokenizer.to_str())
+    number = len(loaded)
+    backend["added_tokens"].append({**backend["added_tokens"][0], "id": number, "content": "<s>"})
+    backend["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [number], "tokens": ["<s>"]}},
+    }
+    made = Tokenizer.from_str(json.dumps(backend))
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token=END, pad_token=END)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Writes rows as JSON Lines and returns the path: write_jsonl(rows, name="data.jsonl")."""
+
+    def write(rows: Iterable[Row], name: str = "data.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def preference_rows() -> Callable[..., list[dict[str, Any]]]:
+    """Makes rows of random words, the same for the same seed: a group of 2 to 4 completions with 1 to 3
+    pairs.
+    """
+
+    def make(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
+        rng = np.random.default_rng(seed)
+
+        def text(longest: int) -> str:
+            return " ".join(rng.choice(WORDS, int(rng.integers(1, longest + 1))))
+
+        rows = []
+        for number in range(num_rows):
+            others = int(rng.integers(1, 4))
+            rows.append(
+                {
+                    "prompt": f"{number} {text(6)}",
+                    "completions": [f" {text(8)} {index}" for index in range(others + 1)],
+                    "pairs": [{"chosen": 0, "rejected": index + 1} for index in range(others)],
+                }
+            )
+        return rows
+
+    return make
+
+
+@pytest.fixture
+def make_config(tiny_model: Path, tmp_path: Path) -> Callable[..., Config]:
+    """The smallest experiment on the tiny model in float32: make_config(data_path, learning_rate=1e-3)."""
+
+    def make(train: str, *, test: str | None = None, **options: Any) -> Config:
+        return Config(
+            run_dir=str(tmp_path / "run"),
+            model=ModelConfig(name_or_path=str(tiny_model), dtype="float32"),
+            data=DataConfig(train=train, test=test, cache_dir=str(tmp_path / "tokenized")),
+            reference=ReferenceConfig(cache_dir=str(tmp_path / "reference")),
+            train=TrainConfig(**options),
+        )
+
+    return make
+
+
+@pytest.fixture
+def open_data(tokenizer: PreTrainedTokenizerFast) -> Callable[[Config], TokenizedDataset]:
+    """The training data of a configuration in token ids."""
+    return lambda config: open_datasets(config.data, tokenizer, POSITIONS)[0]
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 plain pairs of uneven length as JSON Lines: no multiple of a batch or of a number of ranks."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(37):
+        prompt, chosen, rejected = (" ".join(rng.choice(WORDS, int(rng.integers(1, 8)))) for _ in range(3))
+        rows.append({"prompt": prompt, "chosen": f" {chosen} good", "rejected": f" {rejected} bad"})
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,249 @@
+"""Training on two real ranks (accelerate, DeepSpeed ZeRO-2, cache) against one process and a textbook loop.
+
+Every launch costs about 15 seconds, so one run of 2 ranks serves several laws.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+RUN = [str(ROOT / "launch" / "run")]
+ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "ACCELERATE_CONFIG": str(ROOT / "launch" / "cpu.yaml")}
+BETA, RATE, PAIRS_PER_STEP = 0.1, 1e-3, 8
+
+
+def write_config(folder: Path, model: Path, data: Path) -> Path:
+    config = {
+        "run_dir": str(folder / "run"),
+        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "data": {"train": str(data), "test": str(data), "cache_dir": str(folder / "tokenized")},
+        "reference": {"cache_dir": str(folder / "reference"), "max_tokens_per_batch": 256},
+        "loss": {"beta": BETA},
+        "train": {
+            "learning_rate": RATE,
+            "warmup_steps": 0,
+            "pairs_per_step": PAIRS_PER_STEP,
+            "max_tokens_per_micro_batch": 128,  # several micro-batches a step, not equally many in each
+            "checkpoint_every": 2,
+            "evaluate_every": 4,
+            "num_epochs": 2,
+        },
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def launch(command: str, config: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    arguments = [*RUN, command, "--config", str(config), *more]
+    return subprocess.run(arguments, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+
+
+def training(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_file: Path) -> Path:
+    """A cache filled and a run finished on two ranks; the folder with config.yaml and run/."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    config = write_config(folder, tiny_model, pairs_file)
+    for command in ("precompute-ref", "train"):
+        result = launch(command, config)
+        assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+def test_the_first_loss_is_ln_2_and_the_first_rewards_are_0(trained: Path) -> None:
+    first = training(metrics(trained / "run"))[0]
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["train/rewards/chosen"] == pytest.approx(0, abs=1e-6)
+    assert first["train/rewards/rejected"] == pytest.approx(0, abs=1e-6)
+
+
+def test_two_ranks_with_zero_2_walk_the_same_steps_as_one_process(trained: Path) -> None:
+    config = trained / "config.yaml"
+    alone = [
+        sys.executable,
+        "-m",
+        "dpo",
+        "train",
+        "--config",
+        str(config),
+        "--run_dir",
+        str(trained / "alone"),
+    ]
+    # another micro-batch budget as well: neither may show
+    subprocess.run([*alone, "--train.max_tokens_per_micro_batch", "512"], cwd=ROOT, check=True, timeout=300)
+    together, single = metrics(trained / "run"), metrics(trained / "alone")
+    assert len(together) == len(single) > 8
+    for ours, theirs in zip(together, single, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"train/rewards/accuracies", "eval/rewards/accuracies"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=2e-6), (ours["step"], key)
+
+
+def test_training_from_the_cache_equals_a_textbook_loop_with_the_live_reference(trained: Path) -> None:
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    folder = settings["model"]["name_or_path"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    rows = [json.loads(line) for line in Path(settings["data"]["train"]).read_text().splitlines()]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=0.0)
+
+    def log_prob(model: torch.nn.Module, prompt: str, completion: str) -> torch.Tensor:
+        start = tokenizer(prompt).input_ids
+        ids = torch.tensor([start + tokenizer(completion).input_ids + [tokenizer.eos_token_id]])
+        logps = torch.log_softmax(model(input_ids=ids).logits[0, :-1], dim=-1)
+        return logps.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum()
+
+    from dpo.data.plan import plan_steps  # the order of the data is the one thing both must share
+
+    recorded = training(metrics(trained / "run"))
+    for epoch in range(2):
+        plan = plan_steps(
+            torch.ones(len(rows), dtype=torch.int64).numpy(),
+            seed=0,
+            epoch=epoch,
+            pairs_per_step=PAIRS_PER_STEP,
+        )
+        for start, stop in zip(plan.offsets[:-1], plan.offsets[1:], strict=True):
+            losses = []
+            for index in plan.order[start:stop]:
+                row = rows[index]
+                chosen, rejected = (
+                    log_prob(policy, row["prompt"], row[side]) for side in ("chosen", "rejected")
+                )
+                with torch.no_grad():
+                    ref_chosen = log_prob(reference, row["prompt"], row["chosen"])
+                    ref_rejected = log_prob(reference, row["prompt"], row["rejected"])
+                losses.append(-F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))))
+            loss = torch.stack(losses).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            step = recorded.pop(0)
+            assert step["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
+            assert step["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    assert recorded == []
+    exported = AutoModelForCausalLM.from_pretrained(trained / "run" / "model", dtype=torch.float32)
+    # Not weight by weight: a key bias has no gradient but rounding errors, which Adam makes as large as any other.
+    ids = tokenizer(rows[0]["prompt"] + rows[0]["chosen"], return_tensors="pt").input_ids
+    torch.testing.assert_close(exported(ids).logits, policy(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def launch_script(script: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Starts `dpo ARGUMENTS` on two ranks after `code` has changed something in each of them."""
+    script.write_text(
+        f"import os, sys\nfrom dpo.cli import run\n{code}\nstatus = run(sys.argv[1:])\nafter(status)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ENVIRONMENT["ACCELERATE_CONFIG"],
+    ]
+    environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, str(script), *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+COUNT_LOADS = """
+import transformers
+loads = []
+original = transformers.PreTrainedModel.from_pretrained.__func__
+def counted(cls, *args, **kwargs):
+    loads.append(args[0])
+    return original(cls, *args, **kwargs)
+transformers.PreTrainedModel.from_pretrained = classmethod(counted)
+def after(status):
+    sys.stdout.write(f"LOADED {len(loads)}\\n")
+    sys.exit(status)
+"""
+
+
+def test_every_rank_loads_exactly_one_set_of_weights(trained: Path) -> None:
+    arguments = ["train", "--config", str(trained / "config.yaml"), "--run_dir", str(trained / "counted")]
+    result = launch_script(trained / "count_loads.py", COUNT_LOADS, *arguments, "--train.max_steps", "1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("LOADED 1\n") == 2
+
+
+KILL_AT_STEP_6 = """
+import signal
+from dpo.train import loop
+original = loop.train_step
+def killed(engine, objective, step, *args):
+    if step.number == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(engine, objective, step, *args)
+loop.train_step = killed
+after = sys.exit
+"""
+
+
+def test_a_run_killed_in_the_middle_resumes_to_the_same_metrics_and_weights(trained: Path) -> None:
+    run_dir, config = trained / "killed", trained / "config.yaml"
+    arguments = ["train", "--config", str(config), "--run_dir", str(run_dir)]
+    assert launch_script(trained / "kill.py", KILL_AT_STEP_6, *arguments).returncode != 0
+    assert training(metrics(run_dir))[-1]["step"] == 5
+    assert not (run_dir / "model").exists()
+    result = launch("train", config, "--run_dir", str(run_dir))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "going on after step 4" in result.stdout + result.stderr
+    assert metrics(run_dir) == metrics(trained / "run")
+    resumed = (run_dir / "model" / "model.safetensors").read_bytes()
+    assert resumed == (trained / "run" / "model" / "model.safetensors").read_bytes()
+
+
+def test_a_cache_that_lacks_rows_stops_training_with_status_2_and_the_command(
+    trained: Path, tmp_path: Path
+) -> None:
+    result = launch(
+        "train",
+        trained / "config.yaml",
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--reference.cache_dir",
+        str(tmp_path / "empty"),
+    )
+    assert result.returncode == 2
+    assert "precompute-ref" in result.stderr.strip().splitlines()[-1]
+
+
+def test_more_ranks_than_work_still_train_and_evaluate(trained: Path, tmp_path: Path) -> None:
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"prompt": "the cat", "chosen": " sat down", "rejected": " ran"}) + "\n")
+    config = write_config(
+        tmp_path, Path(yaml.safe_load((trained / "config.yaml").read_text())["model"]["name_or_path"]), data
+    )
+    for command in ("precompute-ref", "train"):
+        result = launch(command, config, "--train.max_steps", "2")
+        assert result.returncode == 0, result.stderr[-3000:]
+    first = metrics(tmp_path / "run")[0]
+    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -1,0 +1,157 @@
+"""The whole pipeline as `make demo` runs it, with everything small: two ranks, ZeRO-2, about a minute."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+STORIES = "stories --output stories --num_stories 3000 --num_prompts 96"
+SFT = (
+    "--run_dir base --data.train stories/corpus.txt --data.test stories/corpus_heldout.txt "
+    "--data.cache_dir cache --train.max_steps 60"
+)
+SAMPLE = (
+    "sample stories --model base/model --output data --dtype float32 --completion_tokens 16 "
+    "--temperature 1.0 --scorer vader"
+)
+EXPERIMENT = (
+    "--run_dir run --model.name_or_path base/model --data.train data --data.cache_dir cache "
+    "--reference.cache_dir cache/reference --train.learning_rate 1e-3 --train.pairs_per_step 32 "
+    "--train.evaluate_every 2 --train.keep_best true "
+    "--evaluate.num_prompts 16 --evaluate.completion_tokens 16"
+)
+KEYS_WITH_INTERVALS = (
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+    "score/reference",
+    "score/policy",
+    "positive_share/reference",
+    "positive_share/policy",
+    "win_rate",
+    "kl/sequence",
+    "kl/token",
+)
+DIALOGUES = (
+    "--run_dir run --model.dtype float32 --data.train hh --data.max_length 256 --data.too_long drop "
+    "--data.cache_dir tokenized --reference.cache_dir reference --train.max_steps 2 --train.pairs_per_step 16"
+)
+
+
+def shell(*command: str, folder: Path) -> str:
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "ACCELERATE_CONFIG": str(ROOT / "launch" / "cpu.yaml"),
+        "PYTHONPATH": str(ROOT),
+    }
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, (command, result.stdout[-1000:], result.stderr[-3000:])
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which everything ran, and what the evaluation printed."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    # the accelerate configs name the DeepSpeed JSON relative to the root
+    (folder / "configs").symlink_to(ROOT / "configs")
+    prepare, run = [sys.executable, "-m", "data_prep"], str(ROOT / "launch" / "run")
+    shell(*prepare, *STORIES.split(), folder=folder)
+    shell(run, "sft", "--config", str(ROOT / "configs" / "demo_sft.yaml"), *SFT.split(), folder=folder)
+    shell(*prepare, *SAMPLE.split(), folder=folder)
+    arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), *EXPERIMENT.split()]
+    said = ""
+    for command in ("precompute-ref", "train", "evaluate"):
+        said = shell(run, command, *arguments, folder=folder)
+    return folder, said
+
+
+def test_the_report_has_the_table_and_every_key_that_the_contract_names(pipeline: tuple[Path, str]) -> None:
+    folder, said = pipeline
+    report = folder / "run" / "report"
+    assert "query" in said
+    assert "DPO-trained policy" in said
+    assert "| query | reference policy | DPO-trained policy |" in (report / "report.md").read_text()
+    summary = json.loads((report / "summary.json").read_text())
+    for key in KEYS_WITH_INTERVALS:
+        assert summary[f"{key}/low"] <= summary[key] <= summary[f"{key}/high"]
+    assert {"distinct_2/reference", "distinct_2/policy"} <= summary.keys()
+    assert len((report / "samples.jsonl").read_text().splitlines()) == 16
+
+
+def test_training_started_at_ln_2_and_learned(pipeline: tuple[Path, str]) -> None:
+    folder, _ = pipeline
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[-1]["eval/loss"] < math.log(2) - 0.05
+    assert lines[-1]["eval/rewards/accuracies"] > 0.6
+
+
+def test_tensorboard_has_what_metrics_jsonl_has(pipeline: tuple[Path, str]) -> None:
+    folder, _ = pipeline
+    events = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
+    events.Reload()
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    for tag in (
+        "train/loss",
+        "train/rewards/margins",
+        "train/grad_norm",
+        "eval/loss",
+        "perf/pairs_per_second",
+    ):
+        written = {line["step"]: line[tag] for line in lines if tag in line}
+        shown = {event.step: event.value for event in events.Scalars(tag)}
+        assert shown == pytest.approx(written, rel=1e-6)
+
+
+def test_model_and_best_load_as_plain_transformers_models(pipeline: tuple[Path, str]) -> None:
+    folder, _ = pipeline
+    for name in ("model", "best"):
+        model = AutoModelForCausalLM.from_pretrained(folder / "run" / name)
+        assert model.lm_head.weight is model.transformer.wte.weight
+        assert (folder / "run" / name / "tokenizer.json").is_file()
+        assert (folder / "run" / name / "README.md").read_text().startswith("---")
+        assert not list((folder / "run" / name).glob("*.bin"))
+
+
+def test_what_a_run_says_of_itself(pipeline: tuple[Path, str]) -> None:
+    folder, _ = pipeline
+    environment = json.loads((folder / "run" / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert "ZeRO-2" in environment["engine"]
+    assert json.loads((folder / "run" / "exit.json").read_text())["status"] == 0
+
+
+@pytest.mark.skipif(
+    not (SHARED / "models" / "booklm").is_dir() or not (SHARED / "data" / "hh-harmless").is_dir(),
+    reason="needs the folder `shared` with booklm and HH-RLHF beside the repository",
+)
+def test_real_dialogues_on_a_real_model_start_at_ln_2(tmp_path: Path) -> None:
+    source = SHARED / "data" / "hh-harmless" / "test.jsonl.gz"
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shell(
+        sys.executable,
+        "-m",
+        "data_prep",
+        "hh",
+        str(source),
+        "--output",
+        "hh",
+        "--max_rows",
+        "120",
+        folder=tmp_path,
+    )
+    arguments = ["--model.name_or_path", str(SHARED / "models" / "booklm"), *DIALOGUES.split()]
+    for command in ("precompute-ref", "train"):
+        shell(sys.executable, "-m", "dpo", command, *arguments, folder=tmp_path)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
