@@ -59,11 +59,11 @@ tensorboard: $(ready) ## watch the runs under runs/ at http://localhost:6006
 	$(py) -m tensorboard.main --logdir runs --host localhost $(ARGS)
 
 test: $(ready) ## every test
-	$(py) -m pytest tests/unit -n 2 -q $(ARGS)
+	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(ARGS)
 	$(py) -m pytest tests/distributed tests/end_to_end -q $(ARGS)
 
 test-unit: $(ready) ## fast tests of single modules
-	$(py) -m pytest tests/unit -n 2 -q $(ARGS)
+	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(ARGS)
 
 test-distributed: $(ready) ## real ranks, the real launcher, the real DeepSpeed
 	$(py) -m pytest tests/distributed -q $(ARGS)

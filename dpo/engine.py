@@ -70,7 +70,7 @@ class Engine:
         self._max_grad_norm = options.max_grad_norm
         self._zero = accelerator.distributed_type == DistributedType.DEEPSPEED
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # dropout is 0 everywhere; gradient checkpointing runs in training mode only
         scorer = SequenceScorer(model)
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())

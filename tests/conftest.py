@@ -4,6 +4,7 @@ Nothing here touches the network; the model is saved once a session and read by 
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ POSITIONS = 64
 WORDS = ("the", "cat", "day", "good", "bad", "film", "well", "mat", "we", "like", "ended", "on")
 
 Row = Mapping[str, Any]
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are the parallelism; more threads would fight over cores
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

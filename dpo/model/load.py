@@ -69,6 +69,10 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(
             f"model.name_or_path: no tokenizer in {model.name_or_path}: {_first_line(error)}"
         ) from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up that knows no text
+        raise UserError(
+            f"model.name_or_path: no tokenizer in {model.name_or_path}; save one beside the model"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.name_or_path: the tokenizer of {model.name_or_path} has no EOS token; set one and save it"
@@ -164,12 +168,14 @@ def weight_files(model: ModelConfig) -> list[Path]:
 
 
 def _resolve(model: ModelConfig, name: str) -> str:
+    reason = "no such file"  # a folder without config.json is not an error to transformers
     try:
-        return str(cached_file(model.name_or_path, name, revision=model.revision))
+        path = cached_file(model.name_or_path, name, revision=model.revision)
     except OSError as error:
-        raise UserError(
-            f"model.name_or_path: no {name} in {model.name_or_path}: {_first_line(error)}"
-        ) from error
+        path, reason = None, _first_line(error)
+    if path is None:
+        raise UserError(f"model.name_or_path: no {name} in {model.name_or_path}: {reason}")
+    return str(path)
 
 
 def _first_line(error: Exception) -> str:

@@ -128,7 +128,8 @@ class ReferenceStore:
             ) from error
         wanted = self.identity.to_json()
         if stored != wanted:
-            differing = ", ".join(key for key in wanted if stored.get(key) != wanted[key])
+            given = stored if isinstance(stored, dict) else {}
+            differing = ", ".join(key for key in wanted if given.get(key) != wanted[key])
             raise UserError(
                 f"{self.path}: the cache is of another reference model, it differs in: {differing}; delete "
                 "the folder, or use another reference.cache_dir"

@@ -92,8 +92,9 @@ def is_valid(folder: Path) -> bool:
     """Whether the folder has a manifest and every file in it has the size and digest recorded there."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all(_digest(folder / name) == recorded for name, recorded in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+        matching = all(_digest(folder / name) == recorded for name, recorded in files.items())
+        return matching and PROGRESS in files
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

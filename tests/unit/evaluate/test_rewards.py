@@ -1,0 +1,157 @@
+"""Held-out metrics: means by hand, the order of pairs whatever the batches, and a naive computation."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpo import distributed
+from dpo.config import Config, LossConfig, ModelConfig
+from dpo.data.batches import RowBatch, sequence_batch
+from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.evaluate.rewards import PairScores, score_pairs
+from dpo.model.load import load_model
+from dpo.model.logprobs import SequenceScorer
+from dpo.records import Pair, TokenizedGroup
+
+CPU = torch.device("cpu")
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TokenizedDataset:
+    """Three groups of two, three and two completions of one token; the token is the completion's name."""
+    groups = [
+        TokenizedGroup(prompt=ids(90), completions=(ids(1), ids(2)), pairs=(Pair(0, 1),)),
+        TokenizedGroup(
+            prompt=ids(90, 91, 92), completions=(ids(3), ids(4), ids(5)), pairs=(Pair(2, 0), Pair(2, 1))
+        ),
+        TokenizedGroup(prompt=ids(90, 91), completions=(ids(6), ids(7)), pairs=(Pair(1, 0),)),
+    ]
+    write_dataset(groups, tmp_path / "data", Counter())
+    return map_dataset(tmp_path / "data", "digest")
+
+
+POLICY = {1: -1.0, 2: -4.0, 3: -2.0, 4: -9.0, 5: -3.0, 6: -5.0, 7: -6.0}
+REFERENCE = np.array([-2.0, -3.0, -4.0, -5.0, -6.0, -5.0, -6.0])  # of the completions 1 to 7
+
+
+def by_name(batch: RowBatch) -> Tensor:
+    """The policy's log-prob of each row, from the table."""
+    sums = torch.zeros(len(batch.num_tokens), dtype=torch.float64)
+    values = torch.tensor([POLICY[int(name)] for name in batch.targets], dtype=torch.float64)
+    return sums.index_add(0, batch.rows, values)
+
+
+def scored(data: TokenizedDataset, *, budget: int = 1000, beta: float = 1.0) -> PairScores:
+    return score_pairs(by_name, data, REFERENCE, LossConfig(beta=beta), budget=budget, device=CPU)
+
+
+def softplus(value: float) -> float:
+    return math.log(1 + math.exp(value))
+
+
+def test_values_by_hand(data: TokenizedDataset) -> None:
+    # Log-ratios of 1 to 7: 1, -1, 2, -4, 3, 0, 0. The pairs are 1 > 2, 5 > 3, 5 > 4 and 7 > 6.
+    scores = scored(data)
+    assert scores.groups.tolist() == [0, 1, 1, 2]
+    assert scores.chosen_rewards.tolist() == [1.0, 3.0, 3.0, 0.0]
+    assert scores.rejected_rewards.tolist() == [-1.0, 2.0, -4.0, 0.0]
+    assert scores.margins.tolist() == [2.0, 1.0, 7.0, 0.0]
+    assert scores.correct.tolist() == [1.0, 1.0, 1.0, 0.0]  # a tie is not right
+    assert scores.chosen_logps.tolist() == [-1.0, -3.0, -3.0, -6.0]
+    assert scores.rejected_logps.tolist() == [-4.0, -2.0, -9.0, -5.0]
+    assert scores.losses == pytest.approx([softplus(-2), softplus(-1), softplus(-7), math.log(2)])
+
+
+def test_means_have_the_names_of_training_and_weigh_every_pair_alike(data: TokenizedDataset) -> None:
+    losses = (softplus(-2) + softplus(-1) + softplus(-7) + math.log(2)) / 4
+    assert scored(data).means() == pytest.approx(
+        {
+            "eval/loss": losses,
+            "eval/rewards/chosen": 7 / 4,
+            "eval/rewards/rejected": -3 / 4,
+            "eval/rewards/margins": 10 / 4,
+            "eval/rewards/accuracies": 3 / 4,
+            "eval/logps/chosen": -13 / 4,
+            "eval/logps/rejected": -20 / 4,
+        }
+    )
+
+
+def test_beta_scales_rewards_and_not_log_probs(data: TokenizedDataset) -> None:
+    scores = scored(data, beta=0.5)
+    assert scores.margins.tolist() == [1.0, 0.5, 3.5, 0.0]
+    assert scores.chosen_logps.tolist() == [-1.0, -3.0, -3.0, -6.0]
+    assert scores.losses[0] == pytest.approx(softplus(-1))
+
+
+@pytest.mark.parametrize("budget", [1, 10, 14, 1000])
+def test_batches_change_neither_values_nor_order(data: TokenizedDataset, budget: int) -> None:
+    found, expected = scored(data, budget=budget), scored(data)
+    for name in ("groups", "losses", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps"):
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_ranks_score_every_pair_once_and_call_the_policy_equally_often(
+    data: TokenizedDataset, world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, parts, calls = scored(data), [], []
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+
+        def collect(mine: Any) -> Any:
+            parts.append(mine)
+            return [np.array([[0.0, 1, 2, 3]] * 6)]  # one value a pair, so that the rest goes on
+
+        monkeypatch.setattr(distributed, "gather_objects", collect)
+        counted = Counter[str]()
+
+        def counting(batch: RowBatch, counted: Counter[str] = counted) -> Tensor:
+            counted["calls"] += 1
+            return by_name(batch) if len(batch.targets) else torch.zeros(1, dtype=torch.float64)
+
+        score_pairs(counting, data, REFERENCE, LossConfig(beta=1.0), budget=8, device=CPU)
+        calls.append(counted["calls"])
+    assert len(set(calls)) == 1
+    together = np.concatenate(parts, axis=1)
+    together = together[:, np.argsort(together[0])]
+    assert together[0].tolist() == [0, 1, 2, 3]
+    assert together[2].tolist() == expected.chosen_rewards.tolist()
+    assert together[5].tolist() == expected.rejected_logps.tolist()
+
+
+def test_a_real_model_scores_as_one_sequence_at_a_time_does(
+    make_config: Callable[..., Config],
+    open_data: Callable[[Config], TokenizedDataset],
+    write_jsonl: Callable[..., str],
+    preference_rows: Callable[..., list[dict[str, Any]]],
+    tiny_model: Path,
+) -> None:
+    data = open_data(make_config(write_jsonl(preference_rows(10))))
+    scorer = SequenceScorer(load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")))
+    reference = np.random.default_rng(0).normal(-30, 5, len(data.keys))
+    found = score_pairs(scorer, data, reference, LossConfig(), budget=100, device=CPU)
+    row, pair = 0, 0
+    for group in (data[index] for index in range(len(data))):
+        with torch.no_grad():
+            logps = [float(scorer(sequence_batch([(group.prompt, c)]))) for c in group.completions]
+        ratios = [value - reference[row + index] for index, value in enumerate(logps)]
+        for chosen, rejected in group.pairs:
+            assert found.chosen_logps[pair] == pytest.approx(logps[chosen], abs=1e-4)
+            assert found.margins[pair] == pytest.approx(0.1 * (ratios[chosen] - ratios[rejected]), abs=1e-4)
+            assert found.losses[pair] == pytest.approx(softplus(-found.margins[pair]), rel=1e-9)
+            pair += 1
+        row += len(logps)
+    assert pair == len(found.losses)

@@ -1,0 +1,199 @@
+"""What a model folder must have, and in which words it is refused; dropout is off wherever it hides."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+
+from dpo.config import ModelConfig
+from dpo.errors import UserError
+from dpo.model.load import (
+    check_model_path,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    positions_of,
+    raw_config,
+    remove_dropout,
+    weight_files,
+)
+
+Edited = Callable[[Callable[[Path], Any]], ModelConfig]
+
+
+def model_config(folder: Path | str) -> ModelConfig:
+    return ModelConfig(name_or_path=str(folder), dtype="float32")
+
+
+@pytest.fixture
+def edited(tiny_model: Path, tmp_path: Path) -> Edited:
+    """A copy of the tiny model that a test may damage."""
+
+    def edit(change: Callable[[Path], Any]) -> ModelConfig:
+        folder = tmp_path / "edited"
+        shutil.copytree(tiny_model, folder)
+        change(folder)
+        return model_config(folder)
+
+    return edit
+
+
+@pytest.mark.parametrize("name", ["gpt2", "org/model"])
+def test_a_hub_name_passes_since_only_the_hub_can_tell(name: str) -> None:
+    check_model_path(name, "model.name_or_path")
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./no", "~/no", "runs/no/model"])
+def test_a_path_that_does_not_exist_is_refused_by_its_key(name: str) -> None:
+    with pytest.raises(UserError, match=rf"reference\.model: {name} does not exist or is not a folder"):
+        check_model_path(name, "reference.model")
+
+
+def test_a_folder_or_file_that_is_no_model_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    check_model_path(str(tiny_model), "model.name_or_path")
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        check_model_path(str(tmp_path), "model.name_or_path")
+    with pytest.raises(UserError, match="is not a folder"):
+        check_model_path(str(tiny_model / "config.json"), "model.name_or_path")
+
+
+def test_a_model_is_loaded_on_the_cpu_without_dropout_in_evaluation_mode(tiny_model: Path) -> None:
+    assert raw_config(model_config(tiny_model))["resid_pdrop"] == 0.1
+    model = load_model(model_config(tiny_model))
+    assert not model.training
+    dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts
+    assert set(dropouts) == {0.0}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_the_weights_have_the_type_that_is_asked_for(tiny_model: Path) -> None:
+    config = ModelConfig(name_or_path=str(tiny_model))
+    assert load_model(config).dtype == torch.bfloat16
+    assert load_model(config, dtype=torch.float32).dtype == torch.float32
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.ln_f.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_weight_that_is_missing_is_never_made_up(edited: Edited) -> None:
+    with pytest.raises(UserError, match=r"lacks 1 weights of GPT2LMHeadModel, transformer\.ln_f\.weight"):
+        load_model(edited(without_a_weight))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "model.safetensors").write_bytes(b"cut off"),
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").write_text('{"model_type": "no_such_type"}'),
+        lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'),
+    ],
+    ids=["no weights", "damaged weights", "broken config", "unknown type", "not a causal model"],
+)
+def test_what_cannot_be_loaded_is_refused(edited: Edited, change: Callable[[Path], Any]) -> None:
+    with pytest.raises(UserError, match=r"model\.name_or_path: .*edited"):
+        load_model(edited(change))
+
+
+def test_a_broken_config_is_refused_before_anything_is_loaded(edited: Edited) -> None:
+    model = edited(lambda folder: (folder / "config.json").write_text("{"))
+    with pytest.raises(UserError, match=r"not a config\.json"):
+        max_positions(model)
+
+
+def test_weights_in_another_format_are_refused(edited: Edited) -> None:
+    model = edited(lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"))
+    with pytest.raises(UserError, match="safetensors"):
+        weight_files(model)
+
+
+def test_the_weight_files_are_the_single_one_or_those_of_the_index_in_name_order(edited: Edited) -> None:
+    def shard(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "b.safetensors")
+        shutil.copy(folder / "b.safetensors", folder / "a.safetensors")
+        index = {"weight_map": {"x": "b.safetensors", "y": "a.safetensors", "z": "b.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    assert [path.name for path in weight_files(edited(shard))] == ["a.safetensors", "b.safetensors"]
+
+
+def test_the_single_weight_file_is_the_folders(tiny_model: Path) -> None:
+    assert weight_files(model_config(tiny_model)) == [tiny_model / "model.safetensors"]
+
+
+def test_a_folder_without_a_tokenizer_is_refused(edited: Edited) -> None:
+    def remove(folder: Path) -> None:
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+
+    with pytest.raises(UserError, match=r"model\.name_or_path: .*tokenizer"):
+        load_tokenizer(edited(remove))
+
+
+def test_a_tokenizer_needs_eos_and_pads_with_it_where_it_has_no_padding(
+    edited: Edited, tiny_model: Path
+) -> None:
+    tokenizer = load_tokenizer(model_config(tiny_model))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id is not None
+
+    def without_eos(folder: Path) -> None:
+        file = folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": None}))
+
+    with pytest.raises(UserError, match="has no EOS token"):
+        load_tokenizer(edited(without_eos))
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"n_positions": 1024, "n_ctx": 512}, 1024),
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"text_config": {"max_position_embeddings": 8}, "n_ctx": 4}, 8),
+        ({"n_ctx": 512}, 512),
+        ({"n_positions": None, "n_ctx": 512}, 512),
+        ({}, None),
+    ],
+)
+def test_positions_are_read_from_the_keys_models_use(config: dict[str, Any], positions: int | None) -> None:
+    assert positions_of(config) == positions
+
+
+def test_positions_of_the_tiny_model(tiny_model: Path) -> None:
+    assert max_positions(model_config(tiny_model)) == 64
+
+
+def test_every_dropout_rate_is_removed_whatever_its_name_nested_ones_too() -> None:
+    class Nested(PretrainedConfig):
+        pass
+
+    config = GPT2Config(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3, summary_first_dropout=0.4)
+    rates = ("hidden_dropout_prob", "attention_dropout", "layerdrop", "resid_dropout", "ffn_dropout_rate")
+    for name in rates:
+        setattr(config, name, 0.25)
+    config.inner = Nested()
+    config.inner.attention_probs_dropout_prob = 0.5
+    config.layer_norm_epsilon, config.dropout_schedule_name = 0.125, "cosine"
+    remove_dropout(config)
+    for name in (*rates, "embd_pdrop", "attn_pdrop", "resid_pdrop", "summary_first_dropout"):
+        assert getattr(config, name) == 0.0
+    assert config.inner.attention_probs_dropout_prob == 0.0
+    assert (config.layer_norm_epsilon, config.dropout_schedule_name) == (0.125, "cosine")
+
+
+def test_removing_dropout_touches_nothing_else() -> None:
+    before, config = LlamaConfig(attention_dropout=0.1).to_dict(), LlamaConfig(attention_dropout=0.1)
+    remove_dropout(config)
+    assert config.to_dict() == before | {"attention_dropout": 0.0}

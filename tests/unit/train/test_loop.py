@@ -1,0 +1,291 @@
+"""The loop on one device and a tiny model: laws 1, 4 (the budget) and 5, and what it records and keeps.
+
+More ranks and DeepSpeed are the business of tests/distributed.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpo import engine as engine_module
+from dpo.config import Config, LossConfig
+from dpo.data.batches import sequence_batch
+from dpo.data.dataset import TokenizedDataset
+from dpo.data.plan import BatchPlan
+from dpo.engine import Engine
+from dpo.model.load import load_model
+from dpo.monitor import Monitor
+from dpo.reference.identity import reference_identity
+from dpo.reference.precompute import precompute, reference_logps
+from dpo.reference.store import ReferenceStore
+from dpo.train.checkpoint import Progress, load_checkpoint
+from dpo.train.loop import train
+from dpo.train.preference import PreferenceObjective
+from dpo.train.run_folder import describe_run, find_start
+
+STEPS = 6
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "pairs_per_step": 8,
+    "max_steps": STEPS,
+    "num_epochs": 3,
+    "max_tokens_per_micro_batch": 256,
+}
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a process."""
+
+
+@dataclass
+class Run:
+    """What a finished or killed run leaves."""
+
+    folder: Path
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    exported: list[int] = field(default_factory=list)
+    """The steps at which the best weights were written."""
+    evaluated: dict[str, float] = field(default_factory=dict)
+    """What `train` returned."""
+
+    def lines(self, *, timing: bool = False) -> list[dict[str, float]]:
+        parsed = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if timing or not k.startswith("perf/")} for line in parsed]
+
+    def curve(self, name: str) -> list[float]:
+        return [line[name] for line in self.lines() if name in line]
+
+
+@pytest.fixture
+def experiment(
+    make_config: Callable[..., Config],
+    open_data: Callable[[Config], TokenizedDataset],
+    write_jsonl: Callable[..., str],
+    preference_rows: Callable[..., list[dict[str, Any]]],
+) -> Config:
+    """An experiment of 12 groups, with its cache filled."""
+    config = make_config(write_jsonl(preference_rows(12)), **OPTIONS)
+    root = Path(config.reference.cache_dir)
+    precompute(config, [open_data(config)], ReferenceStore(root, reference_identity(config.model, root)))
+    return config
+
+
+def changed(config: Config, run_dir: str, **options: Any) -> Config:
+    folder = str(Path(config.run_dir).parent / run_dir)
+    return replace(config, run_dir=folder, train=replace(config.train, **options))
+
+
+@pytest.fixture
+def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
+    """Trains as `dpo train` does, from the start or from a checkpoint.
+
+    `evaluation` gives the held-out loss of a step; `die_at` is the step whose evaluation raises KilledError.
+    """
+
+    def run_it(
+        config: Config,
+        *,
+        evaluation: Callable[[int], float] | None = None,
+        die_at: int | None = None,
+        reference: np.ndarray | None = None,
+    ) -> Run:
+        start = find_start(config)
+        data, root = open_data(config), Path(config.reference.cache_dir)
+        if reference is None:
+            store = ReferenceStore(root, reference_identity(config.model, root))
+            reference = reference_logps(data, store, "command")
+        objective = PreferenceObjective(dataset=data, reference=reference, loss_config=config.loss)
+        plan = BatchPlan(
+            data.pairs_per_group,
+            seed=config.train.seed,
+            num_epochs=config.train.num_epochs,
+            pairs_per_step=config.train.pairs_per_step,
+            max_steps=config.train.max_steps,
+        )
+        accelerator = engine_module.start(config.model)
+        engine = Engine(accelerator, load_model(config.model), config.model, config.train)
+        progress = load_checkpoint(engine, start) if start else Progress()
+        describe_run(config, engine=engine.description)
+        result = Run(Path(config.run_dir))
+
+        def evaluate(_: Engine) -> dict[str, float]:
+            if die_at is not None and progress.step == die_at:
+                raise KilledError
+            assert evaluation is not None
+            return {"eval/loss": evaluation(progress.step)}
+
+        monitor = Monitor(result.folder, num_steps=plan.num_steps, first_step=progress.step, unit="pairs")
+        with monitor:
+            result.evaluated = train(
+                engine,
+                objective,
+                plan,
+                config.train,
+                monitor,
+                progress,
+                run_dir=result.folder,
+                evaluate=evaluate if evaluation else None,
+                export=lambda folder: result.exported.append(progress.step),
+            )
+        result.weights = engine.weights()
+        return result
+
+    return run_it
+
+
+Trained = Callable[..., Run]
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.1])
+def test_the_first_loss_is_ln_2_and_all_rewards_are_zero(
+    experiment: Config, run: Trained, beta: float
+) -> None:
+    config = replace(changed(experiment, "first", max_steps=1), loss=LossConfig(beta=beta))
+    (line,) = run(config).lines()
+    assert line["train/loss"] == pytest.approx(math.log(2), rel=0, abs=1e-6)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert line[f"train/{name}"] == pytest.approx(0, abs=2e-6)
+
+
+def test_training_lowers_the_loss_and_raises_the_margin(experiment: Config, run: Trained) -> None:
+    config = changed(experiment, "learns", num_epochs=10, max_steps=None)
+    trained = run(config)
+    assert trained.curve("train/loss")[-1] < 0.3 < trained.curve("train/loss")[0]
+    assert trained.curve("train/rewards/margins")[-1] > 1
+    assert trained.curve("train/rewards/accuracies")[-1] == 1.0
+
+
+def test_the_micro_batch_budget_changes_no_result(experiment: Config, run: Trained) -> None:
+    many = run(changed(experiment, "many", max_tokens_per_micro_batch=40))
+    one = run(changed(experiment, "one", max_tokens_per_micro_batch=100_000))
+    for name in ("loss", "rewards/margins", "logps/chosen"):
+        assert many.curve(f"train/{name}") == pytest.approx(one.curve(f"train/{name}"), rel=1e-5, abs=1e-6)
+    assert many.curve("train/loss") == pytest.approx(one.curve("train/loss"), rel=0, abs=1e-6)
+    assert many.curve("train/grad_norm") == pytest.approx(one.curve("train/grad_norm"), rel=1e-4)
+    for name in ("train/learning_rate", "train/epoch", "train/num_tokens"):
+        assert many.curve(name) == one.curve(name)
+
+
+def test_the_cache_trains_as_a_live_reference_does(
+    experiment: Config, run: Trained, open_data: Callable[[Config], TokenizedDataset]
+) -> None:
+    data, model = open_data(experiment), load_model(experiment.model)
+    live = []
+    for group in (data[index] for index in range(len(data))):
+        for completion in group.completions:
+            batch = sequence_batch([(group.prompt, completion)])
+            with torch.no_grad():
+                logps = model(input_ids=batch.input_ids).logits[batch.predicts].double().log_softmax(-1)
+            live.append(float(logps.gather(1, batch.targets[:, None]).sum()))
+    from_cache = run(changed(experiment, "cache"))
+    from_live = run(changed(experiment, "live"), reference=np.array(live))
+    assert from_cache.curve("train/loss") == pytest.approx(from_live.curve("train/loss"), abs=5e-6)
+    assert from_cache.curve("train/grad_norm") == pytest.approx(from_live.curve("train/grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("die_at", [3, 4])
+def test_a_killed_and_resumed_run_ends_as_one_that_never_was(
+    experiment: Config, run: Trained, optimizer: str, die_at: int
+) -> None:
+    options = {"checkpoint_every": 2, "evaluate_every": 1, "optimizer": optimizer, "schedule": "cosine"}
+    whole = run(changed(experiment, "whole", **options), evaluation=lambda step: 1 / (step + 1))
+    config = changed(experiment, "killed", **options)
+    with pytest.raises(KilledError):  # after a checkpoint, and at 4 just before the next one
+        run(config, evaluation=lambda step: 1 / (step + 1), die_at=die_at)
+    resumed = run(config, evaluation=lambda step: 1 / (step + 1))
+    assert resumed.lines() == whole.lines()
+    assert resumed.weights.keys() == whole.weights.keys()
+    for name, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+
+
+def test_a_finished_run_that_is_started_again_trains_nothing(experiment: Config, run: Trained) -> None:
+    config = changed(experiment, "twice", checkpoint_every=2)
+    first = run(config)
+    again = run(config)
+    assert again.lines(timing=True) == first.lines(timing=True)
+    for name, weight in first.weights.items():
+        assert torch.equal(again.weights[name], weight)
+
+
+def test_every_step_is_recorded_with_all_its_numbers(experiment: Config, run: Trained) -> None:
+    lines = run(changed(experiment, "names")).lines(timing=True)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    rewards = {f"train/rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    logps = {"train/logps/chosen", "train/logps/rejected"}
+    own = {f"train/{name}" for name in ("loss", "grad_norm", "learning_rate", "epoch", "num_tokens")}
+    timing = {"tokens_per_second", "pairs_per_second", "data_wait_fraction", "padding_fraction"}
+    named = rewards | logps | own | {f"perf/{name}" for name in (*timing, "peak_memory_gb")}
+    for line in lines:
+        assert line.keys() - {"step"} >= named
+        assert line["train/rewards/margins"] == pytest.approx(
+            line["train/rewards/chosen"] - line["train/rewards/rejected"], abs=1e-9
+        )
+        assert 0 <= line["perf/padding_fraction"] < 1
+
+
+def test_tokens_are_counted_without_padding_over_the_whole_run(
+    experiment: Config, run: Trained, open_data: Callable[[Config], TokenizedDataset]
+) -> None:
+    data = open_data(experiment)
+    config = changed(experiment, "epoch", num_epochs=2, max_steps=None)
+    each_epoch = sum(
+        len(data[g].prompt) + len(completion) for g in range(len(data)) for completion in data[g].completions
+    )
+    trained = run(config)
+    assert trained.curve("train/num_tokens")[-1] == 2 * each_epoch
+    assert trained.curve("train/epoch")[-1] == 2.0
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, [0, 6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6])])
+def test_evaluation_is_at_both_ends_and_every_so_often(
+    experiment: Config, run: Trained, every: int, steps: list[int]
+) -> None:
+    trained = run(changed(experiment, "eval", evaluate_every=every), evaluation=float)
+    assert [line["step"] for line in trained.lines() if "eval/loss" in line] == steps
+    assert trained.evaluated == {"eval/loss": 6.0}
+
+
+def test_the_best_weights_are_kept_each_time_the_held_out_loss_falls(
+    experiment: Config, run: Trained
+) -> None:
+    losses = {0: 0.7, 1: 0.5, 2: 0.6, 3: 0.0, 4: 0.4, 5: 0.0, 6: 0.3}
+    best = run(changed(experiment, "best", evaluate_every=1, keep_best=True), evaluation=losses.__getitem__)
+    assert best.exported == [0, 1, 3]
+    last = run(changed(experiment, "last", evaluate_every=1), evaluation=losses.__getitem__)
+    assert last.exported == []
+
+
+def test_a_resumed_run_remembers_its_best(experiment: Config, run: Trained) -> None:
+    options = {"evaluate_every": 1, "keep_best": True, "checkpoint_every": 2}
+    losses = {0: 0.7, 1: 0.2, 2: 0.6, 3: 0.5, 4: 0.4, 5: 0.1, 6: 0.3}
+    config = changed(experiment, "best", **options)
+    with pytest.raises(KilledError):
+        run(config, evaluation=losses.__getitem__, die_at=3)
+    assert run(config, evaluation=losses.__getitem__).exported == [5]
+
+
+def test_checkpoints_are_written_every_so_often_and_at_the_end(experiment: Config, run: Trained) -> None:
+    trained = run(changed(experiment, "often", checkpoint_every=4, keep_last=9))
+    names = sorted(path.name for path in (trained.folder / "checkpoints").iterdir())
+    assert names == ["step_00000004", "step_00000006"]
+    assert not (run(changed(experiment, "never")).folder / "checkpoints").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(
+    experiment: Config, run: Trained, open_data: Callable[[Config], TokenizedDataset]
+) -> None:
+    reference = np.zeros(len(open_data(experiment).keys))
+    reference[:] = np.nan
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan; the weights were not updated"):
+        run(changed(experiment, "nan"), reference=reference)
