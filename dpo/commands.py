@@ -28,7 +28,7 @@ from dpo.train.checkpoint import Progress, load_checkpoint
 from dpo.train.loop import Evaluation, Objective
 from dpo.train.loop import train as run_loop
 from dpo.train.preference import PreferenceObjective
-from dpo.train.run_folder import config_text, describe_run, find_start
+from dpo.train.run_folder import claim_run, config_text, describe_run, find_start
 from dpo.train.sft import NextTokenObjective, held_out_loss, is_text, open_text_or_preferences, read_lines
 
 
@@ -43,8 +43,10 @@ def check(command: str, config: Config | SftConfig) -> None:
         find_start(config)
         if not is_text(config.data.train):
             check_sources(DataConfig(train=config.data.train, test=config.data.test))
-        elif next(read_lines(config.data.train, "data.train"), None) is None:
-            raise UserError(f"data.train: {config.data.train} has no text")
+        else:
+            for key, path in (("data.train", config.data.train), ("data.test", config.data.test)):
+                if path is not None and next(read_lines(path, key), None) is None:
+                    raise UserError(f"{key}: {path} has no text")
     else:
         if config.reference.model is not None:
             check_model_path(config.reference.model, "reference.model")
@@ -148,6 +150,7 @@ def sft(config: SftConfig) -> None:
     _quiet()
     accelerator = engine.start(config.model)
     start = find_start(config)
+    claim_run(config)
     tokenizer, positions = _sft_tokenizer(config)
     train_data, test_data = open_text_or_preferences(config.data, tokenizer, positions)
     objective = NextTokenObjective(dataset=train_data)
@@ -233,7 +236,9 @@ def _optimize(
         *(
             [f"held-out {_metrics(evaluated)}"]
             if evaluated
-            else ["no held-out data, so nothing was evaluated"]
+            else [
+                "no held-out data, so nothing was evaluated" if evaluate is None else "it had ended already"
+            ]
         ),
         f"model in {run_dir / 'model'}; to watch the curves: make tensorboard",
     )

@@ -102,7 +102,7 @@ class OptimizationConfig:
     learning_rate: float = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: constant, or a decay to 0 at the last step."""
+    """What follows the warm-up: constant, or a decay that would reach 0 one step after the last."""
     warmup_steps: int = 150
     """Linear warm-up, in optimizer steps; cut to a tenth of the run where that is shorter."""
     optimizer: Literal["adamw", "rmsprop"] = "adamw"

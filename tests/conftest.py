@@ -26,7 +26,7 @@ WORDS = ("the", "cat", "day", "good", "bad", "film", "well", "mat", "we", "like"
 
 Row = Mapping[str, Any]
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are the parallelism; more threads would fight over cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
     torch.set_num_threads(1)
 
 

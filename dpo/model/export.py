@@ -1,5 +1,6 @@
 """The finished model as others load it: safetensors, tokenizer, generation config and a model card."""
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,5 +62,6 @@ def model_card(*, title: str, base_model: str, tags: list[str], body: str) -> st
         body: Markdown below the heading.
     """
     listed = "\n".join(f"- {tag}" for tag in tags)
-    base = f"base_model: {base_model}\n" if base_model and "/" not in base_model.strip("./") else ""
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base_model) and not Path(base_model).exists()
+    base = f"base_model: {base_model}\n" if is_hub_name else ""
     return f"---\nlibrary_name: transformers\n{base}tags:\n{listed}\n---\n\n# {title}\n\n{body}\n"

@@ -24,7 +24,15 @@ from dpo.config import ModelConfig
 from dpo.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NO_DROPOUT_SUFFIXES = ("dropout", "pdrop", "dropout_prob", "dropout_rate", "layerdrop", "dropout_p")
+NOISE_SUFFIXES = (
+    "dropout",
+    "pdrop",
+    "dropout_prob",
+    "dropout_rate",
+    "layerdrop",
+    "dropout_p",
+    "jitter_noise",
+)
 
 
 def check_model_path(name_or_path: str, key: str) -> None:
@@ -137,11 +145,11 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
 
 
 def remove_dropout(config: Any) -> None:
-    """Sets every dropout rate of a transformers config, nested ones included, to 0."""
+    """Sets every dropout rate (and router jitter) of a transformers config, nested ones included, to 0."""
     for key, value in vars(config).items():
         if hasattr(value, "to_dict"):
             remove_dropout(value)
-        elif isinstance(value, float) and key.endswith(NO_DROPOUT_SUFFIXES):
+        elif isinstance(value, float) and key.endswith(NOISE_SUFFIXES):
             setattr(config, key, 0.0)
 
 

@@ -77,19 +77,24 @@ def find_start(config: Config | SftConfig) -> Path | None:
     return newest
 
 
+def claim_run(config: Config | SftConfig) -> None:
+    """Writes config.yaml (resolved), which makes the folder a run of ours; to be done after `find_start`."""
+    if distributed.is_main():
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / CONFIG_FILE).write_text(config_text(config))
+
+
 def describe_run(config: Config | SftConfig, *, engine: str) -> None:
-    """Writes config.yaml (resolved) and environment.json. No environment variable is recorded: they hold
-    tokens.
+    """Writes config.yaml and environment.json. No environment variable is recorded: they hold tokens.
 
     Args:
         config: The resolved configuration.
         engine: What the engine says of itself.
     """
+    claim_run(config)
     if not distributed.is_main():
         return
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / CONFIG_FILE).write_text(config_text(config))
     environment = {
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
@@ -97,7 +102,7 @@ def describe_run(config: Config | SftConfig, *, engine: str) -> None:
         "world_size": distributed.world_size(),
         "engine": engine,
     }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2))
+    (Path(config.run_dir) / "environment.json").write_text(json.dumps(environment, indent=2))
 
 
 def config_text(config: Config | SftConfig) -> str:

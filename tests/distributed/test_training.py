@@ -145,7 +145,7 @@ def test_training_from_the_cache_equals_a_textbook_loop_with_the_live_reference(
             assert step["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
     assert recorded == []
     exported = AutoModelForCausalLM.from_pretrained(trained / "run" / "model", dtype=torch.float32)
-    # Not weight by weight: a key bias has no gradient but rounding errors, and Adam makes them as large as any.
+    # Not weight by weight: a key bias has no gradient but rounding errors, which Adam enlarges.
     ids = tokenizer(rows[0]["prompt"] + rows[0]["chosen"], return_tensors="pt").input_ids
     torch.testing.assert_close(exported(ids).logits, policy(ids).logits, rtol=1e-3, atol=1e-3)
 
