@@ -13,18 +13,18 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
-STORIES = "stories --output stories --num_stories 3000 --num_prompts 96"
+STORIES = "stories --output stories --num_stories 8000 --num_prompts 256"
 SFT = (
     "--run_dir base --data.train stories/corpus.txt --data.test stories/corpus_heldout.txt "
-    "--data.cache_dir cache --train.max_steps 60"
+    "--data.cache_dir cache --train.max_steps 200"
 )
 SAMPLE = (
-    "sample stories --model base/model --output data --dtype float32 --completion_tokens 16 "
-    "--temperature 1.0 --scorer vader"
+    "sample stories --model base/model --output data --dtype float32 --completion_tokens 24 "
+    "--temperature 1.0 --scorer vader --min_margin 0.3"
 )
 EXPERIMENT = (
     "--run_dir run --model.name_or_path base/model --data.train data --data.cache_dir cache "
-    "--reference.cache_dir cache/reference --train.learning_rate 1e-3 --train.pairs_per_step 32 "
+    "--reference.cache_dir cache/reference --train.learning_rate 3e-4 --train.pairs_per_step 32 "
     "--train.evaluate_every 2 --train.keep_best true "
     "--evaluate.num_prompts 16 --evaluate.completion_tokens 16"
 )
