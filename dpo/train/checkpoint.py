@@ -32,7 +32,7 @@ class Progress:
 
 
 def save_checkpoint(engine: Engine, progress: Progress, run_dir: Path, keep_last: int) -> Path:
-    """Writes checkpoints/step_XXXXXXXX and then removes old ones. All ranks must call it.
+    """Writes checkpoints/step_00000100 (eight digits) and then removes old ones. All ranks must call it.
 
     Args:
         engine: Its weights and optimizer state.
