@@ -1,10 +1,12 @@
 """The command line: configuration in, exit status out.
 
 YAML and dotted overrides become a `Config`; all problems of it are shown at once. Commands are imported late,
-so that `--help` does not load torch. Exit status: 0 done, 2 bad usage, configuration or data, 1 anything
-else; rank 0 also writes it to RUN_DIR/exit.json, because `accelerate launch` turns every failure into 1.
+so that `--help` does not load torch. Exit status: 0 done, 2 bad usage, configuration or data, 3 stopped by a
+signal after saving, 1 anything else; rank 0 also writes it to RUN_DIR/exit.json, because `accelerate launch`
+turns every failure into 1.
 """
 
+import argparse
 import difflib
 import json
 import os
@@ -14,13 +16,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, cast, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from dpo.config import Config, SftConfig, problems
-from dpo.errors import UserError
+from dpo.errors import StoppedBySignal, UserError
 
 COMMANDS = {
     "sft": "train a model on text or on chosen completions, also from random weights",
@@ -34,10 +36,23 @@ Direct Preference Optimization with an offline reference cache.
 
 commands:
 {commands}
+  cache ACTION     info, verify or prune: look after the reference cache; see dpo cache --help
   check [COMMAND]  validate a configuration and its data for COMMAND (default: train); loads no model
 
 dpo COMMAND --help lists every key. Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo
 ...
+"""
+
+
+CACHE_USAGE = """usage: dpo cache info   FOLDER | --config FILE [--KEY VALUE ...]
+       dpo cache verify FOLDER | --config FILE [--KEY VALUE ...] [--recompute N]
+       dpo cache prune  FOLDER | --config FILE [--KEY VALUE ...] [--and_config FILE ...] [--dry_run]
+
+FOLDER is a cache (it holds identity.json) or a root with caches in it; FILE is an experiment, as for train.
+
+info    identity, rows, bytes and shards; with FILE also how much of its data is covered
+verify  reads every shard and checks it; --recompute computes N random rows of FILE's data anew and compares
+prune   joins small shards; with FILE also drops the rows that neither it nor any --and_config needs
 """
 
 
@@ -59,6 +74,8 @@ def run(arguments: Sequence[str]) -> int:
         print(USAGE.format(commands=commands))
         return 0 if arguments else 2
     command, *rest = arguments
+    if command == "cache":
+        return _cache(rest)
     run_dir: Path | None = None
     started = time.time()
     try:
@@ -66,13 +83,18 @@ def run(arguments: Sequence[str]) -> int:
         if checking:
             command = rest.pop(0) if rest and not rest[0].startswith("-") else "train"
         if command not in COMMANDS:
-            raise UserError(f"no command {command}{_nearest(command, [*COMMANDS, 'check'])}; see dpo --help")
+            raise UserError(
+                f"no command {command}{_nearest(command, [*COMMANDS, 'cache', 'check'])}; see dpo --help"
+            )
         config = parse(command, rest)
         run_dir = None if checking else Path(config.run_dir)
         _execute(command, config, checking=checking)
     except UserError as error:
         _say(f"dpo: error: {error}")
         return _finish(run_dir, command, 2, str(error), started)
+    except StoppedBySignal as stopped:
+        _say(f"dpo: stopped by a signal: {stopped}")
+        return _finish(run_dir, command, 3, str(stopped), started)
     except KeyboardInterrupt:
         _say("dpo: interrupted")
         return _finish(run_dir, command, 1, "interrupted", started)
@@ -80,6 +102,43 @@ def run(arguments: Sequence[str]) -> int:
         _finish(run_dir, command, 1, f"{type(error).__name__}: {error}", started)
         raise
     return _finish(run_dir, command, 0, "done", started)
+
+
+def _cache(arguments: Sequence[str]) -> int:
+    """`dpo cache`: its own options here, all others are keys of the configuration."""
+    parser = argparse.ArgumentParser(prog="dpo cache", exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--recompute", type=int, default=0)
+    parser.add_argument("--and_config", action="append", default=[])
+    parser.add_argument("--dry_run", action="store_true")
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(CACHE_USAGE)
+            return 0 if arguments else 2
+        action, *rest = arguments
+        if action not in ("info", "verify", "prune"):
+            raise UserError(f"no action {action}; expected info, verify or prune: see dpo cache --help")
+        folder = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
+        options, keys = parser.parse_known_args(rest)
+        if (folder is None) == (not keys):
+            raise UserError("expected either a folder or --config FILE: see dpo cache --help")
+        if options.recompute < 0 or (action != "verify" and options.recompute):
+            raise UserError(
+                f"--recompute: {options.recompute}; expected a number of rows, of dpo cache verify"
+            )
+        others = [cast(Config, parse("precompute-ref", ["--config", name])) for name in options.and_config]
+        target = folder or cast(Config, parse("precompute-ref", keys))
+        from dpo import cache
+
+        if action == "info":
+            cache.show_info(target)
+        elif action == "verify":
+            cache.verify_caches(target, recompute=options.recompute)
+        else:
+            cache.prune_caches(target, others, dry_run=options.dry_run)
+    except (UserError, argparse.ArgumentError) as error:
+        _say(f"dpo: error: {error}")
+        return 2
+    return 0
 
 
 def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:

@@ -5,24 +5,31 @@ made.
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import distributed, engine
 from dpo.config import Config, DataConfig, ModelConfig, SftConfig
+from dpo.data.batches import RowBatch
 from dpo.data.dataset import TokenizedDataset, check_sources, open_datasets
 from dpo.data.plan import BatchPlan
-from dpo.engine import Engine
+from dpo.engine import Engine, frozen_scorer
 from dpo.errors import UserError
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.run import evaluate_run
 from dpo.model.export import export_model, model_card
-from dpo.model.load import check_model_path, load_model, load_tokenizer, max_positions
+from dpo.model.load import adapter_files, check_model_path, load_model, load_tokenizer, max_positions
 from dpo.model.scratch import scratch_model, scratch_positions, scratch_tokenizer
 from dpo.monitor import Monitor
-from dpo.reference.identity import reference_identity, reference_model
-from dpo.reference.precompute import precompute, reference_logps
+from dpo.reference.audit import audit, check_rows, record_rows
+from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
+from dpo.reference.lookup import reference_logps
+from dpo.reference.precompute import is_sharded, precompute
 from dpo.reference.store import ReferenceStore
 from dpo.train.checkpoint import Progress, load_checkpoint
 from dpo.train.loop import Evaluation, Objective
@@ -39,6 +46,8 @@ def check(command: str, config: Config | SftConfig) -> None:
     """
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
+    if command in ("train", "sft"):
+        _refuse_adapter(config)
     if isinstance(config, SftConfig):
         find_start(config)
         if not is_text(config.data.train):
@@ -63,12 +72,17 @@ def precompute_ref(config: Config) -> None:
     """Fills the reference cache with every sequence of the training and held-out data."""
     _quiet()
     distributed.start()
-    train_data, test_data, _ = _data(config)
-    store = _store(config)
+    distributed.require_shared(Path(config.reference.cache_dir), "reference.cache_dir")
+    train_data, test_data, _ = open_data(config)
+    store = reference_store(config)
     result = precompute(config, [data for data in (train_data, test_data) if data is not None], store)
     rate = f", {result.misses / result.seconds:.1f} sequences/s" if result.misses else ""
+    if result.misses and distributed.device().type == "cpu":
+        rate += f" ({distributed.world_size()} rank(s) of one thread each: NPROC=N takes more cores)"
+    nearest = store.nearest_other() if result.hits == 0 and distributed.is_main() else None
     _summary(
         f"reference cache: {result.hits} sequences were there, {result.misses} computed{rate}",
+        *([f"nothing was there before: {nearest}"] if nearest else []),
         f"in {store.path}",
         _counts("train", train_data),
         _counts("test", test_data),
@@ -78,15 +92,17 @@ def precompute_ref(config: Config) -> None:
 def train(config: Config) -> None:
     """Optimizes the policy; the reference comes from the cache, and one set of weights is loaded."""
     _quiet()
+    _refuse_adapter(config)
     accelerator = engine.start(config.model)
     start = find_start(config)
-    train_data, test_data, tokenizer = _data(config)
-    store = _store(config)
+    train_data, test_data, tokenizer = open_data(config)
+    store = reference_store(config)
     command = (
         f"make precompute-ref CONFIG=... (or: dpo precompute-ref with the same keys as {config.run_dir})"
     )
-    reference = reference_logps(train_data, store, command)
-    test_reference = reference_logps(test_data, store, command) if test_data is not None else None
+    datasets = [data for data in (train_data, test_data) if data is not None]
+    references = reference_logps(datasets, store, command)
+    reference, test_reference = references[0], references[-1]
     objective = PreferenceObjective(dataset=train_data, reference=reference, loss_config=config.loss)
     plan = BatchPlan(
         train_data.pairs_per_group,
@@ -95,12 +111,25 @@ def train(config: Config) -> None:
         pairs_per_step=config.train.pairs_per_step,
         max_steps=config.train.max_steps,
     )
+    audited = start is None and config.reference.audit_rows > 0
+    starts_as_reference = distributed.on_main(
+        lambda: policy_is_reference(config, store.identity, store.cache_dir)
+    )
+    if audited and not starts_as_reference:
+        with frozen_scorer(reference_model(config), sharded=is_sharded(config)) as scorer:
+            _audit(scorer, datasets, references, store, config)
     model = load_model(config.model, dtype=engine.weight_dtype(accelerator, config.model))
     policy = Engine(accelerator, model, config.model, config.train)
+    if audited and starts_as_reference:
+        _audit(policy.score_only, datasets, references, store, config)
+    if start is None:
+        claim_run(config)
+        record_rows(Path(config.run_dir), store, datasets, references)
+    elif config.reference.audit_rows > 0:
+        check_rows(start.parents[1], store, datasets, references)
 
     def evaluate_policy(policy: Engine) -> dict[str, float]:
         assert test_data is not None
-        assert test_reference is not None
         return score_pairs(
             policy.score_only,
             test_data,
@@ -128,19 +157,19 @@ def evaluate(config: Config) -> None:
     _quiet()
     distributed.start()
     policy = _finished_model(config)
-    _, test_data, tokenizer = _data(config)
+    _, test_data, tokenizer = open_data(config)
     if test_data is None:
         raise UserError(
             "data.test: none given and none beside data.train; evaluate needs held-out preferences"
         )
-    store = _store(config)
+    store = reference_store(config)
     command = "make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)"
     evaluate_run(
         config,
         policy,
         reference_model(config),
         test_data,
-        reference_logps(test_data, store, command),
+        reference_logps([test_data], store, command)[0],
         tokenizer,
     )
 
@@ -148,6 +177,7 @@ def evaluate(config: Config) -> None:
 def sft(config: SftConfig) -> None:
     """Next-token training of an existing model, or of one made here."""
     _quiet()
+    _refuse_adapter(config)
     accelerator = engine.start(config.model)
     start = find_start(config)
     claim_run(config)
@@ -244,19 +274,33 @@ def _optimize(
     )
 
 
-def _data(config: Config) -> tuple[TokenizedDataset, TokenizedDataset | None, PreTrainedTokenizerBase]:
+def open_data(config: Config) -> tuple[TokenizedDataset, TokenizedDataset | None, PreTrainedTokenizerBase]:
+    """Training and held-out data in token ids, and the policy's tokenizer."""
+    distributed.require_shared(Path(config.data.cache_dir), "data.cache_dir")
     tokenizer = load_tokenizer(config.model)
     train_data, test_data = open_datasets(config.data, tokenizer, max_positions(config.model))
     return train_data, test_data, tokenizer
 
 
-def _store(config: Config) -> ReferenceStore:
+def reference_store(config: Config) -> ReferenceStore:
     """The cache of the reference model; rank 0 hashes the files, the others are told."""
     cache_dir = Path(config.reference.cache_dir)
-    identity = reference_identity(reference_model(config), cache_dir) if distributed.is_main() else None
-    identity = distributed.from_main(identity)
-    assert identity is not None
+    identity = distributed.on_main(lambda: reference_identity(reference_model(config), cache_dir))
     return ReferenceStore(cache_dir, identity)
+
+
+def _audit(
+    score: Callable[[RowBatch], Tensor],
+    datasets: Sequence[TokenizedDataset],
+    references: Sequence[npt.NDArray[np.float64]],
+    store: ReferenceStore,
+    config: Config,
+) -> None:
+    result = audit(score, datasets, references, store, num_rows=config.reference.audit_rows)
+    _summary(
+        f"audit: {result.rows} cached rows recomputed, largest difference {result.largest:.2g} nats, "
+        f"{result.share:.0%} of what rounding may do"
+    )
 
 
 def _finished_model(config: Config) -> ModelConfig:
@@ -269,6 +313,15 @@ def _finished_model(config: Config) -> ModelConfig:
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
+
+
+def _refuse_adapter(config: Config | SftConfig) -> None:
+    name = config.model.name_or_path
+    if name and adapter_files(config.model):
+        raise UserError(
+            f"model.name_or_path: {name} is a PEFT adapter, and adapters cannot be trained here yet; merge "
+            "it into its base and give the merged model"
+        )
 
 
 def _sft_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, int | None]:

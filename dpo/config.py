@@ -81,6 +81,14 @@ class ReferenceConfig:
     """Tokens of one forward pass, padding included. Independent of the number of ranks."""
     flush_every_seconds: float = 60.0
     """How often a rank writes what it has computed: a crash loses at most this much work."""
+    sharding: Literal["auto", "replicas", "zero3"] = "auto"
+    """Precompute with the whole model on every rank, or with ZeRO-3; auto: ZeRO-3 if the weights need more
+    than half of a device's memory."""
+    store_token_logps: bool = False
+    """Also store the log-prob of every completion token (4 bytes a token), for losses that weigh tokens."""
+    audit_rows: int = 16
+    """Rows of the cache that training recomputes when it starts, and stops if they differ; 0: trust the
+    cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +322,10 @@ def _preference_problems(config: Config) -> Iterator[str]:
         yield f"train.pairs_per_step: {config.train.pairs_per_step}; expected at least 1"
     if config.reference.max_tokens_per_batch < 2:
         yield f"reference.max_tokens_per_batch: {config.reference.max_tokens_per_batch}; expected at least 2"
+    if config.reference.audit_rows < 0:
+        yield f"reference.audit_rows: {config.reference.audit_rows}; expected at least 0"
+    if not config.reference.flush_every_seconds >= 0:
+        yield f"reference.flush_every_seconds: {config.reference.flush_every_seconds}; expected at least 0"
     evaluate = config.evaluate
     for name, minimum in (
         ("num_prompts", 0),

@@ -1,12 +1,18 @@
-"""Ranks, barriers, exact sums and agreement: the few collectives the stages need.
+"""Ranks, barriers, exact sums and agreement: the few collectives the stages need, and a folder that all
+share.
 
 A single process that was not launched gets the same functions with a world of one.
 """
 
+import itertools
 import os
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from pathlib import Path
+from socket import gethostname
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +20,15 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from dpo.errors import UserError
+
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """Rank 0 may tokenize or hash a large input while the others wait; PyTorch's 10 minutes are too short for
 that."""
+SHARED_WAIT_SECONDS = 10.0
+_counts_made = itertools.count()
 
 
 def start() -> None:
@@ -104,6 +114,72 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Rank 0's result of `work` on every rank; a UserError of rank 0 is raised on all of them."""
+    result: T | UserError | None = None
+    if is_main():
+        try:
+            result = work()
+        except UserError as error:
+            result = error
+    result = from_main(result)
+    if isinstance(result, UserError):
+        raise result
+    return cast(T, result)
+
+
+class SharedCount:
+    """A number that every rank adds to at its own pace, without waiting for the others."""
+
+    def __init__(self, name: str) -> None:
+        self._name = f"dpo/{name}/{next(_counts_made)}"  # ranks make the same counts in the same order
+        self._total = 0
+
+    def add(self, number: int) -> int:
+        """Adds this rank's progress and returns the sum over all ranks so far."""
+        if is_distributed():
+            self._total = int(dist.distributed_c10d._get_default_store().add(self._name, number))
+        else:
+            self._total += number
+        return self._total
+
+
+def require_shared(folder: Path, key: str) -> None:
+    """Raises UserError on all ranks if one of them does not see what rank 0 writes into `folder`.
+
+    Args:
+        folder: Is made if it is not there.
+        key: The option that names it, for the message.
+    """
+    name = on_main(lambda: _leave_token(folder, key))
+    seen, deadline = (folder / name).is_file(), time.monotonic() + SHARED_WAIT_SECONDS
+    while not seen and time.monotonic() < deadline:  # a network file system may show a new file late
+        time.sleep(0.1)
+        seen = (folder / name).is_file()
+    views = gather_objects((seen, gethostname(), str(folder.absolute())))
+    if is_main():
+        (folder / name).unlink(missing_ok=True)
+    blind = [f"rank {r} on {host} ({path})" for r, (sees, host, path) in enumerate(views) if not sees]
+    if blind:
+        raise UserError(
+            f"{key}: {folder} is not shared: what rank 0 on {views[0][1]} wrote to {views[0][2]} is not seen "
+            f"by {', '.join(blind)}. Give an absolute path on storage that all nodes mount"
+        )
+
+
+def _leave_token(folder: Path, key: str) -> str:
+    name = f".shared-{uuid.uuid4().hex}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    except OSError as error:
+        raise UserError(
+            f"{key}: cannot write to {folder} ({error.strerror}); expected a folder with room that you may "
+            "write to"
+        ) from error
+    return name
 
 
 def share_of(items: Sequence[T]) -> list[T]:

@@ -2,10 +2,13 @@
 
 `start` joins the launcher's world; `Engine` holds the policy and its optimizer and offers the loop three
 calls: score a batch, accumulate a gradient, update the weights. The same loop so runs on ZeRO, on DDP and on
-    one device.
+one device. `frozen_scorer` is a model that only scores, in replicas or sharded.
 """
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
 
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.batches import RowBatch
-from dpo.model.load import DTYPES
+from dpo.model.load import DTYPES, load_model, num_parameters
 from dpo.model.logprobs import SequenceScorer
 
 ENGINE_TAG = "engine"
@@ -194,6 +198,52 @@ class Engine:
         state = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
         self._accelerator.unwrap_model(self._scorer).load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+
+@contextmanager
+def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
+    """A model that only scores, as a `SequenceScorer` on this process's device; freed at the end of the
+    block.
+
+    Args:
+        model: Which model, and its compute type.
+        sharded: Spread its weights over all ranks with ZeRO-3, also while they load; every rank must then
+        make
+            the same number of calls. Otherwise each rank holds a replica.
+    """
+    if not sharded:
+        yield SequenceScorer(load_model(model)).to(distributed.device()).eval()
+    else:
+        import deepspeed  # here, because it looks for compilers and devices, and says so, when it is imported
+
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "bf16": {"enabled": model.dtype == "bfloat16"},
+        }
+        sharding = HfDeepSpeedConfig(settings)  # from_pretrained shards while this object lives
+        scorer = SequenceScorer(load_model(model))
+        del sharding
+        sharded_scorer, *_ = deepspeed.initialize(model=scorer, config=settings)
+        sharded_scorer.eval()
+        try:
+            yield sharded_scorer
+        finally:
+            sharded_scorer.destroy()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def fits_one_device(model: ModelConfig) -> bool:
+    """Whether the weights take at most half of a device's memory, so that every rank can hold a replica.
+
+    On a CPU the ranks of a node share its memory.
+    """
+    needed = num_parameters(model) * DTYPES[model.dtype].itemsize
+    if torch.cuda.is_available():
+        return needed <= torch.cuda.mem_get_info()[1] / 2
+    node = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return needed <= node / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / 2
 
 
 def make_optimizer(module: nn.Module, options: OptimizationConfig) -> torch.optim.Optimizer:

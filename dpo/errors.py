@@ -1,9 +1,14 @@
-"""The one error type a person is meant to read.
+"""The errors that a person is meant to read.
 
 Everything a person can get wrong (a file, an option, a folder, a model) is raised as `UserError`; the command
-line prints its message without a traceback and exits with status 2. Anything else is a bug of ours.
+line prints its message without a traceback and exits with status 2. `StoppedBySignal` is status 3. Anything
+else is a bug of ours.
 """
 
 
 class UserError(Exception):
     """Bad usage, configuration or data. The message says where, what, what was expected, and what to do."""
+
+
+class StoppedBySignal(Exception):  # noqa: N818  (nothing went wrong)
+    """SIGINT or SIGTERM, after what was done has been saved. The message says how to go on."""

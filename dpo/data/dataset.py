@@ -27,7 +27,7 @@ from dpo.config import DataConfig, DataSource
 from dpo.data.load import PreferenceSource, has_split, open_source, read_groups
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups, tokenizer_digest
 from dpo.errors import UserError
-from dpo.records import KEY_BYTES, Pair, PreferenceGroup, TokenizedGroup, sequence_key
+from dpo.records import KEY_BYTES, Pair, PreferenceGroup, TokenIds, TokenizedGroup, sequence_key
 
 FORMAT_VERSION = 1
 DEFAULT_MAX_LENGTH = 1024
@@ -93,13 +93,28 @@ class TokenizedDataset:
         return self.group_segments[:-1] - np.arange(len(self))
 
     @cached_property
+    def completion_tokens(self) -> npt.NDArray[np.int64]:
+        """(S,) tokens of each sequence's completion."""
+        return np.delete(np.diff(self.segment_offsets), self.group_segments[:-1])
+
+    @cached_property
+    def sequence_tokens(self) -> npt.NDArray[np.int64]:
+        """(S,) tokens of each sequence, prompt and completion."""
+        prompts = np.diff(self.segment_offsets)[self.group_segments[:-1]]
+        return np.asarray(
+            self.completion_tokens + np.repeat(prompts, self.sequences_per_group), dtype=np.int64
+        )
+
+    def sequence(self, index: int) -> tuple[TokenIds, TokenIds]:
+        """(prompt, completion) of one sequence."""
+        group = int(np.searchsorted(self.first_sequence, index, side="right")) - 1
+        tokenized = self[group]
+        return tokenized.prompt, tokenized.completions[index - int(self.first_sequence[group])]
+
+    @cached_property
     def longest(self) -> npt.NDArray[np.int64]:
         """(G,) tokens of each group's longest sequence."""
-        lengths = np.diff(self.segment_offsets)
-        is_prompt = np.zeros(len(lengths), dtype=bool)
-        is_prompt[self.group_segments[:-1]] = True
-        completions = np.where(is_prompt, 0, lengths)
-        return lengths[self.group_segments[:-1]] + np.maximum.reduceat(completions, self.group_segments[:-1])
+        return np.maximum.reduceat(self.sequence_tokens, self.first_sequence)
 
 
 def open_datasets(

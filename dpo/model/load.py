@@ -5,11 +5,14 @@ is set to 0, so that training, precompute and evaluation see the same function.
 """
 
 import json
+import math
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
@@ -24,6 +29,7 @@ from dpo.config import ModelConfig
 from dpo.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NOISE_SUFFIXES = (
     "dropout",
     "pdrop",
@@ -46,7 +52,7 @@ def check_model_path(name_or_path: str, key: str) -> None:
     """
     path = Path(name_or_path)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(
                 f"{key}: {name_or_path} has no config.json; expected a folder written by save_pretrained"
             )
@@ -93,7 +99,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def max_positions(model: ModelConfig) -> int | None:
     """Longest sequence the model's config allows, in tokens, or None where it names no limit."""
     check_model_path(model.name_or_path, "model.name_or_path")
-    return positions_of(raw_config(model))
+    return positions_of(raw_config(base_of(model)))
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
@@ -116,10 +122,15 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
         UserError: The folder or hub repository is missing, has no safetensors, or lacks weights of the model.
     """
     check_model_path(model.name_or_path, "model.name_or_path")
+    if _adapter_config(model) is not None and find_spec("peft") is None:
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path} is a PEFT adapter; pip install peft to load it, or "
+            "merge it into its base and give the merged model"
+        )
     transformers_logging.disable_progress_bar()  # one bar a rank for a load of seconds
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(model.name_or_path, **options)
+        config = AutoConfig.from_pretrained(base_of(model).name_or_path, **options)
         remove_dropout(config)
         found: Any = AutoModelForCausalLM.from_pretrained(
             model.name_or_path,
@@ -173,6 +184,55 @@ def weight_files(model: ModelConfig) -> list[Path]:
             f"{_first_line(error)}"
         ) from error
     return [Path(_resolve(model, name)) for name in sorted(set(index["weight_map"].values()))]
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Parameters of the model, counted in the headers of its weight files: nothing is loaded."""
+    total = 0
+    for path in weight_files(base_of(model)):
+        with safe_open(path, framework="np") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def base_of(model: ModelConfig) -> ModelConfig:
+    """The model itself, or the base model that its PEFT adapter names."""
+    found = _adapter_config(model)
+    if found is None or (Path(model.name_or_path) / "config.json").is_file():
+        return model
+    try:
+        base = json.loads(found.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{found}: names no base model ({error!r}); expected base_model_name_or_path"
+        ) from error
+    return replace(model, name_or_path=base, revision=None)
+
+
+def adapter_files(model: ModelConfig) -> list[Path]:
+    """Configuration and weights of a PEFT adapter; empty for a model without one."""
+    found = _adapter_config(model)
+    return [] if found is None else [found, Path(_resolve(model, ADAPTER_WEIGHTS))]
+
+
+def code_files(model: ModelConfig) -> list[Path]:
+    """The modules that a model brings along (`auto_map` in its config.json) and those they import, if it is
+    allowed to; empty otherwise.
+    """
+    mapped = raw_config(model).get("auto_map", {}) if model.trust_remote_code else {}
+    names = {str(name).rpartition("--")[2].partition(".")[0] for name in mapped.values()}
+    files: dict[str, Path] = {}
+    while names - files.keys():
+        name = min(names - files.keys())
+        files[name] = Path(_resolve(model, f"{name}.py"))
+        names |= set(get_relative_imports(files[name]))
+    return [files[name] for name in sorted(files)]
+
+
+def _adapter_config(model: ModelConfig) -> Path | None:
+    check_model_path(model.name_or_path, "model.name_or_path")
+    found = find_adapter_config_file(model.name_or_path, revision=model.revision)
+    return None if found is None else Path(found)
 
 
 def _resolve(model: ModelConfig, name: str) -> str:

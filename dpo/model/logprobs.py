@@ -26,24 +26,32 @@ class SequenceScorer(nn.Module):
         self.model = model
         self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def forward(self, batch: RowBatch) -> Tensor:
-        """Summed log-probs of each row's completion given its prompt.
+    def forward(self, batch: RowBatch, *, per_token: bool = False) -> Tensor:
+        """Log-probs of each row's completion given its prompt.
 
         Args:
-            batch: S rows on the model's device.
+            batch: S rows on the model's device, N completion tokens.
+            per_token: Give the tokens' log-probs instead of their sums.
 
         Returns:
-            (S,) float64, in nats, with gradient where gradients are on; 0 for a row without a completion.
+            (S,) float64 sums in nats, 0 for a row without a completion; or (N,) float32 in row order. With
+            gradient where gradients are on.
         """
-        logps = self.token_logps(batch)
-        sums = torch.zeros(len(batch.num_tokens), dtype=torch.float64, device=logps.device)
-        return sums.index_add(0, batch.rows, logps.double())
-
-    def token_logps(self, batch: RowBatch) -> Tensor:
-        """(N,) float32 log-probs of every completion token, in row order."""
         if self._selects:
             output = self.model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=batch.predicts)
             logits = output.logits.flatten(0, -2)
         else:
             logits = self.model(input_ids=batch.input_ids, use_cache=False).logits[batch.predicts]
-        return -F.cross_entropy(logits.float(), batch.targets, reduction="none")
+        token_logps = -F.cross_entropy(logits.float(), batch.targets, reduction="none")
+        return token_logps if per_token else row_sums(token_logps, batch)
+
+
+def row_sums(token_logps: Tensor, batch: RowBatch) -> Tensor:
+    """(S,) float64 sums of each row's completion, 0 for a row without one.
+
+    Args:
+        token_logps: (N,) in row order.
+        batch: The rows.
+    """
+    sums = torch.zeros(len(batch.num_tokens), dtype=torch.float64, device=token_logps.device)
+    return sums.index_add(0, batch.rows, token_logps.double())

@@ -1,30 +1,37 @@
 """What makes two reference models the same: bytes, not names.
 
-The identity is a digest over the SHA-256 of every weight file, the raw config.json less a short list of keys
-that cannot change a log-probability, and the compute type. A path, a learning rate, a beta or a world size is
-not in it.
+The identity is a digest over the SHA-256 of every weight file (of base and adapter apart), the raw
+config.json less a short list of keys that cannot change a log-probability, and the compute type. A path, a
+learning rate, a beta or a world size is not in it. Files are hashed before any sharding, so that ZeRO-3
+changes nothing.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dpo.config import Config, ModelConfig
-from dpo.model.load import raw_config, weight_files
+from dpo.errors import UserError
+from dpo.model.load import adapter_files, base_of, code_files, raw_config, weight_files
 
-IDENTITY_VERSION = 1
+logger = logging.getLogger(__name__)
+
+IDENTITY_VERSION = 2
 INERT_CONFIG_KEYS = (
     "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_commit_hash",  # file
     "use_cache", "bos_token_id", "eos_token_id", "pad_token_id", "task_specific_params",  # generation
     "attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout",  # dropout is always off (law 0)
     "attention_dropout", "hidden_dropout", "dropout",
 )  # fmt: skip
+FILES = ("weights", "adapter", "code")
 HASHES_FILE = "file_hashes.json"
-HASH_CHUNK_BYTES = 1 << 22
+HASH_THREADS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +39,13 @@ class ReferenceIdentity:
     """Every component, so that a refusal can say what differs."""
 
     version: int
-    weights: tuple[str, ...]
-    """SHA-256 (hex) of each safetensors file, in the order of their names."""
+    weights: dict[str, str]
+    """File name -> SHA-256 (hex) of each safetensors file of the base model."""
+    adapter: dict[str, str]
+    """File name -> SHA-256 (hex) of a PEFT adapter's configuration and weights; empty without one."""
+    code: dict[str, str]
+    """File name -> SHA-256 (hex) of model code that comes with the checkpoint; empty for models that
+    transformers knows."""
     config: dict[str, Any]
     """config.json as written, less the keys that cannot matter."""
     dtype: str
@@ -41,26 +53,49 @@ class ReferenceIdentity:
 
     @property
     def digest(self) -> str:
-        """SHA-256 (hex) over all components; its first 16 digits name the cache's folder."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 (hex) over all components; its first 16 digits name the cache's folder.
+
+        Files count by content and order, not by name.
+        """
+        parts = {name: list(part.values()) if name in FILES else part for name, part in asdict(self).items()}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The content of identity.json."""
-        return {**asdict(self), "weights": list(self.weights), "digest": self.digest}
+        return {**asdict(self), "digest": self.digest}
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "ReferenceIdentity":
+        """Reads identity.json; ValueError if the digest is not that of the components."""
+        components = {**content}
+        digest = components.pop("digest")
+        if not all(isinstance(components.get(part), dict) for part in (*FILES, "config")):
+            raise ValueError("a component is missing or of another type")
+        identity = ReferenceIdentity(**components)
+        if identity.digest != digest:
+            raise ValueError("its digest does not match its content")
+        return identity
+
+    def differences(self, other: "ReferenceIdentity") -> list[str]:
+        """What differs, as `component: self's -> other's`, for people. Empty if nothing does."""
+        found = []
+        mine, theirs = (_flat(asdict(identity)) for identity in (self, other))
+        for key in sorted(mine.keys() | theirs.keys()):
+            before, after = mine.get(key), theirs.get(key)
+            if before != after:
+                is_file = key.partition(".")[0] in FILES
+                shown = [str(value)[:12] if is_file and value else value for value in (before, after)]
+                found.append(f"{key}: {shown[0]} -> {shown[1]}")
+        return found
 
 
 def reference_model(config: Config) -> ModelConfig:
-    """The reference: reference.model where it is named, else the policy's start; same compute type and
-    kernel.
+    """The reference: reference.model where it is named, else the policy's start, which for an adapter is its
+    base; same compute type and kernel.
     """
     if config.reference.model is None:
-        return config.model
-    return ModelConfig(
-        name_or_path=config.reference.model,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+        return base_of(config.model)
+    return replace(config.model, name_or_path=config.reference.model, revision=None)
 
 
 def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity:
@@ -73,35 +108,92 @@ def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity
     Raises:
         UserError: No such model, or no safetensors in it.
     """
-    config = {key: value for key, value in raw_config(model).items() if key not in INERT_CONFIG_KEYS}
-    digests = tuple(_sha256(path, cache_dir / HASHES_FILE) for path in weight_files(model))
-    return ReferenceIdentity(version=IDENTITY_VERSION, weights=digests, config=config, dtype=model.dtype)
+    base, memory = base_of(model), cache_dir / HASHES_FILE
+    raw = raw_config(base)
+    return ReferenceIdentity(
+        version=IDENTITY_VERSION,
+        weights=_digests(weight_files(base), memory),
+        adapter=_digests(adapter_files(model), memory),
+        code=_digests(code_files(base), memory),
+        config={key: value for key, value in raw.items() if key not in INERT_CONFIG_KEYS},
+        dtype=model.dtype,
+    )
 
 
-def _sha256(path: Path, memory: Path) -> str:
-    """SHA-256 (hex) of a file: from the hub cache, from memory, or from its bytes.
+def policy_is_reference(config: Config, identity: ReferenceIdentity, cache_dir: Path) -> bool:
+    """Whether the policy starts as the reference, by content."""
+    return reference_identity(config.model, cache_dir) == identity
+
+
+def _digests(paths: list[Path], memory: Path) -> dict[str, str]:
+    """File name -> SHA-256 (hex), from the hub cache, from memory, or from the bytes.
 
     The hub cache names a large file by its SHA-256. A local file is hashed once and remembered by (path,
     size, modification and change time, inode): editing it in place changes at least the change time.
     """
+    if not paths:
+        return {}
+    known = _remembered(memory)
+    root = os.path.commonpath([path.parent for path in paths])
+    names = {path: str(path.relative_to(root)) for path in paths}
+    found: dict[str, str] = {}
+    unknown: list[Path] = []
+    for path in paths:
+        resolved = path.resolve()
+        entry = known.get(str(resolved))
+        if resolved.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", resolved.name):
+            found[names[path]] = resolved.name
+        elif isinstance(entry, dict) and entry.get("stamp") == _stamp(resolved):
+            found[names[path]] = str(entry["sha256"])
+        else:
+            unknown.append(path)
+    if unknown:
+        with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing releases the interpreter's lock
+            entries = dict(zip(unknown, pool.map(_hashed, unknown), strict=True))
+        found |= {names[path]: str(entry["sha256"]) for path, entry in entries.items()}
+        _remember(memory, {str(path.resolve()): entry for path, entry in entries.items()})
+    return {name: found[name] for name in names.values()}
+
+
+def _hashed(path: Path) -> dict[str, Any]:
     resolved = path.resolve()
-    if resolved.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", resolved.name):
-        return resolved.name
-    stat = resolved.stat()
-    stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    stamp = _stamp(resolved)
+    with resolved.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if _stamp(resolved) != stamp:
+        raise UserError(f"{path}: it changed while it was read; wait until it is written, and try again")
+    return {"stamp": stamp, "sha256": digest}
+
+
+def _stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _remembered(memory: Path) -> dict[str, Any]:
     try:
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
-        known = {}
-    if (entry := known.get(str(resolved))) and entry["stamp"] == stamp:
-        return str(entry["sha256"])
-    digest = hashlib.sha256()
-    with resolved.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    known[str(resolved)] = {"stamp": stamp, "sha256": digest.hexdigest()}
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = memory.with_name(f"{memory.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(known, indent=1))
-    temporary.replace(memory)
-    return digest.hexdigest()
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _remember(memory: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Adds entries to the file; what another process adds meanwhile may be lost and is then hashed again."""
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memory.with_name(f".{memory.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(_remembered(memory) | entries, indent=1))
+        temporary.replace(memory)
+    except OSError as error:  # somebody else's cache, say: it can be read all the same
+        logger.warning("%s: cannot remember hashes (%s); the model is hashed again", memory, error.strerror)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, part in tree.items()
+        for key, value in _flat(part, f"{prefix}.{name}".strip(".")).items()
+    }

@@ -1,194 +1,134 @@
-"""The reference cache on disk: identity.json and append-only Parquet shards of one row a sequence.
+"""The reference cache of one model on disk: a folder with identity.json and append-only shards.
 
-Shards are immutable, have unique names and may overlap; the loaded table has each key once. A shard is
-written under a temporary name, flushed and renamed, so that a crash loses at most the shard being written.
+Shards are immutable, have unique names and may overlap: any number of builders can write at once, and merging
+two caches of one model is copying shards. The loaded table has each key once.
 """
 
 import json
 import os
-import uuid
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from dpo.errors import UserError
-from dpo.records import KEY_BYTES
 from dpo.reference.identity import ReferenceIdentity
+from dpo.reference.shards import PATTERN, has_token_logps, read_shard, write_shard
+from dpo.reference.table import ReferenceRows, ReferenceTable, build_table
 
-TOLERANCE_PER_TOKEN = {"float32": 1e-5, "bfloat16": 2e-2}
-"""Largest difference, in nats a token, between two computations of one sequence in different batches."""
-
-SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("logp", pa.float64()), ("num_tokens", pa.int32())])
-
-Keys = npt.NDArray[np.void]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceTable:
-    """The rows of a cache, sorted by key, each key once."""
-
-    keys: npt.NDArray[np.bytes_]
-    """(N,) S16, ascending."""
-    logps: npt.NDArray[np.float64]
-    """(N,) summed log-prob of the completion, in nats."""
-    num_tokens: npt.NDArray[np.int32]
-    """(N,) completion tokens."""
-
-    def find(self, keys: Keys) -> npt.NDArray[np.int64]:
-        """Row of each key, or -1.
-
-        Args:
-            keys: (M,) V16.
-        """
-        wanted = _sortable(keys)
-        if len(self.keys) == 0:
-            return np.full(len(wanted), -1, dtype=np.int64)
-        rows = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
-        return np.where(self.keys[rows] == wanted, rows, -1)
+IDENTITY_FILE = "identity.json"
+SHOWN_DIFFERENCES = 4
+RELOADS = 5  # a cache that is compacted while it is read is read again
 
 
 class ReferenceStore:
     """One model's cache: the folder CACHE_DIR/<first 16 digits of its identity>."""
 
     def __init__(self, cache_dir: Path, identity: ReferenceIdentity) -> None:
+        self.cache_dir = cache_dir
         self.identity = identity
         self.path = cache_dir / identity.digest[:16]
 
+    @staticmethod
+    def at(folder: Path) -> "ReferenceStore":
+        """The cache in a folder, of whatever model its identity.json names.
+
+        Raises:
+            UserError: No readable identity.json, or one that does not belong to the folder.
+        """
+        folder = folder if folder.name not in ("", "..") else folder.resolve()
+        identity = _read_identity(folder)
+        store = ReferenceStore(folder.parent, identity)
+        if store.path != folder:
+            raise UserError(
+                f"{folder}: identity.json is that of {identity.digest[:16]}, not of this folder; it was "
+                "edited or moved: put it back, or delete the folder and recompute it"
+            )
+        return store
+
     def create(self) -> None:
-        """Makes the folder and identity.json; refuses a folder of another identity."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / "identity.json"
-        if not file.is_file():
-            temporary = self.path / f"identity.json.{os.getpid()}"
-            temporary.write_text(json.dumps(self.identity.to_json(), indent=2))
-            temporary.replace(file)
+        """Makes the folder and identity.json; refuses a folder of another identity.
+
+        Raises:
+            UserError: Another identity is there, or the folder cannot be written.
+        """
+        file = self.path / IDENTITY_FILE
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not file.is_file():
+                temporary = self.path / f".{IDENTITY_FILE}.{os.getpid()}"
+                temporary.write_text(json.dumps(self.identity.to_json(), indent=2))
+                temporary.replace(file)
+        except OSError as error:
+            raise UserError(
+                f"reference.cache_dir: cannot write {self.path} ({error.strerror}); expected a folder with "
+                "room that you may write to"
+            ) from error
         self._check_identity()
 
-    def append(self, keys: Keys, logps: npt.NDArray[np.float64], num_tokens: npt.NDArray[np.int32]) -> Path:
-        """Writes one shard and returns its path.
+    def append(self, rows: ReferenceRows) -> Path:
+        """Writes one shard and returns its path; UserError if it cannot be written."""
+        return write_shard(self.path, rows, self.identity.digest)
 
-        Args:
-            keys: (N,) V16.
-            logps: (N,) nats; refused if any is not finite.
-            num_tokens: (N,).
+    def shards(self) -> list[Path]:
+        """All shards, the oldest first."""
+        return sorted(self.path.glob(PATTERN))
 
-        Raises:
-            UserError: A log-prob is NaN or infinite: the model is broken, and so would be every loss.
-        """
-        if not np.isfinite(logps).all():
-            raise UserError(
-                f"{self.path}: the model gave {int((~np.isfinite(logps)).sum())} log-probs that are "
-                "not finite; nothing of this batch was stored. Check the weights, or set model.dtype: float32"
-            )
-        packed = pa.py_buffer(np.ascontiguousarray(keys).tobytes())
-        columns = [pa.FixedSizeBinaryArray.from_buffers(SCHEMA.field("key").type, len(keys), [None, packed])]
-        columns += [pa.array(logps), pa.array(num_tokens)]
-        table = pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
-        name = f"part-{uuid.uuid4().hex}.parquet"
-        temporary = self.path / f".{name}.writing"
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, write_page_checksum=True)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path / name)
-        _flush_directory(self.path)
-        return self.path / name
-
-    def load(self) -> ReferenceTable:
+    def load(self, *, with_tokens: bool = False) -> ReferenceTable:
         """All shards as one table; empty if there is no cache yet.
 
+        Args:
+            with_tokens: Only the rows whose tokens' log-probs are stored too.
+
         Raises:
-            UserError: A shard is damaged, the folder has another identity, or two shards disagree on a row.
+            UserError: A shard is damaged or foreign, the folder has another identity, or two shards disagree.
         """
-        shards = sorted(self.path.glob("part-*.parquet"))
-        if shards:
-            self._check_identity()
-        tables = [_read_shard(shard) for shard in shards]
-        table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-        keys = _sortable(_keys_of(table))
-        logps, num_tokens = table["logp"].to_numpy(), table["num_tokens"].to_numpy()
-        order = np.argsort(keys, kind="stable")
-        keys, logps, num_tokens = keys[order], logps[order], num_tokens[order]
-        first = np.ones(len(keys), dtype=bool)
-        first[1:] = keys[1:] != keys[:-1]
-        self._check_agreement(first, logps, num_tokens)
-        return ReferenceTable(keys=keys[first], logps=logps[first], num_tokens=num_tokens[first])
+        for attempt in range(RELOADS):
+            shards = self.shards()
+            if shards:
+                self._check_identity()
+            try:
+                wanted = [path for path in shards if not with_tokens or has_token_logps(path)]
+                parts = [read_shard(path, self.identity.digest) for path in wanted]
+            except FileNotFoundError:
+                if attempt == RELOADS - 1:
+                    raise
+                continue
+            break
+        return build_table(ReferenceRows.joined(parts), self.identity.dtype, str(self.path))
+
+    def nearest_other(self) -> str | None:
+        """How the most similar other cache under the same root differs, for people who expected to find
+        theirs.
+        """
+        found = []
+        for file in self.cache_dir.glob(f"*/{IDENTITY_FILE}"):
+            try:
+                other = ReferenceStore.at(file.parent)
+            except UserError:
+                continue
+            if other.identity.digest != self.identity.digest:
+                differences = other.identity.differences(self.identity)
+                found.append((len(differences), other.path.name, differences))
+        if not found:
+            return None
+        _, name, differences = min(found)
+        shown = [*differences[:SHOWN_DIFFERENCES], *(["..."] if len(differences) > SHOWN_DIFFERENCES else [])]
+        return f"the nearest other cache, {name}, is of a model with other {'; '.join(shown)}"
 
     def _check_identity(self) -> None:
-        file = self.path / "identity.json"
-        try:
-            stored = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        stored = _read_identity(self.path)
+        if stored.digest != self.identity.digest:
             raise UserError(
-                f"{file}: missing or not JSON ({error}); delete the folder and recompute it"
-            ) from error
-        wanted = self.identity.to_json()
-        if stored != wanted:
-            given = stored if isinstance(stored, dict) else {}
-            differing = ", ".join(key for key in wanted if given.get(key) != wanted[key])
-            raise UserError(
-                f"{self.path}: the cache is of another reference model, it differs in: {differing}; delete "
-                "the folder, or use another reference.cache_dir"
-            )
-
-    def _check_agreement(
-        self, first: npt.NDArray[np.bool_], logps: npt.NDArray[np.float64], num_tokens: npt.NDArray[np.int32]
-    ) -> None:
-        kept = np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
-        allowed = TOLERANCE_PER_TOKEN[self.identity.dtype] * num_tokens
-        wrong = (np.abs(logps - logps[kept]) > allowed) | (num_tokens != num_tokens[kept])
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise UserError(
-                f"{self.path}: {int(wrong.sum())} rows stand in two shards with different values, as "
-                f"{logps[kept[row]]:.6f} and {logps[row]:.6f} nats; delete the folder and recompute it"
+                f"{self.path}: the cache is of another reference model: "
+                f"{'; '.join(stored.differences(self.identity))}. Delete the folder, or use another "
+                "reference.cache_dir"
             )
 
 
-def _sortable(keys: Keys) -> npt.NDArray[np.bytes_]:
-    """V16 -> S16, which numpy can sort; numpy pads with zero bytes, so equal width keeps keys distinct."""
-    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}")
-
-
-def _keys_of(table: pa.Table) -> Keys:
-    """(N,) V16, without a Python object a row."""
-    column = table["key"].combine_chunks()
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    parts = [
-        np.frombuffer(c.buffers()[1], dtype=f"V{KEY_BYTES}")[c.offset : c.offset + len(c)]
-        for c in chunks
-        if len(c)
-    ]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=f"V{KEY_BYTES}")
-
-
-def _read_shard(path: Path) -> pa.Table:
+def _read_identity(folder: Path) -> ReferenceIdentity:
+    file = folder / IDENTITY_FILE
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        table, promised = file.read(), file.metadata.num_rows
-    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names that are no text
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return ReferenceIdentity.from_json(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path}: damaged shard ({reason}); delete it and run precompute-ref again"
+            f"{file}: not the identity of a cache ({type(error).__name__}: {error}); put it back, or delete "
+            "the folder and recompute it"
         ) from error
-    if table.num_rows != promised:
-        raise UserError(
-            f"{path}: damaged shard (it has {table.num_rows} of {promised} rows); delete it and run "
-            "precompute-ref again"
-        )
-    if [*table.schema][: len(SCHEMA)] != [*SCHEMA]:
-        columns = ", ".join(f"{field.name} ({field.type})" for field in SCHEMA)
-        raise UserError(f"{path}: not a shard of a reference cache; expected the columns {columns}")
-    return table.select(SCHEMA.names)
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,7 +24,8 @@ from dpo.model.load import load_model
 from dpo.model.logprobs import SequenceScorer
 from dpo.records import Pair, TokenizedGroup
 from dpo.reference.identity import reference_identity
-from dpo.reference.precompute import precompute, reference_logps
+from dpo.reference.lookup import reference_logps
+from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
 
 
@@ -101,7 +102,7 @@ def summarize(
         data, root = open_data(config), Path(config.reference.cache_dir)
         store = ReferenceStore(root, reference_identity(config.model, root))
         precompute(config, [data], store)
-        evaluate_run(config, policy, config.model, data, reference_logps(data, store, ""), tokenizer)
+        evaluate_run(config, policy, config.model, data, reference_logps([data], store, "")[0], tokenizer)
         summary: dict[str, float] = json.loads(Path(config.run_dir, "report", "summary.json").read_text())
         return summary
 

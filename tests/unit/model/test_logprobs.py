@@ -50,7 +50,7 @@ def test_log_probs_are_those_of_a_full_softmax(model: PreTrainedModel, tiny_mode
     with torch.no_grad():
         batch = sequence_batch(sequences)
         scorer = SequenceScorer(model)
-        sums, tokens = scorer(batch), scorer.token_logps(batch)
+        sums, tokens = scorer(batch), scorer(batch, per_token=True)
     assert (sums.dtype, tokens.dtype) == (torch.float64, torch.float32)
     torch.testing.assert_close(tokens.double(), torch.cat(expected), rtol=0, atol=1e-5)
     torch.testing.assert_close(sums, torch.stack([e.sum() for e in expected]), rtol=0, atol=1e-4)

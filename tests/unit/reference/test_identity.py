@@ -1,18 +1,30 @@
 """Bytes make an identity: what changes it, what does not, and that a remembered hash is never a stale one."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dpo.config import Config, DataConfig, ModelConfig, ReferenceConfig
 from dpo.errors import UserError
-from dpo.reference import identity as identity_module
-from dpo.reference.identity import HASHES_FILE, ReferenceIdentity, reference_identity, reference_model
+from dpo.model.load import load_model
+from dpo.reference.identity import (
+    HASHES_FILE,
+    ReferenceIdentity,
+    policy_is_reference,
+    reference_identity,
+    reference_model,
+)
+
+Identify = Callable[..., ReferenceIdentity]
+MakeAdapter = Callable[..., Path]
 
 
 @pytest.fixture
@@ -21,7 +33,7 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def identify(tmp_path: Path) -> Callable[..., ReferenceIdentity]:
+def identify(tmp_path: Path) -> Identify:
     def identify(folder: Path, **options: Any) -> ReferenceIdentity:
         model = ModelConfig(name_or_path=str(folder), **options)
         return reference_identity(model, tmp_path / "cache")
@@ -29,7 +41,8 @@ def identify(tmp_path: Path) -> Callable[..., ReferenceIdentity]:
     return identify
 
 
-Identify = Callable[..., ReferenceIdentity]
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -45,6 +58,30 @@ def flip_last_byte(path: Path) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
+def in_two_files(folder: Path, first: str = "a.safetensors", second: str = "b.safetensors") -> None:
+    """Spreads the model's weights over two files."""
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: (first, second)[number % 2] for number, name in enumerate(sorted(whole))}
+    for file in (first, second):
+        (folder / file).parent.mkdir(exist_ok=True)
+        part = {name: tensor for name, tensor in whole.items() if places[name] == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_every_file_is_named_with_its_sha256(identify: Identify, folder: Path) -> None:
+    identity = identify(folder)
+    assert identity.weights == {"model.safetensors": sha256(folder / "model.safetensors")}
+    assert (identity.version, identity.adapter, identity.code, identity.dtype) == (2, {}, {}, "bfloat16")
+    assert identity.config["n_layer"] == 2
+    in_two_files(folder)
+    assert identify(folder).weights == {
+        "a.safetensors": sha256(folder / "a.safetensors"),
+        "b.safetensors": sha256(folder / "b.safetensors"),
+    }
+
+
 def test_a_renamed_or_copied_folder_is_the_same_model(
     identify: Identify, folder: Path, tmp_path: Path
 ) -> None:
@@ -54,6 +91,49 @@ def test_a_renamed_or_copied_folder_is_the_same_model(
     renamed = folder.rename(tmp_path / "renamed")
     assert identify(renamed) == before
     assert identify(renamed).digest == before.digest
+
+
+def test_a_renamed_weight_file_is_the_same_model(identify: Identify, folder: Path) -> None:
+    before = identify(folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    after = identify(folder)
+    assert list(after.weights) == ["model-00001-of-00001.safetensors"]
+    assert after.digest == before.digest
+
+
+def test_files_that_change_places_are_another_model(identify: Identify, folder: Path) -> None:
+    in_two_files(folder)
+    before = identify(folder)
+    (folder / "a.safetensors").rename(folder / "c")
+    (folder / "b.safetensors").rename(folder / "a.safetensors")
+    (folder / "c").rename(folder / "b.safetensors")
+    after = identify(folder)
+    assert after.digest != before.digest
+    assert after.weights.keys() == before.weights.keys()
+
+
+def test_an_edit_of_any_file_of_several_is_another_model(identify: Identify, folder: Path) -> None:
+    in_two_files(folder)
+    before = identify(folder)
+    for name in ("a.safetensors", "b.safetensors"):
+        flip_last_byte(folder / name)
+        after = identify(folder)
+        assert {key for key in after.weights if after.weights[key] != before.weights[key]} == {name}
+        assert after.digest != before.digest
+        before = after
+
+
+def test_files_of_one_name_in_two_folders_both_count(folder: Path, tmp_path: Path) -> None:
+    in_two_files(folder, "one/model.safetensors", "two/model.safetensors")
+    model = ModelConfig(name_or_path=str(folder), dtype="float32")
+    load_model(model)  # such a model can be used
+    digests = [reference_identity(model, tmp_path / "cache").digest]
+    for part in ("one", "two"):
+        flip_last_byte(folder / part / "model.safetensors")
+        digests.append(reference_identity(model, tmp_path / f"cache after {part}").digest)
+    assert len(set(digests)) == 3
 
 
 def test_tokenizer_and_card_are_not_the_model(identify: Identify, folder: Path) -> None:
@@ -128,40 +208,138 @@ def test_the_order_of_config_keys_does_not_matter(identify: Identify, folder: Pa
     assert identify(folder).digest == before.digest
 
 
+def test_code_that_comes_with_a_model_counts_where_it_is_allowed_to_run(
+    identify: Identify, folder: Path
+) -> None:
+    without = identify(folder)
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    (folder / "modeling_x.py").write_text("from .layers_x import Layer\n")
+    (folder / "layers_x.py").write_text("class Layer: pass\n")
+    assert identify(folder).code == {}
+    before = identify(folder, trust_remote_code=True)
+    assert before.code == {name: sha256(folder / name) for name in ("layers_x.py", "modeling_x.py")}
+    (folder / "layers_x.py").write_text("class Layer: other = True\n")
+    after = identify(folder, trust_remote_code=True)
+    assert before.differences(after) == [
+        f"code.layers_x.py: {before.code['layers_x.py'][:12]} -> {after.code['layers_x.py'][:12]}"
+    ]
+    assert len({without.digest, before.digest, after.digest}) == 3
+
+
+def never_hash(*_: Any) -> Any:
+    raise AssertionError("hashed a file")
+
+
 def test_a_file_is_hashed_once(
     identify: Identify, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    before = identify(folder)
-    monkeypatch.setattr(identity_module.hashlib, "sha256", _only_short(identity_module.hashlib.sha256))
+    before, memory = identify(folder), tmp_path / "cache" / HASHES_FILE
+    monkeypatch.setattr(hashlib, "file_digest", never_hash)
     assert identify(folder) == before
-    (tmp_path / "cache" / HASHES_FILE).write_text("not JSON")  # then it is hashed again
-    with pytest.raises(AssertionError, match="hashed"):
-        identify(folder)
+    for damaged in ("not JSON", "[]", "{}", json.dumps({str(folder / "model.safetensors"): "short"})):
+        memory.write_text(damaged)  # then it is hashed again
+        with pytest.raises(AssertionError, match="hashed"):
+            identify(folder)
 
 
-def _only_short(sha256: Callable[..., Any]) -> Callable[..., Any]:
-    def refuse(*content: bytes) -> Any:
-        assert content, "hashed a file"
-        return sha256(*content)
+def test_what_was_remembered_of_other_models_stays(identify: Identify, folder: Path, tmp_path: Path) -> None:
+    identify(folder)
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    identify(copied)
+    remembered = json.loads((tmp_path / "cache" / HASHES_FILE).read_text())
+    assert remembered.keys() == {str(path / "model.safetensors") for path in (folder, copied)}
 
-    return refuse
+
+def test_a_file_that_changes_while_it_is_hashed_is_refused_and_not_remembered(
+    identify: Identify, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file_digest = hashlib.file_digest
+
+    def slowly(file: BinaryIO, name: str) -> Any:
+        digest = file_digest(file, name)
+        flip_last_byte(Path(file.name))
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", slowly)
+        with pytest.raises(UserError, match=r"model\.safetensors: it changed while it was read; wait"):
+            identify(folder)
+    assert not (tmp_path / "cache" / HASHES_FILE).exists()
+    assert identify(folder).weights == {"model.safetensors": sha256(folder / "model.safetensors")}
 
 
-def test_the_hubs_own_name_of_a_file_is_its_hash(tmp_path: Path, folder: Path, identify: Identify) -> None:
+def test_hashes_that_cannot_be_remembered_are_a_warning_only(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file where the caches should be")
+    model = ModelConfig(name_or_path=str(folder))
+    identity = reference_identity(model, tmp_path / "cache")
+    assert identity.weights == {"model.safetensors": sha256(folder / "model.safetensors")}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"{tmp_path}/cache/{HASHES_FILE}: cannot remember hashes" in record.getMessage()
+
+
+def test_the_hubs_own_name_of_a_file_is_its_hash(
+    tmp_path: Path, folder: Path, identify: Identify, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "ab" * 32
     (tmp_path / "blobs").mkdir()
     (folder / "model.safetensors").rename(tmp_path / "blobs" / name)
     (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / name)
-    assert identify(folder).weights == (name,)
+    monkeypatch.setattr(hashlib, "file_digest", never_hash)
+    assert identify(folder).weights == {"model.safetensors": name}
 
 
 def test_identity_json_holds_every_component_and_their_digest(identify: Identify, folder: Path) -> None:
     identity = identify(folder)
     stored = json.loads(json.dumps(identity.to_json()))
-    assert stored.keys() == {"version", "weights", "config", "dtype", "digest"}
+    assert stored.keys() == {"version", "weights", "adapter", "code", "config", "dtype", "digest"}
     assert stored["digest"] == identity.digest
     assert len(identity.digest) == 64
-    assert stored["weights"] == list(identity.weights)
+    assert ReferenceIdentity.from_json(stored) == identity
+
+
+@pytest.mark.parametrize("part", ["version", "weights", "adapter", "code", "config", "dtype", "digest"])
+def test_identity_json_with_any_part_edited_is_not_read(identify: Identify, folder: Path, part: str) -> None:
+    stored = identify(folder).to_json()
+    stored[part] = {"version": 1, "dtype": "float32", "digest": "0" * 64}.get(part, {"x": "0" * 64})
+    with pytest.raises(ValueError, match="digest does not match"):
+        ReferenceIdentity.from_json(stored)
+
+
+IDENTITY = ReferenceIdentity(
+    version=2,
+    weights={"model.safetensors": "a" * 64},
+    adapter={},
+    code={},
+    config={"n_layer": 2, "rope": {"theta": 1e4, "type": "default"}},
+    dtype="float32",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, []),
+        ({"dtype": "bfloat16"}, ["dtype: float32 -> bfloat16"]),
+        (
+            {"weights": {"model.safetensors": "b" * 64}},
+            [f"weights.model.safetensors: {'a' * 12} -> {'b' * 12}"],
+        ),
+        ({"adapter": {"a.json": "c" * 64}}, [f"adapter.a.json: None -> {'c' * 12}"]),
+        (
+            {"config": {"n_layer": 3, "rope": {"theta": 5e5, "type": "default"}, "new": None}},
+            ["config.n_layer: 2 -> 3", "config.rope.theta: 10000.0 -> 500000.0"],
+        ),
+        (
+            {"config": {"n_layer": 2}},
+            ["config.rope.theta: 10000.0 -> None", "config.rope.type: default -> None"],
+        ),
+    ],
+)
+def test_what_differs_is_said_part_by_part(change: dict[str, Any], said: list[str]) -> None:
+    assert IDENTITY.differences(replace(IDENTITY, **change)) == said
 
 
 def test_a_model_that_is_not_there_has_no_identity(identify: Identify, tmp_path: Path) -> None:
@@ -169,10 +347,62 @@ def test_a_model_that_is_not_there_has_no_identity(identify: Identify, tmp_path:
         identify(tmp_path)
 
 
-def test_the_reference_is_the_policys_start_unless_named() -> None:
-    policy = ModelConfig(name_or_path="start", revision="r1", dtype="float32", attention="eager")
-    config = Config(model=policy, data=DataConfig(train="d"))
-    assert reference_model(config) is policy
-    named = Config(model=policy, data=DataConfig(train="d"), reference=ReferenceConfig(model="other"))
+def experiment(policy: ModelConfig, reference: str | None = None) -> Config:
+    return Config(model=policy, data=DataConfig(train="d"), reference=ReferenceConfig(model=reference))
+
+
+def test_the_reference_is_the_policys_start_unless_named(folder: Path) -> None:
+    policy = ModelConfig(name_or_path=str(folder), revision="r1", dtype="float32", attention="eager")
+    assert reference_model(experiment(policy)) == policy
     expected = ModelConfig(name_or_path="other", dtype="float32", attention="eager")
-    assert reference_model(named) == expected
+    assert reference_model(experiment(policy, "other")) == expected
+
+
+def test_the_reference_of_an_adapter_is_its_base_whatever_the_adapter_holds(
+    identify: Identify, folder: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    for name, scale in (("zero", 0.0), ("other", 0.3)):
+        policy = ModelConfig(name_or_path=str(make_adapter(name, folder, scale=scale)))
+        config = experiment(policy)
+        assert reference_model(config).name_or_path == str(folder)
+        identity = reference_identity(reference_model(config), tmp_path / "cache")
+        assert identity == identify(folder)
+        assert not policy_is_reference(config, identity, tmp_path / "cache")
+
+
+def test_an_adapter_that_is_named_as_reference_differs_from_its_base_by_the_adapter_only(
+    identify: Identify, folder: Path, make_adapter: MakeAdapter
+) -> None:
+    base = identify(folder)
+    adapter = make_adapter("adapter", folder)
+    named = reference_model(experiment(ModelConfig(name_or_path=str(folder)), str(adapter)))
+    assert named.name_or_path == str(adapter)
+    found = identify(adapter)
+    assert replace(found, adapter={}) == base
+    assert found.adapter == {
+        name: sha256(adapter / name) for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    assert {said.partition(".")[0] for said in base.differences(found)} == {"adapter"}
+    assert found.digest != base.digest
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_edited_adapter_is_another_reference(
+    identify: Identify, folder: Path, make_adapter: MakeAdapter, file: str
+) -> None:
+    adapter = make_adapter("adapter", folder)
+    before = identify(adapter)
+    with (adapter / file).open("ab") as written:
+        written.write(b" ")
+    after = identify(adapter)
+    assert (after.digest != before.digest, after.weights == before.weights) == (True, True)
+    assert [said.partition(":")[0] for said in before.differences(after)] == [f"adapter.{file}"]
+
+
+def test_the_policy_is_the_reference_by_content(folder: Path, tmp_path: Path) -> None:
+    cache, copied = tmp_path / "cache", Path(shutil.copytree(folder, tmp_path / "copy"))
+    identity = reference_identity(ModelConfig(name_or_path=str(copied)), cache)
+    config = experiment(ModelConfig(name_or_path=str(folder)))
+    assert policy_is_reference(config, identity, cache)
+    flip_last_byte(folder / "model.safetensors")
+    assert not policy_is_reference(config, identity, cache)

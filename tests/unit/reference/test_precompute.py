@@ -1,6 +1,9 @@
 """Filling the cache: each sequence once, missing rows only, and the values of a live model (law 2)."""
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,64 +11,94 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from unit.reference.samples import append, content, raw
 
 from dpo import distributed
-from dpo.config import Config
-from dpo.data.batches import sequence_batch
+from dpo.config import Config, ModelConfig
+from dpo.data.batches import RowBatch, sequence_batch
 from dpo.data.dataset import TokenizedDataset
-from dpo.errors import UserError
+from dpo.engine import frozen_scorer
+from dpo.errors import StoppedBySignal, UserError
 from dpo.model.load import load_model
 from dpo.model.logprobs import SequenceScorer
 from dpo.reference import precompute as precompute_module
-from dpo.reference.identity import reference_identity
-from dpo.reference.precompute import precompute, reference_logps
+from dpo.reference.identity import reference_identity, reference_model
+from dpo.reference.lookup import reference_logps, reference_token_logps
+from dpo.reference.precompute import (
+    MissingPlan,
+    _my_batches,
+    _plan,
+    batch_offsets,
+    is_sharded,
+    precompute,
+    share_by_work,
+)
 from dpo.reference.store import ReferenceStore
 
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture
-def experiment(
-    make_config: Callable[..., Config],
-    open_data: Callable[[Config], TokenizedDataset],
-    write_jsonl: Callable[..., str],
-) -> Callable[[Rows], tuple[Config, TokenizedDataset]]:
-    """(configuration, data in token ids) of rows."""
-
-    def make(rows: Rows) -> tuple[Config, TokenizedDataset]:
-        config = make_config(write_jsonl(rows))
-        return config, open_data(config)
-
-    return make
-
-
 Experiment = Callable[[Rows], tuple[Config, TokenizedDataset]]
 MakeRows = Callable[..., Rows]
+Score = Callable[[RowBatch], Tensor]
 
 
 def store_of(config: Config, cache_dir: Path | None = None) -> ReferenceStore:
     root = cache_dir or Path(config.reference.cache_dir)
-    return ReferenceStore(root, reference_identity(config.model, root))
+    return ReferenceStore(root, reference_identity(reference_model(config), root))
 
 
-def with_budget(config: Config, **options: Any) -> Config:
+def with_options(config: Config, **options: Any) -> Config:
     return replace(config, reference=replace(config.reference, **options))
 
 
-def live_logps(config: Config, data: TokenizedDataset) -> torch.Tensor:
-    """(S,) one sequence at a time, with the model beside us."""
-    scorer = SequenceScorer(load_model(config.model))
-    sequences = [(data[g].prompt, c) for g in range(len(data)) for c in data[g].completions]
+def live_token_logps(config: Config, data: TokenizedDataset) -> list[Tensor]:
+    """(S) of (T_c,): one sequence at a time, with the model beside us."""
+    scorer = SequenceScorer(load_model(reference_model(config)))
     with torch.no_grad():
-        return torch.cat([scorer(sequence_batch([sequence])) for sequence in sequences])
+        return [
+            scorer(sequence_batch([data.sequence(index)]), per_token=True) for index in range(len(data.keys))
+        ]
+
+
+def live_logps(config: Config, data: TokenizedDataset) -> Tensor:
+    """(S,) float64."""
+    return torch.stack([tokens.double().sum() for tokens in live_token_logps(config, data)])
 
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(precompute_module, "load_model", refuse)
+    monkeypatch.setattr(precompute_module, "frozen_scorer", refuse)
+
+
+@pytest.fixture
+def around_scorer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[Callable[[int, Score, RowBatch], Tensor]], None]:
+    """Puts a function between precompute and its model: it gets the number of the batch, the model's own
+    `score`, and the batch.
+    """
+
+    def install(call: Callable[[int, Score, RowBatch], Tensor]) -> None:
+        @contextmanager
+        def scorer(model: ModelConfig, *, sharded: bool) -> Iterator[Callable[..., Tensor]]:
+            numbers = iter(range(10**6))
+            with frozen_scorer(model, sharded=sharded) as real:
+                yield lambda batch, per_token: call(
+                    next(numbers), lambda rows: real(rows, per_token=per_token), batch
+                )
+
+        monkeypatch.setattr(precompute_module, "frozen_scorer", scorer)
+
+    return install
+
+
+Around = Callable[[Callable[[int, Score, RowBatch], Tensor]], None]
 
 
 def test_cached_equals_live_for_every_sequence_in_order(
@@ -74,10 +107,33 @@ def test_cached_equals_live_for_every_sequence_in_order(
     config, data = experiment(preference_rows(20))
     store = store_of(config)
     precompute(config, [data], store)
-    cached = reference_logps(data, store, "command")
+    (cached,) = reference_logps([data], store, "command")
     assert cached.shape == (int(data.sequences_per_group.sum()),)
     torch.testing.assert_close(torch.from_numpy(cached), live_logps(config, data), rtol=0, atol=1e-4)
     assert cached.std() > 1  # the values differ enough for their order to be tested
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["adapter as policy", "adapter as reference"])
+def test_an_adapter_counts_as_reference_only_where_it_is_named(
+    experiment: Experiment,
+    preference_rows: MakeRows,
+    make_adapter: Callable[..., Path],
+    tiny_model: Path,
+    named: bool,
+) -> None:
+    config, data = experiment(preference_rows(4))
+    base, adapter = live_logps(config, data), str(make_adapter("adapter", tiny_model))
+    with_adapter = (
+        with_options(config, model=adapter)
+        if named
+        else replace(config, model=replace(config.model, name_or_path=adapter))
+    )
+    store = store_of(with_adapter)
+    precompute(with_adapter, [data], store)
+    cached = torch.from_numpy(reference_logps([data], store, "")[0])
+    adapted = live_logps(with_options(config, model=adapter), data)
+    assert (adapted - base).abs().max() > 1
+    torch.testing.assert_close(cached, adapted if named else base, rtol=0, atol=1e-4)
 
 
 def test_each_different_sequence_is_computed_once(experiment: Experiment) -> None:
@@ -86,20 +142,23 @@ def test_each_different_sequence_is_computed_once(experiment: Experiment) -> Non
     config, data = experiment([shared, other, shared])
     result = precompute(config, [data, data], store_of(config))
     assert (result.hits, result.misses) == (0, 3)
-    assert len(store_of(config).load().keys) == 3
-    logps = reference_logps(data, store_of(config), "")
-    assert logps[0] == logps[2] == logps[4]
-    assert len(set(logps.tolist())) == 3
+    assert len(store_of(config).load()) == 3
+    first, second = reference_logps([data, data], store_of(config), "")
+    assert first[0] == first[2] == first[4]
+    assert len(set(first.tolist())) == 3
+    assert np.array_equal(first, second)
 
 
 def test_a_second_call_computes_nothing_and_loads_no_model(
-    experiment: Experiment, preference_rows: MakeRows, monkeypatch: pytest.MonkeyPatch, request: Any
+    experiment: Experiment, preference_rows: MakeRows, request: Any
 ) -> None:
     config, data = experiment(preference_rows(5))
     first = precompute(config, [data], store_of(config))
+    assert first.seconds > 0
     request.getfixturevalue("no_model")
     second = precompute(config, [data], store_of(config))
     assert (second.hits, second.misses, second.seconds) == (first.misses, 0, 0.0)
+    assert len(store_of(config).shards()) == 1
 
 
 def test_a_cold_cache_does_load_the_model(
@@ -113,14 +172,13 @@ def test_a_cold_cache_does_load_the_model(
 def test_only_new_rows_are_computed(experiment: Experiment, preference_rows: MakeRows) -> None:
     config, few = experiment(preference_rows(4))
     before = precompute(config, [few], store_of(config))
-    old = store_of(config).load()
+    (old,) = reference_logps([few], store_of(config), "")
     config, more = experiment(preference_rows(9))
     after = precompute(config, [more], store_of(config))
-    assert (after.hits, after.misses) == (before.misses, len(set(more.keys.tolist())) - before.misses)
-    shards = list(store_of(config).path.glob("part-*.parquet"))
-    assert len(shards) == 2
-    new = store_of(config).load()
-    assert np.array_equal(new.logps[new.find(few.keys)], old.logps[old.find(few.keys)])
+    assert (after.hits, after.misses) == (before.misses, len(set(raw(more.keys))) - before.misses)
+    assert len(store_of(config).shards()) == 2
+    assert len(store_of(config).load()) == len(set(raw(more.keys)))
+    assert np.array_equal(reference_logps([few], store_of(config), "")[0], old)
 
 
 def test_learning_rate_beta_and_batch_size_use_the_same_cache(
@@ -131,79 +189,349 @@ def test_learning_rate_beta_and_batch_size_use_the_same_cache(
     request.getfixturevalue("no_model")
     train = replace(config.train, learning_rate=1.0, pairs_per_step=3, seed=7)
     changed = replace(config, run_dir="other", train=train, loss=replace(config.loss, beta=5.0))
+    changed = with_options(changed, max_tokens_per_batch=64, flush_every_seconds=0.0)
     assert precompute(changed, [data], store_of(changed)).misses == 0
+
+
+LENGTHS = st.lists(st.integers(1, 50), max_size=60).map(lambda lengths: sorted(lengths, reverse=True))
+
+
+@given(LENGTHS, st.integers(1, 300))
+def test_batches_stay_within_the_budget_and_are_as_few_as_it_allows(lengths: list[int], budget: int) -> None:
+    offsets = batch_offsets(np.array(lengths, dtype=np.int64), budget).tolist()
+    assert (offsets[0], offsets[-1]) == (0, len(lengths))
+    for start, end in zip(offsets, offsets[1:], strict=False):
+        assert end > start
+        assert end - start == 1 or lengths[start] * (end - start) <= budget
+        assert end == len(lengths) or lengths[start] * (end - start + 1) > budget  # one more would not fit
+
+
+@given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 9))
+def test_every_batch_is_dealt_once_and_ranks_finish_within_a_batch_of_each_other(
+    work: list[int], world_size: int
+) -> None:
+    shares = share_by_work(np.array(work, dtype=np.int64), world_size)
+    assert len(shares) == world_size
+    assert sorted(number for share in shares for number in share) == list(range(len(work)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(work[number] for number in share) for share in shares]
+    assert max(loads) - min(loads) <= max(work, default=0)
+
+
+def batches_of(plan: MissingPlan, datasets: list[TokenizedDataset]) -> list[list[bytes]]:
+    keys = raw(np.concatenate([dataset.keys for dataset in datasets]))
+    return [[keys[sequence] for sequence in plan.batch(number)] for number in range(len(plan.offsets) - 1)]
+
+
+def test_the_batches_follow_from_what_is_missing_not_from_its_order(
+    experiment: Experiment, preference_rows: MakeRows
+) -> None:
+    rows = preference_rows(12)
+    config, data = experiment(rows)
+    config = with_options(config, max_tokens_per_batch=80)
+    plan = _plan(config, [data], store_of(config))
+    batches = batches_of(plan, [data])
+    assert len(batches) > 5
+    assert sorted(key for batch in batches for key in batch) == sorted(set(raw(data.keys)))
+    lengths = data.sequence_tokens[plan.order]
+    assert lengths.tolist() == sorted(lengths, reverse=True) == plan.tokens.tolist()
+    for number, batch in enumerate(batches):
+        widest = max(int(data.sequence_tokens[s]) for s in plan.batch(number))
+        assert plan.work[number] == widest * len(batch)
+        assert plan.num_tokens(number) == sum(int(data.sequence_tokens[s]) for s in plan.batch(number))
+    _, backwards = experiment(rows[::-1])
+    _, first = experiment(rows[:5])
+    _, second = experiment(rows[3:])
+    for other in ([backwards], [data, backwards], [second, first]):
+        assert batches_of(_plan(config, other, store_of(config)), other) == batches
 
 
 def test_batches_do_not_depend_on_the_number_of_ranks(
     experiment: Experiment, preference_rows: MakeRows, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config, data = experiment(preference_rows(12))
-    config = with_budget(config, max_tokens_per_batch=80)
+    config = with_options(config, max_tokens_per_batch=80)
     alone = store_of(config)
     precompute(config, [data], alone)
-    whole, both = alone.load(), []
-    for rank in range(2):  # each into a folder of its own, so that neither sees the other's rows
-        monkeypatch.setattr(distributed, "share_of", lambda items, rank=rank: items[rank::2])
+    parts = []
+    for rank in range(3):  # each into a folder of its own, so that none sees the others' rows
+        share = lambda plan, *, sharded, rank=rank: share_by_work(plan.work, 3)[rank]  # noqa: E731
+        monkeypatch.setattr(precompute_module, "_my_batches", share)
         mine = store_of(config, tmp_path / f"rank{rank}")
         precompute(config, [data], mine)
-        both.append(mine.load())
-    assert min(len(table.keys) for table in both) > 0
-    keys = np.concatenate([table.keys for table in both])
-    logps = np.concatenate([table.logps for table in both])
-    order = np.argsort(keys)
-    assert np.array_equal(keys[order], whole.keys)
-    assert np.array_equal(logps[order], whole.logps)  # bit for bit
+        parts.append(content(mine))
+    assert min(map(len, parts)) > 0
+    assert sum(map(len, parts)) == len(content(alone))
+    assert parts[0] | parts[1] | parts[2] == content(alone)  # bit for bit
+
+
+@pytest.mark.parametrize(("world_size", "batches"), [(1, 5), (3, 7), (3, 6), (4, 2)])
+def test_with_sharded_weights_the_ranks_go_in_step(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, batches: int
+) -> None:
+    ones = np.ones(batches, dtype=np.int64)
+    plan = MissingPlan(hits=0, order=np.arange(batches), offsets=np.arange(batches + 1), tokens=ones)
+    shares = []
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        shares.append(_my_batches(plan, sharded=True))
+    assert {len(share) for share in shares} == {-(-batches // world_size)}
+    dealt = [number for turn in zip(*shares, strict=True) for number in turn]
+    assert dealt == [*range(batches), *[None] * (len(dealt) - batches)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "world_size", "fits", "sharded"),
+    [
+        ("auto", 1, True, False),
+        ("auto", 1, False, False),
+        ("auto", 2, True, False),
+        ("auto", 2, False, True),
+        ("replicas", 2, False, False),
+        ("zero3", 2, True, True),
+    ],
+)
+def test_the_reference_is_sharded_where_asked_for_or_where_it_would_not_fit(
+    make_config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    choice: str,
+    world_size: int,
+    fits: bool,
+    sharded: bool,
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: world_size)
+    monkeypatch.setattr(precompute_module, "fits_one_device", lambda model: fits)
+    assert is_sharded(with_options(make_config("d"), sharding=choice)) is sharded
 
 
 def test_the_budget_bounds_every_batch_and_changes_no_value(
-    experiment: Experiment, preference_rows: MakeRows, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    experiment: Experiment, preference_rows: MakeRows, around_scorer: Around, tmp_path: Path
 ) -> None:
     config, data = experiment(preference_rows(12))
     sizes: list[int] = []
 
-    def counting(sequences: Any) -> Any:
-        batch = sequence_batch(sequences)
+    def counting(number: int, score: Score, batch: RowBatch) -> Tensor:
         sizes.append(batch.input_ids.numel())
-        return batch
+        return score(batch)
 
-    monkeypatch.setattr(precompute_module, "sequence_batch", counting)
+    around_scorer(counting)
     stores = []
     for budget in (60, 10_000):
         sizes.clear()
-        limited = with_budget(config, max_tokens_per_batch=budget)
+        limited = with_options(config, max_tokens_per_batch=budget)
         stores.append(store_of(limited, tmp_path / str(budget)))
         precompute(limited, [data], stores[-1])
         assert max(sizes) <= budget
         assert (len(sizes) == 1) == (budget == 10_000)
-    small, large = (reference_logps(data, store, "") for store in stores)
+    small, large = (reference_logps([data], store, "")[0] for store in stores)
     assert small == pytest.approx(large, rel=0, abs=1e-4)
+
+
+def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own(
+    experiment: Experiment, preference_rows: MakeRows
+) -> None:
+    config, data = experiment(preference_rows(3))
+    precompute(with_options(config, max_tokens_per_batch=2), [data], store_of(config))
+    cached = torch.from_numpy(reference_logps([data], store_of(config), "")[0])
+    torch.testing.assert_close(cached, live_logps(config, data), rtol=0, atol=1e-4)
 
 
 def test_work_is_written_as_it_is_done(experiment: Experiment, preference_rows: MakeRows) -> None:
     config, data = experiment(preference_rows(12))
-    config = with_budget(config, max_tokens_per_batch=60, flush_every_seconds=0.0)
+    config = with_options(config, max_tokens_per_batch=60, flush_every_seconds=0.0)
     precompute(config, [data], store_of(config))
-    assert len(list(store_of(config).path.glob("part-*.parquet"))) > 3
-    assert (store_of(config).load().find(data.keys) >= 0).all()
+    assert len(store_of(config).shards()) > 3
+    assert (store_of(config).load().index.find(data.keys) >= 0).all()
 
 
-def test_a_cache_that_lacks_rows_is_refused_with_the_command(
+def test_tokens_are_stored_where_they_are_asked_for_and_add_up(
     experiment: Experiment, preference_rows: MakeRows
 ) -> None:
-    config, few = experiment(preference_rows(4))
-    precompute(config, [few], store_of(config))
-    _, more = experiment(preference_rows(9))
-    lacking = len(more.keys) - len(few.keys)
-    message = rf"lacks {lacking} of the {len(more.keys)} sequences .* Run: make precompute-ref"
+    config, data = experiment(preference_rows(8))
+    config, store = with_options(config, store_token_logps=True, max_tokens_per_batch=80), store_of(config)
+    precompute(config, [data], store)
+    tokens, (sums,) = reference_token_logps(data, store, ""), reference_logps([data], store, "")
+    assert tokens.dtype == np.float32
+    torch.testing.assert_close(
+        torch.from_numpy(tokens), torch.cat(live_token_logps(config, data)), rtol=0, atol=1e-5
+    )
+    starts = np.cumsum(data.completion_tokens) - data.completion_tokens
+    assert np.add.reduceat(tokens.astype(np.float64), starts) == pytest.approx(sums, rel=0, abs=1e-9)
+
+
+def test_rows_without_tokens_are_computed_once_more_when_tokens_are_asked_for(
+    experiment: Experiment, preference_rows: MakeRows, request: Any
+) -> None:
+    config, data = experiment(preference_rows(6))
+    store = store_of(config)
+    first = precompute(config, [data], store)
+    (before,) = reference_logps([data], store, "")
+    wanting = with_options(config, store_token_logps=True)
+    again = precompute(wanting, [data], store)
+    assert (again.hits, again.misses) == (0, first.misses)
+    request.getfixturevalue("no_model")
+    assert precompute(wanting, [data], store).misses == 0
+    assert precompute(config, [data], store).misses == 0  # rows with tokens do for those who want sums
+    assert np.array_equal(reference_logps([data], store, "")[0], before)  # the first copy stays in use
+    assert len(reference_token_logps(data, store, "")) == data.completion_tokens.sum()
+
+
+def many_batches(experiment: Experiment, rows: Rows) -> tuple[Config, TokenizedDataset, ReferenceStore, int]:
+    """An experiment with many batches, its empty cache, and the number of rows in the first two batches."""
+    config, data = experiment(rows)
+    config = with_options(config, max_tokens_per_batch=80)
+    store = store_of(config)
+    plan = _plan(config, [data], store)
+    assert len(plan.offsets) > 5
+    return config, data, store, int(plan.offsets[2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("flush_every", [0.0, 60.0])
+def test_values_that_are_not_finite_are_refused_and_finished_batches_kept(
+    experiment: Experiment,
+    preference_rows: MakeRows,
+    around_scorer: Around,
+    value: float,
+    flush_every: float,
+) -> None:
+    config, data, store, finished = many_batches(experiment, preference_rows(12))
+    config = with_options(config, flush_every_seconds=flush_every)
+
+    def broken(number: int, score: Score, batch: RowBatch) -> Tensor:
+        logps = score(batch).clone()
+        logps[0 if number == 2 else slice(0)] = value
+        return logps
+
+    around_scorer(broken)
+    message = (
+        r"the reference model gave 1 of \d+ log-probs that are not finite; none of this batch was stored"
+    )
     with pytest.raises(UserError, match=message):
-        reference_logps(more, store_of(config), "make precompute-ref")
+        precompute(config, [data], store)
+    assert len(content(store)) == finished
+    around_scorer(lambda number, score, batch: score(batch))  # whole again: only the rest is computed
+    result = precompute(config, [data], store)
+    assert (result.hits, result.misses) == (finished, len(set(raw(data.keys))) - finished)
 
 
-def test_a_row_of_another_length_is_refused(experiment: Experiment, preference_rows: MakeRows) -> None:
-    config, data = experiment(preference_rows(1))
+def test_a_model_with_a_damaged_weight_is_refused(
+    experiment: Experiment, preference_rows: MakeRows, tiny_model: Path, tmp_path: Path
+) -> None:
+    config, data = experiment(preference_rows(3))
+    load_model(config.model).save_pretrained(tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    weights["transformer.ln_f.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    damaged = with_options(config, model=str(tmp_path / "damaged"))
+    with pytest.raises(UserError, match="log-probs that are not finite"):
+        precompute(damaged, [data], store_of(damaged))
+    assert content(store_of(damaged)) == {}
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "stop", [interrupt, lambda: os.kill(os.getpid(), signal.SIGTERM)], ids=["INT", "TERM"]
+)
+def test_a_signal_stops_after_what_was_computed_is_written(
+    experiment: Experiment, preference_rows: MakeRows, around_scorer: Around, stop: Callable[[], None]
+) -> None:
+    config, data, store, finished = many_batches(experiment, preference_rows(12))
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def stopped(number: int, score: Score, batch: RowBatch) -> Tensor:
+        if number == 2:
+            stop()
+        return score(batch)
+
+    around_scorer(stopped)
+    with pytest.raises(StoppedBySignal, match=rf"{store.path}: what was computed is kept; the same command"):
+        precompute(config, [data], store)
+    assert len(content(store)) == finished
+    assert signal.getsignal(signal.SIGTERM) is handler
+    around_scorer(lambda number, score, batch: score(batch))
+    assert precompute(config, [data], store).hits == finished
+
+
+def test_any_other_failure_keeps_what_was_computed_too(
+    experiment: Experiment, preference_rows: MakeRows, around_scorer: Around
+) -> None:
+    config, data, store, finished = many_batches(experiment, preference_rows(12))
+
+    def failing(number: int, score: Score, batch: RowBatch) -> Tensor:
+        if number == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return score(batch)
+
+    around_scorer(failing)
+    with pytest.raises(UserError, match=r"reference\.max_tokens_per_batch: 80 tokens do not fit"):
+        precompute(config, [data], store)
+    assert len(content(store)) == finished
+
+
+def test_a_full_disk_is_a_users_error_and_keeps_what_was_written(
+    experiment: Experiment, preference_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, data, store, finished = many_batches(experiment, preference_rows(12))
+    write, calls = ReferenceStore.append, iter(range(1000))
+
+    def filling(store: ReferenceStore, rows: Any) -> Path:
+        if next(calls) >= 2:
+            raise UserError("cannot write a shard")
+        return write(store, rows)
+
+    monkeypatch.setattr(ReferenceStore, "append", filling)
+    with pytest.raises(UserError, match="cannot write a shard"):
+        precompute(with_options(config, flush_every_seconds=0.0), [data], store)
+    assert len(content(store)) == finished
+
+
+def test_on_a_cpu_a_rank_computes_with_one_thread_and_gives_the_others_back(
+    experiment: Experiment, preference_rows: MakeRows, around_scorer: Around, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
+    config, data = experiment(preference_rows(2))
+    seen, before = [], torch.get_num_threads()
+
+    def noting(number: int, score: Score, batch: RowBatch) -> Tensor:
+        seen.append(torch.get_num_threads())
+        if len(seen) > 1:
+            raise torch.OutOfMemoryError
+        return score(batch)
+
+    around_scorer(noting)
+    try:
+        torch.set_num_threads(3)
+        precompute(config, [data], store_of(config))
+        assert torch.get_num_threads() == 3
+        with pytest.raises(UserError):  # and after a failure
+            precompute(config, [data], store_of(config, Path(config.run_dir)))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
+def test_a_cache_that_is_damaged_is_refused_before_anything_is_computed(
+    experiment: Experiment, preference_rows: MakeRows, no_model: None
+) -> None:
+    config, data = experiment(preference_rows(2))
     store = store_of(config)
     store.create()
-    number = len(data.keys)
-    store.append(np.asarray(data.keys), np.full(number, -1.0), np.full(number, 63, dtype=np.int32))
-    with pytest.raises(UserError, match="another number of tokens than the data"):
-        reference_logps(data, store, "command")
+    append(store, {b"a": (-1.0, 1)}).write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="damaged shard"):
+        precompute(config, [data], store)
+
+
+def test_a_cache_dir_that_cannot_be_written_is_refused_by_its_key(
+    experiment: Experiment, preference_rows: MakeRows, no_model: None, tmp_path: Path
+) -> None:
+    config, data = experiment(preference_rows(2))
+    (tmp_path / "file").write_text("not a folder")
+    store = ReferenceStore(tmp_path / "file" / "cache", store_of(config).identity)
+    with pytest.raises(UserError, match=r"^reference\.cache_dir: cannot write .*file/cache"):
+        precompute(config, [data], store)

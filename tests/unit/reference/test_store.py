@@ -1,223 +1,298 @@
-"""The cache on disk: what comes back is what was written, or a refusal that says why."""
+"""The cache on disk: a folder that says whose it is, shards that may overlap, and a merge that is a copy."""
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from dpo.errors import UserError
-from dpo.reference.identity import ReferenceIdentity
-from dpo.reference.store import TOLERANCE_PER_TOKEN, Keys, ReferenceStore
-
-IDENTITY = ReferenceIdentity(version=1, weights=("aa",), config={"n_layer": 2}, dtype="float32")
-
-
-def keys(*values: bytes) -> Keys:
-    return np.array([np.void(value.ljust(16, b"\0")) for value in values], dtype="V16")
-
-
-def made(folder: Path, identity: ReferenceIdentity = IDENTITY) -> ReferenceStore:
-    store = ReferenceStore(folder, identity)
-    store.create()
-    return store
-
-
-def append(store: ReferenceStore, rows: dict[bytes, tuple[float, int]]) -> Path:
-    logps, tokens = zip(*rows.values(), strict=True)
-    return store.append(keys(*rows), np.array(logps), np.array(tokens, dtype=np.int32))
-
-
-def content(store: ReferenceStore) -> dict[bytes, tuple[float, int]]:
-    table = store.load()
-    # .item() of a fixed-width string drops its trailing zero bytes: read the raw memory instead.
-    raw = [table.keys[i : i + 1].tobytes() for i in range(len(table.keys))]
-    return {k: (float(v), int(n)) for k, v, n in zip(raw, table.logps, table.num_tokens, strict=True)}
-
-
-def test_rows_come_back_exactly(tmp_path: Path) -> None:
-    store = made(tmp_path)
-    append(store, {b"b" * 16: (-1.1, 3), b"a" * 16: (-1e-300, 1)})
-    append(store, {b"c" * 16: (-123456.789, 99999)})
-    assert content(store) == {b"a" * 16: (-1e-300, 1), b"b" * 16: (-1.1, 3), b"c" * 16: (-123456.789, 99999)}
-
-
-ROWS = st.dictionaries(
-    st.binary(min_size=16, max_size=16),
-    st.tuples(st.floats(-1e6, 0), st.integers(1, 2**31 - 1)),
-    min_size=1,
-    max_size=30,
+from unit.reference.samples import (
+    IDENTITY,
+    append,
+    content,
+    files,
+    keys,
+    made,
+    padded,
+    random_rows,
+    raw,
+    rows,
+    token_rows,
 )
 
+from dpo.errors import UserError
+from dpo.reference import store as store_module
+from dpo.reference.identity import ReferenceIdentity
+from dpo.reference.shards import read_shard, write_shard
+from dpo.reference.store import RELOADS, ReferenceStore
 
-@given(st.lists(ROWS, min_size=1, max_size=3))
-@settings(max_examples=30, deadline=None)
-def test_any_keys_survive_a_round_trip_and_are_found(
-    tmp_path_factory: pytest.TempPathFactory, shards: list[dict[bytes, tuple[float, int]]]
-) -> None:
-    store = made(tmp_path_factory.mktemp("store"))
-    whole: dict[bytes, tuple[float, int]] = {}
-    for rows in shards:
-        fresh = {key: row for key, row in rows.items() if key not in whole}
-        whole |= fresh
-        if fresh:
-            append(store, fresh)
-    assert content(store) == whole
-    table = store.load()
-    rows = table.find(keys(*whole))
-    assert [float(value) for value in table.logps[rows]] == [value for value, _ in whole.values()]
+OTHER = replace(IDENTITY, weights={"model.safetensors": "bb" * 32})
 
 
-def test_keys_that_end_in_zero_bytes_stay_apart(tmp_path: Path) -> None:
-    store = made(tmp_path)
-    rows = {b"": (-1.0, 1), b"a": (-2.0, 1), b"a\0b": (-3.0, 1), b"\0\0a": (-4.0, 1)}
-    append(store, rows)
-    assert content(store) == {key.ljust(16, b"\0"): row for key, row in rows.items()}
-    found = store.load().find(keys(b"a", b"a\0\0b", b"", b"\0a"))
-    assert [store.load().logps[row] if row >= 0 else None for row in found] == [-2.0, None, -1.0, None]
-
-
-def test_find_gives_minus_one_for_what_is_not_there(tmp_path: Path) -> None:
-    store = made(tmp_path)
-    assert store.load().find(keys(b"a")).tolist() == [-1]  # an empty cache
-    append(store, {b"b": (-1.0, 1), b"d": (-2.0, 1)})
-    table = store.load()
-    assert table.find(keys(b"a", b"b", b"c", b"d", b"e")).tolist() == [-1, 0, -1, 1, -1]
-    assert table.find(keys()).tolist() == []
+def test_shards_of_several_builders_are_one_table(tmp_path: Path) -> None:
+    first, second = made(tmp_path), made(tmp_path)
+    append(first, {b"b": (-1.1, 3), b"a": (-1e-300, 1)})
+    append(second, {b"c": (-123456.789, 99999)})
+    expected = padded({b"a": (-1e-300, 1), b"b": (-1.1, 3), b"c": (-123456.789, 99999)})
+    assert content(first) == content(second) == expected
 
 
 def test_a_cache_that_was_never_made_is_empty(tmp_path: Path) -> None:
     assert content(ReferenceStore(tmp_path, IDENTITY)) == {}
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_copies_that_agree_count_once(tmp_path: Path) -> None:
+def test_the_copy_in_use_is_the_one_written_first_whatever_the_order_of_writing_to_this_folder(
+    tmp_path: Path,
+) -> None:
     store = made(tmp_path)
-    append(store, {b"a": (-1.0, 10), b"b": (-2.0, 10)})
-    append(store, {b"b": (-2.0 - 9e-5, 10), b"c": (-3.0, 10)})  # 10 tokens: up to 1e-4 nats apart
-    table = store.load()
-    assert len(table.keys) == 3
-    assert table.logps[table.find(keys(b"b"))][0] in (-2.0, -2.0 - 9e-5)
+    append(store, {b"a": (-1.0, 1), b"b": (-2.0, 1)})
+    write_shard(
+        store.path, rows({b"b": (-2.00001, 1)}), IDENTITY.digest, time_ns=7
+    )  # an older one, copied in
+    assert content(store) == padded({b"a": (-1.0, 1), b"b": (-2.00001, 1)})
 
 
-@pytest.mark.parametrize("other", [(-2.0 - 1.2e-4, 10), (-2.0, 11)])
-def test_copies_that_disagree_are_refused(tmp_path: Path, other: tuple[float, int]) -> None:
-    assert TOLERANCE_PER_TOKEN["float32"] == 1e-5
+def test_shards_that_disagree_are_refused_with_the_folder(tmp_path: Path) -> None:
     store = made(tmp_path)
     append(store, {b"a": (-1.0, 1), b"b": (-2.0, 10)})
-    append(store, {b"b": other})
-    with pytest.raises(UserError, match="1 rows stand in two shards with different values"):
+    append(store, {b"b": (-2.1, 10)})
+    with pytest.raises(UserError, match=rf"{store.path}: 1 rows stand in two shards with different values"):
         store.load()
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_log_prob_that_is_not_finite_is_refused_and_nothing_stored(tmp_path: Path, value: float) -> None:
-    store = made(tmp_path)
-    with pytest.raises(UserError, match="1 log-probs that are not finite"):
-        append(store, {b"a": (-1.0, 1), b"b": (value, 1)})
-    assert content(store) == {}
+def test_the_compute_type_of_the_identity_decides_how_far_copies_may_differ(tmp_path: Path) -> None:
+    store = made(tmp_path, replace(IDENTITY, dtype="bfloat16"))
+    append(store, {b"b": (-2.0, 10)})
+    append(store, {b"b": (-2.1, 10)})
+    assert content(store) == padded({b"b": (-2.0, 10)})
 
 
-@pytest.fixture(scope="module")
-def shard(tmp_path_factory: pytest.TempPathFactory) -> tuple[ReferenceStore, Path, bytes]:
-    store = made(tmp_path_factory.mktemp("flip"))
-    rng = np.random.default_rng(0)
-    path = append(store, {rng.bytes(16): (float(rng.normal()) * 50, int(n)) for n in range(1, 9)})
-    return store, path, path.read_bytes()
+def test_merging_two_caches_of_one_model_is_copying_shards(tmp_path: Path) -> None:
+    here, there = made(tmp_path / "here"), made(tmp_path / "there")
+    append(here, {b"a": (-1.0, 1), b"b": (-2.0, 1)})
+    append(there, {b"b": (-2.00001, 1), b"c": (-3.0, 1)})
+    there.append(token_rows({b"d": [-1.0, -3.0]}))
+    for shard in there.shards():
+        shutil.copy(shard, here.path)
+    merged = padded({b"a": (-1.0, 1), b"b": (-2.0, 1), b"c": (-3.0, 1), b"d": (-4.0, 2)})
+    assert content(here) == merged
+    for shard in here.shards():  # and back: what is there already is only written over itself
+        shutil.copy(shard, there.path)
+    assert content(there) == merged
+    assert files(here.path) == files(there.path)
 
 
-def test_no_flipped_bit_changes_a_value_unseen(shard: tuple[ReferenceStore, Path, bytes]) -> None:
-    store, path, original = shard
-    path.write_bytes(original)
-    expected, refused = content(store), 0
-    for position in range(len(original)):
-        damaged = bytearray(original)
-        damaged[position] ^= 1 << (position % 8)
-        path.write_bytes(damaged)
-        try:
-            assert content(store) == expected, f"byte {position}"  # a byte that means nothing to a reader
-        except UserError:
-            refused += 1
-    assert refused > len(original) / 2
-
-
-def test_a_flipped_byte_among_the_values_is_refused(shard: tuple[ReferenceStore, Path, bytes]) -> None:
-    store, path, original = shard
-    path.write_bytes(original)
-    position = original.index(store.load().logps.tobytes()[:8])
-    path.write_bytes(original[:position] + bytes([original[position] ^ 4]) + original[position + 1 :])
-    with pytest.raises(UserError, match=r"damaged shard .* run precompute-ref again"):
-        store.load()
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_a_truncated_shard_is_refused(shard: tuple[ReferenceStore, Path, bytes], share: float) -> None:
-    store, path, original = shard
-    path.write_bytes(original[: int(len(original) * share)])
-    with pytest.raises(UserError, match="damaged shard"):
-        store.load()
-
-
-def test_a_shard_with_other_columns_is_refused(tmp_path: Path) -> None:
-    store = made(tmp_path)
-    pq.write_table(pa.table({"key": ["a"], "value": [1.0]}), store.path / "part-other.parquet")
-    with pytest.raises(UserError, match="not a shard of a reference cache"):
-        store.load()
-
-
-def test_a_shard_that_was_being_written_is_not_read(tmp_path: Path) -> None:
-    store = made(tmp_path)
+def test_a_shard_copied_from_another_models_cache_is_refused(tmp_path: Path) -> None:
+    store, foreign = made(tmp_path), made(tmp_path, OTHER)
     append(store, {b"a": (-1.0, 1)})
-    (store.path / ".part-x.parquet.writing").write_bytes(b"half")
+    copied = shutil.copy(append(foreign, {b"b": (-2.0, 1)}), store.path)
+    with pytest.raises(UserError, match=rf"{copied}: a shard of another reference model .* move it out"):
+        store.load()
+    Path(copied).unlink()
     assert len(content(store)) == 1
 
 
-def test_shards_have_checksums_and_the_documented_columns(tmp_path: Path) -> None:
-    path = append(made(tmp_path), {b"a": (-1.0, 1)})
-    schema = pq.ParquetFile(path).schema_arrow
-    assert schema.names == ["key", "logp", "num_tokens"]
-    assert schema.types == [pa.binary(16), pa.float64(), pa.int32()]
-
-
-def test_the_folder_is_named_by_the_identity(tmp_path: Path) -> None:
+def test_only_rows_with_tokens_where_tokens_are_wanted(tmp_path: Path) -> None:
     store = made(tmp_path)
-    assert store.path == tmp_path / IDENTITY.digest[:16]
+    append(store, {b"a": (-1.0, 1), b"b": (-3.0, 2)})
+    store.append(token_rows({b"b": [-1.0, -2.0], b"c": [-4.0]}))
+    assert raw(store.load().index.keys) == raw(keys(b"a", b"b", b"c"))
+    assert raw(store.load(with_tokens=True).index.keys) == raw(keys(b"b", b"c"))
+
+
+def test_the_folder_is_named_by_the_identity_and_says_it(tmp_path: Path) -> None:
+    store = made(tmp_path / "a" / "root")
+    assert store.path == tmp_path / "a" / "root" / IDENTITY.digest[:16]
     assert json.loads((store.path / "identity.json").read_text()) == IDENTITY.to_json()
+    before = files(store.path)
     store.create()  # again: the same
-    assert [path.name for path in store.path.iterdir()] == ["identity.json"]
+    assert files(store.path) == before
+    assert list(before) == ["identity.json"]
+
+
+def test_a_cache_that_cannot_be_made_is_refused_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(UserError, match=r"reference\.cache_dir: cannot write .*file/"):
+        made(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
     ("change", "differs"),
     [
-        ({"weights": ("bb",)}, "weights"),
-        ({"config": {"n_layer": 3}}, "config"),
-        ({"dtype": "bfloat16"}, "dtype"),
+        (
+            {"weights": {"model.safetensors": "bb" * 32}},
+            r"weights\.model\.safetensors: bbbbbbbbbbbb -> aaaaaaaaaaaa",
+        ),
+        ({"config": {"n_layer": 3}}, r"config\.n_layer: 3 -> 2"),
+        ({"dtype": "bfloat16"}, "dtype: bfloat16 -> float32"),
+        (
+            {"adapter": {"adapter_config.json": "cc" * 32}},
+            r"adapter\.adapter_config\.json: cccccccccccc -> None",
+        ),
     ],
 )
-def test_a_foreign_cache_is_refused_with_the_difference(
+def test_a_foreign_cache_under_our_name_is_refused_with_the_difference(
     tmp_path: Path, change: dict[str, Any], differs: str
 ) -> None:
-    parts = {"version": 1, "weights": ("aa",), "config": {"n_layer": 2}, "dtype": "float32"} | change
-    foreign = made(tmp_path, ReferenceIdentity(**parts))
+    foreign = made(tmp_path, replace(IDENTITY, **change))
     append(foreign, {b"a": (-1.0, 1)})
     store = ReferenceStore(tmp_path, IDENTITY)
     shutil.move(foreign.path, store.path)
     for attempt in (store.load, store.create):
-        with pytest.raises(UserError, match=rf"another reference model, it differs in: {differs}, digest"):
+        with pytest.raises(
+            UserError, match=rf"{store.path}: the cache is of another reference model: {differs}"
+        ):
             attempt()
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]"])
-def test_shards_without_a_readable_identity_are_refused(tmp_path: Path, text: str | None) -> None:
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Any]:
+    def edit(file: Path) -> None:
+        stored = json.loads(file.read_text())
+        change(stored)
+        file.write_text(json.dumps(stored))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        lambda file: file.write_text("{"),
+        lambda file: file.write_text("[]"),
+        lambda file: file.write_bytes(b"\xff\xfe"),
+        edited(lambda stored: stored.pop("digest")),
+        edited(lambda stored: stored.pop("adapter")),
+        edited(lambda stored: stored.update(more=1)),
+        edited(lambda stored: stored.update(dtype="bfloat16")),
+        edited(lambda stored: stored["config"].update(n_layer=3)),
+        edited(lambda stored: stored.update(weights=["aa" * 32])),
+    ],
+    ids=[
+        "gone",
+        "cut off",
+        "a list",
+        "no text",
+        "no digest",
+        "no adapter",
+        "one part more",
+        "another dtype",
+        "another config",
+        "weights as a list",
+    ],
+)
+def test_shards_without_the_identity_they_were_written_with_are_refused(
+    tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
     store = made(tmp_path)
     append(store, {b"a": (-1.0, 1)})
-    identity = store.path / "identity.json"
-    identity.unlink() if text is None else identity.write_text(text)
-    with pytest.raises(UserError, match=str(store.path)):
+    damage(store.path / "identity.json")
+    for attempt in (store.load, lambda: ReferenceStore.at(store.path)):
+        with pytest.raises(UserError, match=rf"{store.path}/identity.json: not the identity of a cache"):
+            attempt()
+
+
+def test_a_folder_says_by_itself_whose_cache_it_is(tmp_path: Path) -> None:
+    store = made(tmp_path)
+    append(store, {b"a": (-1.0, 1)})
+    found = ReferenceStore.at(store.path)
+    assert (found.identity, found.path, found.cache_dir) == (IDENTITY, store.path, tmp_path)
+    assert content(found) == content(store)
+
+
+def test_a_folder_under_another_name_is_refused(tmp_path: Path) -> None:
+    store = made(tmp_path)
+    moved = store.path.rename(tmp_path / "backup")
+    with pytest.raises(
+        UserError, match=rf"{moved}: identity.json is that of {IDENTITY.digest[:16]}, not of this"
+    ):
+        ReferenceStore.at(moved)
+
+
+def test_the_folder_may_be_the_one_we_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = made(tmp_path)
+    append(store, {b"a": (-1.0, 1)})
+    monkeypatch.chdir(store.path)
+    assert content(ReferenceStore.at(Path())) == content(store)
+
+
+def nearest(folder: Path, *others: ReferenceIdentity) -> str | None:
+    for other in others:
+        made(folder, other)
+    return made(folder).nearest_other()
+
+
+def test_the_nearest_other_cache_is_named_with_what_differs(tmp_path: Path) -> None:
+    near = replace(IDENTITY, config={"n_layer": 3})
+    far = replace(IDENTITY, weights={"x": "cc" * 32, "y": "dd" * 32}, dtype="bfloat16")
+    assert nearest(tmp_path, far, near) == (
+        f"the nearest other cache, {near.digest[:16]}, is of a model with other config.n_layer: 3 -> 2"
+    )
+
+
+def test_of_many_differences_the_first_are_shown(tmp_path: Path) -> None:
+    said = nearest(tmp_path, replace(IDENTITY, config={f"key{i}": i for i in range(9)}))
+    assert said is not None
+    assert said.count(" -> ") == 4
+    assert said.endswith("; ...")
+
+
+def test_without_other_caches_none_is_the_nearest(tmp_path: Path) -> None:
+    assert ReferenceStore(tmp_path / "no", IDENTITY).nearest_other() is None
+    assert nearest(tmp_path) is None
+    broken = made(tmp_path, OTHER)
+    (broken.path / "identity.json").write_text("{")
+    assert nearest(tmp_path) is None
+
+
+def test_our_own_cache_is_not_another_one_when_a_file_was_renamed(tmp_path: Path) -> None:
+    made(tmp_path)
+    renamed = replace(IDENTITY, weights={"model-00001-of-00001.safetensors": "aa" * 32})
+    store = ReferenceStore(tmp_path, renamed)
+    assert store.path.is_dir()  # names of files are not in the digest
+    assert store.nearest_other() is None
+
+
+def compacting(store: ReferenceStore, times: int) -> Callable[..., Any]:
+    """A `read_shard` before which somebody else compacts the cache, so often."""
+    left = times
+
+    def read(path: Path, *arguments: Any, **options: Any) -> Any:
+        nonlocal left
+        if left:
+            left -= 1
+            joined = store_module.ReferenceRows.joined(
+                [read_shard(old, IDENTITY.digest) for old in store.shards()]
+            )
+            old = store.shards()
+            store.append(joined)
+            for shard in old:
+                shard.unlink()
+        return read_shard(path, *arguments, **options)
+
+    return read
+
+
+@pytest.mark.parametrize("times", [1, RELOADS - 1])
+def test_a_cache_that_is_compacted_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    store = made(tmp_path)
+    for seed in range(3):
+        store.append(random_rows(5, seed))
+    before = content(store)
+    monkeypatch.setattr(store_module, "read_shard", compacting(store, times))
+    assert content(store) == before
+    assert len(before) == 15
+    assert len(store.shards()) == 1
+
+
+def test_a_cache_that_never_holds_still_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = made(tmp_path)
+    store.append(random_rows(5))
+    monkeypatch.setattr(store_module, "read_shard", compacting(store, 99))
+    with pytest.raises(FileNotFoundError):
         store.load()

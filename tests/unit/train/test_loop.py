@@ -24,7 +24,8 @@ from dpo.engine import Engine
 from dpo.model.load import load_model
 from dpo.monitor import Monitor
 from dpo.reference.identity import reference_identity
-from dpo.reference.precompute import precompute, reference_logps
+from dpo.reference.lookup import reference_logps
+from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
 from dpo.train.checkpoint import Progress, load_checkpoint
 from dpo.train.loop import train
@@ -102,7 +103,7 @@ def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
         data, root = open_data(config), Path(config.reference.cache_dir)
         if reference is None:
             store = ReferenceStore(root, reference_identity(config.model, root))
-            reference = reference_logps(data, store, "command")
+            reference = reference_logps([data], store, "command")[0]
         objective = PreferenceObjective(dataset=data, reference=reference, loss_config=config.loss)
         plan = BatchPlan(
             data.pairs_per_group,

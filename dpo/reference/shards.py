@@ -1,0 +1,191 @@
+"""One Parquet file of the cache: how rows are written so that a crash leaves a whole shard or none, and how
+they are read so that damage is seen.
+
+Columns: key (16 bytes), logp (float64, nats), num_tokens (int32) and, when asked for, token_logps (list of
+float32). The file's metadata names the identity of the model that computed it.
+"""
+
+import os
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo.errors import UserError
+from dpo.records import KEY_BYTES
+from dpo.reference.table import Keys, ReferenceRows
+
+SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("logp", pa.float64()), ("num_tokens", pa.int32())])
+TOKENS = pa.field("token_logps", pa.list_(pa.float32()))
+IDENTITY = b"dpo.reference.identity"
+PATTERN = "part-*.parquet"
+UNFINISHED = ".part-*.writing"
+
+
+def write_shard(folder: Path, rows: ReferenceRows, identity: str, *, time_ns: int | None = None) -> Path:
+    """Writes rows under a temporary name, flushes them to the disk, renames the file, flushes the folder.
+
+    Names begin with the time of writing, so that the oldest copy of a row comes first.
+
+    Args:
+        folder: The cache's folder.
+        rows: At least one.
+        identity: Digest of the model's identity.
+        time_ns: When the rows were computed, in nanoseconds since 1970. Default: now.
+
+    Raises:
+        UserError: The disk is full, or the folder cannot be written.
+    """
+    content = _encoded(rows, identity)
+    stamp = time.time_ns() if time_ns is None else time_ns
+    name = f"part-{stamp:020d}-{uuid.uuid4().hex[:12]}.parquet"
+    temporary = folder / f".{name}.writing"
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / name)
+        _flush_directory(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{folder}: cannot write a shard of {len(rows)} rows ({error.strerror}); the shards before it "
+            "are kept. Make room or repair the permissions, and run precompute-ref again: it computes what "
+            "is missing"
+        ) from error
+    return folder / name
+
+
+def read_shard(path: Path, identity: str, *, token_logps: bool = False) -> ReferenceRows:
+    """Reads a shard and checks what can be known of it.
+
+    Args:
+        path: The file.
+        identity: Digest of the identity that it must have.
+        token_logps: Also read the log-probs of the tokens; a shard without them gives None.
+
+    Raises:
+        UserError: Damaged, not a shard, or of another model.
+        FileNotFoundError: It is gone: compacted by somebody else.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            schema, promised = file.schema_arrow, file.metadata.num_rows
+            if [*schema][: len(SCHEMA)] != [*SCHEMA]:
+                columns = ", ".join(f"{field.name} ({field.type})" for field in SCHEMA)
+                raise UserError(f"{path}: not a shard of a reference cache; expected the columns {columns}")
+            with_tokens = token_logps and TOKENS.name in schema.names
+            if with_tokens and not _is_token_column(schema.field(TOKENS.name).type):
+                raise _damaged(path, f"{TOKENS.name} is {schema.field(TOKENS.name).type}, not {TOKENS.type}")
+            table = file.read(columns=[*SCHEMA.names, *([TOKENS.name] if with_tokens else [])])
+            found = (file.metadata.metadata or {}).get(IDENTITY, b"").decode()
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names that are no text
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _damaged(path, reason) from error
+    if table.num_rows != promised:
+        raise _damaged(path, f"it has {table.num_rows} of {promised} rows")
+    if found != identity:
+        raise UserError(
+            f"{path}: a shard of another reference model (identity {found[:16] or 'unknown'}, this cache is "
+            f"{identity[:16]}); move it out of the folder"
+        )
+    return _decoded(path, table)
+
+
+def written_at(path: Path) -> int:
+    """The time in a shard's name, in nanoseconds since 1970; 0 for a name of somebody else's making."""
+    time_ns = path.name.split("-")[1]
+    return int(time_ns) if time_ns.isdigit() else 0
+
+
+def has_token_logps(path: Path) -> bool:
+    """Whether a shard holds the log-probs of tokens; True for one that cannot be read, so that reading says
+    why.
+    """
+    try:
+        return TOKENS.name in pq.read_schema(path).names
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, pa.ArrowException):
+        return True
+
+
+def _encoded(rows: ReferenceRows, identity: str) -> pa.Buffer:
+    packed = pa.py_buffer(np.ascontiguousarray(rows.keys).tobytes())
+    key_type = SCHEMA.field("key").type
+    arrays = [pa.FixedSizeBinaryArray.from_buffers(key_type, len(rows), [None, packed])]
+    arrays += [pa.array(rows.logps), pa.array(rows.num_tokens)]
+    schema, split = SCHEMA, ["logp"]
+    if rows.token_logps is not None:
+        offsets = np.concatenate([[0], np.cumsum(rows.num_tokens)]).astype(np.int32)
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.token_logps)))
+        schema, split = schema.append(TOKENS), [*split, f"{TOKENS.name}.list.element"]
+    table = pa.table(arrays, schema=schema.with_metadata({IDENTITY: identity}))
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=["num_tokens"],
+        use_byte_stream_split=split,
+        write_statistics=False,
+        write_page_checksum=True,
+    )
+    return sink.getvalue()
+
+
+def _decoded(path: Path, table: pa.Table) -> ReferenceRows:
+    table = table.combine_chunks()
+    if any(column.null_count for column in table.columns):
+        raise _damaged(path, "it has empty cells")
+    rows = ReferenceRows(
+        keys=_keys_of(table),
+        logps=table["logp"].to_numpy(),
+        num_tokens=table["num_tokens"].to_numpy(),
+        token_logps=_tokens_of(path, table) if TOKENS.name in table.schema.names else None,
+    )
+    if not np.isfinite(rows.logps).all():
+        raise _damaged(path, f"{int((~np.isfinite(rows.logps)).sum())} log-probs are not finite")
+    return rows
+
+
+def _keys_of(table: pa.Table) -> Keys:
+    """(N,) V16, without a Python object a row."""
+    if table.num_rows == 0:
+        return np.zeros(0, dtype=f"V{KEY_BYTES}")
+    column = table["key"].chunk(0)
+    return np.frombuffer(column.buffers()[1], dtype=f"V{KEY_BYTES}")[column.offset :][: len(column)]
+
+
+def _tokens_of(path: Path, table: pa.Table) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    if table.num_rows == 0:
+        return np.zeros(0, dtype=np.float32)
+    column = table[TOKENS.name].chunk(0)
+    if not np.array_equal(np.diff(column.offsets.to_numpy()), table["num_tokens"].to_numpy()):
+        raise _damaged(path, "a row has another number of token log-probs than of tokens")
+    values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise _damaged(path, f"{int((~np.isfinite(values)).sum())} log-probs of tokens are not finite")
+    return values
+
+
+def _is_token_column(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) and kind.value_type == pa.float32())
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: damaged shard ({reason}); delete it and run precompute-ref again")
+
+
+def _flush_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

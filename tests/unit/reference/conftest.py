@@ -1,0 +1,52 @@
+"""A tiny experiment: its configuration, its data in token ids, and adapters of its model by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dpo.config import Config
+from dpo.data.dataset import TokenizedDataset
+
+
+@pytest.fixture
+def experiment(
+    make_config: Callable[..., Config],
+    open_data: Callable[[Config], TokenizedDataset],
+    write_jsonl: Callable[..., str],
+) -> Callable[[list[dict[str, Any]]], tuple[Config, TokenizedDataset]]:
+    """(configuration, data in token ids) of rows."""
+
+    def make(rows: list[dict[str, Any]]) -> tuple[Config, TokenizedDataset]:
+        config = make_config(write_jsonl(rows))
+        return config, open_data(config)
+
+    return make
+
+
+@pytest.fixture
+def make_adapter(tmp_path: Path) -> Callable[..., Path]:
+    """A LoRA adapter of the tiny model as PEFT writes it: make_adapter("name", base, scale=0.1)."""
+
+    def make(name: str, base: Path, *, scale: float = 0.1) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4}
+        settings |= {
+            "target_modules": ["c_attn"],
+            "fan_in_fan_out": True,
+            "base_model_name_or_path": str(base),
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        layers = "base_model.model.transformer.h.{}.attn.c_attn.lora_{}.weight"
+        random = torch.Generator().manual_seed(0)
+        weights = {layers.format(i, "A"): torch.randn(2, 32, generator=random) for i in range(2)}
+        weights |= {layers.format(i, "B"): torch.randn(96, 2, generator=random) * scale for i in range(2)}
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
