@@ -19,7 +19,7 @@ model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
 ready := .venv/.ready
 
 .PHONY: help setup demo data sft precompute-ref train eval sentiment tensorboard
-.PHONY: test test-unit test-distributed test-e2e lint format clean
+.PHONY: test test-unit test-distributed test-e2e bench-cache lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -70,6 +70,11 @@ test-distributed: $(ready) ## real ranks, the real launcher, the real DeepSpeed
 
 test-e2e: $(ready) ## the commands as a person runs them
 	$(py) -m pytest tests/end_to_end -q $(ARGS)
+
+bench-cache: $(ready) ## the tables and the figure of docs/reference-cache.md: reuse, faults, scale (5 minutes)
+	$(py) -m benchmarks.cache_reuse
+	$(py) -m benchmarks.cache_faults
+	$(py) -m benchmarks.cache_scale --figure docs/figures/reference_cache_join.png
 
 lint: $(ready) ## formatting, lint and types
 	$(py) -m ruff format --check .

@@ -128,7 +128,14 @@ def _write_model(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=symbols[-1]).save_pretrained(folder)
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=len(symbols), n_positions=96, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2
+        vocab_size=len(symbols),
+        n_positions=96,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.2,
+        bos_token_id=len(symbols) - 1,
+        eos_token_id=len(symbols) - 1,
     )
     GPT2LMHeadModel(config).save_pretrained(folder)
 

@@ -106,25 +106,31 @@ def run(arguments: Sequence[str]) -> int:
 
 def _cache(arguments: Sequence[str]) -> int:
     """`dpo cache`: its own options here, all others are keys of the configuration."""
-    parser = argparse.ArgumentParser(prog="dpo cache", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--recompute", type=int, default=0)
-    parser.add_argument("--and_config", action="append", default=[])
-    parser.add_argument("--dry_run", action="store_true")
+    if not arguments or any(word in ("-h", "--help") for word in arguments):
+        print(CACHE_USAGE)
+        return 0 if arguments else 2
+    action, *rest = arguments
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.set_defaults(recompute=0, and_config=[], dry_run=False)
+    if action == "verify":
+        parser.add_argument("--recompute", type=int)
+    if action == "prune":
+        parser.add_argument("--and_config", action="append")
+        parser.add_argument("--dry_run", action="store_true")
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(CACHE_USAGE)
-            return 0 if arguments else 2
-        action, *rest = arguments
         if action not in ("info", "verify", "prune"):
             raise UserError(f"no action {action}; expected info, verify or prune: see dpo cache --help")
         folder = Path(rest.pop(0)) if rest and not rest[0].startswith("-") else None
         options, keys = parser.parse_known_args(rest)
-        if (folder is None) == (not keys):
-            raise UserError("expected either a folder or --config FILE: see dpo cache --help")
-        if options.recompute < 0 or (action != "verify" and options.recompute):
+        needless = [*keys, *(["--and_config"] if options.and_config else [])]
+        if folder is None and not keys:
+            raise UserError("expected a folder or --config FILE: see dpo cache --help")
+        if folder is not None and needless:
             raise UserError(
-                f"--recompute: {options.recompute}; expected a number of rows, of dpo cache verify"
+                f"{needless[0]}: dpo cache {action} FOLDER does not take it: see dpo cache --help"
             )
+        if options.recompute < 0:
+            raise UserError(f"--recompute: {options.recompute}; expected a number of rows, at least 0")
         others = [cast(Config, parse("precompute-ref", ["--config", name])) for name in options.and_config]
         target = folder or cast(Config, parse("precompute-ref", keys))
         from dpo import cache

@@ -46,7 +46,7 @@ def check(command: str, config: Config | SftConfig) -> None:
     """
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
-    if command in ("train", "sft"):
+    if command in ("train", "sft") and Path(config.model.name_or_path).is_dir():  # no word with the hub yet
         _refuse_adapter(config)
     if isinstance(config, SftConfig):
         find_start(config)

@@ -59,7 +59,9 @@ def test_a_place_that_cannot_be_written_is_refused_by_its_key(tmp_path: Path) ->
     file = tmp_path / "file"
     file.write_text("not a folder")
     for folder in (file, file / "below"):
-        with pytest.raises(UserError, match=rf"^data\.cache_dir: cannot write to {folder} \(.*\); expected a folder"):
+        with pytest.raises(
+            UserError, match=rf"^data\.cache_dir: cannot write to {folder} \(.*\); expected a folder"
+        ):
             require_shared(folder, "data.cache_dir")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "not a folder"
@@ -70,7 +72,9 @@ def test_a_folder_that_a_rank_does_not_see_is_refused_with_its_host_and_leaves_n
 ) -> None:
     monkeypatch.setattr(distributed, "SHARED_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(Path, "is_file", lambda path: False)
-    message = rf"^data\.cache_dir: {tmp_path} is not shared: .* is not seen by rank 0 on {socket.gethostname()} \("
+    message = (
+        rf"^data\.cache_dir: {tmp_path} is not shared: .* is not seen by rank 0 on {socket.gethostname()} \("
+    )
     with pytest.raises(UserError, match=message):
         require_shared(tmp_path, "data.cache_dir")
     assert list(tmp_path.iterdir()) == []

@@ -71,6 +71,22 @@ def test_the_arrays_a_plan_needs(tmp_path: Path) -> None:
     assert data.counts == {"groups": 2, "pairs": 3, "tokens": 2 + 1 + 3 + 1 + 1 + 1 + 2}
 
 
+def test_the_arrays_a_cache_needs(tmp_path: Path) -> None:
+    data = written(tmp_path / "data")
+    assert data.completion_tokens.tolist() == [1, 3, 1, 1, 2]
+    assert data.sequence_tokens.tolist() == [3, 5, 2, 2, 3]
+    assert (data.completion_tokens.dtype, data.sequence_tokens.dtype) == (np.int64, np.int64)
+
+
+def test_a_sequence_is_found_by_its_number(tmp_path: Path) -> None:
+    data = written(tmp_path / "data")
+    expected = [(group.prompt, completion) for group in GROUPS for completion in group.completions]
+    for index, (prompt, completion) in enumerate(expected):
+        found = data.sequence(index)
+        assert [part.tolist() for part in found] == [prompt.tolist(), completion.tolist()]
+        assert sequence_key(*found) == data.keys[index].tobytes()
+
+
 def test_sequences_have_their_content_keys_in_order(tmp_path: Path) -> None:
     data = written(tmp_path / "data")
     expected = [sequence_key(group.prompt, c) for group in GROUPS for c in group.completions]

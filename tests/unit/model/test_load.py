@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,14 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.model.load import (
+    adapter_files,
+    base_of,
     check_model_path,
+    code_files,
     load_model,
     load_tokenizer,
     max_positions,
+    num_parameters,
     positions_of,
     raw_config,
     remove_dropout,
@@ -131,6 +136,76 @@ def test_the_weight_files_are_the_single_one_or_those_of_the_index_in_name_order
 
 def test_the_single_weight_file_is_the_folders(tiny_model: Path) -> None:
     assert weight_files(model_config(tiny_model)) == [tiny_model / "model.safetensors"]
+
+
+def test_parameters_of_several_weight_files_are_counted_together(edited: Edited, tiny_model: Path) -> None:
+    def spread(folder: Path) -> None:
+        whole = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        for number, (name, tensor) in enumerate(whole.items()):
+            save_file({name: tensor}, folder / f"{number}.safetensors")
+        index = {"weight_map": {name: f"{number}.safetensors" for number, name in enumerate(whole)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    expected = sum(parameter.numel() for parameter in load_model(model_config(tiny_model)).parameters())
+    assert num_parameters(edited(spread)) == expected
+
+
+def bring_an_adapter(folder: Path, settings: str = '{"base_model_name_or_path": "base"}') -> None:
+    (folder / "adapter_config.json").write_text(settings)
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+
+
+def test_the_revision_of_an_adapter_is_not_that_of_its_base(tmp_path: Path) -> None:
+    bring_an_adapter(tmp_path)
+    model = ModelConfig(name_or_path=str(tmp_path), revision="r1", dtype="float32", attention="eager")
+    assert base_of(model) == ModelConfig(name_or_path="base", dtype="float32", attention="eager")
+
+
+def test_a_model_beside_an_adapter_is_its_base(edited: Edited) -> None:
+    model = edited(bring_an_adapter)
+    assert base_of(model) == model  # as transformers has it
+    assert [path.name for path in adapter_files(model)] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", "null", '{"base_model": "x"}'])
+def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path, settings: str) -> None:
+    bring_an_adapter(tmp_path, settings)
+    with pytest.raises(UserError, match=r"adapter_config\.json: names no base model"):
+        base_of(model_config(tmp_path))
+
+
+def test_an_adapter_without_weights_is_refused(tmp_path: Path) -> None:
+    bring_an_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"no adapter_model\.safetensors in {tmp_path}"):
+        adapter_files(model_config(tmp_path))
+
+
+def test_the_code_of_a_model_is_what_it_maps_and_what_that_imports(edited: Edited) -> None:
+    def bring_code(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "one.Config", "AutoModelForCausalLM": "two.Model"}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "one.py").write_text("class Config: pass\n")
+        (folder / "two.py").write_text("from .three import Layer\nfrom .one import Config\n")
+        (folder / "three.py").write_text("from .two import Model\nimport json\n")  # in a circle
+        (folder / "four.py").write_text("print('nobody imports me')\n")
+
+    model = edited(bring_code)
+    assert code_files(model) == []
+    allowed = replace(model, trust_remote_code=True)
+    assert [path.name for path in code_files(allowed)] == ["one.py", "three.py", "two.py"]
+    (Path(model.name_or_path) / "three.py").unlink()
+    with pytest.raises(UserError, match=r"no three\.py in"):
+        code_files(allowed)
+
+
+def test_a_model_that_transformers_knows_brings_no_code(tiny_model: Path) -> None:
+    assert code_files(replace(model_config(tiny_model), trust_remote_code=True)) == []
 
 
 def test_a_folder_without_a_tokenizer_is_refused(edited: Edited) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dpo.config import ModelConfig
 from dpo.data.batches import sequence_batch
 from dpo.model.load import load_model
-from dpo.model.logprobs import SequenceScorer
+from dpo.model.logprobs import SequenceScorer, row_sums
 from dpo.records import TokenIds
 
 Sequence = tuple[TokenIds, TokenIds]
@@ -55,6 +55,22 @@ def test_log_probs_are_those_of_a_full_softmax(model: PreTrainedModel, tiny_mode
     torch.testing.assert_close(tokens.double(), torch.cat(expected), rtol=0, atol=1e-5)
     torch.testing.assert_close(sums, torch.stack([e.sum() for e in expected]), rtol=0, atol=1e-4)
     assert sums.max() < -1  # values a mistake of a position would change
+
+
+def test_sums_are_those_of_the_tokens_row_by_row(model: PreTrainedModel) -> None:
+    batch = sequence_batch(random_sequences(6))
+    with torch.no_grad():
+        tokens = SequenceScorer(model)(batch, per_token=True)
+        assert torch.equal(row_sums(tokens, batch), SequenceScorer(model)(batch))
+    expected = [row.double().sum() for row in tokens.split(batch.num_tokens.tolist())]
+    torch.testing.assert_close(row_sums(tokens, batch), torch.stack(expected), rtol=0, atol=1e-9)
+
+
+def test_an_empty_batch_has_no_tokens_and_one_row_of_zero(model: PreTrainedModel) -> None:
+    batch = sequence_batch([])
+    tokens = SequenceScorer(model)(batch, per_token=True)
+    assert tokens.shape == (0,)
+    assert row_sums(tokens, batch).tolist() == [0.0]
 
 
 def test_a_model_that_cannot_select_positions_gives_the_same(model: PreTrainedModel) -> None:

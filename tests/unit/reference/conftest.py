@@ -1,16 +1,24 @@
 """A tiny experiment: its configuration, its data in token ids, and adapters of its model by hand."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
-from dpo.config import Config
+from dpo.config import Config, ModelConfig
+from dpo.data.batches import RowBatch
 from dpo.data.dataset import TokenizedDataset
+from dpo.engine import frozen_scorer
+from dpo.reference import precompute as precompute_module
+
+Score = Callable[[RowBatch], Tensor]
+Around = Callable[[Callable[[int, Score, RowBatch], Tensor]], None]
 
 
 @pytest.fixture
@@ -50,3 +58,33 @@ def make_adapter(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(precompute_module, "frozen_scorer", refuse)
+
+
+@pytest.fixture
+def around_scorer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Around:
+    """Puts a function between precompute and its model: it gets the number of the batch, the model's own
+    `score`, and the batch.
+    """
+
+    def install(call: Callable[[int, Score, RowBatch], Tensor]) -> None:
+        @contextmanager
+        def scorer(model: ModelConfig, *, sharded: bool) -> Iterator[Callable[..., Tensor]]:
+            numbers = iter(range(10**6))
+            with frozen_scorer(model, sharded=sharded) as real:
+                yield lambda batch, per_token: call(
+                    next(numbers), lambda rows: real(rows, per_token=per_token), batch
+                )
+
+        monkeypatch.setattr(precompute_module, "frozen_scorer", scorer)
+
+    return install

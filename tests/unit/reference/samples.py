@@ -1,10 +1,13 @@
 """Caches by hand: rows from a dictionary, and a dictionary from what a cache gives back."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dpo.reference.identity import ReferenceIdentity
+from dpo.config import Config
+from dpo.reference.identity import ReferenceIdentity, reference_identity, reference_model
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import Keys, ReferenceRows, ReferenceTable
 
@@ -84,3 +87,12 @@ def padded(values: Values) -> Values:
 def files(folder: Path) -> dict[str, bytes]:
     """Every file of a folder, hidden ones too."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def store_of(config: Config, cache_dir: Path | None = None) -> ReferenceStore:
+    root = cache_dir or Path(config.reference.cache_dir)
+    return ReferenceStore(root, reference_identity(reference_model(config), root))
+
+
+def with_options(config: Config, **options: Any) -> Config:
+    return replace(config, reference=replace(config.reference, **options))

@@ -245,7 +245,7 @@ def test_a_value_that_changed_by_the_last_bit_is_refused(
     run_dir: Path, store: ReferenceStore, datasets: list[TokenizedDataset], references: list[Float64s]
 ) -> None:
     references[1][-1] = np.nextafter(references[1][-1], 0)
-    message = rf"{run_dir}: the run started with other reference values than {store.path} has now: .* reference.audit_rows: 0"
+    message = rf"{run_dir}: the run started with other reference values than {store.path} has now: it was"
     with pytest.raises(UserError, match=message):
         check_rows(run_dir, store, datasets, references)
 
