@@ -1,5 +1,6 @@
 """The actions of `dpo cache`: what is in a reference cache, is it whole, and can it be smaller."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def verify_caches(target: Path | Config, *, recompute: int) -> None:
     """
     if recompute and not isinstance(target, Config):
         raise UserError("--recompute: token ids and model come from a configuration; give --config FILE")
-    for store in _stores(target):
+    for store in _stores(target, strict=True):
         print(f"{store.path}: {verify(store)} rows in {len(store.shards())} shards, all whole", flush=True)
         if recompute and isinstance(target, Config):
             datasets = [*_datasets(target).values()]
@@ -85,7 +86,7 @@ def prune_caches(target: Path | Config, others: Sequence[Config], *, dry_run: bo
     stores = _stores(target)
     if isinstance(target, Config):
         for other in others:
-            if (found := reference_store(other)).path != stores[0].path:
+            if (found := reference_store(other)).path.resolve() != stores[0].path.resolve():
                 raise UserError(
                     f"--and_config: its cache is {found.path}, not {stores[0].path}; prune that one apart"
                 )
@@ -100,7 +101,8 @@ def prune_caches(target: Path | Config, others: Sequence[Config], *, dry_run: bo
         )
 
 
-def _stores(target: Path | Config) -> list[ReferenceStore]:
+def _stores(target: Path | Config, *, strict: bool = False) -> list[ReferenceStore]:
+    """The caches that are meant; under a root an unreadable one is left out aloud, or an error if `strict`."""
     if isinstance(target, Config):
         distributed.start()
         store = reference_store(target)
@@ -113,11 +115,20 @@ def _stores(target: Path | Config) -> list[ReferenceStore]:
         return [store]
     if (target / IDENTITY_FILE).is_file():
         return [ReferenceStore.at(target)]
-    found = [ReferenceStore.at(file.parent) for file in sorted(target.glob(f"*/{IDENTITY_FILE}"))]
+    found, unreadable = [], []
+    for file in sorted(target.glob(f"*/{IDENTITY_FILE}")):
+        try:
+            found.append(ReferenceStore.at(file.parent))
+        except UserError as error:
+            unreadable.append(str(error))
+    if unreadable and (strict or not found):
+        raise UserError("; ".join(unreadable))
     if not found:
         raise UserError(
             f"{target}: no reference cache there; expected a folder with {IDENTITY_FILE}, or above one"
         )
+    for said in unreadable:
+        print(f"left out: {said}", file=sys.stderr)
     return found
 
 

@@ -30,6 +30,7 @@ from dpo.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+CODE_KINDS = ("AutoConfig", "AutoModelForCausalLM")
 NOISE_SUFFIXES = (
     "dropout",
     "pdrop",
@@ -216,17 +217,26 @@ def adapter_files(model: ModelConfig) -> list[Path]:
 
 
 def code_files(model: ModelConfig) -> list[Path]:
-    """The modules that a model brings along (`auto_map` in its config.json) and those they import, if it is
-    allowed to; empty otherwise.
+    """The code that a model brings along (`auto_map` in its config.json), if it may run; else empty.
+
+    Of a local folder every .py file; of a hub repository the modules of configuration and model, and what
+    they import from beside them, as transformers fetches them.
     """
     mapped = raw_config(model).get("auto_map", {}) if model.trust_remote_code else {}
-    names = {str(name).rpartition("--")[2].partition(".")[0] for name in mapped.values()}
-    files: dict[str, Path] = {}
-    while names - files.keys():
-        name = min(names - files.keys())
-        files[name] = Path(_resolve(model, f"{name}.py"))
-        names |= set(get_relative_imports(files[name]))
-    return [files[name] for name in sorted(files)]
+    entries = [mapped[kind] for kind in CODE_KINDS if isinstance(mapped.get(kind), str)]
+    folder = Path(model.name_or_path)
+    files = set(folder.rglob("*.py")) if entries and folder.is_dir() else set()
+    for entry in entries:
+        repository, _, name = entry.rpartition("--")
+        if folder.is_dir() and not repository:
+            continue
+        home = replace(model, name_or_path=repository, revision=None) if repository else model
+        names, seen = {name.partition(".")[0]}, set[str]()
+        while names - seen:
+            seen.add(name := min(names - seen))
+            files.add(Path(_resolve(home, f"{name}.py")))
+            names |= set(get_relative_imports(_resolve(home, f"{name}.py")))
+    return sorted(files)
 
 
 def _adapter_config(model: ModelConfig) -> Path | None:

@@ -122,7 +122,7 @@ def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity
 
 def policy_is_reference(config: Config, identity: ReferenceIdentity, cache_dir: Path) -> bool:
     """Whether the policy starts as the reference, by content."""
-    return reference_identity(config.model, cache_dir) == identity
+    return reference_identity(config.model, cache_dir).digest == identity.digest
 
 
 def _digests(paths: list[Path], memory: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ bytes a pair, is all that training holds of the reference.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -65,18 +66,22 @@ def _join_tokens(dataset: TokenizedDataset, store: ReferenceStore, command: str)
     lengths = dataset.completion_tokens
     starts = np.cumsum(lengths) - lengths
     values = np.empty(int(lengths.sum()), dtype=np.float32)
-    for path in reversed(store.shards()):  # so that the oldest copy of a row is written last and stays
-        shard = read_shard(path, store.identity.digest, token_logps=True)
-        if shard.token_logps is None:
-            continue
-        index, first = index_keys(shard.keys)
-        places = index.find(dataset.keys)
-        sequences = np.flatnonzero(places >= 0)
-        rows, counts = first[places[sequences]], lengths[sequences]
-        shard_starts = np.cumsum(shard.num_tokens) - shard.num_tokens
-        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        targets = np.repeat(starts[sequences], counts) + within
-        values[targets] = shard.token_logps[np.repeat(shard_starts[rows], counts) + within]
+
+    def fill(shards: list[Path]) -> None:
+        for path in reversed(shards):  # so that the oldest copy of a row is written last and stays
+            shard = read_shard(path, store.identity.digest, token_logps=True)
+            if shard.token_logps is None:
+                continue
+            index, first = index_keys(shard.keys)
+            places = index.find(dataset.keys)
+            sequences = np.flatnonzero(places >= 0)
+            rows, counts = first[places[sequences]], lengths[sequences]
+            shard_starts = np.cumsum(shard.num_tokens) - shard.num_tokens
+            within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            targets = np.repeat(starts[sequences], counts) + within
+            values[targets] = shard.token_logps[np.repeat(shard_starts[rows], counts) + within]
+
+    store.read_shards(fill)
     return values
 
 

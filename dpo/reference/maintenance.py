@@ -5,6 +5,7 @@ Nothing here needs a model. Shards that others write meanwhile are left alone.
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ SMALL_SHARD_ROWS = 250_000
 ABANDONED_SECONDS = 3600
 LARGE_SHARD_ROWS = 2_000_000
 """Where a joined shard ends."""
+LARGE_SHARD_TOKENS = 1 << 28
+"""Where a joined shard with log-probs of tokens ends: their offsets are 32-bit numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +45,20 @@ class CacheInfo:
 
 def cache_info(store: ReferenceStore) -> CacheInfo:
     """Counts; UserError if a shard is damaged."""
-    shards = store.shards()
-    table, with_tokens = store.load(), store.load(with_tokens=True)
-    written = sum(len(read_shard(path, store.identity.digest)) for path in shards)
-    return CacheInfo(
-        rows=len(table),
-        copies=written - len(table),
-        rows_with_tokens=len(with_tokens),
-        shards=len(shards),
-        unfinished=len(list(store.path.glob(UNFINISHED))),
-        bytes=sum(path.stat().st_size for path in shards),
-    )
+
+    def count(shards: list[Path]) -> CacheInfo:
+        table, with_tokens = store.load(), store.load(with_tokens=True)
+        written = sum(len(read_shard(path, store.identity.digest)) for path in shards)
+        return CacheInfo(
+            rows=len(table),
+            copies=written - len(table),
+            rows_with_tokens=len(with_tokens),
+            shards=len(shards),
+            unfinished=len(list(store.path.glob(UNFINISHED))),
+            bytes=sum(path.stat().st_size for path in shards),
+        )
+
+    return store.read_shards(count)
 
 
 def verify(store: ReferenceStore) -> int:
@@ -61,15 +67,17 @@ def verify(store: ReferenceStore) -> int:
     Raises:
         UserError: All damaged or foreign shards, one a line, or rows that disagree.
     """
-    found = []
-    for path in store.shards():
-        try:
-            read_shard(path, store.identity.digest, token_logps=True)
-        except UserError as error:
-            found.append(str(error))
+    found = store.read_shards(lambda shards: [said for path in shards for said in _damage(store, path)])
     if found:
         raise UserError(f"{len(found)} of {len(store.shards())} shards are bad:\n  " + "\n  ".join(found))
     return len(store.load())
+
+
+def _damage(store: ReferenceStore, path: Path) -> Iterator[str]:
+    try:
+        read_shard(path, store.identity.digest, token_logps=True)
+    except UserError as error:
+        yield str(error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,32 +108,49 @@ def prune(store: ReferenceStore, wanted: KeyIndex | None, *, dry_run: bool) -> P
         UserError: A shard is damaged, or the folder cannot be written.
     """
     store.load()  # refuses damage and disagreement before anything is written
-    shards = store.shards()
-    kept = _kept(store, shards, wanted)
+    result, kept = store.read_shards(lambda shards: _plan(shards, _kept(store, shards, wanted)))
+    if dry_run:
+        return result
+    try:
+        for with_tokens in (False, True):
+            alike = [path for path in result.replaced if has_token_logps(path) == with_tokens]
+            _join(store, alike, kept, with_tokens=with_tokens)
+        for path in (*result.replaced, *_abandoned(store)):
+            path.unlink(missing_ok=True)
+    except OSError as error:  # also a shard that is gone: somebody else prunes
+        raise UserError(
+            f"{store.path}: cannot prune ({error.strerror}: {error.filename}); no row is lost. Make sure "
+            "that you may write there and that nobody else prunes it, and try again"
+        ) from error
+    return result
+
+
+Masks = dict[Path, npt.NDArray[np.bool_]]
+
+
+def _plan(shards: Sequence[Path], kept: Masks) -> tuple[PruneResult, Masks]:
+    """Replaced are shards that lose rows, and small ones of which there are several of a kind."""
+    kinds = {path: has_token_logps(path) for path in shards}
     small = [path for path in shards if len(kept[path]) < SMALL_SHARD_ROWS]
-    replaced = tuple(path for path in shards if not kept[path].all() or (path in small and len(small) > 1))
+    several = {kind for kind in (False, True) if sum(kinds[path] == kind for path in small) > 1}
+    replaced = [p for p in shards if not kept[p].all() or (p in small and kinds[p] in several)]
     result = PruneResult(
         rows=sum(len(mask) for mask in kept.values()),
         kept=sum(int(mask.sum()) for mask in kept.values()),
-        replaced=replaced,
+        replaced=tuple(replaced),
         bytes=sum(path.stat().st_size for path in replaced),
     )
-    if not dry_run:
-        for with_tokens in (False, True):
-            alike = [path for path in replaced if has_token_logps(path) == with_tokens]
-            _join(store, alike, kept, with_tokens=with_tokens)
-        for path in (*replaced, *_abandoned(store)):
-            path.unlink(missing_ok=True)
-    return result
+    return result, kept
 
 
 def _abandoned(store: ReferenceStore) -> list[Path]:
     """Half-written files that nobody is writing any more."""
     before = time.time() - ABANDONED_SECONDS
-    return [path for path in store.path.glob(UNFINISHED) if path.stat().st_mtime < before]
-
-
-Masks = dict[Path, npt.NDArray[np.bool_]]
+    found = []
+    for path in store.path.glob(UNFINISHED):
+        with suppress(FileNotFoundError):  # it was finished a moment ago
+            found += [path] if path.stat().st_mtime < before else []
+    return found
 
 
 def _kept(store: ReferenceStore, shards: Sequence[Path], wanted: KeyIndex | None) -> Masks:
@@ -157,7 +182,8 @@ def _in_large_parts(
     parts: list[ReferenceRows] = []
     for path in shards:
         parts.append(read_shard(path, store.identity.digest, token_logps=with_tokens).where(kept[path]))
-        if sum(map(len, parts)) >= LARGE_SHARD_ROWS:
+        tokens = sum(int(part.num_tokens.sum()) for part in parts) if with_tokens else 0
+        if sum(map(len, parts)) >= LARGE_SHARD_ROWS or tokens >= LARGE_SHARD_TOKENS:
             yield ReferenceRows.joined(parts)
             parts = []
     if sum(map(len, parts)):

@@ -157,34 +157,35 @@ def _compute(
             pending.clear()
 
     done, flushed = distributed.SharedCount("precompute"), time.monotonic()
-    with (
-        _one_thread(),
-        _stop_on_sigterm(),
-        frozen_scorer(model, sharded=sharded) as scorer,
-        _bar(plan) as bar,
-    ):
-        try:
-            for number in _my_batches(plan, sharded=sharded):
-                batch = plan.batch(number) if number is not None else np.zeros(0, dtype=np.int64)
-                rows = _score(scorer, datasets, batch, per_token=config.reference.store_token_logps)
-                pending.extend([rows] if len(rows) else [])
-                if time.monotonic() - flushed >= config.reference.flush_every_seconds:
-                    flush()
-                    flushed = time.monotonic()
-                bar.update(done.add(plan.num_tokens(number) if number is not None else 0) - bar.n)
-        except KeyboardInterrupt as signalled:
-            raise StoppedBySignal(
-                f"{store.path}: what was computed is kept; the same command goes on from there"
-            ) from signalled
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"reference.max_tokens_per_batch: {config.reference.max_tokens_per_batch} tokens do not fit "
-                "the device's memory; lower it, or set reference.sharding: zero3"
-            ) from error
-        finally:
-            flush()
-        distributed.barrier()
-        bar.update(done.add(0) - bar.n)
+    try:
+        with (
+            _one_thread(),
+            _stop_on_sigterm(),
+            frozen_scorer(model, sharded=sharded) as scorer,
+            _bar(plan) as bar,
+        ):
+            try:
+                for number in _my_batches(plan, sharded=sharded):
+                    batch = plan.batch(number) if number is not None else np.zeros(0, dtype=np.int64)
+                    rows = _score(scorer, datasets, batch, per_token=config.reference.store_token_logps)
+                    pending.extend([rows] if len(rows) else [])
+                    if time.monotonic() - flushed >= config.reference.flush_every_seconds:
+                        flush()
+                        flushed = time.monotonic()
+                    bar.update(done.add(plan.num_tokens(number) if number is not None else 0) - bar.n)
+            finally:
+                flush()
+            distributed.barrier()
+            bar.update(done.add(0) - bar.n)
+    except KeyboardInterrupt as signalled:
+        raise StoppedBySignal(
+            f"{store.path}: what was computed is kept; the same command goes on from there"
+        ) from signalled
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"reference.max_tokens_per_batch: {config.reference.max_tokens_per_batch} tokens do not fit "
+            "the device's memory; lower it, or set reference.sharding: zero3"
+        ) from error
 
 
 def is_sharded(config: Config) -> bool:

@@ -8,6 +8,7 @@ float32). The file's metadata names the identity of the model that computed it.
 import os
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ def write_shard(folder: Path, rows: ReferenceRows, identity: str, *, time_ns: in
         temporary.replace(folder / name)
         _flush_directory(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that has become read-only
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"{folder}: cannot write a shard of {len(rows)} rows ({error.strerror}); the shards before it "
             "are kept. Make room or repair the permissions, and run precompute-ref again: it computes what "

@@ -6,7 +6,10 @@ two caches of one model is copying shards. The loaded table has each key once.
 
 import json
 import os
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from dpo.errors import UserError
 from dpo.reference.identity import ReferenceIdentity
@@ -14,6 +17,7 @@ from dpo.reference.shards import PATTERN, has_token_logps, read_shard, write_sha
 from dpo.reference.table import ReferenceRows, ReferenceTable, build_table
 
 IDENTITY_FILE = "identity.json"
+T = TypeVar("T")
 SHOWN_DIFFERENCES = 4
 RELOADS = 5  # a cache that is compacted while it is read is read again
 
@@ -80,19 +84,33 @@ class ReferenceStore:
         Raises:
             UserError: A shard is damaged or foreign, the folder has another identity, or two shards disagree.
         """
-        for attempt in range(RELOADS):
+
+        def read(shards: list[Path]) -> list[ReferenceRows]:
+            wanted = [path for path in shards if not with_tokens or has_token_logps(path)]
+            return [read_shard(path, self.identity.digest) for path in wanted]
+
+        parts = self.read_shards(read)
+        return build_table(ReferenceRows.joined(parts), self.identity.dtype, str(self.path))
+
+    def read_shards(self, read: Callable[[list[Path]], T]) -> T:
+        """The result of `read` on all shards, the oldest first; again if one is gone, compacted by somebody
+        else.
+
+        Args:
+            read: Reads shards, and lets FileNotFoundError pass.
+
+        Raises:
+            UserError: The folder has another identity, or shards keep vanishing.
+        """
+        for _ in range(RELOADS):
             shards = self.shards()
             if shards:
                 self._check_identity()
-            try:
-                wanted = [path for path in shards if not with_tokens or has_token_logps(path)]
-                parts = [read_shard(path, self.identity.digest) for path in wanted]
-            except FileNotFoundError:
-                if attempt == RELOADS - 1:
-                    raise
-                continue
-            break
-        return build_table(ReferenceRows.joined(parts), self.identity.dtype, str(self.path))
+            with suppress(FileNotFoundError):
+                return read(shards)
+        raise UserError(
+            f"{self.path}: shards vanish while they are read; wait until nobody prunes this cache"
+        )
 
     def nearest_other(self) -> str | None:
         """How the most similar other cache under the same root differs, for people who expected to find

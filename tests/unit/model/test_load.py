@@ -185,23 +185,46 @@ def test_an_adapter_without_weights_is_refused(tmp_path: Path) -> None:
         adapter_files(model_config(tmp_path))
 
 
-def test_the_code_of_a_model_is_what_it_maps_and_what_that_imports(edited: Edited) -> None:
-    def bring_code(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        config["auto_map"] = {"AutoConfig": "one.Config", "AutoModelForCausalLM": "two.Model"}
-        (folder / "config.json").write_text(json.dumps(config))
-        (folder / "one.py").write_text("class Config: pass\n")
-        (folder / "two.py").write_text("from .three import Layer\nfrom .one import Config\n")
-        (folder / "three.py").write_text("from .two import Model\nimport json\n")  # in a circle
-        (folder / "four.py").write_text("print('nobody imports me')\n")
+def bring_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {
+        "AutoConfig": "one.Config",
+        "AutoModelForCausalLM": "two.Model",
+        "AutoTokenizer": ["slow.Tokenizer", None],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "one.py").write_text("class Config: pass\n")
+    (folder / "two.py").write_text("from .three import Layer\nfrom .one import Config\n")
+    (folder / "three.py").write_text("from .two import Model\nimport json\n")  # in a circle
+    (folder / "inner").mkdir(exist_ok=True)
+    (folder / "inner" / "four.py").write_text("print('only a package knows me')\n")
 
+
+def test_the_code_of_a_local_model_is_every_module_of_its_folder(edited: Edited) -> None:
     model = edited(bring_code)
     assert code_files(model) == []
-    allowed = replace(model, trust_remote_code=True)
-    assert [path.name for path in code_files(allowed)] == ["one.py", "three.py", "two.py"]
-    (Path(model.name_or_path) / "three.py").unlink()
+    names = [path.name for path in code_files(replace(model, trust_remote_code=True))]
+    assert sorted(names) == ["four.py", "one.py", "three.py", "two.py"]
+
+
+def test_code_in_another_repository_is_what_it_maps_and_what_that_imports(
+    edited: Edited, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "config.json").write_text("{}")
+    bring_code(elsewhere)
+
+    def refer(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] = {"AutoModelForCausalLM": f"{elsewhere}--two.Model"}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    model = replace(edited(refer), trust_remote_code=True)
+    assert [path.name for path in code_files(model)] == ["one.py", "three.py", "two.py"]
+    (elsewhere / "three.py").unlink()
     with pytest.raises(UserError, match=r"no three\.py in"):
-        code_files(allowed)
+        code_files(model)
 
 
 def test_a_model_that_transformers_knows_brings_no_code(tiny_model: Path) -> None:

@@ -1,5 +1,6 @@
 """Looking after a cache: nothing that is in use changes or is lost, and all that is damaged is named."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,53 @@ def test_a_shard_that_appears_meanwhile_is_left_alone(
     prune(store, wanting(b"a", b"b"), dry_run=False)
     assert written[0].is_file()
     assert content(store) == padded({b"a": (-1.0, 1), b"b": (-2.0, 1), b"c": (-3.0, 1)})
+
+
+def test_one_small_shard_of_each_kind_is_left_as_it_is(store: ReferenceStore) -> None:
+    append(store, {b"a": (-1.0, 1)})
+    store.append(token_rows({b"b": (-2.0, 2)}))
+    assert prune(store, None, dry_run=False).replaced == ()
+    append(store, {b"c": (-3.0, 1)})
+    assert len(prune(store, None, dry_run=False).replaced) == 2
+    assert prune(store, None, dry_run=False).replaced == ()
+
+
+@pytest.mark.parametrize("action", [cache_info, verify, lambda store: prune(store, None, dry_run=True)])
+def test_what_is_compacted_meanwhile_is_read_again(
+    store: ReferenceStore, monkeypatch: pytest.MonkeyPatch, action: Any
+) -> None:
+    append(store, {b"a": (-1.0, 1)})
+    append(store, {b"b": (-2.0, 1)})
+    left = [True]
+
+    def compact_first(path: Path, *arguments: Any, **options: Any) -> Any:
+        if left and left.pop():
+            old = store.shards()
+            append(store, {b"a": (-1.0, 1), b"b": (-2.0, 1)})
+            for shard in old:
+                shard.unlink()
+        return read_shard(path, *arguments, **options)
+
+    monkeypatch.setattr(maintenance, "read_shard", compact_first)
+    action(store)
+    assert not left
+    assert len(content(store)) == 2
+
+
+def test_a_disk_that_became_read_only_is_an_error_for_people(
+    store: ReferenceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append(store, {b"a": (-1.0, 1)})
+    append(store, {b"b": (-2.0, 1)})
+
+    def read_only(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "unlink", read_only)
+        with pytest.raises(UserError, match=r"cannot prune .Read-only file system"):
+            prune(store, None, dry_run=False)
+        context.setattr(Path, "open", read_only)
+        with pytest.raises(UserError, match=r"cannot write a shard of 1 rows .Read-only file system"):
+            append(store, {b"c": (-3.0, 1)})
+    assert len(content(store)) == 2

@@ -294,5 +294,5 @@ def test_a_cache_that_never_holds_still_is_given_up(tmp_path: Path, monkeypatch:
     store = made(tmp_path)
     store.append(random_rows(5))
     monkeypatch.setattr(store_module, "read_shard", compacting(store, 99))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="shards vanish while they are read"):
         store.load()
