@@ -102,7 +102,7 @@ def prune_caches(target: Path | Config, others: Sequence[Config], *, dry_run: bo
 
 
 def _stores(target: Path | Config, *, strict: bool = False) -> list[ReferenceStore]:
-    """The caches that are meant; under a root an unreadable one is left out aloud, or an error if `strict`."""
+    """What is meant. Under a root an unreadable one is left out aloud, or an error if `strict`."""
     if isinstance(target, Config):
         distributed.start()
         store = reference_store(target)
