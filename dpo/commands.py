@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import distributed, engine
 from dpo.config import Config, DataConfig, ModelConfig, SftConfig
-from dpo.data.batches import RowBatch
-from dpo.data.dataset import TokenizedDataset, check_sources, open_datasets
+from dpo.data.dataset import TokenizedDataset, check_sources, longest_tree, open_datasets
 from dpo.data.plan import BatchPlan
+from dpo.data.trees import TreeBatch
 from dpo.engine import Engine, frozen_scorer
 from dpo.errors import UserError
 from dpo.evaluate.rewards import score_pairs
@@ -120,6 +120,7 @@ def train(config: Config) -> None:
             _audit(scorer, datasets, references, store, config)
     model = load_model(config.model, dtype=engine.weight_dtype(accelerator, config.model))
     policy = Engine(accelerator, model, config.model, config.train)
+    _settle_layout(policy, datasets)
     if audited and starts_as_reference:
         _audit(policy.score_only, datasets, references, store, config)
     if start is None:
@@ -135,7 +136,8 @@ def train(config: Config) -> None:
             test_data,
             test_reference,
             config.loss,
-            budget=config.train.max_tokens_per_micro_batch,
+            layout=policy.layout,
+            budget=engine.token_budget(config.train.max_tokens_per_micro_batch),
             device=policy.device,
         ).means()
 
@@ -203,10 +205,11 @@ def sft(config: SftConfig) -> None:
     else:
         model = load_model(config.model, dtype=dtype)
     policy = Engine(accelerator, model, config.model, config.train)
+    _settle_layout(policy, [train_data])
 
     def evaluate_policy(policy: Engine) -> dict[str, float]:
         assert test_data is not None
-        return held_out_loss(policy, test_data, config.train.max_tokens_per_micro_batch)
+        return held_out_loss(policy, test_data, engine.token_budget(config.train.max_tokens_per_micro_batch))
 
     _optimize(
         config,
@@ -289,8 +292,13 @@ def reference_store(config: Config) -> ReferenceStore:
     return ReferenceStore(cache_dir, identity)
 
 
+def _settle_layout(policy: Engine, datasets: Sequence[TokenizedDataset]) -> None:
+    if notes := policy.settle_layout(longest_tree(datasets)).notes:
+        _summary(*notes)
+
+
 def _audit(
-    score: Callable[[RowBatch], Tensor],
+    score: Callable[[TreeBatch], Tensor],
     datasets: Sequence[TokenizedDataset],
     references: Sequence[npt.NDArray[np.float64]],
     store: ReferenceStore,

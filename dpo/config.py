@@ -21,8 +21,11 @@ class ModelConfig:
     """Hub revision: a branch, tag or commit. Default: the hub's main branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute type of policy and reference. Master weights, sums and log-softmax are float32 in either."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel: PyTorch's scaled dot product, or the model's own plain code."""
+    attention: Literal["auto", "sdpa", "flex", "eager"] = "auto"
+    """Attention kernel: PyTorch's scaled dot product, FlexAttention, or the model's plain code; auto: flex on
+    GPUs, sdpa on CPUs, eager for models that have nothing else."""
+    share_prompts: bool = True
+    """Compute each prompt once for all of its completions; false: one row a completion."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
@@ -77,8 +80,9 @@ class ReferenceConfig:
     """The reference model, a folder or a hub name. Default: the policy's start, model.name_or_path."""
     cache_dir: str = "cache/reference"
     """Root of the caches; each model has its own folder in it, named by its identity."""
-    max_tokens_per_batch: int = 16384
-    """Tokens of one forward pass, padding included. Independent of the number of ranks."""
+    max_tokens_per_batch: int | None = None
+    """Tokens of one forward pass, padding included. Independent of the number of ranks. Default: 1024 on
+    CPUs, 16384 on GPUs."""
     flush_every_seconds: float = 60.0
     """How often a rank writes what it has computed: a crash loses at most this much work."""
     sharding: Literal["auto", "replicas", "zero3"] = "auto"
@@ -125,9 +129,9 @@ class OptimizationConfig:
     """Passes over the data."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, also in the middle of an epoch."""
-    max_tokens_per_micro_batch: int = 8192
+    max_tokens_per_micro_batch: int | None = None
     """Tokens of one forward and backward pass of one rank, padding included. Memory grows with it; results do
-    not change."""
+    not change. A longer group is a micro-batch of its own. Default: 1024 on CPUs, 16384 on GPUs."""
     seed: int = 0
     """Fixes the order of the data."""
     evaluate_every: int = 0
@@ -253,6 +257,8 @@ class SftConfig:
 def problems(config: Config | SftConfig) -> list[str]:
     """Everything wrong with the values, each as `key: value; expected what`. Empty when all is well."""
     found = [*_optimization_problems(config.train)]
+    budget = config.train.max_tokens_per_micro_batch
+    found.extend(_budget_problems("train.max_tokens_per_micro_batch", budget, config.data.max_length))
     if config.data.max_length is not None and config.data.max_length < 2:
         found.append(
             f"data.max_length: {config.data.max_length}; expected at least 2: a prompt and a completion token"
@@ -269,13 +275,19 @@ def problems(config: Config | SftConfig) -> list[str]:
     return [*found, *_preference_problems(config)]
 
 
+def _budget_problems(key: str, budget: int | None, max_length: int | None) -> Iterator[str]:
+    if budget is not None and budget < 2:
+        yield f"{key}: {budget}; expected at least 2"
+    elif budget is not None and max_length is not None and budget < max_length:
+        yield f"{key}: {budget}; expected at least data.max_length, {max_length}: the longest row must fit"
+
+
 def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
     at_least = {
         "warmup_steps": 0,
         "weight_decay": 0,
         "max_grad_norm": 0,
         "num_epochs": 1,
-        "max_tokens_per_micro_batch": 2,
         "seed": 0,
         "evaluate_every": 0,
         "checkpoint_every": 0,
@@ -320,8 +332,8 @@ def _preference_problems(config: Config) -> Iterator[str]:
         yield f"loss.label_smoothing: {config.loss.label_smoothing}; expected a number in [0, 0.5)"
     if config.train.pairs_per_step < 1:
         yield f"train.pairs_per_step: {config.train.pairs_per_step}; expected at least 1"
-    if config.reference.max_tokens_per_batch < 2:
-        yield f"reference.max_tokens_per_batch: {config.reference.max_tokens_per_batch}; expected at least 2"
+    budget = config.reference.max_tokens_per_batch
+    yield from _budget_problems("reference.max_tokens_per_batch", budget, config.data.max_length)
     if config.reference.audit_rows < 0:
         yield f"reference.audit_rows: {config.reference.audit_rows}; expected at least 0"
     if not config.reference.flush_every_seconds >= 0:

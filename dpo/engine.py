@@ -21,12 +21,15 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
-from dpo.data.batches import RowBatch
+from dpo.data.trees import Layout, Tree, TreeBatch
 from dpo.model.load import DTYPES, load_model, num_parameters
 from dpo.model.logprobs import SequenceScorer
+from dpo.model.probe import Probed, probe
 
 ENGINE_TAG = "engine"
 RMSPROP_SMOOTHING = 0.99
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
+"""Of one pass where the config gives none: activations that stay in a CPU's cache, rows that fill a GPU."""
 
 
 def start(model: ModelConfig) -> Accelerator:
@@ -76,7 +79,7 @@ class Engine:
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # dropout is 0 everywhere; gradient checkpointing runs in training mode only
-        scorer = SequenceScorer(model)
+        scorer = make_scorer(model, config)
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         optimizer = make_optimizer(scorer, options)
         if self._zero:
@@ -84,6 +87,18 @@ class Engine:
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # tokens size our micro-batches
             plugin.deepspeed_config["gradient_clipping"] = options.max_grad_norm
         self._scorer, self._optimizer = accelerator.prepare(scorer, optimizer)
+        if self._zero and self._stage == 3:
+            _register_head(scorer)
+
+    def settle_layout(self, longest: Tree) -> Probed:
+        """Finds out how this model may share prompts; see `settle_layout`. All ranks must call it."""
+        return settle_layout(self._scorer, longest, self._dtype)
+
+    @property
+    def layout(self) -> Layout:
+        """How batches for this policy are to be laid out."""
+        scorer: SequenceScorer = self._accelerator.unwrap_model(self._scorer)
+        return scorer.layout
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +122,7 @@ class Engine:
     def _stage(self) -> int:
         return int(self._accelerator.deepspeed_plugin.zero_stage)
 
-    def score(self, batch: RowBatch) -> Tensor:
+    def score(self, batch: TreeBatch) -> Tensor:
         """(S,) float64 log-probs of the batch's completions under the policy; see
         `SequenceScorer.forward`.
         """
@@ -115,7 +130,7 @@ class Engine:
         return logps
 
     @torch.no_grad()
-    def score_only(self, batch: RowBatch) -> Tensor:
+    def score_only(self, batch: TreeBatch) -> Tensor:
         """`score` without gradients. Every rank must make the same number of calls."""
         return self.score(batch)
 
@@ -200,6 +215,47 @@ class Engine:
         self._optimizer.load_state_dict(state["optimizer"])
 
 
+def token_budget(given: int | None) -> int:
+    """Tokens of one pass: what the config says, or what was measured to be fast on this kind of device."""
+    return given or (GPU_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
+
+
+def make_scorer(model: PreTrainedModel, config: ModelConfig) -> SequenceScorer:
+    """The model as a scorer, with the attention that the config asks for."""
+    flex = config.attention == "flex" or (config.attention == "auto" and torch.cuda.is_available())
+    scorer = SequenceScorer(model, flex=flex)
+    if not config.share_prompts:
+        scorer.layouts, scorer.layout = ["rows"], "rows"
+    return scorer
+
+
+def settle_layout(scorer: nn.Module, longest: Tree, dtype: torch.dtype) -> Probed:
+    """Tries the layouts that a model may take and settles on the first that is exact, alike on all ranks.
+
+    Args:
+        scorer: From `make_scorer` or `frozen_scorer`, wrapped or not.
+        longest: The longest prompt with completions that it will meet.
+        dtype: The compute type.
+
+    Returns:
+        The layout, and what was turned down and why.
+    """
+    bare = scorer if isinstance(scorer, SequenceScorer) else scorer.module
+    assert isinstance(bare, SequenceScorer)
+    probed = probe(scorer, bare.layouts, longest, dtype=dtype, device=distributed.device())
+    probed = distributed.from_main(probed)
+    bare.layout, bare.uses_projection = probed.layout, probed.uses_projection
+    return probed
+
+
+def _register_head(scorer: SequenceScorer) -> None:
+    """Tells ZeRO-3 that the projection uses the output layer's weights outside that layer."""
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for parameter in scorer.projection.head.parameters():
+        register_external_parameter(scorer.projection, parameter)
+
+
 @contextmanager
 def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
     """A model that only scores, as a `SequenceScorer` on this process's device; freed at the end of the
@@ -212,7 +268,7 @@ def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
             the same number of calls. Otherwise each rank holds a replica.
     """
     if not sharded:
-        yield SequenceScorer(load_model(model)).to(distributed.device()).eval()
+        yield make_scorer(load_model(model), model).to(distributed.device()).eval()
     else:
         import deepspeed  # here, because it looks for compilers and devices, and says so, when it is imported
 
@@ -222,9 +278,10 @@ def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
             "bf16": {"enabled": model.dtype == "bfloat16"},
         }
         sharding = HfDeepSpeedConfig(settings)  # from_pretrained shards while this object lives
-        scorer = SequenceScorer(load_model(model))
+        scorer = make_scorer(load_model(model), model)
         del sharding
         sharded_scorer, *_ = deepspeed.initialize(model=scorer, config=settings)
+        _register_head(scorer)
         sharded_scorer.eval()
         try:
             yield sharded_scorer
@@ -258,7 +315,7 @@ def make_optimizer(module: nn.Module, options: OptimizationConfig) -> torch.opti
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, lr=options.learning_rate, alpha=RMSPROP_SMOOTHING)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.adam_betas)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.adam_betas, fused=True)
 
 
 def learning_rate(step: int, num_steps: int, options: OptimizationConfig) -> float:

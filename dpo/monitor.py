@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -24,6 +26,18 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
+        self._waiting: list[tuple[list[str], Tensor, int]] = []
+
+    def add_values(self, values: Mapping[str, Tensor], count: int) -> None:
+        """Adds sums of `count` values each without waiting for the device: they are read by `means`.
+
+        Args:
+            values: Single numbers on one device, without gradient.
+            count: Values in each sum.
+        """
+        self._waiting.append(
+            (list(values), torch.stack([value.double() for value in values.values()]), count)
+        )
 
     def add(self, name: str, total: float, count: float) -> None:
         """Adds the sum of `count` values."""
@@ -32,6 +46,10 @@ class MetricSums:
 
     def means(self) -> dict[str, float]:
         """Means over all ranks, equal on all of them. Every rank must call it with the same names."""
+        for waiting, totals, count in self._waiting:
+            for name, total in zip(waiting, totals.tolist(), strict=True):
+                self.add(name, total, count)
+        self._waiting.clear()
         names = sorted(self._sums)
         packed = np.array([[self._sums[name] for name in names], [self._counts[name] for name in names]])
         sums, counts = distributed.sum_over_ranks(packed.ravel()).reshape(2, -1)

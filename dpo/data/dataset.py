@@ -10,7 +10,7 @@ import os
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -25,7 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo import distributed
 from dpo.config import DataConfig, DataSource
 from dpo.data.load import PreferenceSource, has_split, open_source, read_groups
+from dpo.data.plan import Sizes
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups, tokenizer_digest
+from dpo.data.trees import Layout, Tree
 from dpo.errors import UserError
 from dpo.records import KEY_BYTES, Pair, PreferenceGroup, TokenIds, TokenizedGroup, sequence_key
 
@@ -112,9 +114,27 @@ class TokenizedDataset:
         return tokenized.prompt, tokenized.completions[index - int(self.first_sequence[group])]
 
     @cached_property
+    def tree_tokens(self) -> npt.NDArray[np.int64]:
+        """(G,) tokens of each group when its prompt stands once."""
+        return np.diff(self.segment_offsets[self.group_segments])
+
+    def sizes(self, groups: npt.NDArray[np.int64], layout: Layout) -> Sizes:
+        """What these groups take in a batch of this layout."""
+        if layout == "rows":
+            return Sizes(rows=self.sequences_per_group[groups], width=self.longest[groups], padded=True)
+        return Sizes(rows=np.ones_like(groups), width=self.tree_tokens[groups], padded=layout == "trees")
+
+    @cached_property
     def longest(self) -> npt.NDArray[np.int64]:
         """(G,) tokens of each group's longest sequence."""
         return np.maximum.reduceat(self.sequence_tokens, self.first_sequence)
+
+
+def longest_tree(datasets: Sequence[TokenizedDataset]) -> Tree:
+    """The prompt and completions of the group with the most tokens."""
+    dataset = max(datasets, key=lambda dataset: int(dataset.tree_tokens.max()))
+    group = dataset[int(dataset.tree_tokens.argmax())]
+    return group.prompt, group.completions
 
 
 def open_datasets(

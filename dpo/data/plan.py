@@ -5,7 +5,7 @@ the same pairs; `share` cuts one step: longest group first to the least loaded r
 token budget.
 """
 
-from collections.abc import Sequence
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,23 @@ import numpy.typing as npt
 from dpo.errors import UserError
 
 Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What G groups take in a batch."""
+
+    rows: Int64s
+    """(G,) rows of each group."""
+    width: Int64s
+    """(G,) tokens of its longest row."""
+    padded: bool
+    """Whether all rows of a micro-batch are as wide as its widest; otherwise nothing is."""
+
+    @property
+    def work(self) -> Int64s:
+        """(G,) tokens of each group, its own padding included."""
+        return self.rows * self.width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,47 +111,70 @@ class BatchPlan:
         return Step(number=number, epoch=float(epoch + done), groups=groups)
 
 
-def share(num_sequences: Int64s, longest: Int64s, *, world_size: int, budget: int) -> list[list[list[int]]]:
-    """Cuts a step's groups for the ranks and into micro-batches.
-
-    A group's work is its padded size, num_sequences * longest. Every rank gets the same number of
-    micro-batches, some of them empty: ranks must make the same number of engine calls or ZeRO-3 deadlocks. A
-    group larger than the budget is a micro-batch of its own.
+def deal(work: Int64s, num_hands: int) -> list[list[int]]:
+    """Deals pieces so that the hands are equally full: each goes to the hand with the least work so far.
 
     Args:
-        num_sequences: (G,) sequences of each group.
-        longest: (G,) tokens of each group's longest sequence.
+        work: (B,) of each piece, in the order of dealing; the largest first gives the fairest hands.
+        num_hands: Ranks, or micro-batches.
+
+    Returns:
+        For each hand the numbers of its pieces, in the order of dealing.
+    """
+    loads = [(0, hand) for hand in range(num_hands)]
+    hands: list[list[int]] = [[] for _ in range(num_hands)]
+    for number, amount in enumerate(work.tolist()):
+        load, hand = loads[0]
+        hands[hand].append(number)
+        heapq.heapreplace(loads, (load + amount, hand))
+    return hands
+
+
+def share(sizes: Sizes, *, world_size: int, budget: int) -> list[list[list[int]]]:
+    """Cuts a step's groups for the ranks and into micro-batches.
+
+    The longest group goes first to the least loaded rank. Every rank gets the same number of micro-batches,
+    some of them empty where there are too few groups: ranks must make the same number of engine calls or
+    ZeRO-3 deadlocks. A group larger than the budget is a micro-batch of its own.
+
+    Args:
+        sizes: Of the G groups.
         world_size: Number of ranks.
         budget: Most tokens of a micro-batch, padding included.
 
     Returns:
         For each rank a list of micro-batches, each a list of positions in 0..G-1.
     """
-    work = num_sequences * longest
-    loads = [0] * world_size
-    mine: list[list[int]] = [[] for _ in range(world_size)]
-    for position in sorted(range(len(work)), key=lambda p: (-int(work[p]), p)):
-        rank = loads.index(min(loads))
-        loads[rank] += int(work[position])
-        mine[rank].append(position)
-    shares = [_micro_batches(positions, num_sequences, longest, budget) for positions in mine]
-    most = max(map(len, shares))
-    return [[*micro_batches, *([[]] * (most - len(micro_batches)))] for micro_batches in shares]
+    work = sizes.work
+    largest_first = np.lexsort((np.arange(len(work)), -work))
+    mine = [largest_first[hand] for hand in deal(work[largest_first], world_size)]
+    if sizes.padded:
+        shares = [_padded(positions, sizes, budget) for positions in mine]
+        most = max(map(len, shares))
+        return [[*batches, *([[]] * (most - len(batches)))] for batches in shares]
+    most = max(_num_packed(work[positions], budget) for positions in mine)
+    return [[positions[hand].tolist() for hand in deal(work[positions], most)] for positions in mine]
 
 
-def _micro_batches(
-    positions: Sequence[int], num_sequences: Int64s, longest: Int64s, budget: int
-) -> list[list[int]]:
+def _num_packed(work: Int64s, budget: int) -> int:
+    """How many equally full micro-batches hold these groups, the largest first."""
+    number = max(1, -(-int(work.sum()) // budget))
+    while any(len(hand) > 1 and work[hand].sum() > budget for hand in deal(work, number)):
+        number += max(1, number // 64)
+    return number
+
+
+def _padded(positions: Int64s, sizes: Sizes, budget: int) -> list[list[int]]:
     """Groups of similar length together, as many as the budget holds when all rows are padded to the
     longest.
     """
     batches: list[list[int]] = []
     rows, width = 0, 0
-    for position in sorted(positions, key=lambda p: (-int(longest[p]), p)):
-        rows += int(num_sequences[position])
+    for position in sorted(positions.tolist(), key=lambda p: (-int(sizes.width[p]), p)):
+        rows += int(sizes.rows[position])
         if batches and rows * width <= budget:
             batches[-1].append(position)
         else:
             batches.append([position])
-            rows, width = int(num_sequences[position]), int(longest[position])
+            rows, width = int(sizes.rows[position]), int(sizes.width[position])
     return batches

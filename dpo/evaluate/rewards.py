@@ -14,9 +14,10 @@ from torch import Tensor
 
 from dpo import distributed
 from dpo.config import LossConfig
-from dpo.data.batches import RowBatch, group_batch
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import share
+from dpo.data.prefetch import prefetch
+from dpo.data.trees import Layout, TreeBatch, group_batch
 from dpo.loss import preference_loss
 
 Float64s = npt.NDArray[np.float64]
@@ -60,11 +61,12 @@ class PairScores:
 
 
 def score_pairs(
-    score: Callable[[RowBatch], Tensor],
+    score: Callable[[TreeBatch], Tensor],
     dataset: TokenizedDataset,
     reference: Float64s,
     loss: LossConfig,
     *,
+    layout: Layout,
     budget: int,
     device: torch.device,
 ) -> PairScores:
@@ -75,15 +77,19 @@ def score_pairs(
         dataset: Held-out groups.
         reference: (S,) reference log-probs of the data set's sequences, in nats.
         loss: The training loss.
+        layout: How the policy takes its batches.
         budget: Most tokens of a batch, padding included.
         device: Where batches belong.
     """
-    shares = share(
-        dataset.sequences_per_group, dataset.longest, world_size=distributed.world_size(), budget=budget
-    )
+    sizes = dataset.sizes(np.arange(len(dataset)), layout)
+    shares = share(sizes, world_size=distributed.world_size(), budget=budget)
     columns: list[list[npt.NDArray[np.float64]]] = []
-    for positions in shares[distributed.rank()]:
-        batch = group_batch([dataset[position] for position in positions]).to(device)
+    mine = shares[distributed.rank()]
+
+    def build(positions: list[int]) -> TreeBatch:
+        return group_batch([dataset[position] for position in positions], layout).to(device)
+
+    for positions, batch in zip(mine, prefetch(build, mine), strict=True):
         with torch.no_grad():
             logps = score(batch)  # also without groups: ranks make the same number of calls
         if not positions:
@@ -101,8 +107,10 @@ def score_pairs(
             policy_pairs.rejected,
         )
         columns.append([pairs, *(value.double().cpu().numpy() for value in values)])
-    mine = np.concatenate([np.stack(part) for part in columns], axis=1) if columns else np.zeros((6, 0))
-    everything = np.concatenate(distributed.gather_objects(mine), axis=1)
+    values_here = (
+        np.concatenate([np.stack(part) for part in columns], axis=1) if columns else np.zeros((6, 0))
+    )
+    everything = np.concatenate(distributed.gather_objects(values_here), axis=1)
     everything = everything[:, np.argsort(everything[0], kind="stable")]
     return PairScores(
         groups=np.repeat(np.arange(len(dataset)), dataset.pairs_per_group),

@@ -18,15 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import distributed
 from dpo.config import Config, EvaluateConfig, ModelConfig
-from dpo.data.batches import sequence_batch
-from dpo.data.dataset import TokenizedDataset
+from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.trees import sequence_batch
+from dpo.engine import make_scorer, settle_layout, token_budget
 from dpo.evaluate.divergence import kl_summary
 from dpo.evaluate.report import Report, SampleRow, terminal_table, write_report
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
 from dpo.evaluate.statistics import distinct_n, mean_interval, win_rate
-from dpo.model.load import load_model, max_positions
+from dpo.model.load import DTYPES, load_model, max_positions
 from dpo.model.logprobs import SequenceScorer
 from dpo.records import TokenIds
 
@@ -103,13 +104,16 @@ def _use_models(
     prompts = _held_out_prompts(test_data, options, max_positions(policy)) if options.num_prompts else []
 
     model = load_model(policy)
-    scorer = SequenceScorer(model).to(distributed.device())
+    scorer = make_scorer(model, policy).to(distributed.device())
+    settle_layout(scorer, longest_tree([test_data]), DTYPES[policy.dtype])
+    budget = token_budget(config.train.max_tokens_per_micro_batch)
     scores = score_pairs(
         scorer,
         test_data,
         reference_logps,
         config.loss,
-        budget=config.train.max_tokens_per_micro_batch,
+        layout=scorer.layout,
+        budget=budget,
         device=distributed.device(),
     )
     if not prompts:
@@ -117,14 +121,15 @@ def _use_models(
     by_policy = _sample(model, prompts, options, eos, "policy samples")
     drawn = _sample(model, prompts, options, eos, "samples for the KL", for_kl=True)
     kl_sequences = [(prompt, c.sampled_ids(eos)) for prompt, c in zip(prompts, drawn, strict=True)]
-    policy_logps = _log_probs(scorer, kl_sequences, config.train.max_tokens_per_micro_batch)
+    policy_logps = _log_probs(scorer, kl_sequences, budget)
     del model, scorer
     gc.collect()
 
     model = load_model(reference)
-    scorer = SequenceScorer(model).to(distributed.device())
+    scorer = make_scorer(model, reference).to(distributed.device())
+    settle_layout(scorer, longest_tree([test_data]), DTYPES[reference.dtype])
     by_reference = _sample(model, prompts, options, eos, "reference samples")
-    kl_reference = _log_probs(scorer, kl_sequences, config.train.max_tokens_per_micro_batch)
+    kl_reference = _log_probs(scorer, kl_sequences, budget)
     lengths = [len(completion) for _, completion in kl_sequences]
     return scores, _Samples(
         prompts=prompts,
@@ -182,7 +187,7 @@ def _log_probs(scorer: SequenceScorer, sequences: Sequences, budget: int) -> Flo
         distributed.share_of(starts), desc="log-probs", disable=not distributed.is_main(), leave=False
     ):
         with torch.no_grad():
-            batch = sequence_batch(sequences[start : start + size]).to(distributed.device())
+            batch = sequence_batch(sequences[start : start + size], scorer.layout).to(distributed.device())
             mine[start] = scorer(batch).cpu().numpy()
     gathered = {start: values for part in distributed.gather_objects(mine) for start, values in part.items()}
     return np.concatenate([gathered[start] for start in starts])

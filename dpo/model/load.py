@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import NewGELUActivation
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
@@ -29,6 +31,8 @@ from dpo.config import ModelConfig
 from dpo.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
+"""What transformers is asked for; None: SDPA where the model has it. FlexAttention comes with the trees."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 CODE_KINDS = ("AutoConfig", "AutoModelForCausalLM")
 NOISE_SUFFIXES = (
@@ -137,7 +141,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             model.name_or_path,
             config=config,
             dtype=dtype or DTYPES[model.dtype],
-            attn_implementation=model.attention,
+            attn_implementation=OWN_ATTENTION[model.attention],
             use_safetensors=True,
             output_loading_info=True,
             **options,
@@ -152,8 +156,26 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             f"model.name_or_path: {model.name_or_path} lacks {len(missing)} weights of "
             f"{type(loaded).__name__}, {missing[0]} for one; expected a complete causal language model"
         )
-    loaded.config.use_cache = False
-    return loaded.eval()  # type: ignore[no-any-return]
+    return ready(loaded)
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode, without a cache of keys, and with its slow activations as fast ones.
+
+    `gelu_new` is four passes over its input and `torch.nn.GELU("tanh")` is the same function in one; the
+    config still says `gelu_new`, which is what is saved.
+    """
+    model.config.use_cache = False
+    slow = [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, NewGELUActivation)
+    ]
+    for parent, name in slow:
+        setattr(parent, name, nn.GELU(approximate="tanh"))
+    model.eval()
+    return model
 
 
 def remove_dropout(config: Any) -> None:

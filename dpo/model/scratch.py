@@ -18,7 +18,7 @@ from transformers import (
 
 from dpo.config import ScratchConfig
 from dpo.errors import UserError
-from dpo.model.load import positions_of, remove_dropout
+from dpo.model.load import OWN_ATTENTION, positions_of, ready, remove_dropout
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -69,9 +69,8 @@ def scratch_model(
         raise UserError(f"model.scratch.config: {scratch.config}: {error}") from error
     remove_dropout(config)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-    model.config.use_cache = False
-    return model  # type: ignore[no-any-return]
+    own = OWN_ATTENTION[attention]
+    return ready(AutoModelForCausalLM.from_config(config, attn_implementation=own, dtype=dtype))
 
 
 def _read_config(scratch: ScratchConfig) -> dict[str, Any]:

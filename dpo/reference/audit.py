@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dpo import distributed
-from dpo.data.batches import RowBatch, sequence_batch
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.trees import TreeBatch, sequence_batch
 from dpo.errors import UserError
 from dpo.reference.lookup import Float64s
 from dpo.reference.store import ReferenceStore
@@ -39,7 +39,7 @@ class AuditResult:
 
 
 def audit(
-    score: Callable[[RowBatch], Tensor],
+    score: Callable[[TreeBatch], Tensor],
     datasets: Sequence[TokenizedDataset],
     references: Sequence[Float64s],
     store: ReferenceStore,

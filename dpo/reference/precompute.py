@@ -5,12 +5,13 @@ Rank 0 finds what is missing and cuts it into batches; the ranks share the batch
 their own as they go, so that a crash loses at most what was computed since the last one.
 """
 
-import heapq
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from types import FrameType
 from typing import NoReturn
 
@@ -21,14 +22,17 @@ from tqdm import tqdm
 
 from dpo import distributed
 from dpo.config import Config
-from dpo.data.batches import sequence_batch
-from dpo.data.dataset import TokenizedDataset
-from dpo.engine import fits_one_device, frozen_scorer
+from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.plan import Int64s, deal
+from dpo.data.prefetch import prefetch
+from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
+from dpo.engine import fits_one_device, frozen_scorer, settle_layout, token_budget
 from dpo.errors import StoppedBySignal, UserError
-from dpo.model.logprobs import row_sums
+from dpo.model.load import DTYPES
+from dpo.model.logprobs import sequence_sums
 from dpo.reference.identity import reference_model
 from dpo.reference.store import ReferenceStore
-from dpo.reference.table import Int64s, ReferenceRows, halves, index_keys
+from dpo.reference.table import Keys, ReferenceRows, halves, index_keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,32 +48,45 @@ class PrecomputeResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MissingPlan:
-    """What is to be computed, cut into batches; sequences of all data sets are numbered one after the
-    other.
-    """
+class Missing:
+    """What the cache lacks; sequences of all data sets are numbered one after the other."""
 
     hits: int
     """Different sequences that the cache has."""
-    order: Int64s
-    """(M,) missing sequences, each once, the longest first."""
-    offsets: Int64s
-    """(B + 1,) batch b is order[offsets[b] : offsets[b + 1]]."""
-    tokens: Int64s
-    """(M,) prompt and completion tokens of the sequences in `order`."""
+    sequences: Int64s
+    """(M,) missing sequences, each once, in the order of their keys."""
 
-    def batch(self, number: int) -> Int64s:
-        """The sequences of a batch."""
-        return self.order[self.offsets[number] : self.offsets[number + 1]]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissingPlan:
+    """The missing sequences in K trees, and the trees in B batches, the largest first."""
+
+    order: Int64s
+    """(M,) missing sequences, tree after tree."""
+    trees: Int64s
+    """(K + 1,) tree t holds order[trees[t] : trees[t + 1]]."""
+    offsets: Int64s
+    """(B + 1,) batch b holds the trees offsets[b] to offsets[b + 1]."""
+    tokens: Int64s
+    """(K,) tokens of each tree."""
+    padded: bool
+    """Whether the trees of a batch are padded to its largest."""
+
+    def batch(self, number: int) -> list[list[int]]:
+        """The sequences of each tree of a batch."""
+        cuts = self.trees[self.offsets[number] : self.offsets[number + 1] + 1]
+        return [self.order[start:end].tolist() for start, end in pairwise(cuts)]
 
     def num_tokens(self, number: int) -> int:
-        """Their tokens, without padding."""
+        """Tokens of a batch, without padding."""
         return int(self.tokens[self.offsets[number] : self.offsets[number + 1]].sum())
 
     @property
     def work(self) -> Int64s:
         """(B,) tokens of each batch, padding included."""
-        return np.diff(self.offsets) * self.tokens[self.offsets[:-1]]
+        if self.padded:
+            return np.diff(self.offsets) * self.tokens[self.offsets[:-1]]
+        return np.add.reduceat(self.tokens, self.offsets[:-1])
 
 
 def precompute(
@@ -88,65 +105,86 @@ def precompute(
         UserError: The cache is damaged or cannot be written, or the model gives values that are not finite.
         StoppedBySignal: SIGINT or SIGTERM, after what was computed has been written.
     """
-    plan = distributed.on_main(lambda: _plan(config, datasets, store))
-    started = time.monotonic()
-    if len(plan.order):
-        _compute(config, datasets, plan, store)
+    missing = distributed.on_main(lambda: _missing(config, datasets, store))
+    seconds = 0.0
+    if len(missing.sequences):
+        seconds = _compute(config, datasets, missing, store)
         distributed.barrier()
-    return PrecomputeResult(
-        hits=plan.hits, misses=len(plan.order), seconds=time.monotonic() - started if len(plan.order) else 0.0
-    )
+    return PrecomputeResult(hits=missing.hits, misses=len(missing.sequences), seconds=seconds)
 
 
-def _plan(config: Config, datasets: Sequence[TokenizedDataset], store: ReferenceStore) -> MissingPlan:
+def _missing(config: Config, datasets: Sequence[TokenizedDataset], store: ReferenceStore) -> Missing:
     store.create()
     keys = np.concatenate([dataset.keys for dataset in datasets])
     index, unique = index_keys(keys)
     found = store.load(with_tokens=config.reference.store_token_logps).index.find(index.keys)
     missing = unique[found < 0]
-    tokens = np.concatenate([dataset.sequence_tokens for dataset in datasets])[missing]
-    by_length = np.lexsort((*halves(keys[missing]), -tokens))  # ties by content, not by place
-    missing, tokens = missing[by_length], tokens[by_length]
-    offsets = batch_offsets(tokens, config.reference.max_tokens_per_batch)
-    return MissingPlan(hits=len(unique) - len(missing), order=missing, offsets=offsets, tokens=tokens)
+    by_content = np.lexsort(halves(keys[missing]))  # not by place: the order of the data does not matter
+    return Missing(hits=len(unique) - len(missing), sequences=missing[by_content])
 
 
-def batch_offsets(tokens: Int64s, budget: int) -> Int64s:
-    """Cuts sequences into batches of at most `budget` tokens, padding included; at least one a batch.
+def plan_batches(
+    datasets: Sequence[TokenizedDataset], sequences: Int64s, layout: Layout, budget: int
+) -> MissingPlan:
+    """Gathers the sequences of one group into a tree, and cuts the trees into batches; blind to the ranks.
 
     Args:
-        tokens: (M,) lengths, descending: the first of a batch is its width.
+        datasets: Where the sequences are.
+        sequences: (M,) at least one, in an order that decides between trees of equal size.
+        layout: How batches are laid out; `rows` makes every sequence a tree of its own.
+        budget: Most tokens of a batch, padding included; a larger tree is a batch of its own.
+    """
+    total = np.concatenate([dataset.sequence_tokens for dataset in datasets])[sequences]
+    completion = np.concatenate([dataset.completion_tokens for dataset in datasets])[sequences]
+    if layout == "rows":
+        groups = np.arange(len(sequences))
+    else:
+        sizes = np.concatenate([dataset.sequences_per_group for dataset in datasets])
+        groups = np.searchsorted(np.cumsum(sizes), sequences, side="right")
+    by_group = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[by_group], prepend=-1))
+    tokens = (total - completion)[by_group[starts]] + np.add.reduceat(completion[by_group], starts)
+    largest_first = np.lexsort((by_group[starts], -tokens))
+    place = np.empty_like(largest_first)
+    place[largest_first] = np.arange(len(place))
+    counts = np.diff(starts, append=len(by_group))
+    order = by_group[np.lexsort((by_group, np.repeat(place, counts)))]
+    tokens, padded = tokens[largest_first], layout in ("trees", "rows")
+    return MissingPlan(
+        order=sequences[order],
+        trees=np.concatenate([[0], np.cumsum(counts[largest_first])]),
+        offsets=batch_offsets(tokens, budget, padded=padded),
+        tokens=tokens,
+        padded=padded,
+    )
+
+
+def batch_offsets(tokens: Int64s, budget: int, *, padded: bool) -> Int64s:
+    """Cuts trees into batches of at most `budget` tokens; at least one a batch.
+
+    Args:
+        tokens: (K,) of each tree, descending: the first of a batch is its width.
         budget: Tokens of a batch.
+        padded: Count every tree of a batch as wide as its first.
 
     Returns:
         (B + 1,) where batches start, and the end.
     """
-    offsets = [0] if len(tokens) else []
-    while offsets and offsets[-1] < len(tokens):
-        offsets.append(min(len(tokens), offsets[-1] + max(1, budget // int(tokens[offsets[-1]]))))
-    return np.asarray(offsets or [0], dtype=np.int64)
-
-
-def share_by_work(work: Int64s, world_size: int) -> list[list[int]]:
-    """Deals batches so that the ranks finish together: each goes to the rank with the least work so far.
-
-    Args:
-        work: (B,) of each batch, in the order of dealing.
-        world_size: Number of ranks.
-    """
-    loads = [(0, rank) for rank in range(world_size)]
-    shares: list[list[int]] = [[] for _ in range(world_size)]
-    for number, amount in enumerate(work.tolist()):
-        load, rank = loads[0]
-        shares[rank].append(number)
-        heapq.heapreplace(loads, (load + amount, rank))
-    return shares
+    ends = np.cumsum(tokens)
+    offsets = [0]
+    while (start := offsets[-1]) < len(tokens):
+        if padded:
+            end = start + budget // int(tokens[start])
+        else:
+            end = int(np.searchsorted(ends, int(ends[start] - tokens[start]) + budget, side="right"))
+        offsets.append(min(len(tokens), max(start + 1, end)))
+    return np.asarray(offsets, dtype=np.int64)
 
 
 def _compute(
-    config: Config, datasets: Sequence[TokenizedDataset], plan: MissingPlan, store: ReferenceStore
-) -> None:
-    """Scores this rank's batches and writes them."""
+    config: Config, datasets: Sequence[TokenizedDataset], missing: Missing, store: ReferenceStore
+) -> float:
+    """Scores this rank's batches and writes them; returns the seconds that took, without loading."""
     model = reference_model(config)
     sharded = is_sharded(config)
     pending: list[ReferenceRows] = []
@@ -156,27 +194,32 @@ def _compute(
             store.append(ReferenceRows.joined(pending))
             pending.clear()
 
-    done, flushed = distributed.SharedCount("precompute"), time.monotonic()
+    done = distributed.SharedCount("precompute")
     try:
-        with (
-            _one_thread(),
-            _stop_on_sigterm(),
-            frozen_scorer(model, sharded=sharded) as scorer,
-            _bar(plan) as bar,
-        ):
-            try:
-                for number in _my_batches(plan, sharded=sharded):
-                    batch = plan.batch(number) if number is not None else np.zeros(0, dtype=np.int64)
-                    rows = _score(scorer, datasets, batch, per_token=config.reference.store_token_logps)
-                    pending.extend([rows] if len(rows) else [])
-                    if time.monotonic() - flushed >= config.reference.flush_every_seconds:
-                        flush()
-                        flushed = time.monotonic()
-                    bar.update(done.add(plan.num_tokens(number) if number is not None else 0) - bar.n)
-            finally:
-                flush()
-            distributed.barrier()
-            bar.update(done.add(0) - bar.n)
+        with _one_thread(), _stop_on_sigterm(), frozen_scorer(model, sharded=sharded) as scorer:
+            probed = settle_layout(scorer, longest_tree(datasets), DTYPES[model.dtype])
+            if probed.notes and distributed.is_main():
+                print(*probed.notes, sep="\n")
+            budget = token_budget(config.reference.max_tokens_per_batch)
+            plan = plan_batches(datasets, missing.sequences, probed.layout, budget)
+            started = flushed = time.monotonic()
+            with _bar(plan, missing) as bar:
+                try:
+                    mine = _my_batches(plan, sharded=sharded)
+                    batches = prefetch(partial(_lay_out, datasets, plan, probed.layout), mine)
+                    for number, (batch, keys) in zip(mine, batches, strict=True):
+                        rows = _score(scorer, batch, keys, per_token=config.reference.store_token_logps)
+                        pending.extend([rows] if len(rows) else [])
+                        if time.monotonic() - flushed >= config.reference.flush_every_seconds:
+                            flush()
+                            flushed = time.monotonic()
+                        tokens = plan.num_tokens(number) if number is not None else 0
+                        bar.update(done.add(tokens) - bar.n)
+                finally:
+                    flush()
+                distributed.barrier()
+                bar.update(done.add(0) - bar.n)
+            return time.monotonic() - started
     except KeyboardInterrupt as signalled:
         raise StoppedBySignal(
             f"{store.path}: what was computed is kept; the same command goes on from there"
@@ -201,32 +244,43 @@ def _my_batches(plan: MissingPlan, *, sharded: bool) -> list[int | None]:
     """This rank's batches; with sharded weights in step with the other ranks, None where it has run out."""
     rank, world_size, number = distributed.rank(), distributed.world_size(), len(plan.offsets) - 1
     if not sharded:
-        return [*share_by_work(plan.work, world_size)[rank]]
+        return [*deal(plan.work, world_size)[rank]]
     rounds = -(-number // world_size)
     return [turn if turn < number else None for turn in range(rank, rounds * world_size, world_size)]
 
 
-def _score(
-    scorer: nn.Module, datasets: Sequence[TokenizedDataset], batch: Int64s, *, per_token: bool
-) -> ReferenceRows:
-    """One forward pass; without sequences an empty one, which the other ranks wait for."""
-    places = [_place(datasets, int(sequence)) for sequence in batch]
-    rows = sequence_batch([dataset.sequence(index) for dataset, index in places])
-    rows = rows.to(distributed.device())
+def _lay_out(
+    datasets: Sequence[TokenizedDataset], plan: MissingPlan, layout: Layout, number: int | None
+) -> tuple[TreeBatch, Keys]:
+    """A batch on this rank's device and the keys of its sequences; without a number an empty one, which the
+    other ranks wait for.
+    """
+    trees: list[Tree] = []
+    keys: list[np.void] = []
+    for sequences in plan.batch(number) if number is not None else []:
+        places = [_place(datasets, sequence) for sequence in sequences]
+        parts = [dataset.sequence(index) for dataset, index in places]
+        trees.append((parts[0][0], [completion for _, completion in parts]))
+        keys.extend(dataset.keys[index] for dataset, index in places)
+    return tree_batch(trees, layout).to(distributed.device()), np.array(keys)
+
+
+def _score(scorer: nn.Module, batch: TreeBatch, keys: Keys, *, per_token: bool) -> ReferenceRows:
+    """One forward pass."""
     with torch.inference_mode():
-        token_logps = scorer(rows, per_token=True)
-        logps = row_sums(token_logps, rows).cpu().numpy()
+        token_logps = scorer(batch, per_token=True)
+        logps = sequence_sums(token_logps, batch).cpu().numpy()
     if not np.isfinite(logps).all():
         raise UserError(
             f"the reference model gave {int((~np.isfinite(logps)).sum())} of {len(logps)} log-probs that are "
             "not finite; none of this batch was stored. Check its weights, or set model.dtype: float32"
         )
-    if not places:
+    if not len(keys):
         return ReferenceRows.joined([])
     return ReferenceRows(
-        keys=np.array([dataset.keys[index] for dataset, index in places]),
+        keys=keys,
         logps=logps,
-        num_tokens=rows.num_tokens.cpu().numpy().astype(np.int32),
+        num_tokens=batch.num_tokens.cpu().numpy().astype(np.int32),
         token_logps=token_logps.cpu().numpy() if per_token else None,
     )
 
@@ -240,11 +294,11 @@ def _place(datasets: Sequence[TokenizedDataset], sequence: int) -> tuple[Tokeniz
     raise IndexError(sequence)
 
 
-def _bar(plan: MissingPlan) -> "tqdm[NoReturn]":
+def _bar(plan: MissingPlan, missing: Missing) -> "tqdm[NoReturn]":
     """Progress over all ranks. Its unit is tokens, since the longest sequences come first."""
     return tqdm(
         total=int(plan.tokens.sum()),
-        desc=f"reference log-probs: {plan.hits} sequences cached, {len(plan.order)} to compute",
+        desc=f"reference log-probs: {missing.hits} sequences cached, {len(missing.sequences)} to compute",
         unit=" tokens",
         unit_scale=True,
         disable=not distributed.is_main(),

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from dpo import distributed
 from dpo.config import OptimizationConfig
-from dpo.data.batches import RowBatch
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan, Int64s, Step, share
-from dpo.engine import Engine, learning_rate
+from dpo.data.prefetch import prefetch
+from dpo.data.trees import Layout, TreeBatch
+from dpo.engine import Engine, learning_rate, token_budget
 from dpo.monitor import MetricSums, Monitor
 from dpo.train.checkpoint import Progress, save_checkpoint
 
@@ -43,16 +44,15 @@ class Objective(Protocol):
     def num_units(self, groups: Int64s) -> int:
         """Pairs or sequences of these groups, for throughput."""
 
-    def batch(self, groups: Int64s) -> RowBatch:
+    def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
         """The tensors of a micro-batch; without groups a batch that predicts nothing."""
 
-    def loss(self, logps: Tensor, batch: RowBatch, groups: Int64s, sums: MetricSums) -> Tensor:
+    def loss(self, logps: Tensor, batch: TreeBatch, sums: MetricSums) -> Tensor:
         """The sum (not the mean) of the losses of a micro-batch, in nats.
 
         Args:
             logps: (S,) the policy's log-probs, with gradient.
             batch: What was scored.
-            groups: The groups in it.
             sums: Receives loss and metrics of the real samples, under names without prefix.
         """
 
@@ -124,22 +124,26 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step over all ranks; returns its metrics, equal on all of them."""
     started = time.perf_counter()
-    dataset = objective.dataset
+    sizes = objective.dataset.sizes(step.groups, engine.layout)
     shares = share(
-        dataset.sequences_per_group[step.groups],
-        dataset.longest[step.groups],
+        sizes,
         world_size=distributed.world_size(),
-        budget=options.max_tokens_per_micro_batch,
+        budget=token_budget(options.max_tokens_per_micro_batch),
     )
-    micro_batches = [step.groups[positions] for positions in shares[distributed.rank()]]
+    micro_batches = shares[distributed.rank()]
+
+    def build(positions: list[int]) -> TreeBatch:
+        return objective.batch(step.groups[positions], engine.layout).to(engine.device)
+
     count = objective.count(step.groups)
-    sums, waited, padded, real = MetricSums(), 0.0, 0, 0
-    for index, groups in enumerate(micro_batches):
+    sums, waited, tokens = MetricSums(), 0.0, np.zeros(3)
+    batches = prefetch(build, micro_batches)
+    for index in range(len(micro_batches)):
         fetching = time.perf_counter()
-        batch = objective.batch(groups).to(engine.device)
+        batch = next(batches)
         waited += time.perf_counter() - fetching
-        real, padded = real + batch.num_real_tokens, padded + batch.input_ids.numel()
-        loss = objective.loss(engine.score(batch), batch, groups, sums)
+        tokens += batch.num_real_tokens, batch.num_row_tokens, batch.input_ids.numel()
+        loss = objective.loss(engine.score(batch), batch, sums)
         engine.accumulate(loss / count, last=index == len(micro_batches) - 1)
     metrics = sums.means()
     if not math.isfinite(metrics["loss"]):  # on all ranks alike, and before any weight has changed
@@ -149,18 +153,21 @@ def train_step(
     norm = engine.update(rate)
     if not math.isfinite(norm):
         raise FloatingPointError(f"step {step.number}: the gradient norm is {norm}")
-    totals = distributed.sum_over_ranks(np.array([real, padded], dtype=np.float64))
+    real, in_rows, padded = distributed.sum_over_ranks(tokens)
+    loads = [sizes.work[np.concatenate(own).astype(int)].sum() for own in shares]
     seconds = time.perf_counter() - started
     return {
         **metrics,
         "grad_norm": norm,
         "learning_rate": rate,
         "epoch": step.epoch,
-        "num_tokens": totals[0],
-        "perf/tokens_per_second": totals[0] / seconds,
+        "num_tokens": real,
+        "perf/tokens_per_second": real / seconds,
         f"perf/{objective.unit}_per_second": objective.num_units(step.groups) / seconds,
         "perf/data_wait_fraction": waited / seconds,
-        "perf/padding_fraction": 1 - totals[0] / totals[1],
+        "perf/padding_fraction": 1 - real / padded,
+        "perf/shared_prefix_fraction": 1 - real / in_rows,
+        "perf/rank_imbalance": float(np.max(loads) / np.mean(loads) - 1),
         "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
     }
 

@@ -37,6 +37,8 @@ FREE_TO_CHANGE = (  # between a run and its continuation: they change no weight
     "train.evaluate_every",
     "train.max_tokens_per_micro_batch",
     "model.gradient_checkpointing",
+    "model.attention",
+    "model.share_prompts",
 )
 PACKAGES = ("dpo", "torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "numpy")
 

@@ -24,14 +24,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed
 from dpo.config import DataConfig, SftDataConfig
-from dpo.data.batches import RowBatch, sequence_batch
 from dpo.data.dataset import TokenizedDataset, map_dataset, open_datasets, resolve_max_length, write_dataset
 from dpo.data.plan import Int64s, share
+from dpo.data.prefetch import prefetch
 from dpo.data.tokenize import tokenizer_digest
+from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
 from dpo.engine import Engine
 from dpo.errors import UserError
 from dpo.monitor import MetricSums
-from dpo.records import TokenIds, TokenizedGroup
+from dpo.records import TokenizedGroup
 
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.xz")
 LINES_PER_CALL = 4096
@@ -45,41 +46,46 @@ class NextTokenObjective:
     dataset: TokenizedDataset
     unit: str = "sequences"
 
-    def sequences(self, groups: Int64s) -> list[tuple[TokenIds, TokenIds]]:
-        """(prompt, completion) of these groups: the chosen completions, or the one there is."""
-        found: list[tuple[TokenIds, TokenIds]] = []
+    def trees(self, groups: Int64s) -> list[Tree]:
+        """The prompts of these groups with their chosen completions, or the one there is."""
+        found: list[Tree] = []
         for group in (self.dataset[int(index)] for index in groups):
             wanted = dict.fromkeys(pair.chosen for pair in group.pairs) or {0: None}
-            found.extend((group.prompt, group.completions[index]) for index in wanted)
+            found.append((group.prompt, [group.completions[index] for index in wanted]))
         return found
 
     def count(self, groups: Int64s) -> int:
         """Completion tokens of these groups."""
-        return sum(len(completion) for _, completion in self.sequences(groups))
+        return sum(len(completion) for _, completions in self.trees(groups) for completion in completions)
 
     def num_units(self, groups: Int64s) -> int:
         """Sequences of these groups."""
-        return len(self.sequences(groups))
+        return sum(len(completions) for _, completions in self.trees(groups))
 
-    def batch(self, groups: Int64s) -> RowBatch:
-        """Rows of these sequences."""
-        return sequence_batch(self.sequences(groups))
+    def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
+        """Trees of these sequences."""
+        return tree_batch(self.trees(groups), layout)
 
-    def loss(self, logps: Tensor, batch: RowBatch, groups: Int64s, sums: MetricSums) -> Tensor:
+    def loss(self, logps: Tensor, batch: TreeBatch, sums: MetricSums) -> Tensor:
         """Sum of the tokens' losses; see `Objective.loss`."""
-        sums.add("loss", -float(logps.detach().sum()), len(batch.targets))
+        sums.add_values({"loss": -logps.detach().sum()}, len(batch.targets))
         return -logps.sum()
 
 
 def held_out_loss(engine: Engine, dataset: TokenizedDataset, budget: int) -> dict[str, float]:
     """{"eval/loss": nats a token} over all sequences of a data set, summed over ranks."""
     objective, sums = NextTokenObjective(dataset=dataset), MetricSums()
+    everything = np.arange(len(dataset))
     shares = share(
-        dataset.sequences_per_group, dataset.longest, world_size=distributed.world_size(), budget=budget
+        dataset.sizes(everything, engine.layout), world_size=distributed.world_size(), budget=budget
     )
-    for positions in shares[distributed.rank()]:
-        batch = objective.batch(np.asarray(positions, dtype=np.int64)).to(engine.device)
-        sums.add("eval/loss", -float(engine.score_only(batch).sum()), len(batch.targets))
+
+    def build(positions: list[int]) -> TreeBatch:
+        return objective.batch(everything[positions], engine.layout).to(engine.device)
+
+    for batch in prefetch(build, shares[distributed.rank()]):
+        logps = engine.score_only(batch)
+        sums.add_values({"eval/loss": -logps.sum()}, len(batch.targets))
     return sums.means()
 
 

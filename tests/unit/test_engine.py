@@ -9,7 +9,7 @@ from torch import nn
 
 from dpo import engine as engine_module
 from dpo.config import ModelConfig, OptimizationConfig
-from dpo.data.batches import sequence_batch
+from dpo.data.trees import sequence_batch
 from dpo.engine import Engine, learning_rate, make_optimizer
 from dpo.model.load import load_model
 

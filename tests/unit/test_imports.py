@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 SHARED = {"dpo.errors", "dpo.records", "dpo.config"}
 DATA = {"dpo.data", "dpo.distributed"}
-MODEL = {"dpo.model", "dpo.data.batches"}
+MODEL = {"dpo.model", "dpo.data.trees"}
 REFERENCE = {"dpo.reference", "dpo.data", "dpo.model", "dpo.engine", "dpo.distributed"}
 MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo.errors
     "dpo.errors": set[str](),
@@ -22,7 +22,7 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.monitor": {"dpo.distributed"},
     "dpo.data": SHARED | DATA,
     "dpo.model": SHARED | MODEL,
-    "dpo.engine": SHARED | {"dpo.model", "dpo.distributed", "dpo.data.batches"},
+    "dpo.engine": SHARED | {"dpo.model", "dpo.distributed", "dpo.data.trees"},
     "dpo.reference": SHARED | REFERENCE,
     "dpo.evaluate": SHARED | REFERENCE | {"dpo.evaluate", "dpo.engine", "dpo.loss"},
     "dpo.train": SHARED

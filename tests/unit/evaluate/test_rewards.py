@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dpo import distributed
 from dpo.config import Config, LossConfig, ModelConfig
-from dpo.data.batches import RowBatch, sequence_batch
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.trees import TreeBatch, sequence_batch
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.model.load import load_model
 from dpo.model.logprobs import SequenceScorer
@@ -45,15 +45,17 @@ POLICY = {1: -1.0, 2: -4.0, 3: -2.0, 4: -9.0, 5: -3.0, 6: -5.0, 7: -6.0}
 REFERENCE = np.array([-2.0, -3.0, -4.0, -5.0, -6.0, -5.0, -6.0])  # of the completions 1 to 7
 
 
-def by_name(batch: RowBatch) -> Tensor:
-    """The policy's log-prob of each row, from the table."""
+def by_name(batch: TreeBatch) -> Tensor:
+    """The policy's log-prob of each sequence, from the table."""
     sums = torch.zeros(len(batch.num_tokens), dtype=torch.float64)
     values = torch.tensor([POLICY[int(name)] for name in batch.targets], dtype=torch.float64)
-    return sums.index_add(0, batch.rows, values)
+    return sums.index_add(0, batch.sequences, values)
 
 
 def scored(data: TokenizedDataset, *, budget: int = 1000, beta: float = 1.0) -> PairScores:
-    return score_pairs(by_name, data, REFERENCE, LossConfig(beta=beta), budget=budget, device=CPU)
+    return score_pairs(
+        by_name, data, REFERENCE, LossConfig(beta=beta), layout="packed", budget=budget, device=CPU
+    )
 
 
 def softplus(value: float) -> float:
@@ -118,11 +120,11 @@ def test_ranks_score_every_pair_once_and_call_the_policy_equally_often(
         monkeypatch.setattr(distributed, "gather_objects", collect)
         counted = Counter[str]()
 
-        def counting(batch: RowBatch, counted: Counter[str] = counted) -> Tensor:
+        def counting(batch: TreeBatch, counted: Counter[str] = counted) -> Tensor:
             counted["calls"] += 1
             return by_name(batch) if len(batch.targets) else torch.zeros(1, dtype=torch.float64)
 
-        score_pairs(counting, data, REFERENCE, LossConfig(beta=1.0), budget=8, device=CPU)
+        score_pairs(counting, data, REFERENCE, LossConfig(beta=1.0), layout="packed", budget=8, device=CPU)
         calls.append(counted["calls"])
     assert len(set(calls)) == 1
     together = np.concatenate(parts, axis=1)
@@ -142,7 +144,7 @@ def test_a_real_model_scores_as_one_sequence_at_a_time_does(
     data = open_data(make_config(write_jsonl(preference_rows(10))))
     scorer = SequenceScorer(load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")))
     reference = np.random.default_rng(0).normal(-30, 5, len(data.keys))
-    found = score_pairs(scorer, data, reference, LossConfig(), budget=100, device=CPU)
+    found = score_pairs(scorer, data, reference, LossConfig(), layout="packed", budget=100, device=CPU)
     row, pair = 0, 0
     for group in (data[index] for index in range(len(data))):
         with torch.no_grad():

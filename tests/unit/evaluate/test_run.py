@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from dpo.config import Config, EvaluateConfig, ModelConfig
-from dpo.data.batches import sequence_batch
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.trees import sequence_batch
 from dpo.evaluate import run as run_module
 from dpo.evaluate.run import _held_out_prompts, _log_probs, evaluate_run
 from dpo.model.load import load_model

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo.config import ModelConfig
-from dpo.data.batches import sequence_batch
+from dpo.data.trees import sequence_batch
 from dpo.model.load import load_model
-from dpo.model.logprobs import SequenceScorer, row_sums
+from dpo.model.logprobs import SequenceScorer, sequence_sums
 from dpo.records import TokenIds
 
 Sequence = tuple[TokenIds, TokenIds]
@@ -61,25 +61,24 @@ def test_sums_are_those_of_the_tokens_row_by_row(model: PreTrainedModel) -> None
     batch = sequence_batch(random_sequences(6))
     with torch.no_grad():
         tokens = SequenceScorer(model)(batch, per_token=True)
-        assert torch.equal(row_sums(tokens, batch), SequenceScorer(model)(batch))
+        assert torch.equal(sequence_sums(tokens, batch), SequenceScorer(model)(batch))
     expected = [row.double().sum() for row in tokens.split(batch.num_tokens.tolist())]
-    torch.testing.assert_close(row_sums(tokens, batch), torch.stack(expected), rtol=0, atol=1e-9)
+    torch.testing.assert_close(sequence_sums(tokens, batch), torch.stack(expected), rtol=0, atol=1e-9)
 
 
 def test_an_empty_batch_has_no_tokens_and_one_row_of_zero(model: PreTrainedModel) -> None:
     batch = sequence_batch([])
     tokens = SequenceScorer(model)(batch, per_token=True)
     assert tokens.shape == (0,)
-    assert row_sums(tokens, batch).tolist() == [0.0]
+    assert sequence_sums(tokens, batch).tolist() == [0.0]
 
 
-def test_a_model_that_cannot_select_positions_gives_the_same(model: PreTrainedModel) -> None:
-    batch = sequence_batch(random_sequences(5))
-    selecting, plain = SequenceScorer(model), SequenceScorer(model)
-    assert selecting._selects
-    plain._selects = False
+def test_our_projection_gives_what_the_models_own_logits_give(model: PreTrainedModel) -> None:
+    batch, scorer = sequence_batch(random_sequences(5)), SequenceScorer(model)
     with torch.no_grad():
-        torch.testing.assert_close(selecting(batch), plain(batch), rtol=0, atol=1e-5)
+        torch.testing.assert_close(scorer(batch), scorer(batch, own_projection=True), rtol=0, atol=1e-5)
+        scorer.uses_projection = False
+        assert torch.equal(scorer(batch), scorer(batch, own_projection=True))
 
 
 def test_padding_does_not_matter(model: PreTrainedModel) -> None:

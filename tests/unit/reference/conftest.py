@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpo.config import Config, ModelConfig
-from dpo.data.batches import RowBatch
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.trees import TreeBatch
 from dpo.engine import frozen_scorer
 from dpo.reference import precompute as precompute_module
 
-Score = Callable[[RowBatch], Tensor]
-Around = Callable[[Callable[[int, Score, RowBatch], Tensor]], None]
+Score = Callable[[TreeBatch], Tensor]
+Around = Callable[[Callable[[int, Score, TreeBatch], Tensor]], None]
 
 
 @pytest.fixture
@@ -73,17 +73,23 @@ def around_scorer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Around:
     """Puts a function between precompute and its model: it gets the number of the batch, the model's own
-    `score`, and the batch.
+    `score`, and the batch. The probe of the layout is none of its business.
     """
 
-    def install(call: Callable[[int, Score, RowBatch], Tensor]) -> None:
+    def install(call: Callable[[int, Score, TreeBatch], Tensor]) -> None:
         @contextmanager
-        def scorer(model: ModelConfig, *, sharded: bool) -> Iterator[Callable[..., Tensor]]:
+        def scorer(model: ModelConfig, *, sharded: bool) -> Iterator[Any]:
             numbers = iter(range(10**6))
             with frozen_scorer(model, sharded=sharded) as real:
-                yield lambda batch, per_token: call(
-                    next(numbers), lambda rows: real(rows, per_token=per_token), batch
-                )
+                forward = real.forward
+
+                def between(batch: TreeBatch, *, per_token: bool, **probing: bool) -> Tensor:
+                    if probing:
+                        return forward(batch, per_token=per_token, **probing)
+                    return call(next(numbers), lambda rows: forward(rows, per_token=per_token), batch)
+
+                monkeypatch.setattr(real, "forward", between)
+                yield real
 
         monkeypatch.setattr(precompute_module, "frozen_scorer", scorer)
 

@@ -16,8 +16,8 @@ from unit.reference.samples import IDENTITY
 
 from dpo import distributed
 from dpo.config import Config
-from dpo.data.batches import RowBatch
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.trees import TreeBatch
 from dpo.errors import UserError
 from dpo.model.load import load_model
 from dpo.model.logprobs import SequenceScorer
@@ -39,12 +39,11 @@ class FakeModel:
         self.seen: list[bytes] = []
         self.error = 0.0
 
-    def __call__(self, batch: RowBatch) -> Tensor:
-        for row, predicts in zip(batch.input_ids, batch.predicts, strict=True):
-            prompt = int(predicts.int().argmax()) + 1
-            if predicts.any():
+    def __call__(self, batch: TreeBatch) -> Tensor:
+        if len(batch.targets):
+            for row, (prompt, completion) in zip(batch.input_ids, batch.trees, strict=True):
                 ids = row.numpy().astype(np.int32)
-                self.seen.append(sequence_key(ids[:prompt], ids[prompt : prompt + int(predicts.sum())]))
+                self.seen.append(sequence_key(ids[:prompt], ids[prompt : prompt + completion]))
         return -batch.num_tokens.double() + self.error
 
 
@@ -305,7 +304,7 @@ def test_an_audit_builds_no_graph(model: FakeModel, datasets: list[TokenizedData
     weight = torch.ones((), requires_grad=True)
     graphs: list[bool] = []
 
-    def score(batch: RowBatch) -> Tensor:
+    def score(batch: TreeBatch) -> Tensor:
         logps = model(batch) * weight
         graphs.append(logps.requires_grad)
         return logps

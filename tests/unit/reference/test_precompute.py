@@ -16,8 +16,9 @@ from unit.reference.samples import content, raw, store_of, with_options
 
 from dpo import distributed
 from dpo.config import Config
-from dpo.data.batches import RowBatch, sequence_batch
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.plan import deal
+from dpo.data.trees import Layout, TreeBatch, sequence_batch
 from dpo.model.load import load_model
 from dpo.model.logprobs import SequenceScorer
 from dpo.reference import precompute as precompute_module
@@ -25,19 +26,19 @@ from dpo.reference.identity import reference_model
 from dpo.reference.lookup import reference_logps, reference_token_logps
 from dpo.reference.precompute import (
     MissingPlan,
+    _missing,
     _my_batches,
-    _plan,
     batch_offsets,
     is_sharded,
+    plan_batches,
     precompute,
-    share_by_work,
 )
 
 Rows = list[dict[str, Any]]
 Experiment = Callable[[Rows], tuple[Config, TokenizedDataset]]
 MakeRows = Callable[..., Rows]
-Score = Callable[[RowBatch], Tensor]
-Around = Callable[[Callable[[int, Score, RowBatch], Tensor]], None]
+Score = Callable[[TreeBatch], Tensor]
+Around = Callable[[Callable[[int, Score, TreeBatch], Tensor]], None]
 
 
 def live_token_logps(config: Config, data: TokenizedDataset) -> list[Tensor]:
@@ -149,54 +150,62 @@ def test_learning_rate_beta_and_batch_size_use_the_same_cache(
 LENGTHS = st.lists(st.integers(1, 50), max_size=60).map(lambda lengths: sorted(lengths, reverse=True))
 
 
-@given(LENGTHS, st.integers(1, 300))
-def test_batches_stay_within_the_budget_and_are_as_few_as_it_allows(lengths: list[int], budget: int) -> None:
-    offsets = batch_offsets(np.array(lengths, dtype=np.int64), budget).tolist()
+@given(LENGTHS, st.integers(1, 300), st.booleans())
+def test_batches_stay_within_the_budget_and_are_as_few_as_it_allows(
+    lengths: list[int], budget: int, padded: bool
+) -> None:
+    def size(start: int, end: int) -> int:
+        return lengths[start] * (end - start) if padded else sum(lengths[start:end])
+
+    offsets = batch_offsets(np.array(lengths, dtype=np.int64), budget, padded=padded).tolist()
     assert (offsets[0], offsets[-1]) == (0, len(lengths))
     for start, end in pairwise(offsets):
         assert end > start
-        assert end - start == 1 or lengths[start] * (end - start) <= budget
-        assert end == len(lengths) or lengths[start] * (end - start + 1) > budget  # one more would not fit
+        assert end - start == 1 or size(start, end) <= budget
+        assert end == len(lengths) or size(start, end + 1) > budget  # one more would not fit
 
 
-@given(st.lists(st.integers(1, 1000), max_size=60), st.integers(1, 9))
-def test_every_batch_is_dealt_once_and_ranks_finish_within_a_batch_of_each_other(
-    work: list[int], world_size: int
-) -> None:
-    shares = share_by_work(np.array(work, dtype=np.int64), world_size)
-    assert len(shares) == world_size
-    assert sorted(number for share in shares for number in share) == list(range(len(work)))
-    assert all(share == sorted(share) for share in shares)
-    loads = [sum(work[number] for number in share) for share in shares]
-    assert max(loads) - min(loads) <= max(work, default=0)
+def plan_of(config: Config, datasets: list[TokenizedDataset], layout: Layout) -> MissingPlan:
+    missing = _missing(config, datasets, store_of(config))
+    return plan_batches(datasets, missing.sequences, layout, budget=80)
 
 
-def batches_of(plan: MissingPlan, datasets: list[TokenizedDataset]) -> list[list[bytes]]:
+def batches_of(plan: MissingPlan, datasets: list[TokenizedDataset]) -> list[list[list[bytes]]]:
     keys = raw(np.concatenate([dataset.keys for dataset in datasets]))
-    return [[keys[sequence] for sequence in plan.batch(number)] for number in range(len(plan.offsets) - 1)]
+    return [
+        [[keys[sequence] for sequence in tree] for tree in plan.batch(number)]
+        for number in range(len(plan.offsets) - 1)
+    ]
 
 
+@pytest.mark.parametrize("layout", ["packed", "trees", "rows"])
 def test_the_batches_follow_from_what_is_missing_not_from_its_order(
-    experiment: Experiment, preference_rows: MakeRows
+    experiment: Experiment, preference_rows: MakeRows, layout: Layout
 ) -> None:
     rows = preference_rows(12)
     config, data = experiment(rows)
-    config = with_options(config, max_tokens_per_batch=80)
-    plan = _plan(config, [data], store_of(config))
+    plan = plan_of(config, [data], layout)
     batches = batches_of(plan, [data])
     assert len(batches) > 5
-    assert sorted(key for batch in batches for key in batch) == sorted(set(raw(data.keys)))
-    lengths = data.sequence_tokens[plan.order]
-    assert lengths.tolist() == sorted(lengths, reverse=True) == plan.tokens.tolist()
-    for number, batch in enumerate(batches):
-        widest = max(int(data.sequence_tokens[s]) for s in plan.batch(number))
-        assert plan.work[number] == widest * len(batch)
-        assert plan.num_tokens(number) == sum(int(data.sequence_tokens[s]) for s in plan.batch(number))
+    found = [key for batch in batches for tree in batch for key in tree]
+    assert sorted(found) == sorted(set(raw(data.keys)))
+    assert plan.tokens.tolist() == sorted(plan.tokens, reverse=True)
+    for number in range(len(batches)):
+        tokens = []
+        for tree in plan.batch(number):
+            parts = [data.sequence(sequence) for sequence in tree]
+            assert len({prompt.tobytes() for prompt, _ in parts}) == 1
+            assert layout != "rows" or len(tree) == 1
+            tokens.append(len(parts[0][0]) + sum(len(completion) for _, completion in parts))
+        assert plan.num_tokens(number) == sum(tokens)
+        assert plan.work[number] == (sum(tokens) if layout == "packed" else max(tokens) * len(tokens))
+    if layout != "rows":
+        assert max(len(tree) for batch in batches for tree in batch) > 1
     _, backwards = experiment(rows[::-1])
     _, first = experiment(rows[:5])
     _, second = experiment(rows[3:])
     for other in ([backwards], [data, backwards], [second, first]):
-        assert batches_of(_plan(config, other, store_of(config)), other) == batches
+        assert batches_of(plan_of(config, other, layout), other) == batches
 
 
 def test_batches_do_not_depend_on_the_number_of_ranks(
@@ -208,7 +217,7 @@ def test_batches_do_not_depend_on_the_number_of_ranks(
     precompute(config, [data], alone)
     parts = []
     for rank in range(3):  # each into a folder of its own, so that none sees the others' rows
-        share = lambda plan, *, sharded, rank=rank: share_by_work(plan.work, 3)[rank]  # noqa: E731
+        share = lambda plan, *, sharded, rank=rank: deal(plan.work, 3)[rank]  # noqa: E731
         monkeypatch.setattr(precompute_module, "_my_batches", share)
         mine = store_of(config, tmp_path / f"rank{rank}")
         precompute(config, [data], mine)
@@ -223,7 +232,8 @@ def test_with_sharded_weights_the_ranks_go_in_step(
     monkeypatch: pytest.MonkeyPatch, world_size: int, batches: int
 ) -> None:
     ones = np.ones(batches, dtype=np.int64)
-    plan = MissingPlan(hits=0, order=np.arange(batches), offsets=np.arange(batches + 1), tokens=ones)
+    each = np.arange(batches + 1)
+    plan = MissingPlan(order=each[:-1], trees=each, offsets=each, tokens=ones, padded=False)
     shares = []
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
     for rank in range(world_size):
@@ -264,7 +274,7 @@ def test_the_budget_bounds_every_batch_and_changes_no_value(
     config, data = experiment(preference_rows(12))
     sizes: list[int] = []
 
-    def counting(number: int, score: Score, batch: RowBatch) -> Tensor:
+    def counting(number: int, score: Score, batch: TreeBatch) -> Tensor:
         sizes.append(batch.input_ids.numel())
         return score(batch)
 

@@ -14,18 +14,18 @@ from unit.reference.samples import append, content, raw, store_of, with_options
 
 from dpo import distributed
 from dpo.config import Config
-from dpo.data.batches import RowBatch
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.trees import TreeBatch
 from dpo.errors import StoppedBySignal, UserError
 from dpo.model.load import load_model
-from dpo.reference.precompute import _plan, precompute
+from dpo.reference.precompute import _missing, plan_batches, precompute
 from dpo.reference.store import ReferenceStore
 
 Rows = list[dict[str, Any]]
 Experiment = Callable[[Rows], tuple[Config, TokenizedDataset]]
 MakeRows = Callable[..., Rows]
-Score = Callable[[RowBatch], Tensor]
-Around = Callable[[Callable[[int, Score, RowBatch], Tensor]], None]
+Score = Callable[[TreeBatch], Tensor]
+Around = Callable[[Callable[[int, Score, TreeBatch], Tensor]], None]
 
 
 def many_batches(experiment: Experiment, rows: Rows) -> tuple[Config, TokenizedDataset, ReferenceStore, int]:
@@ -33,9 +33,9 @@ def many_batches(experiment: Experiment, rows: Rows) -> tuple[Config, TokenizedD
     config, data = experiment(rows)
     config = with_options(config, max_tokens_per_batch=80)
     store = store_of(config)
-    plan = _plan(config, [data], store)
+    plan = plan_batches([data], _missing(config, [data], store).sequences, "packed", budget=80)
     assert len(plan.offsets) > 5
-    return config, data, store, int(plan.offsets[2])
+    return config, data, store, int(plan.trees[plan.offsets[2]])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -50,7 +50,7 @@ def test_values_that_are_not_finite_are_refused_and_finished_batches_kept(
     config, data, store, finished = many_batches(experiment, preference_rows(12))
     config = with_options(config, flush_every_seconds=flush_every)
 
-    def broken(number: int, score: Score, batch: RowBatch) -> Tensor:
+    def broken(number: int, score: Score, batch: TreeBatch) -> Tensor:
         logps = score(batch).clone()
         logps[0 if number == 2 else slice(0)] = value
         return logps
@@ -94,7 +94,7 @@ def test_a_signal_stops_after_what_was_computed_is_written(
     config, data, store, finished = many_batches(experiment, preference_rows(12))
     handler = signal.getsignal(signal.SIGTERM)
 
-    def stopped(number: int, score: Score, batch: RowBatch) -> Tensor:
+    def stopped(number: int, score: Score, batch: TreeBatch) -> Tensor:
         if number == 2:
             stop()
         return score(batch)
@@ -113,7 +113,7 @@ def test_any_other_failure_keeps_what_was_computed_too(
 ) -> None:
     config, data, store, finished = many_batches(experiment, preference_rows(12))
 
-    def failing(number: int, score: Score, batch: RowBatch) -> Tensor:
+    def failing(number: int, score: Score, batch: TreeBatch) -> Tensor:
         if number == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return score(batch)
@@ -148,7 +148,7 @@ def test_on_a_cpu_a_rank_computes_with_one_thread_and_gives_the_others_back(
     config, data = experiment(preference_rows(2))
     seen, before = [], torch.get_num_threads()
 
-    def noting(number: int, score: Score, batch: RowBatch) -> Tensor:
+    def noting(number: int, score: Score, batch: TreeBatch) -> Tensor:
         seen.append(torch.get_num_threads())
         if len(seen) > 1:
             raise torch.OutOfMemoryError

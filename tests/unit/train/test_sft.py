@@ -159,12 +159,13 @@ def test_of_preferences_each_chosen_completion_is_learned_once(
     data, _ = open_sft(write_jsonl([row, {"prompt": "a", "chosen": " good day", "rejected": " bad"}]))
     objective = NextTokenObjective(dataset=data)
     both = np.array([0, 1])
-    said = [tokenizer.decode([*prompt, *completion]) for prompt, completion in objective.sequences(both)]
+    sequences = [(prompt, own) for prompt, completions in objective.trees(both) for own in completions]
+    said = [tokenizer.decode([*prompt, *completion]) for prompt, completion in sequences]
     assert said == ["the cat<|endoftext|>", "the mat<|endoftext|>", "a good day<|endoftext|>"]
     assert objective.num_units(both) == 3
-    lengths = [len(completion) for _, completion in objective.sequences(both)]
+    lengths = [len(completion) for _, completion in sequences]
     assert objective.count(both) == sum(lengths)
-    batch = objective.batch(both)
+    batch = objective.batch(both, "packed")
     assert batch.num_tokens.tolist() == lengths
 
 
@@ -172,8 +173,8 @@ def test_the_loss_is_a_sum_over_tokens_and_its_metric_a_mean(open_sft: Open, tmp
     data, _ = open_sft(text_file(tmp_path / "a.txt"), max_length=8)
     objective, sums = NextTokenObjective(dataset=data), MetricSums()
     for groups, logps in ((np.array([0]), [-14.0]), (np.array([0, 0]), [-7.0, -21.0])):
-        batch = objective.batch(groups)
-        loss = objective.loss(torch.tensor(logps), batch, groups, sums)
+        batch = objective.batch(groups, "packed")
+        loss = objective.loss(torch.tensor(logps), batch, sums)
         assert float(loss) == -sum(logps)
     assert sums.means() == {"loss": 2.0}  # 42 nats over three blocks of 7 predicted tokens
 

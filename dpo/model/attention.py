@@ -1,0 +1,160 @@
+"""Attention over shared-prefix trees, behind transformers' own interface.
+
+`TREE_ATTENTION` is an attention implementation that a model is set to. Given a `TreeAttention` it computes
+what each token of a packed row sees and nothing else; without one it is transformers' SDPA, so that the same
+model still generates.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dpo.data.trees import TreeBatch
+
+TREE_ATTENTION = "shared_prefix_tree"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeAttention:
+    """What the tokens of a packed row see; masks are made once a batch and shared by its layers."""
+
+    batch: TreeBatch
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+
+    def mask(self, num_queries: int, num_keys: int, window: int | None) -> Tensor | None:
+        """(num_queries, num_keys) bool, True where the last queries of a sequence see its keys; None where
+        that is plain causality.
+        """
+        if num_queries == num_keys and (window is None or num_keys <= window):
+            return None
+        key = num_queries, num_keys, window
+        if key not in self.masks:
+            keys = torch.arange(num_keys, device=self.batch.input_ids.device)
+            distance = keys[num_keys - num_queries :, None] - keys[None, :]
+            seen = distance >= 0
+            self.masks[key] = seen if window is None else seen & (distance < window)
+        return self.masks[key]
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """FlexAttention's mask of the row: it skips the blocks that no token sees."""
+        if window not in self.block_masks:
+            segments, prefixes = self.batch.segments[0], self.batch.prefixes[0]
+            positions, length = self.batch.positions[0], self.batch.segments.shape[1]
+            limit = torch.tensor(length if window is None else window, device=segments.device)
+
+            def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+                related = (segments[key] == segments[query]) | (segments[key] == prefixes[query])
+                distance = positions[query] - positions[key]
+                return related & (distance >= 0) & (distance < limit)
+
+            self.block_masks[window] = create_block_mask(
+                sees, None, None, length, length, device=segments.device
+            )
+        return self.block_masks[window]
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    tree: TreeAttention | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's attention, in the signature of transformers' interface.
+
+    Args:
+        module: The attention layer.
+        query: (1, heads, T, d).
+        key: (1, key heads, T, d).
+        value: Like `key`.
+        attention_mask: What transformers made; a placeholder where `tree` is given.
+        scaling: Factor of the scores.
+        tree: The trees of the row, or None for plain attention.
+        sliding_window: A token sees this many positions back, its own included.
+        options: Of the other implementations.
+
+    Returns:
+        (1, T, heads, d), and no weights.
+    """
+    if tree is None:
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+        return plain
+    if tree.batch.layout == "flex":
+        blocks: tuple[Tensor, Tensor | None] = flex_attention_forward(
+            module, query, key, value, tree.block_mask(sliding_window), scaling=scaling, **options
+        )
+        return blocks[0], None
+    options.pop("is_causal", None)
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        mask = tree.mask(queries.shape[2], keys.shape[2], sliding_window)
+        attended: Tensor = sdpa_attention_forward(
+            module,
+            queries,
+            keys,
+            values,
+            None if mask is None else mask[None, None],
+            scaling=scaling,
+            is_causal=mask is None,
+            **options,
+        )[0]
+        return attended
+
+    outputs: list[Tensor] = []
+    start = 0
+    for prompt, *completions in tree.batch.trees:
+        if len(completions) == 1:  # a plain sequence
+            prompt, completions = prompt + completions[0], []
+        whole = [states[:, :, start : start + prompt] for states in (query, key, value)]
+        outputs.append(attend(*whole))
+        start += prompt
+        for length in completions:
+            own = [states[:, :, start : start + length] for states in (query, key, value)]
+            keys, values = (
+                torch.cat([shared, new], 2) for shared, new in zip(whole[1:], own[1:], strict=True)
+            )
+            outputs.append(attend(own[0], keys, values))
+            start += length
+    return torch.cat(outputs, 1), None
+
+
+def dense_masks(batch: TreeBatch, config: PreTrainedConfig, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """What each token sees, as an additive mask (R, 1, T, T) for a model's own attention.
+
+    Models whose layers are of several types take a mask for each. Sliding windows are folded in by position.
+    """
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    types = sorted(set(getattr(config, "layer_types", None) or []))
+    if len(types) > 1:
+        return {kind: _dense(batch, window if "sliding" in kind else None, dtype) for kind in types}
+    slides = "sliding" in types[0] if types else getattr(config, "use_sliding_window", True)
+    return _dense(batch, window if slides else None, dtype)
+
+
+def _dense(batch: TreeBatch, window: int | None, dtype: torch.dtype) -> Tensor:
+    own, keys = batch.segments[:, :, None], batch.segments[:, None, :]
+    distance = batch.positions[:, :, None] - batch.positions[:, None, :]
+    seen = ((keys == own) | (keys == batch.prefixes[:, :, None])) & (distance >= 0)
+    if window is not None:
+        seen = seen & (distance < window)
+    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return hidden.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+AttentionInterface.register(TREE_ATTENTION, tree_attention)
+AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)

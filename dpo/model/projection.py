@@ -1,0 +1,158 @@
+"""From hidden states to log-probs of given tokens, without a (tokens x vocabulary) tensor.
+
+The vocabulary is walked in slices: products with a slice of the output matrix stay in the cache and run
+faster than one with all of it. What is saved for the backward pass is the hidden states and one log-sum-exp a
+token; slices of logits are kept only as far as a fixed memory budget goes, and computed again beyond it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""Logits of one slice (all tokens x some of the vocabulary): what fits a CPU's cache, what fills a GPU."""
+MIN_SLICE = 1024
+KEPT_BYTES = 2**28
+"""Logits that are kept for the backward pass instead of being computed a second time, in bytes."""
+
+
+class TokenLogProbs(nn.Module):
+    """The output projection of a causal language model, asked only for the log-probs of given tokens.
+
+    It borrows the model's output layer without owning it, so that the state dict stays the model's.
+    """
+
+    def __init__(self, head: nn.Linear, config: PreTrainedConfig) -> None:
+        """Reads scaling and soft-capping off the config.
+
+        Args:
+            head: The model's output layer, with or without bias, tied or not.
+            config: Of the model.
+        """
+        super().__init__()
+        self._head = (head,)
+        config = config.get_text_config()
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0)
+        self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log softmax(y)[target] with y = cap * tanh(scale * (W h + b) / cap), or without the cap.
+
+        Args:
+            hidden: (N, D) hidden states.
+            targets: (N,) int64 token ids.
+
+        Returns:
+            (N,) float32 in nats, with gradients for hidden states, W and b.
+        """
+        head = self._head[0]
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        logps: Tensor = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
+            hidden, head.weight, head.bias, targets, self._scale, self._cap, dtype
+        )
+        return logps
+
+    @property
+    def head(self) -> nn.Linear:
+        """The borrowed layer."""
+        return self._head[0]
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        cap: float | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        states = hidden.to(dtype)
+        size = _slice_size(len(hidden), hidden.device.type)
+        total: Tensor | None = None
+        picked = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        kept: list[Tensor] = []
+        may_keep = KEPT_BYTES if any(ctx.needs_input_grad) else 0
+        for start in range(0, len(weight), size):
+            logits = _logits(states, weight, bias, start, size, scale, cap)
+            ours, place = _in_slice(targets, start, logits.shape[1])
+            picked += torch.where(ours, logits.gather(1, place)[:, 0].float(), 0.0)
+            slice_total = logits.float().logsumexp(1)
+            total = slice_total if total is None else torch.logaddexp(total, slice_total)
+            may_keep -= logits.nbytes
+            if may_keep >= 0:
+                kept.append(logits)
+        assert total is not None
+        ctx.save_for_backward(hidden, weight, bias, targets, total, *kept)
+        ctx.options = size, scale, cap, dtype
+        return picked - total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, total, *kept = ctx.saved_tensors
+        size, scale, cap, dtype = ctx.options
+        states, outer = hidden.to(dtype), gradients[0].float()
+        to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
+        for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if to_hidden else None
+        for_weight = torch.empty_like(weight) if to_weight else None
+        for_bias = torch.empty_like(bias) if bias is not None and to_bias else None
+        for number, start in enumerate(range(0, len(weight), size)):
+            if number < len(kept):
+                logits = kept[number]
+            else:
+                logits = _logits(states, weight, bias, start, size, scale, cap)
+            end = start + logits.shape[1]
+            ours, place = _in_slice(targets, start, logits.shape[1])
+            # d logp / d y = [target] - softmax(y)
+            slopes = (logits.float() - total[:, None]).exp_().mul_(-outer[:, None])
+            slopes.scatter_add_(1, place, torch.where(ours, outer, 0.0)[:, None])
+            if cap is not None:
+                slopes.mul_(1 - (logits.float() / cap) ** 2)
+            if scale != 1:
+                slopes.mul_(scale)
+            if for_bias is not None:
+                for_bias[start:end] = slopes.sum(0)
+            narrow = slopes.to(dtype)
+            if for_hidden is not None:
+                for_hidden += narrow @ weight[start:end].to(dtype)
+            if for_weight is not None:
+                for_weight[start:end] = narrow.T @ states
+        wanted = None if for_hidden is None else for_hidden.to(hidden.dtype)
+        return wanted, for_weight, for_bias, None, None, None, None
+
+
+def _slice_size(num_tokens: int, device: str) -> int:
+    """Vocabulary entries of a slice, in whole multiples of `MIN_SLICE`."""
+    fitting = SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["cuda"]) // max(1, num_tokens)
+    return max(1, fitting // MIN_SLICE) * MIN_SLICE
+
+
+def _logits(
+    states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    start: int,
+    size: int,
+    scale: float,
+    cap: float | None,
+) -> Tensor:
+    part = None if bias is None else bias[start : start + size].to(states.dtype)
+    logits = nn.functional.linear(states, weight[start : start + size].to(states.dtype), part)
+    if scale != 1:
+        logits *= scale
+    if cap is not None:
+        logits = torch.tanh_(logits.div_(cap)).mul_(cap)
+    return logits
+
+
+def _in_slice(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """(N,) bool whether each target lies in the slice, and (N, 1) its column there, without a wait."""
+    local = targets - start
+    return (local >= 0) & (local < size), local.clamp(0, size - 1)[:, None]

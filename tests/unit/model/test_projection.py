@@ -1,0 +1,139 @@
+"""The sliced projection against log-softmax over the whole vocabulary, values and gradients."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dpo.model.projection as projection
+from dpo.model.projection import TokenLogProbs
+
+VOCABULARY, WIDTH, TOKENS = 2500, 8, 6
+KINDS = {
+    "plain": {},
+    "scaled": {"logit_scale": 0.25},
+    "divided": {"logits_scaling": 3.0},
+    "capped": {"final_logit_softcapping": 2.0},
+    "all": {"logit_scale": 0.5, "logits_scaling": 2.0, "final_logit_softcapping": 1.5},
+}
+
+
+@pytest.fixture(autouse=True, params=["one slice", "three slices"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "three slices":  # of 1024, 1024 and 452
+        monkeypatch.setitem(projection.SLICE_ELEMENTS, "cpu", 1024 * TOKENS)
+
+
+def config(**values: float) -> Any:
+    made = SimpleNamespace(**values)
+    made.get_text_config = lambda: made
+    return made
+
+
+def inputs(*, bias: bool = False) -> tuple[nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head = nn.Linear(WIDTH, VOCABULARY, bias=bias)
+    targets = torch.tensor([0, 1023, 1024, 2047, 2048, VOCABULARY - 1])  # both ends of every slice
+    return head, torch.randn(TOKENS, WIDTH, requires_grad=True), targets
+
+
+def expected(head: nn.Linear, hidden: Tensor, targets: Tensor, values: dict[str, float]) -> Tensor:
+    logits = head(hidden).double() * values.get("logit_scale", 1) / values.get("logits_scaling", 1)
+    if cap := values.get("final_logit_softcapping"):
+        logits = cap * torch.tanh(logits / cap)
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+def gradients(logps: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
+    weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, -1.0], dtype=logps.dtype)
+    return torch.autograd.grad((logps * weights).sum(), of)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1024 * TOKENS * 4, 2**28])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_are_those_of_a_full_softmax(
+    kind: str, bias: bool, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "KEPT_BYTES", kept_bytes)  # none, one slice, all
+    head, hidden, targets = inputs(bias=bias)
+    found = TokenLogProbs(head, config(**KINDS[kind]))(hidden, targets)
+    wanted = expected(head, hidden, targets, KINDS[kind])
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    of = (hidden, *head.parameters())
+    for ours, theirs in zip(gradients(found, *of), gradients(wanted, *of), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_pass_finite_differences() -> None:
+    head, hidden, targets = inputs(bias=True)
+    head.double()
+    layer = TokenLogProbs(head, config(final_logit_softcapping=2.0))
+    wide = hidden.detach().double()
+
+    def loss(states: Tensor) -> Tensor:
+        return layer(states, targets).double().sum()
+
+    states = wide.clone().requires_grad_()
+    (found,) = torch.autograd.grad(loss(states), states)
+    step = 1e-3
+    for index in ((0, 0), (3, 5), (5, 7)):
+        moved = torch.zeros_like(wide)
+        moved[index] = step
+        slope = (loss(wide + moved) - loss(wide - moved)).item() / (2 * step)
+        assert float(found[index]) == pytest.approx(slope, rel=2e-2, abs=1e-4)  # log-probs are float32
+
+
+def test_large_logits_stay_finite_and_no_tokens_give_no_gradient() -> None:
+    head, hidden, targets = inputs()
+    layer = TokenLogProbs(head, config())
+    found = layer(hidden * 1e4, targets)
+    assert torch.isfinite(found).all()
+    assert all(torch.isfinite(part).all() for part in gradients(found, hidden, head.weight))
+    nothing = layer(hidden[:0], targets[:0])
+    assert nothing.shape == (0,)
+    assert not torch.autograd.grad(nothing.sum(), head.weight)[0].any()
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    head, hidden, targets = inputs(bias=True)
+    head.requires_grad_(requires_grad=False)
+    TokenLogProbs(head, config())(hidden, targets).sum().backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is None
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_sums_are_still_float32(autocast: bool) -> None:
+    head, hidden, targets = inputs()
+    wanted = expected(head, hidden, targets, {})
+    if not autocast:
+        head, hidden = head.bfloat16(), hidden.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = TokenLogProbs(head, config())(hidden, targets)
+    assert found.dtype == torch.float32
+    # bf16 logits carry an error of 2^-8 each; a sum over 2500 of them in bf16 would be off by far more.
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.02)
+    (gradient,) = torch.autograd.grad(found.sum(), head.weight)
+    assert gradient.dtype == head.weight.dtype
+
+
+def test_the_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(projection.SLICE_ELEMENTS, "cpu", 1024 * TOKENS)
+    monkeypatch.setattr(projection, "KEPT_BYTES", 0)
+    sizes: list[int] = []
+    plain: Callable[..., Tensor] = nn.functional.linear
+
+    def measured(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        sizes.append(len(states) * len(weight))
+        return plain(states, weight, bias)
+
+    monkeypatch.setattr(projection.nn.functional, "linear", measured)
+    head, hidden, targets = inputs()
+    TokenLogProbs(head, config())(hidden, targets).sum().backward()
+    assert max(sizes) == 1024 * TOKENS
+    assert sum(sizes) == 2 * VOCABULARY * TOKENS  # once forward, once again for the backward pass
