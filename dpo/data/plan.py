@@ -7,6 +7,7 @@ token budget.
 
 import heapq
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +84,7 @@ class Step:
 
 
 class BatchPlan:
-    """All optimizer steps of a run: the epochs' plans one after the other."""
+    """All optimizer steps of a run: the epochs' plans one after the other, one of them in memory."""
 
     def __init__(
         self,
@@ -94,18 +95,23 @@ class BatchPlan:
         pairs_per_step: int,
         max_steps: int | None,
     ) -> None:
-        self._epochs = [
-            plan_steps(pairs_per_group, seed=seed, epoch=epoch, pairs_per_step=pairs_per_step)
-            for epoch in range(num_epochs)
-        ]
-        self._ends = np.cumsum([len(epoch.offsets) - 1 for epoch in self._epochs])
+        self._plan = partial(plan_steps, pairs_per_group, seed=seed, pairs_per_step=pairs_per_step)
+        self._epoch, self._current = 0, self._plan(epoch=0)
+        # How many steps an epoch has depends on its order only where groups differ in their pairs.
+        alike = len(pairs_per_group) == 0 or bool((pairs_per_group == pairs_per_group[0]).all())
+        counts = [len(self._current.offsets) - 1]
+        for epoch in range(1, num_epochs):
+            counts.append(counts[0] if alike else len(self._plan(epoch=epoch).offsets) - 1)
+        self._ends = np.cumsum(counts)
         self.num_steps = int(self._ends[-1]) if max_steps is None else min(max_steps, int(self._ends[-1]))
 
     def step(self, number: int) -> Step:
         """The optimizer step with this number, from 1 to `num_steps`."""
         epoch = int(np.searchsorted(self._ends, number, side="left"))
         first = int(self._ends[epoch - 1]) if epoch else 0
-        plan, index = self._epochs[epoch], number - first - 1
+        if epoch != self._epoch:
+            self._epoch, self._current = epoch, self._plan(epoch=epoch)
+        plan, index = self._current, number - first - 1
         groups = plan.order[plan.offsets[index] : plan.offsets[index + 1]]
         done = plan.offsets[index + 1] / len(plan.order)
         return Step(number=number, epoch=float(epoch + done), groups=groups)

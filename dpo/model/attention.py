@@ -6,6 +6,7 @@ model still generates.
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ class TreeAttention:
     batch: TreeBatch
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+
+    @property
+    def piece_lengths(self) -> list[int]:
+        """Tokens of each piece that attends by itself: the segments, but a lone completion with its prompt."""
+        pieces = [segments if len(segments) > 2 else (sum(segments),) for segments in self.batch.trees]
+        return [*chain.from_iterable(pieces)]
 
     def mask(self, num_queries: int, num_keys: int, window: int | None) -> Tensor | None:
         """(num_queries, num_keys) bool, True where the last queries of a sequence see its keys; None where
@@ -100,7 +107,8 @@ def tree_attention(
         return blocks[0], None
     options.pop("is_causal", None)
 
-    def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(*states: Tensor) -> Tensor:
+        queries, keys, values = (part.transpose(1, 2) for part in states)
         mask = tree.mask(queries.shape[2], keys.shape[2], sliding_window)
         attended: Tensor = sdpa_attention_forward(
             module,
@@ -114,21 +122,18 @@ def tree_attention(
         )[0]
         return attended
 
+    # Pieces of (1, t, heads, d) lie in memory one after the other, so that cutting and joining them is cheap;
+    # split once, since the backward pass of each slice would fill a whole row.
+    lengths = tree.piece_lengths
+    pieces = zip(*(states.transpose(1, 2).split(lengths, 1) for states in (query, key, value)), strict=True)
     outputs: list[Tensor] = []
-    start = 0
-    for prompt, *completions in tree.batch.trees:
-        if len(completions) == 1:  # a plain sequence
-            prompt, completions = prompt + completions[0], []
-        whole = [states[:, :, start : start + prompt] for states in (query, key, value)]
-        outputs.append(attend(*whole))
-        start += prompt
-        for length in completions:
-            own = [states[:, :, start : start + length] for states in (query, key, value)]
-            keys, values = (
-                torch.cat([shared, new], 2) for shared, new in zip(whole[1:], own[1:], strict=True)
-            )
-            outputs.append(attend(own[0], keys, values))
-            start += length
+    for segments in tree.batch.trees:
+        queries, prompt_keys, prompt_values = next(pieces)
+        outputs.append(attend(queries, prompt_keys, prompt_values))
+        for _ in segments[1:] if len(segments) > 2 else ():
+            queries, keys, values = next(pieces)
+            keys, values = torch.cat([prompt_keys, keys], 1), torch.cat([prompt_values, values], 1)
+            outputs.append(attend(queries, keys, values))
     return torch.cat(outputs, 1), None
 
 

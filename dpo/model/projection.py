@@ -90,14 +90,15 @@ class _TokenLogProbs(torch.autograd.Function):
             if may_keep >= 0:
                 kept.append(logits)
         assert total is not None
-        ctx.save_for_backward(hidden, weight, bias, targets, total, *kept)
-        ctx.options = size, scale, cap, dtype
+        ctx.save_for_backward(hidden, weight, bias, targets, total)
+        ctx.options, ctx.kept = (size, scale, cap, dtype), kept
         return picked - total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, total, *kept = ctx.saved_tensors
-        size, scale, cap, dtype = ctx.options
+        hidden, weight, bias, targets, total = ctx.saved_tensors
+        (size, scale, cap, dtype), kept = ctx.options, ctx.kept
+        ctx.kept = []  # they are used up below; a second backward pass computes them again
         states, outer = hidden.to(dtype), gradients[0].float()
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if to_hidden else None
@@ -110,11 +111,12 @@ class _TokenLogProbs(torch.autograd.Function):
                 logits = _logits(states, weight, bias, start, size, scale, cap)
             end = start + logits.shape[1]
             ours, place = _in_slice(targets, start, logits.shape[1])
+            flat = 1 - (logits.float() / cap) ** 2 if cap is not None else None
             # d logp / d y = [target] - softmax(y)
-            slopes = (logits.float() - total[:, None]).exp_().mul_(-outer[:, None])
+            slopes = logits.float().sub_(total[:, None]).exp_().mul_(-outer[:, None])
             slopes.scatter_add_(1, place, torch.where(ours, outer, 0.0)[:, None])
-            if cap is not None:
-                slopes.mul_(1 - (logits.float() / cap) ** 2)
+            if flat is not None:
+                slopes.mul_(flat)
             if scale != 1:
                 slopes.mul_(scale)
             if for_bias is not None:

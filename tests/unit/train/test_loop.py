@@ -22,7 +22,7 @@ from dpo.data.plan import BatchPlan
 from dpo.data.trees import sequence_batch
 from dpo.engine import Engine
 from dpo.model.load import load_model
-from dpo.monitor import Monitor
+from dpo.monitor import MetricSums, Monitor
 from dpo.reference.identity import reference_identity
 from dpo.reference.lookup import reference_logps
 from dpo.reference.precompute import precompute
@@ -290,3 +290,43 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(
     reference[:] = np.nan
     with pytest.raises(FloatingPointError, match="step 1: the loss is nan; the weights were not updated"):
         run(changed(experiment, "nan"), reference=reference)
+
+
+def test_nothing_waits_for_the_device_between_micro_batches(
+    experiment: Config, open_data: Callable[[Config], TokenizedDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = open_data(experiment)
+    objective = PreferenceObjective(
+        dataset=data, reference=np.zeros(len(data.keys)), loss_config=experiment.loss
+    )
+    batch, sums = objective.batch(np.array([0, 1]), "packed"), MetricSums()
+    logps = torch.zeros(len(batch.num_tokens), dtype=torch.float64, requires_grad=True)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a value was read off the device")
+
+    with monkeypatch.context() as patched:
+        for name in ("item", "tolist", "__float__", "__int__", "__bool__", "numpy"):
+            patched.setattr(torch.Tensor, name, refuse)
+        objective.loss(logps, batch, sums).backward()
+    assert sums.means()["rewards/margins"] == 0
+
+
+def test_gradient_checkpointing_computes_the_same_step(experiment: Config, run: Trained) -> None:
+    plain = run(changed(experiment, "plain"))
+    model = replace(experiment.model, gradient_checkpointing=True)
+    saving = run(changed(replace(experiment, model=model), "saving"))
+    for name in ("train/loss", "train/grad_norm"):
+        assert saving.curve(name) == pytest.approx(plain.curve(name), rel=1e-5)
+
+
+def test_rows_and_trees_train_alike_and_trees_compute_less(experiment: Config, run: Trained) -> None:
+    trees = run(changed(experiment, "trees"))
+    model = replace(experiment.model, share_prompts=False)
+    rows = run(changed(replace(experiment, model=model), "rows"))
+    for name in ("train/loss", "train/grad_norm"):
+        assert rows.curve(name) == pytest.approx(trees.curve(name), rel=1e-4, abs=1e-6)
+    for step, in_rows in zip(trees.lines(timing=True), rows.lines(timing=True), strict=True):
+        assert (step["perf/padding_fraction"], in_rows["perf/shared_prefix_fraction"]) == (0, 0)
+        assert step["perf/shared_prefix_fraction"] > 0.1
+        assert step["perf/rank_imbalance"] == 0

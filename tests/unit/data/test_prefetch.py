@@ -1,0 +1,41 @@
+"""One batch ahead, in order, with the builder's errors where the batch would have come."""
+
+import threading
+
+import pytest
+
+from dpo.data.prefetch import prefetch
+
+
+def test_everything_is_built_in_order() -> None:
+    assert list(prefetch(lambda number: number**2, range(5))) == [0, 1, 4, 9, 16]
+    assert list(prefetch(str, [])) == []
+
+
+def test_the_next_item_is_built_while_this_one_is_used() -> None:
+    built = {number: threading.Event() for number in range(3)}
+
+    def build(number: int) -> int:
+        built[number].set()
+        return number
+
+    items = prefetch(build, range(3))
+    assert next(items) == 0
+    assert built[1].wait(10)  # nobody has asked for it yet
+    assert not built[2].is_set()  # one ahead, not all: memory stays bounded
+    assert list(items) == [1, 2]
+
+
+def test_an_error_comes_in_its_turn() -> None:
+    items = prefetch(lambda number: 1 // number, [1, 0, 1])
+    assert next(items) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(items)
+
+
+def test_the_thread_ends_with_the_loop() -> None:
+    before = threading.active_count()
+    items = prefetch(lambda number: number, range(100))
+    next(items)
+    items.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
