@@ -247,3 +247,33 @@ def test_more_ranks_than_work_still_train_and_evaluate(trained: Path, tmp_path: 
         assert result.returncode == 0, result.stderr[-3000:]
     first = metrics(tmp_path / "run")[0]
     assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_zero_3_walks_the_same_steps_with_the_head_and_everything_else_sharded(
+    trained: Path, tmp_path: Path
+) -> None:
+    sharding = json.loads((ROOT / "configs" / "ds_zero2.json").read_text())
+    sharding["zero_optimization"] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    (tmp_path / "ds.json").write_text(json.dumps(sharding))
+    launcher = yaml.safe_load((ROOT / "launch" / "cpu.yaml").read_text())
+    launcher["deepspeed_config"] = {
+        "deepspeed_config_file": str(tmp_path / "ds.json"),
+        "zero3_init_flag": True,
+    }
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launcher))
+    result = subprocess.run(
+        [*RUN, "train", "--config", str(trained / "config.yaml"), "--run_dir", str(tmp_path / "run")],
+        env={**ENVIRONMENT, "ACCELERATE_CONFIG": str(tmp_path / "launch.yaml")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert "ZeRO-3" in json.dumps(environment)
+    sharded, expected = metrics(tmp_path / "run"), metrics(trained / "run")
+    assert len(sharded) == len(expected)
+    for ours, theirs in zip(sharded, expected, strict=True):
+        for key in ours.keys() - {"train/rewards/accuracies", "eval/rewards/accuracies"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=2e-6), (ours["step"], key)
