@@ -19,7 +19,7 @@ model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
 ready := .venv/.ready
 
 .PHONY: help setup demo data sft precompute-ref train eval sentiment tensorboard
-.PHONY: test test-unit test-distributed test-e2e bench-cache lint format clean
+.PHONY: test test-unit test-distributed test-e2e bench bench-peers bench-cache lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -70,6 +70,17 @@ test-distributed: $(ready) ## real ranks, the real launcher, the real DeepSpeed
 
 test-e2e: $(ready) ## the commands as a person runs them
 	$(py) -m pytest tests/end_to_end -q $(ARGS)
+
+bench: $(ready) bench-peers ## train and precompute against the textbook path and TRL (ARGS="--rounds 1"; long)
+	$(py) -m benchmarks.plan_scale --figure docs/figures/plan_scale.png
+	$(py) -m benchmarks.speed $(ARGS)
+
+bench-peers: .venv-peers/.ready ## TRL in an environment of its own, for make bench
+
+.venv-peers/.ready: benchmarks/peers/requirements.txt
+	$(PYTHON3) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 bench-cache: $(ready) ## the tables and the figure of docs/reference-cache.md: reuse, faults, scale (5 minutes)
 	$(py) -m benchmarks.cache_reuse

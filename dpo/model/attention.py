@@ -32,7 +32,7 @@ class TreeAttention:
 
     @property
     def piece_lengths(self) -> list[int]:
-        """Tokens of each piece that attends by itself: the segments, but a lone completion with its prompt."""
+        """Tokens of each piece that attends by itself: a segment, or a prompt with its only completion."""
         pieces = [segments if len(segments) > 2 else (sum(segments),) for segments in self.batch.trees]
         return [*chain.from_iterable(pieces)]
 

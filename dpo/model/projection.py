@@ -124,7 +124,9 @@ class _TokenLogProbs(torch.autograd.Function):
             narrow = slopes.to(dtype)
             if for_hidden is not None:
                 for_hidden += narrow @ weight[start:end].to(dtype)
-            if for_weight is not None:
+            if for_weight is not None and weight.dtype == dtype:
+                torch.mm(narrow.T, states, out=for_weight[start:end])
+            elif for_weight is not None:
                 for_weight[start:end] = narrow.T @ states
         wanted = None if for_hidden is None else for_hidden.to(hidden.dtype)
         return wanted, for_weight, for_bias, None, None, None, None

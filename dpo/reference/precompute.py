@@ -44,7 +44,7 @@ class PrecomputeResult:
     misses: int
     """Different sequences that were computed."""
     seconds: float
-    """Time of loading the model and of the forward passes."""
+    """Time of the forward passes, without loading the model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,6 +118,15 @@ def test_values_at_the_edge_of_the_range_are_legal(key: str, value: Any) -> None
     assert problems(with_value(CONFIG, key, value)) == []
 
 
+@pytest.mark.parametrize("key", ["train.max_tokens_per_micro_batch", "reference.max_tokens_per_batch"])
+def test_a_budget_must_hold_the_longest_row(key: str) -> None:
+    config = with_value(CONFIG, "data.max_length", 512)
+    (problem,) = problems(with_value(config, key, 511))
+    assert problem == f"{key}: 511; expected at least data.max_length, 512: the longest row must fit"
+    assert problems(with_value(config, key, 512)) == []
+    assert problems(with_value(config, key, None)) == []
+
+
 def test_all_problems_are_found_at_once() -> None:
     config = with_value(with_value(CONFIG, "loss.beta", 0.0), "train.seed", -1)
     config = with_value(config, "evaluate.batch_size", 0)

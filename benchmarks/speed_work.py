@@ -1,0 +1,320 @@
+"""What benchmarks/speed.py runs in processes of their own: the work is prepared, and this system measured.
+
+    python -m benchmarks.speed_work {prepare,precompute,train,peak} SETTINGS [WORK]
+
+A work is a folder with groups.jsonl, which this system reads, and pairs.jsonl, which the others read: the
+same pairs one by one, in the order in which this system's plan trains them. Groups are only taken if every
+tokenizer call gives the same ids, so that no system has fewer tokens because it cuts or splits otherwise.
+"""
+
+import json
+import lzma
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+import data_prep.cli
+from benchmarks.speed import PAIRS_PER_PROMPT, Measurement, Settings
+from dpo import distributed
+from dpo.cli import parse, run
+from dpo.commands import open_data, reference_store
+from dpo.config import Config, DataConfig
+from dpo.data.dataset import TokenizedDataset, open_datasets
+from dpo.data.load import group_from_row, open_source, read_groups
+from dpo.data.plan import BatchPlan
+from dpo.data.tokenize import TokenizeOptions, tokenize_groups
+from dpo.errors import UserError
+from dpo.records import PreferenceGroup, TokenizedGroup
+from dpo.reference.precompute import precompute
+
+POSITIONS = 1024
+HEAD_WIDTH = 64
+QUERY_TOKENS, RESPONSE_TOKENS, RESPONSES = 64, 24, 4
+"""Of best4; a response's last token is EOS, which TRL adds to every completion."""
+PEAK_SHAPE = (512, 768, 3072)
+PEAK_SAMPLES, PRODUCTS_PER_SAMPLE = 30, 10
+
+Row = dict[str, Any]
+
+
+def prepare(settings: Settings, work: str) -> None:
+    """Writes model and work, and prints what is known of the work: a JSON object with its useful FLOPs."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.tokenizer)
+    folder = settings.work(work)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = write_model(settings, tokenizer)
+    number = settings.steps * settings.pairs_per_step // PAIRS_PER_PROMPT[work]
+    rows = hh_rows(settings) if work == "hh" else book_rows(settings, tokenizer)
+    kept = list(islice((pick for row in rows if (pick := fitting(row, tokenizer, settings))), number))
+    if len(kept) < number:
+        raise UserError(f"--steps: {settings.steps} steps need {number} prompts; {work} has {len(kept)}")
+    (folder / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row, _ in kept))
+    data = DataConfig(
+        train=str(folder / "groups.jsonl"),
+        max_length=settings.max_length,
+        append_eos=True,
+        cache_dir=str(folder / "tokenized"),
+    )
+    dataset, _ = open_datasets(data, tokenizer, POSITIONS)
+    assert len(dataset) == number
+    steps = planned_steps(settings, dataset)
+    with (folder / "pairs.jsonl").open("w") as file:
+        for index in (index for step in steps for index in step):
+            row, group = kept[index]
+            file.writelines(json.dumps(pair) + "\n" for pair in pairs_of(row, group))
+    forward = [sum(useful_flops(dataset[index], config) for index in step) for step in steps]
+    flops = {"precompute": sum(forward), "train": 3 * sum(forward[1:])}
+    pairs = settings.steps * settings.pairs_per_step
+    counts = {
+        "tree": int(dataset.tree_tokens.sum()) / pairs,
+        "completion": int(dataset.completion_tokens.sum()) / pairs,
+    }
+    print(json.dumps({"prompts": number, "pairs": pairs, "tokens_a_pair": counts, "useful_flops": flops}))
+
+
+def write_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
+    """Saves a GPT-2 of random weights with the tokenizer."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=POSITIONS,
+        n_embd=settings.width,
+        n_layer=settings.layers,
+        n_head=settings.width // HEAD_WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    torch.manual_seed(settings.seed)
+    GPT2LMHeadModel(config).save_pretrained(settings.model)
+    tokenizer.save_pretrained(settings.model)
+    return config
+
+
+def hh_rows(settings: Settings) -> Iterator[Row]:
+    """HH's groups in random order, prepared by data_prep."""
+    prepared = settings.work("hh") / "prepared"
+    output = ["--output", str(prepared), "--test_fraction", "0", "--overwrite"]
+    if status := data_prep.cli.main(["hh", settings.hh, *output]):
+        sys.exit(status)
+    source = open_source(str(prepared), "train", key="--hh")
+    groups = read_groups(source, pairing="best-vs-rest", min_margin=0.0, strict=True, drops=Counter())
+    rows = [
+        {"prompt": g.prompt, "completions": g.completions, "pairs": [pair._asdict() for pair in g.pairs]}
+        for g in groups
+    ]
+    for index in np.random.default_rng(settings.seed).permutation(len(rows)):
+        yield rows[index]
+
+
+def book_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
+    """Beginnings of paragraphs, the true continuation and three passages from elsewhere, randomly scored."""
+    path = Path(settings.books)
+    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
+        paragraphs = [line.strip() for line in file if len(line) > 4 * (QUERY_TOKENS + RESPONSE_TOKENS)]
+    rng = np.random.default_rng(settings.seed)
+    elsewhere = passages(paragraphs, rng, tokenizer)
+    for index in rng.permutation(len(paragraphs)):
+        ids = tokenizer(paragraphs[index], verbose=False).input_ids
+        end = QUERY_TOKENS + RESPONSE_TOKENS - 1
+        if len(ids) <= end:
+            continue
+        continuation = tokenizer.decode(ids[QUERY_TOKENS:end])
+        yield {
+            "prompt": tokenizer.decode(ids[:QUERY_TOKENS]),
+            "completions": [continuation, *islice(elsewhere, RESPONSES - 1)],
+            "scores": rng.random(RESPONSES).tolist(),
+        }
+
+
+def passages(
+    paragraphs: Sequence[str], rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[str]:
+    """Passages that start at a word and are a token shorter than a response."""
+    while True:
+        words = paragraphs[int(rng.integers(len(paragraphs)))].split(" ")
+        text = " " + " ".join(words[int(rng.integers(len(words))) :])
+        ids = tokenizer(text, verbose=False).input_ids[: RESPONSE_TOKENS - 1]
+        if len(ids) == RESPONSE_TOKENS - 1:
+            yield str(tokenizer.decode(ids))
+
+
+def fitting(
+    row: Row, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> tuple[Row, PreferenceGroup] | None:
+    """The row and its group, if nothing of it is cut and tokenizing prompt + completion splits where the
+    prompt ends.
+    """
+    group = group_from_row(row)
+    options = TokenizeOptions(
+        max_length=settings.max_length, max_prompt_length=None, drop_too_long=True, append_eos=True
+    )
+    tokenized = next(iter(tokenize_groups([group], tokenizer, options, Counter())), None)
+    if tokenized is None or tokenized.pairs != group.pairs:
+        return None
+    for text, ids in zip(group.completions, tokenized.completions, strict=True):
+        together = tokenizer(f"{group.prompt}{text}{tokenizer.eos_token}", verbose=False).input_ids
+        if together != [*tokenized.prompt.tolist(), *ids.tolist()]:
+            return None
+    lengths = [len(tokenized.prompt), *map(len, tokenized.completions)]
+    if "scores" in row and lengths != [QUERY_TOKENS, *[RESPONSE_TOKENS] * RESPONSES]:
+        return None  # the text of some excerpts has other tokens than they were cut from
+    return row, group
+
+
+def planned_steps(settings: Settings, dataset: TokenizedDataset) -> list[list[int]]:
+    """The groups of each optimizer step, in the order in which this system trains them."""
+    plan = BatchPlan(
+        dataset.pairs_per_group,
+        seed=settings.seed,
+        num_epochs=1,
+        pairs_per_step=settings.pairs_per_step,
+        max_steps=settings.steps,
+    )
+    assert plan.num_steps == settings.steps
+    return [plan.step(number + 1).groups.tolist() for number in range(settings.steps)]
+
+
+def pairs_of(row: Row, group: PreferenceGroup) -> Iterator[Row]:
+    """A group's pairs as TRL reads them."""
+    for chosen, rejected in group.pairs:
+        texts = row["completions"]
+        yield {"prompt": row["prompt"], "chosen": texts[chosen], "rejected": texts[rejected]}
+
+
+def useful_flops(group: TokenizedGroup, config: GPT2Config) -> int:
+    """Operations of the forward pass that no way of computing the group's log-probs can do without.
+
+    Every token of the tree (prompt once, each completion once) through the layers' matrices, the attention
+    products between tokens that see each other, and the output projection of the completion tokens.
+    """
+    width, prompt = config.n_embd, len(group.prompt)
+    completions = [len(ids) for ids in group.completions]
+    matrices = config.n_layer * 12 * width * width  # 3 + 1 of attention, 4 + 4 of the MLP
+    seen = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in completions)
+    trunk = (prompt + sum(completions)) * 2 * matrices
+    attention = seen * 4 * width * config.n_layer
+    return trunk + attention + sum(completions) * 2 * config.vocab_size * width
+
+
+def config_of(settings: Settings, work: str, command: str, run_dir: Path) -> list[str]:
+    """The arguments of `dpo COMMAND` for a work."""
+    folder = settings.work(work)
+    values = {
+        "run_dir": run_dir,
+        "model.name_or_path": settings.model,
+        "model.dtype": "float32",
+        "data.train": folder / "groups.jsonl",
+        "data.max_length": settings.max_length,
+        "data.append_eos": "true",
+        "data.cache_dir": folder / "tokenized",
+        "reference.cache_dir": folder / "reference",
+        "reference.max_tokens_per_batch": settings.max_tokens_per_micro_batch,
+        "loss.beta": settings.beta,
+        "train.learning_rate": settings.learning_rate,
+        "train.warmup_steps": 0,
+        "train.pairs_per_step": settings.pairs_per_step,
+        "train.max_tokens_per_micro_batch": settings.max_tokens_per_micro_batch,
+        "train.seed": settings.seed,
+    }
+    return [command, *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
+
+
+def measure_precompute(settings: Settings, work: str) -> None:
+    """Fills an empty cache, on every rank that the launcher started, as `dpo precompute-ref` does."""
+    distributed.start()
+    command, *keys = config_of(settings, work, "precompute-ref", settings.work(work) / "run")
+    config = cast(Config, parse(command, keys))
+    if distributed.is_main():
+        shutil.rmtree(config.reference.cache_dir, ignore_errors=True)
+    distributed.barrier()
+    dataset, _, _ = open_data(config)
+    result = precompute(config, [dataset], reference_store(config))
+    peak = sum(distributed.gather_objects(peak_rss_bytes()))
+    if distributed.is_main():
+        Measurement(
+            system="ours",
+            work=work,
+            task="precompute",
+            pairs=len(dataset.pairs),
+            seconds=result.seconds,
+            tokens=int(dataset.tree_tokens.sum()),
+            peak_rss_bytes=peak,
+            losses=[],
+        ).print()
+
+
+def measure_train(settings: Settings, work: str) -> None:
+    """Runs `dpo train` in this process and reads what it recorded."""
+    with tempfile.TemporaryDirectory(dir=settings.work(work)) as folder:
+        run_dir = Path(folder) / "run"
+        if status := run(config_of(settings, work, "train", run_dir)):
+            sys.exit(status)
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    assert len(steps) == settings.steps
+    pairs = settings.pairs_per_step
+    Measurement(
+        system="ours",
+        work=work,
+        task="train",
+        pairs=pairs * (len(steps) - 1),
+        seconds=sum(pairs / step["perf/pairs_per_second"] for step in steps[1:]),
+        tokens=int(steps[-1]["train/num_tokens"] - steps[0]["train/num_tokens"]),
+        peak_rss_bytes=peak_rss_bytes(),
+        losses=[step["train/loss"] for step in steps],
+    ).print()
+
+
+def peak_rss_bytes() -> int:
+    """Most resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_peak(settings: Settings) -> None:
+    """Prints the best rate of a float32 matrix product on all threads: what a GPT-2 layer could reach."""
+    torch.set_num_threads(settings.threads)
+    rows, inner, columns = PEAK_SHAPE
+    left, right = torch.randn(rows, inner), torch.randn(inner, columns)
+    out = torch.empty(rows, columns)
+    seconds = []
+    for _ in range(PEAK_SAMPLES):
+        started = time.perf_counter()
+        for _ in range(PRODUCTS_PER_SAMPLE):
+            torch.mm(left, right, out=out)
+        seconds.append((time.perf_counter() - started) / PRODUCTS_PER_SAMPLE)
+    print(json.dumps({"flops_per_second": 2 * rows * inner * columns / min(seconds)}))
+
+
+def main() -> int:
+    """Runs one action; 2 for bad data."""
+    action, path, *work = sys.argv[1:]
+    settings = Settings.read(path)
+    try:
+        if action == "peak":
+            measure_peak(settings)
+        else:
+            {"prepare": prepare, "precompute": measure_precompute, "train": measure_train}[action](
+                settings, *work
+            )
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
