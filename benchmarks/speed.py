@@ -1,6 +1,7 @@
 """Throughput and peak memory of this system, of the textbook path, and of TRL's DPOTrainer, on the same work.
 
     python -m benchmarks.speed --output speed.json            the tables of docs/performance.md
+    python -m benchmarks.speed --profile              where the time of one of our steps goes
     python -m benchmarks.speed --loss_curve 50 --layers 2 --width 64 --learning_rate 1e-4
 
 Every number is measured in a process of its own, and the systems take turns: ours, textbook, trl, ours, ...
@@ -138,6 +139,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--loss_curve", type=int, metavar="N", help="instead: compare our loss curve with the textbook's"
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="instead: what the last optimizer step of ours spends its time on",
+    )
     args = parser.parse_args()
     args.systems.sort(key=SYSTEMS.index)
     args.task.sort(key=TASKS.index)
@@ -164,7 +170,7 @@ def check(args: argparse.Namespace) -> None:
     ):
         if needed and not Path(path).exists():
             raise UserError(f"{option}: {path} does not exist; give {option}, or leave its --work out")
-    if args.loss_curve is None and "trl" in args.systems and not PEERS_PYTHON.exists():
+    if args.loss_curve is None and not args.profile and "trl" in args.systems and not PEERS_PYTHON.exists():
         raise UserError("no .venv-peers with TRL: run make bench-peers, or --systems ours textbook")
 
 
@@ -335,6 +341,18 @@ def loss_curve(args: argparse.Namespace, settings: Settings) -> bool:
     return agree
 
 
+def profile(args: argparse.Namespace, settings: Settings) -> None:
+    """Prints where the time of one optimizer step goes, for each work."""
+    for work in args.work:
+        worker(settings, "prepare", work)
+        measure(settings, Job("ours", work, ["precompute"]))
+        (found,) = worker(settings, "profile", work)
+        total = sum(found["seconds"].values())
+        print(f"\n| {work}, {settings.pairs_per_step} pairs, {total:.1f} s | share |\n|---|---:|")
+        for kind, seconds in found["seconds"].items():
+            print(f"| {kind} | {seconds / total:.1%} |", flush=True)
+
+
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -349,6 +367,9 @@ def main() -> int:
             settings = settings_of(args, Path(folder))
             if args.loss_curve is not None:
                 return 0 if loss_curve(args, settings) else 1
+            if args.profile:
+                profile(args, settings)
+                return 0
             compare(args, settings)
     except UserError as error:
         _say(f"speed: error: {error}")

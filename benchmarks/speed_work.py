@@ -1,6 +1,6 @@
 """What benchmarks/speed.py runs in processes of their own: the work is prepared, and this system measured.
 
-    python -m benchmarks.speed_work {prepare,precompute,train,peak} SETTINGS [WORK]
+    python -m benchmarks.speed_work {prepare,precompute,train,profile,peak} SETTINGS [WORK]
 
 A work is a folder with groups.jsonl, which this system reads, and pairs.jsonl, which the others read: the
 same pairs one by one, in the order in which this system's plan trains them. Groups are only taken if every
@@ -37,6 +37,7 @@ from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.errors import UserError
 from dpo.records import PreferenceGroup, TokenizedGroup
 from dpo.reference.precompute import precompute
+from dpo.train import loop
 
 POSITIONS = 1024
 HEAD_WIDTH = 64
@@ -44,6 +45,19 @@ QUERY_TOKENS, RESPONSE_TOKENS, RESPONSES = 64, 24, 4
 """Of best4; a response's last token is EOS, which TRL adds to every completion."""
 PEAK_SHAPE = (512, 768, 3072)
 PEAK_SAMPLES, PRODUCTS_PER_SAMPLE = 30, 10
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention": ("scaled_dot_product",),
+    "optimizer and gradient norm": ("adamw", "vector_norm", "_foreach"),
+    "GELU and layer norm": ("gelu", "layer_norm"),
+    "filling, copying, joining": ("fill_", "copy_", "aten::cat", "zero_", "aten::empty"),
+    "other elementwise operations and sums": (
+        *("aten::add", "aten::sub", "aten::mul", "aten::exp", "aten::sum", "aten::div", "aten::amax"),
+        *("logsumexp", "logaddexp", "aten::where", "scatter", "gather", "index", "embedding"),
+    ),
+}
+"""Of operations, by parts of their names; the first that fits counts."""
 
 Row = dict[str, Any]
 
@@ -279,6 +293,35 @@ def measure_train(settings: Settings, work: str) -> None:
     ).print()
 
 
+def profile_train(settings: Settings, work: str) -> None:
+    """Prints the seconds that the last optimizer step of `dpo train` spends on each kind of operation."""
+    seconds: Counter[str] = Counter()
+    plain = loop.train_step
+
+    def profiled(*arguments: Any) -> dict[str, float]:
+        if arguments[2].number < settings.steps:
+            return plain(*arguments)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            metrics = plain(*arguments)
+        for operation in found.key_averages():
+            seconds[kind_of(operation.key)] += operation.self_cpu_time_total / 1e6
+        return metrics
+
+    loop.train_step = profiled  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory(dir=settings.work(work)) as folder:
+        if status := run(config_of(settings, work, "train", Path(folder) / "run")):
+            sys.exit(status)
+    print(json.dumps({"seconds": dict(seconds.most_common())}))
+
+
+def kind_of(operation: str) -> str:
+    """Which line of the profile an operation of PyTorch belongs to."""
+    for kind, names in KINDS.items():
+        if any(name in operation for name in names):
+            return kind
+    return "everything else"
+
+
 def peak_rss_bytes() -> int:
     """Most resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -307,9 +350,12 @@ def main() -> int:
         if action == "peak":
             measure_peak(settings)
         else:
-            {"prepare": prepare, "precompute": measure_precompute, "train": measure_train}[action](
-                settings, *work
-            )
+            {
+                "prepare": prepare,
+                "precompute": measure_precompute,
+                "train": measure_train,
+                "profile": profile_train,
+            }[action](settings, *work)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

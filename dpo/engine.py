@@ -22,6 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, Tree, TreeBatch
+from dpo.errors import UserError
 from dpo.model.load import DTYPES, load_model, num_parameters
 from dpo.model.logprobs import SequenceScorer
 from dpo.model.probe import Probed, probe
@@ -71,7 +72,14 @@ class Engine:
             model: The loaded policy.
             config: Its compute type and gradient checkpointing.
             options: Optimizer and clipping.
+
+        Raises:
+            UserError: FlexAttention is asked for where it cannot train.
         """
+        if config.attention == "flex" and not torch.cuda.is_available():
+            raise UserError(
+                "model.attention: flex; FlexAttention has no backward pass on CPUs: set auto or sdpa"
+            )
         self._accelerator = accelerator
         self._dtype = DTYPES[config.dtype]
         self._max_grad_norm = options.max_grad_norm

@@ -11,6 +11,7 @@ from dpo import engine as engine_module
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import sequence_batch
 from dpo.engine import Engine, learning_rate, make_optimizer
+from dpo.errors import UserError
 from dpo.model.load import load_model
 
 
@@ -197,3 +198,9 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
         norms.append(engine.update(0.01))
         assert engine.model.is_activation_checkpointing is checkpointing
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_flex_attention_cannot_train_on_a_cpu_and_says_what_to_do(tiny_model: Path) -> None:
+    config = ModelConfig(name_or_path=str(tiny_model), dtype="float32", attention="flex")
+    with pytest.raises(UserError, match=r"model\.attention: flex; .* no backward pass on CPUs"):
+        Engine(engine_module.start(config), load_model(config), config, OptimizationConfig())
