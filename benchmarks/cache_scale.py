@@ -332,9 +332,8 @@ def draw(measured: Sequence[Measurement], path: Path) -> None:
             pairs, values[-1] * pairs / pairs[-1], "--", color="#888888", linewidth=1.2, label="slope 1"
         )
         axis.axhline(limit, color="#b3332b", linewidth=1)
-        axis.annotate(
-            limit_name, (0.02, limit), ("axes fraction", "data"), color="#b3332b", va="bottom", fontsize=10
-        )
+        beside = axis.get_yaxis_transform()
+        axis.text(0.02, limit, limit_name, color="#b3332b", va="bottom", fontsize=10, transform=beside)
         axis.set(title=title, xlabel="preference pairs", ylabel=unit)
         axis.set_ylim(top=limit * 4)
         axis.grid(True, which="major", color="#e5e5e5", linewidth=0.8)

@@ -84,8 +84,8 @@ def draw(measured: Sequence[Measurement], path: Path) -> None:
     slope = seconds[-1] * groups / groups[-1]
     axis.loglog(groups, slope, "--", color="#888888", linewidth=1.2, label="slope 1")
     axis.axhline(MAX_SECONDS, color="#b3332b", linewidth=1)
-    where = (0.02, MAX_SECONDS)
-    axis.annotate("limit 20 s", where, ("axes fraction", "data"), color="#b3332b", va="bottom", fontsize=10)
+    beside = axis.get_yaxis_transform()
+    axis.text(0.02, MAX_SECONDS, "limit 20 s", color="#b3332b", va="bottom", transform=beside)
     axis.set(title="Planning one epoch", xlabel="preference groups", ylabel="seconds")
     axis.set_ylim(top=MAX_SECONDS * 4)
     axis.grid(True, which="major", color="#e5e5e5", linewidth=0.8)

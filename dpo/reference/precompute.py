@@ -194,13 +194,12 @@ def _compute(
             store.append(ReferenceRows.joined(pending))
             pending.clear()
 
-    done = distributed.SharedCount("precompute")
+    done, budget = distributed.SharedCount("precompute"), token_budget(config.reference.max_tokens_per_batch)
     try:
         with _one_thread(), _stop_on_sigterm(), frozen_scorer(model, sharded=sharded) as scorer:
             probed = settle_layout(scorer, longest_tree(datasets), DTYPES[model.dtype])
             if probed.notes and distributed.is_main():
                 print(*probed.notes, sep="\n")
-            budget = token_budget(config.reference.max_tokens_per_batch)
             plan = plan_batches(datasets, missing.sequences, probed.layout, budget)
             started = flushed = time.monotonic()
             with _bar(plan, missing) as bar:
@@ -226,7 +225,7 @@ def _compute(
         ) from signalled
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"reference.max_tokens_per_batch: {config.reference.max_tokens_per_batch} tokens do not fit "
+            f"reference.max_tokens_per_batch: {budget} tokens do not fit "
             "the device's memory; lower it, or set reference.sharding: zero3"
         ) from error
 
