@@ -298,7 +298,7 @@ def profile_train(settings: Settings, work: str) -> None:
     seconds: Counter[str] = Counter()
     plain = loop.train_step
 
-    def profiled(*arguments: Any) -> dict[str, float]:
+    def profiled(*arguments: Any) -> tuple[dict[str, float], str | None, bool]:
         if arguments[2].number < settings.steps:
             return plain(*arguments)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:

@@ -8,7 +8,6 @@ turns every failure into 1.
 
 import argparse
 import difflib
-import json
 import os
 import re
 import sys
@@ -22,7 +21,8 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from dpo.config import Config, SftConfig, problems
-from dpo.errors import StoppedBySignal, UserError
+from dpo.ending import record_end
+from dpo.errors import RunFailed, StoppedBySignal, UserError
 
 COMMANDS = {
     "sft": "train a model on text or on chosen completions, also from random weights",
@@ -93,8 +93,12 @@ def run(arguments: Sequence[str]) -> int:
         _say(f"dpo: error: {error}")
         return _finish(run_dir, command, 2, str(error), started)
     except StoppedBySignal as stopped:
-        _say(f"dpo: stopped by a signal: {stopped}")
+        if os.environ.get("RANK", "0") == "0":  # all ranks stop together
+            _say(f"dpo: stopped by a signal: {stopped}")
         return _finish(run_dir, command, 3, str(stopped), started)
+    except RunFailed as failed:
+        _say(f"dpo: failed: {failed}")
+        return _finish(run_dir, command, 1, str(failed), started)
     except KeyboardInterrupt:
         _say("dpo: interrupted")
         return _finish(run_dir, command, 1, "interrupted", started)
@@ -322,29 +326,10 @@ def _execute(command: str, config: Config | SftConfig, *, checking: bool) -> Non
 
 
 def _finish(run_dir: Path | None, command: str, status: int, message: str, started: float) -> int:
-    """Leaves RUN_DIR/exit.json for scripts, from rank 0 and only in a folder that is a run."""
-    if run_dir is not None and os.environ.get("RANK", "0") == "0" and _is_ours(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        step = _last_step(run_dir) if command in ("train", "sft") else 0
-        record = {"command": command, "status": status, "message": message, "step": step, "started": started}
-        (run_dir / "exit.json").write_text(json.dumps(record, indent=2) + "\n")
+    """Leaves RUN_DIR/exit.json for scripts, from rank 0."""
+    if run_dir is not None and os.environ.get("RANK", "0") == "0":
+        record_end(run_dir, command, status, message, started)
     return status
-
-
-def _is_ours(run_dir: Path) -> bool:
-    if not run_dir.exists():
-        return True
-    names = ("exit.json", "config.yaml")
-    return run_dir.is_dir() and (
-        not any(run_dir.iterdir()) or any((run_dir / name).is_file() for name in names)
-    )
-
-
-def _last_step(run_dir: Path) -> int:
-    try:
-        return int(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-    except (OSError, ValueError, KeyError, IndexError):
-        return 0
 
 
 def _say(message: str) -> None:

@@ -2,9 +2,7 @@
 made.
 """
 
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,20 +20,24 @@ from dpo.engine import Engine, frozen_scorer
 from dpo.errors import UserError
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.run import evaluate_run
-from dpo.model.export import export_model, model_card
-from dpo.model.load import adapter_files, check_model_path, load_model, load_tokenizer, max_positions
+from dpo.model.export import model_card
+from dpo.model.load import (
+    adapter_files,
+    check_model_path,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    num_parameters,
+)
 from dpo.model.scratch import scratch_model, scratch_positions, scratch_tokenizer
-from dpo.monitor import Monitor
 from dpo.reference.audit import audit, check_rows, record_rows
 from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
 from dpo.reference.lookup import reference_logps
 from dpo.reference.precompute import is_sharded, precompute
 from dpo.reference.store import ReferenceStore
-from dpo.train.checkpoint import Progress, load_checkpoint
-from dpo.train.loop import Evaluation, Objective
-from dpo.train.loop import train as run_loop
+from dpo.running import Guard, Work, check_space, check_start, guarded, optimize, quiet, start_of, summary
 from dpo.train.preference import PreferenceObjective
-from dpo.train.run_folder import claim_run, config_text, describe_run, find_start
+from dpo.train.run_folder import claim_run, find_start
 from dpo.train.sft import NextTokenObjective, held_out_loss, is_text, open_text_or_preferences, read_lines
 
 
@@ -49,7 +51,7 @@ def check(command: str, config: Config | SftConfig) -> None:
     if command in ("train", "sft") and Path(config.model.name_or_path).is_dir():  # no word with the hub yet
         _refuse_adapter(config)
     if isinstance(config, SftConfig):
-        find_start(config)
+        find_start(config, thorough=False)
         if not is_text(config.data.train):
             check_sources(DataConfig(train=config.data.train, test=config.data.test))
         else:
@@ -61,7 +63,7 @@ def check(command: str, config: Config | SftConfig) -> None:
             check_model_path(config.reference.model, "reference.model")
         check_sources(config.data)
         if command == "train":
-            find_start(config)
+            find_start(config, thorough=False)
         if command == "evaluate":
             _finished_model(config)
     print(f"{command}: configuration and data are in order", file=sys.stderr)
@@ -70,7 +72,7 @@ def check(command: str, config: Config | SftConfig) -> None:
 
 def precompute_ref(config: Config) -> None:
     """Fills the reference cache with every sequence of the training and held-out data."""
-    _quiet()
+    quiet()
     distributed.start()
     distributed.require_shared(Path(config.reference.cache_dir), "reference.cache_dir")
     train_data, test_data, _ = open_data(config)
@@ -80,7 +82,7 @@ def precompute_ref(config: Config) -> None:
     if result.misses and distributed.device().type == "cpu":
         rate += f" ({distributed.world_size()} rank(s) of one thread each: NPROC=N takes more cores)"
     nearest = store.nearest_other() if result.hits == 0 and distributed.is_main() else None
-    _summary(
+    summary(
         f"reference cache: {result.hits} sequences were there, {result.misses} computed{rate}",
         *([f"nothing was there before: {nearest}"] if nearest else []),
         f"in {store.path}",
@@ -91,16 +93,24 @@ def precompute_ref(config: Config) -> None:
 
 def train(config: Config) -> None:
     """Optimizes the policy; the reference comes from the cache, and one set of weights is loaded."""
-    _quiet()
+    with guarded("train", config) as guard:
+        _train(config, guard)
+
+
+def _train(config: Config, guard: Guard) -> None:
     _refuse_adapter(config)
     accelerator = engine.start(config.model)
-    start = find_start(config)
+    engine.make_repeatable(config.train)
+    start = start_of(config)
     train_data, test_data, tokenizer = open_data(config)
     store = reference_store(config)
+    datasets = [data for data in (train_data, test_data) if data is not None]
+    names = ["data.train", "data.test"][: len(datasets)]
+    fingerprints = {name: data.content_digest() for name, data in zip(names, datasets, strict=True)}
+    universal = check_start(config, start, fingerprints)
     command = (
         f"make precompute-ref CONFIG=... (or: dpo precompute-ref with the same keys as {config.run_dir})"
     )
-    datasets = [data for data in (train_data, test_data) if data is not None]
     references = reference_logps(datasets, store, command)
     reference, test_reference = references[0], references[-1]
     objective = PreferenceObjective(dataset=train_data, reference=reference, loss_config=config.loss)
@@ -111,6 +121,7 @@ def train(config: Config) -> None:
         pairs_per_step=config.train.pairs_per_step,
         max_steps=config.train.max_steps,
     )
+    check_space(config, num_parameters(config.model))
     audited = start is None and config.reference.audit_rows > 0
     starts_as_reference = distributed.on_main(
         lambda: policy_is_reference(config, store.identity, store.cache_dir)
@@ -119,7 +130,7 @@ def train(config: Config) -> None:
         with frozen_scorer(reference_model(config), sharded=is_sharded(config)) as scorer:
             _audit(scorer, datasets, references, store, config)
     model = load_model(config.model, dtype=engine.weight_dtype(accelerator, config.model))
-    policy = Engine(accelerator, model, config.model, config.train)
+    policy = Engine(accelerator, model, config.model, config.train, universal=universal)
     _settle_layout(policy, datasets)
     if audited and starts_as_reference:
         _audit(policy.score_only, datasets, references, store, config)
@@ -127,12 +138,13 @@ def train(config: Config) -> None:
         claim_run(config)
         record_rows(Path(config.run_dir), store, datasets, references)
     elif config.reference.audit_rows > 0:
-        check_rows(start.parents[1], store, datasets, references)
+        check_rows(start.absolute().parents[1], store, datasets, references)
+        record_rows(Path(config.run_dir), store, datasets, references)  # it may branch off another run
 
-    def evaluate_policy(policy: Engine) -> dict[str, float]:
+    def evaluate_policy() -> dict[str, float]:
         assert test_data is not None
         return score_pairs(
-            policy.score_only,
+            guard.score_only(policy),
             test_data,
             test_reference,
             config.loss,
@@ -141,22 +153,24 @@ def train(config: Config) -> None:
             device=policy.device,
         ).means()
 
-    _optimize(
-        config,
-        policy,
-        objective,
-        plan,
-        start,
-        tokenizer,
+    work = Work(
+        policy=policy,
+        objective=objective,
+        plan=plan,
+        tokenizer=tokenizer,
+        start=start,
+        universal=universal,
+        fingerprints=fingerprints,
         evaluate=evaluate_policy if test_data is not None else None,
         data=_counts("train", train_data),
         card=_policy_card(config),
     )
+    optimize(config, work, guard)
 
 
 def evaluate(config: Config) -> None:
     """Held-out metrics, samples of reference and policy side by side, and the report."""
-    _quiet()
+    quiet()
     distributed.start()
     policy = _finished_model(config)
     _, test_data, tokenizer = open_data(config)
@@ -178,14 +192,22 @@ def evaluate(config: Config) -> None:
 
 def sft(config: SftConfig) -> None:
     """Next-token training of an existing model, or of one made here."""
-    _quiet()
+    with guarded("sft", config) as guard:
+        _sft(config, guard)
+
+
+def _sft(config: SftConfig, guard: Guard) -> None:
     _refuse_adapter(config)
     accelerator = engine.start(config.model)
-    start = find_start(config)
+    engine.make_repeatable(config.train)
+    start = start_of(config)
     claim_run(config)
     tokenizer, positions = _sft_tokenizer(config)
     train_data, test_data = open_text_or_preferences(config.data, tokenizer, positions)
-    objective = NextTokenObjective(dataset=train_data)
+    fingerprints = {"data.train": train_data.content_digest()}
+    if test_data is not None:
+        fingerprints["data.test"] = test_data.content_digest()
+    universal = check_start(config, start, fingerprints)
     plan = BatchPlan(
         (train_data.pairs_per_group * 0) + 1,
         seed=config.train.seed,
@@ -202,79 +224,36 @@ def sft(config: SftConfig) -> None:
             dtype=dtype,
             attention=config.model.attention,
         )
+        check_space(config, sum(parameter.numel() for parameter in model.parameters()))
     else:
+        check_space(config, num_parameters(config.model))
         model = load_model(config.model, dtype=dtype)
-    policy = Engine(accelerator, model, config.model, config.train)
+    policy = Engine(accelerator, model, config.model, config.train, universal=universal)
     _settle_layout(policy, [train_data])
 
-    def evaluate_policy(policy: Engine) -> dict[str, float]:
+    def evaluate_policy() -> dict[str, float]:
         assert test_data is not None
-        return held_out_loss(policy, test_data, engine.token_budget(config.train.max_tokens_per_micro_batch))
+        return held_out_loss(
+            guard.score_only(policy),
+            test_data,
+            layout=policy.layout,
+            budget=engine.token_budget(config.train.max_tokens_per_micro_batch),
+            device=policy.device,
+        )
 
-    _optimize(
-        config,
-        policy,
-        objective,
-        plan,
-        start,
-        tokenizer,
+    work = Work(
+        policy=policy,
+        objective=NextTokenObjective(dataset=train_data),
+        plan=plan,
+        tokenizer=tokenizer,
+        start=start,
+        universal=universal,
+        fingerprints=fingerprints,
         evaluate=evaluate_policy if test_data is not None else None,
         data=f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens",
         card=_sft_card(config),
     )
-
-
-def _optimize(
-    config: Config | SftConfig,
-    policy: Engine,
-    objective: Objective,
-    plan: BatchPlan,
-    start: Path | None,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    evaluate: Evaluation | None,
-    data: str,
-    card: str,
-) -> None:
-    """Runs the loop from the start or from a checkpoint, and exports the model."""
-    progress = load_checkpoint(policy, start) if start else Progress()
-    describe_run(config, engine=policy.description)
-    run_dir = Path(config.run_dir)
-
-    def export(folder: Path) -> None:
-        weights = policy.weights()
-        if distributed.is_main():
-            export_model(policy.model, weights, tokenizer, folder, card)
-        distributed.barrier()
-
-    with Monitor(run_dir, num_steps=plan.num_steps, first_step=progress.step, unit=objective.unit) as monitor:
-        monitor.say(f"{policy.description}; {policy.num_parameters / 1e6:.1f}M parameters; {data}")
-        if start:
-            monitor.say(f"going on after step {progress.step}, from {start}")
-        monitor.text("config", f"```yaml\n{config_text(config)}```")
-        evaluated = run_loop(
-            policy,
-            objective,
-            plan,
-            config.train,
-            monitor,
-            progress,
-            run_dir=run_dir,
-            evaluate=evaluate,
-            export=export,
-        )
-    export(run_dir / "model")
-    _summary(
-        f"trained {plan.num_steps} steps on {data}",
-        *(
-            [f"held-out {_metrics(evaluated)}"]
-            if evaluated
-            else [
-                "no held-out data, so nothing was evaluated" if evaluate is None else "it had ended already"
-            ]
-        ),
-        f"model in {run_dir / 'model'}; to watch the curves: make tensorboard",
-    )
+    optimize(config, work, guard)
 
 
 def open_data(config: Config) -> tuple[TokenizedDataset, TokenizedDataset | None, PreTrainedTokenizerBase]:
@@ -294,7 +273,7 @@ def reference_store(config: Config) -> ReferenceStore:
 
 def _settle_layout(policy: Engine, datasets: Sequence[TokenizedDataset]) -> None:
     if notes := policy.settle_layout(longest_tree(datasets)).notes:
-        _summary(*notes)
+        summary(*notes)
 
 
 def _audit(
@@ -305,7 +284,7 @@ def _audit(
     config: Config,
 ) -> None:
     result = audit(score, datasets, references, store, num_rows=config.reference.audit_rows)
-    _summary(
+    summary(
         f"audit: {result.rows} cached rows recomputed, largest difference {result.largest:.2g} nats, "
         f"{result.share:.0%} of what rounding may do"
     )
@@ -375,25 +354,3 @@ def _counts(split: str, data: TokenizedDataset | None) -> str:
     lost = [f"{n} {name}" for name, n in counts.items() if n and name.startswith(("dropped/", "truncated/"))]
     said = f"{split}: {counts['pairs']} pairs of {counts['groups']} prompts"
     return f"{said} ({', '.join(lost)})" if lost else said
-
-
-def _metrics(evaluated: dict[str, float]) -> str:
-    shown = {
-        "loss": "eval/loss",
-        "reward accuracy": "eval/rewards/accuracies",
-        "margin": "eval/rewards/margins",
-    }
-    return ", ".join(f"{label} {evaluated[name]:.4f}" for label, name in shown.items() if name in evaluated)
-
-
-def _summary(*lines: str) -> None:
-    if distributed.is_main():
-        print("\n".join(lines), flush=True)
-
-
-def _quiet() -> None:
-    """Silences what a user cannot act on: other libraries' progress notes and deprecations among
-    themselves.
-    """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

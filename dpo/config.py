@@ -145,6 +145,16 @@ class OptimizationConfig:
     resume: str = "auto"
     """auto: go on from the newest valid checkpoint; never: start, in an empty folder; or a checkpoint's
     path."""
+    resume_allow: str = ""
+    """Keys that may differ from the run that is resumed, such as loss.beta,train.seed; others are
+    refused."""
+    deterministic: bool = False
+    """On GPUs, take kernels whose results do not vary, so that a resumed run is the same bit for bit;
+    slower."""
+    max_skipped_steps: int = 5
+    """A step whose loss or gradient is not finite is skipped; after more than this in a row the run stops."""
+    stuck_after_seconds: float = 1800.0
+    """End the run, with the stacks of all ranks, when no part of a step has been done for so long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +266,7 @@ class SftConfig:
 
 def problems(config: Config | SftConfig) -> list[str]:
     """Everything wrong with the values, each as `key: value; expected what`. Empty when all is well."""
-    found = [*_optimization_problems(config.train)]
+    found = [*_optimization_problems(config.train), *_allow_problems(config)]
     budget = config.train.max_tokens_per_micro_batch
     found.extend(_budget_problems("train.max_tokens_per_micro_batch", budget, config.data.max_length))
     if config.data.max_length is not None and config.data.max_length < 2:
@@ -282,6 +292,18 @@ def _budget_problems(key: str, budget: int | None, max_length: int | None) -> It
         yield f"{key}: {budget}; expected at least data.max_length, {max_length}: the longest row must fit"
 
 
+def _allow_problems(config: Config | SftConfig) -> Iterator[str]:
+    for name in filter(None, config.train.resume_allow.split(",")):
+        place: object = config
+        for part in name.split("."):
+            place = getattr(place, part, None) if hasattr(place, part) else _NO_SUCH_KEY
+        if place is _NO_SUCH_KEY:
+            yield f"train.resume_allow: {name}; expected names of keys such as loss.beta,train.seed"
+
+
+_NO_SUCH_KEY = object()
+
+
 def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
     at_least = {
         "warmup_steps": 0,
@@ -292,6 +314,7 @@ def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
         "evaluate_every": 0,
         "checkpoint_every": 0,
         "keep_last": 1,
+        "max_skipped_steps": 0,
     }
     for name, minimum in at_least.items():
         if not getattr(train, name) >= minimum:
@@ -302,6 +325,8 @@ def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
         yield f"train.max_steps: {train.max_steps}; expected at least 1, or nothing"
     if not all(0 <= beta < 1 for beta in train.adam_betas):
         yield f"train.adam_betas: {list(train.adam_betas)}; expected two numbers in [0, 1)"
+    if not train.stuck_after_seconds > 0:
+        yield f"train.stuck_after_seconds: {train.stuck_after_seconds}; expected a number of seconds above 0"
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
         yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint"
 

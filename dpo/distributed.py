@@ -98,6 +98,11 @@ def sum_over_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return tensor.cpu().numpy()
 
 
+def any_rank(wish: bool) -> bool:
+    """Whether it is true on at least one rank; the same answer on all."""
+    return bool(sum_over_ranks(np.array([float(wish)]))[0])
+
+
 def gather_objects(value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank. For records of a few megabytes, not for tensors."""
     if not is_distributed():

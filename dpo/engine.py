@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,9 +27,9 @@ from dpo.errors import UserError
 from dpo.model.load import DTYPES, load_model, num_parameters
 from dpo.model.logprobs import SequenceScorer
 from dpo.model.probe import Probed, probe
+from dpo.optimizer import make_optimizer
 
 ENGINE_TAG = "engine"
-RMSPROP_SMOOTHING = 0.99
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
 """Of one pass where the config gives none: activations that stay in a CPU's cache, rows that fill a GPU."""
 
@@ -48,6 +49,23 @@ def start(model: ModelConfig) -> Accelerator:
     return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
 
 
+def make_repeatable(options: OptimizationConfig) -> None:
+    """On GPUs, kernels whose sums have one order, where the config asks for them."""
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+
+
+def kind_here() -> str:
+    """How a policy of this process will be sharded, once `start` has been called: `DeepSpeed ZeRO-2`, `DDP`
+    or `one device`.
+    """
+    state = AcceleratorState()
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+    return "DDP" if distributed.is_distributed() else "one device"
+
+
 def weight_dtype(accelerator: Accelerator, model: ModelConfig) -> torch.dtype:
     """Type in which the policy is loaded: DeepSpeed keeps float32 masters of its own, elsewhere the weights
     are them.
@@ -64,6 +82,8 @@ class Engine:
         model: PreTrainedModel,
         config: ModelConfig,
         options: OptimizationConfig,
+        *,
+        universal: bool = False,
     ) -> None:
         """Wraps the model; from here on only the engine touches it.
 
@@ -72,6 +92,7 @@ class Engine:
             model: The loaded policy.
             config: Its compute type and gradient checkpointing.
             options: Optimizer and clipping.
+            universal: `load` will be given a state that another number of ranks wrote, made universal.
 
         Raises:
             UserError: FlexAttention is asked for where it cannot train.
@@ -94,6 +115,7 @@ class Engine:
             plugin = accelerator.deepspeed_plugin
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # tokens size our micro-batches
             plugin.deepspeed_config["gradient_clipping"] = options.max_grad_norm
+            plugin.deepspeed_config["checkpoint"] = {"load_universal": universal}
         self._scorer, self._optimizer = accelerator.prepare(scorer, optimizer)
         if self._zero and self._stage == 3:
             _register_head(scorer)
@@ -115,10 +137,8 @@ class Engine:
 
     @property
     def kind(self) -> str:
-        """How the policy is sharded: `DeepSpeed ZeRO-2`, `DDP` or `one device`."""
-        if self._zero:
-            return f"DeepSpeed ZeRO-{self._stage}"
-        return "DDP" if distributed.is_distributed() else "one device"
+        """How the policy is sharded; see `kind_here`."""
+        return kind_here()
 
     @property
     def description(self) -> str:
@@ -150,7 +170,9 @@ class Engine:
                 that the parts of all ranks and micro-batches add up to it.
             last: Whether it is the step's last micro-batch. Every rank must make the same number of calls.
         """
-        scaled = loss * distributed.world_size()  # DeepSpeed and DDP average over ranks
+        # A loss that is not finite must not leave a finite gradient: `update` goes by the gradient alone.
+        valid = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        scaled = loss * valid * distributed.world_size()  # DeepSpeed and DDP average over ranks
         if self._zero:
             self._scorer.set_gradient_accumulation_boundary(last)
             self._scorer.backward(scaled)
@@ -163,24 +185,29 @@ class Engine:
                 self._accelerator.backward(scaled)
 
     def update(self, learning_rate: float) -> float:
-        """One optimizer step with the accumulated gradient; returns its global norm before clipping."""
+        """One optimizer step with the accumulated gradient.
+
+        Returns:
+            Its global norm before clipping. If that is not finite, weights and optimizer are as they were.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._zero:
-            before = self._local_norm() if self._stage == 0 else None  # stage 0 in fp32 reports none
+        if self._zero and self._stage > 0:
+            self._scorer.step()  # skips the update by itself, and reports an infinite norm or -1
+            reported = float(self._scorer.get_global_grad_norm())
+            return reported if reported >= 0 else math.inf
+        parameters = [p for p in self._scorer.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if not norm.isfinite():
+            self._scorer.zero_grad()
+        elif self._zero:
             self._scorer.step()
-            reported = self._scorer.get_global_grad_norm()
-            return float(before if before is not None else reported)
-        limit = self._max_grad_norm or float("inf")
-        norm = nn.utils.clip_grad_norm_(self._scorer.parameters(), limit)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        else:
+            if self._max_grad_norm:
+                nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
         return float(norm)
-
-    def _local_norm(self) -> float:
-        return float(
-            nn.utils.get_total_norm([p.grad for p in self._scorer.parameters() if p.grad is not None])
-        )
 
     def weights(self) -> dict[str, Tensor]:
         """The policy's full state dict in its compute type, on the main rank. All ranks must call it."""
@@ -201,15 +228,43 @@ class Engine:
         scorer: SequenceScorer = self._accelerator.unwrap_model(self._scorer)
         return scorer.model
 
-    def save(self, folder: Path) -> None:
-        """Writes weights and optimizer state into `folder`. All ranks must call it."""
+    def save(self, folder: Path) -> list[Path]:
+        """Writes weights and optimizer state into `folder`. All ranks must call it.
+
+        Returns:
+            The files that this rank wrote.
+
+        Raises:
+            OSError, RuntimeError: This rank could not write; after its part in the others' collectives.
+        """
         if self._zero:
-            self._scorer.save_checkpoint(str(folder), tag=ENGINE_TAG)
-        elif distributed.is_main():
-            bare = self._accelerator.unwrap_model(self._scorer)
-            torch.save(
-                {"model": bare.state_dict(), "optimizer": self._optimizer.state_dict()}, folder / "engine.pt"
-            )
+            return self._save_sharded(folder)
+        if not distributed.is_main():
+            return []
+        bare = self._accelerator.unwrap_model(self._scorer)
+        state = {"model": bare.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, folder / "engine.pt")
+        return [folder / "engine.pt"]
+
+    def _save_sharded(self, folder: Path) -> list[Path]:
+        """DeepSpeed's save has barriers in it: a rank whose disk is full may fail only behind them."""
+        writer, written, failures = self._scorer.checkpoint_engine, list[Path](), list[Exception]()
+
+        def save(state: dict[str, Any], path: str) -> None:
+            try:
+                type(writer).save(writer, state, path)
+                written.append(Path(path))
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        writer.save = save
+        try:
+            self._scorer.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+        finally:
+            del writer.save
+        if failures:
+            raise failures[0]
+        return written
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, on the same number of ranks and with the same engine."""
@@ -309,37 +364,3 @@ def fits_one_device(model: ModelConfig) -> bool:
         return needed <= torch.cuda.mem_get_info()[1] / 2
     node = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return needed <= node / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / 2
-
-
-def make_optimizer(module: nn.Module, options: OptimizationConfig) -> torch.optim.Optimizer:
-    """AdamW or RMSprop over the module's parameters; weight decay on matrices only."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if options.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=options.learning_rate, alpha=RMSPROP_SMOOTHING)
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.adam_betas, fused=True)
-
-
-def learning_rate(step: int, num_steps: int, options: OptimizationConfig) -> float:
-    """The learning rate of an optimizer step: linear warm-up, then the schedule.
-
-    Args:
-        step: From 1 to num_steps.
-        num_steps: Optimizer steps of the run.
-        options: Peak, schedule and warm-up; the warm-up is at most a tenth of the run.
-    """
-    warmup = min(options.warmup_steps, num_steps // 10)
-    if step <= warmup:
-        return options.learning_rate * step / warmup
-    done = (step - warmup - 1) / max(1, num_steps - warmup)
-    if options.schedule == "linear":
-        return options.learning_rate * (1 - done)
-    if options.schedule == "cosine":
-        return options.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return options.learning_rate

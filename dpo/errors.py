@@ -1,8 +1,8 @@
 """The errors that a person is meant to read.
 
 Everything a person can get wrong (a file, an option, a folder, a model) is raised as `UserError`; the command
-line prints its message without a traceback and exits with status 2. `StoppedBySignal` is status 3. Anything
-else is a bug of ours.
+line prints its message without a traceback and exits with status 2. `StoppedBySignal` is status 3,
+`RunFailed` is 1. Anything else is a bug of ours, with its traceback.
 """
 
 
@@ -11,4 +11,8 @@ class UserError(Exception):
 
 
 class StoppedBySignal(Exception):  # noqa: N818  (nothing went wrong)
-    """SIGINT or SIGTERM, after what was done has been saved. The message says how to go on."""
+    """SIGINT, SIGTERM or SIGUSR1, after what was done has been saved. The message says how to go on."""
+
+
+class RunFailed(Exception):  # noqa: N818  (the run did, not this code)
+    """A run cannot go on: a rank died or hangs, or the numbers are not finite. The message says which."""

@@ -5,6 +5,7 @@ process writes; the others take part in the sum.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -63,7 +64,9 @@ class Monitor:
     one.
     """
 
-    def __init__(self, run_dir: Path, *, num_steps: int, first_step: int, unit: str) -> None:
+    def __init__(
+        self, run_dir: Path, *, num_steps: int, first_step: int, unit: str, evaluated: bool = True
+    ) -> None:
         """Opens the files; lines and curves after `first_step` (of an interrupted run) are cut off.
 
         Args:
@@ -71,6 +74,7 @@ class Monitor:
             num_steps: Optimizer steps of the whole run.
             first_step: Steps already done when this process starts.
             unit: What `perf/<unit>_per_second` counts, shown in the bar.
+            evaluated: Whether the evaluation of `first_step`, if it has one, is recorded and stays.
         """
         self._unit = unit
         self._enabled = distributed.is_main()
@@ -78,8 +82,16 @@ class Monitor:
             return
         path = run_dir / "metrics.jsonl"
         # A run without a step starts afresh: what it measured before its first step is measured again.
-        kept = [line for line in _lines(path) if first_step and json.loads(line)["step"] <= first_step]
-        path.write_text("".join(kept))
+        lines = [(line, json.loads(line)) for line in _lines(path) if first_step]
+        kept = [
+            line
+            for line, values in lines
+            if values["step"] < first_step
+            or (values["step"] == first_step and (evaluated or "eval/loss" not in values))
+        ]
+        replacing = path.with_name(f".{path.name}.replacing")
+        replacing.write_text("".join(kept))
+        replacing.rename(path)
         self._file = path.open("a", buffering=1)
         self._writer = SummaryWriter(
             str(run_dir / "tensorboard"),
@@ -115,6 +127,12 @@ class Monitor:
             {label: f"{values[name]:{form}}" for label, (name, form) in shown.items() if name in values}
         )
         self._bar.update()
+
+    def sync(self) -> None:
+        """Waits until what was recorded is on the disk: a checkpoint must not know more than the metrics."""
+        if self._enabled:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def text(self, tag: str, content: str) -> None:
         """A text for TensorBoard, in Markdown."""

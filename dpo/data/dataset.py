@@ -77,6 +77,13 @@ class TokenizedDataset:
             pairs=tuple(Pair(int(chosen), int(rejected)) for chosen, rejected in pairs),
         )
 
+    def content_digest(self) -> str:
+        """SHA-256 (hex) of sequences, groups and pairs in their order, whatever file they came from."""
+        content = hashlib.sha256()
+        for part in (self.keys, self.group_segments, self.pairs, self.group_pairs):
+            content.update(np.ascontiguousarray(part).tobytes())
+        return content.hexdigest()
+
     @cached_property
     def pairs_per_group(self) -> npt.NDArray[np.int64]:
         """(G,)."""

@@ -9,6 +9,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +23,13 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan, Int64s, Step, share
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
-from dpo.engine import Engine, learning_rate, token_budget
+from dpo.engine import Engine, token_budget
+from dpo.errors import RunFailed, StoppedBySignal
 from dpo.monitor import MetricSums, Monitor
+from dpo.optimizer import learning_rate
+from dpo.signals import StopRequests
 from dpo.train.checkpoint import Progress, save_checkpoint
+from dpo.watchdog import Watchdog
 
 
 class Objective(Protocol):
@@ -57,7 +62,30 @@ class Objective(Protocol):
         """
 
 
-Evaluation = Callable[[Engine], dict[str, float]]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Where a run is kept, what it does besides steps, and who watches it."""
+
+    folder: Path
+    """The run folder."""
+    monitor: Monitor
+    """Where numbers go."""
+    stop: StopRequests
+    """Whether this process has been asked to stop."""
+    watchdog: Watchdog
+    """Is told of every part that is done."""
+    fingerprints: dict[str, str]
+    """Name -> digest of data and model; for the checkpoints."""
+    evaluate: Callable[[], dict[str, float]] | None
+    """Held-out metrics of the current policy, or None without held-out data; raises `Stopping`."""
+    export: Callable[[Path], None]
+    """Writes the current weights to a folder, for `keep_best`; called on all ranks."""
+    describe: Callable[[list[int]], str]
+    """These groups, for people."""
+
+
+class Stopping(Exception):  # noqa: N818  (a wish)
+    """A rank has been asked to stop in the middle of an evaluation; raised on all ranks."""
 
 
 def train(
@@ -65,12 +93,8 @@ def train(
     objective: Objective,
     plan: BatchPlan,
     options: OptimizationConfig,
-    monitor: Monitor,
     progress: Progress,
-    *,
-    run_dir: Path,
-    evaluate: Evaluation | None,
-    export: Callable[[Path], None],
+    run: Run,
 ) -> dict[str, float]:
     """Runs the plan from where `progress` stands, and returns the last evaluation.
 
@@ -79,50 +103,102 @@ def train(
         objective: What is minimized.
         plan: The optimizer steps.
         options: Schedule, micro-batch budget, and how often to evaluate and save.
-        monitor: Where numbers go.
         progress: Where the run stands; updated in place.
-        run_dir: The run folder.
-        evaluate: Held-out metrics of the current policy, or None without held-out data.
-        export: Writes the current weights to a folder, for `keep_best`; called on all ranks.
+        run: The folder and everything around the steps.
 
     Raises:
-        FloatingPointError: The loss or its gradient is not finite; the last checkpoint stays valid.
+        StoppedBySignal: A rank was asked to stop; a checkpoint of the last step is there.
+        RunFailed: Too many steps in a row had a number that is not finite.
+        UserError: A checkpoint could not be written.
     """
     evaluated: dict[str, float] = {}
+    saved, stopping = progress.step, False
+    run.stop.wait_for_step()
+    while True:
+        last = progress.step == plan.num_steps
+        due = last or progress.step == 0 or _due(progress.step, options.evaluate_every)
+        if run.evaluate and due and progress.evaluated_step < progress.step and not stopping:
+            try:
+                evaluated = _evaluate(run.evaluate, progress, run, keep_best=options.keep_best)
+            except Stopping:
+                stopping = True
+        keep = options.checkpoint_every and (last or _due(progress.step, options.checkpoint_every))
+        # Weights that stopped giving finite numbers must not push out the last good ones.
+        if saved < progress.step and (stopping or (keep and (last or not progress.skipped_in_a_row))):
+            run.monitor.sync()
+            working = run.watchdog.progress
+            save_checkpoint(
+                engine, progress, run.folder, options.keep_last, run.fingerprints, working=working
+            )
+            saved = progress.step
+        if stopping:
+            run.stop.ignore_more()
+            distributed.barrier()
+            raise StoppedBySignal(
+                f"a checkpoint of step {saved} is in {run.folder}; the same command goes on from there"
+                if saved
+                else "no step was made; the same command starts again"
+            )
+        if last:
+            return evaluated
+        stopping = _advance(engine, objective, plan, options, progress, run)
 
-    def evaluate_now() -> dict[str, float]:
-        values = evaluate(engine) if evaluate else {}
-        monitor.record(progress.step, values)
-        best = math.inf if progress.best_loss is None else progress.best_loss
-        if options.keep_best and values and values["eval/loss"] < best:
-            progress.best_loss = values["eval/loss"]
-            export(run_dir / "best")
-        return values
 
-    if evaluate and progress.step == 0:
-        evaluated = evaluate_now()
-    for number in range(progress.step + 1, plan.num_steps + 1):
-        step = plan.step(number)
-        values = train_step(engine, objective, step, options, learning_rate(number, plan.num_steps, options))
-        progress.step, progress.num_tokens = number, progress.num_tokens + int(values["num_tokens"])
-        values["num_tokens"] = progress.num_tokens
-        named = {
-            name if name.startswith("perf/") else f"train/{name}": value for name, value in values.items()
-        }
-        monitor.record(number, named)
-        monitor.advance(named)
-        last = number == plan.num_steps
-        if evaluate and (last or _due(number, options.evaluate_every)):
-            evaluated = evaluate_now()
-        if options.checkpoint_every and (last or _due(number, options.checkpoint_every)):
-            save_checkpoint(engine, progress, run_dir, options.keep_last)
-    return evaluated
+def _evaluate(
+    evaluate: Callable[[], dict[str, float]], progress: Progress, run: Run, *, keep_best: bool
+) -> dict[str, float]:
+    values = evaluate()
+    run.monitor.record(progress.step, values)
+    progress.evaluated_step = progress.step
+    best = math.inf if progress.best_loss is None else progress.best_loss
+    if keep_best and values["eval/loss"] < best:
+        progress.best_loss = values["eval/loss"]
+        run.export(run.folder / "best")
+    return values
+
+
+def _advance(
+    engine: Engine,
+    objective: Objective,
+    plan: BatchPlan,
+    options: OptimizationConfig,
+    progress: Progress,
+    run: Run,
+) -> bool:
+    """Makes and records the next step; returns whether a rank wants to stop."""
+    number = progress.step + 1
+    rate = learning_rate(number, plan.num_steps, options)
+    values, faulty, stopping = train_step(engine, objective, plan.step(number), options, rate, run)
+    progress.step, progress.num_tokens = number, progress.num_tokens + int(values["num_tokens"])
+    values["num_tokens"] = progress.num_tokens
+    if faulty is None:
+        progress.skipped_in_a_row = 0
+    else:
+        progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
+        values["skipped_steps"] = progress.skipped
+        run.monitor.say(f"step {number} is skipped, weights unchanged: {faulty}")
+    named = {name if name.startswith("perf/") else f"train/{name}": value for name, value in values.items()}
+    named = {name: value for name, value in named.items() if math.isfinite(value)}
+    run.monitor.record(number, named)
+    run.monitor.advance(named)
+    if progress.skipped_in_a_row > options.max_skipped_steps:
+        raise RunFailed(
+            f"{progress.skipped_in_a_row} steps in a row, up to step {number}, gave no finite gradient "
+            f"(train.max_skipped_steps: {options.max_skipped_steps}); the last: {faulty}. The last "
+            "checkpoint is as it was; lower train.learning_rate, or look at this data"
+        )
+    return stopping
 
 
 def train_step(
-    engine: Engine, objective: Objective, step: Step, options: OptimizationConfig, rate: float
-) -> dict[str, float]:
-    """One optimizer step over all ranks; returns its metrics, equal on all of them."""
+    engine: Engine, objective: Objective, step: Step, options: OptimizationConfig, rate: float, run: Run
+) -> tuple[dict[str, float], str | None, bool]:
+    """One optimizer step over all ranks.
+
+    Returns:
+        Its metrics, equal on all ranks; why its update was skipped, or None; and whether a rank has been
+        asked to stop.
+    """
     started = time.perf_counter()
     sizes = objective.dataset.sizes(step.groups, engine.layout)
     shares = share(
@@ -136,27 +212,24 @@ def train_step(
         return objective.batch(step.groups[positions], engine.layout).to(engine.device)
 
     count = objective.count(step.groups)
-    sums, waited, tokens = MetricSums(), 0.0, np.zeros(3)
+    sums, waited, tokens, losses = MetricSums(), 0.0, np.zeros(3), list[Tensor]()
     batches = prefetch(build, micro_batches)
     for index in range(len(micro_batches)):
+        run.watchdog.progress(f"step {step.number}, micro-batch {index + 1} of {len(micro_batches)}")
         fetching = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - fetching
         tokens += batch.num_real_tokens, batch.num_row_tokens, batch.input_ids.numel()
         loss = objective.loss(engine.score(batch), batch, sums)
         engine.accumulate(loss / count, last=index == len(micro_batches) - 1)
-    metrics = sums.means()
-    if not math.isfinite(metrics["loss"]):  # on all ranks alike, and before any weight has changed
-        raise FloatingPointError(
-            f"step {step.number}: the loss is {metrics['loss']}; the weights were not updated"
-        )
+        losses.append(loss.detach())
     norm = engine.update(rate)
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"step {step.number}: the gradient norm is {norm}")
-    real, in_rows, padded = distributed.sum_over_ranks(tokens)
+    metrics = sums.means()
+    real, in_rows, padded, stopping = distributed.sum_over_ranks(np.append(tokens, run.stop.requested))
+    faulty = None if math.isfinite(norm) else _faulty_groups(step, micro_batches, losses, run.describe)
     loads = [sizes.work[np.concatenate(own).astype(int)].sum() for own in shares]
     seconds = time.perf_counter() - started
-    return {
+    values = {
         **metrics,
         "grad_norm": norm,
         "learning_rate": rate,
@@ -170,6 +243,26 @@ def train_step(
         "perf/rank_imbalance": float(np.max(loads) / np.mean(loads) - 1),
         "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
     }
+    return values, faulty, bool(stopping)
+
+
+def _faulty_groups(
+    step: Step, micro_batches: list[list[int]], losses: list[Tensor], describe: Callable[[list[int]], str]
+) -> str:
+    """Whose loss is not finite, over all ranks; where every loss is, it may be any of the step's."""
+    finite = torch.stack(losses).isfinite().tolist()
+    own = [
+        int(step.groups[position])
+        for positions, fine in zip(micro_batches, finite, strict=True)
+        for position in positions
+        if not fine
+    ]
+    by_rank = distributed.gather_objects(own)
+    found = sorted(group for groups in by_rank for group in groups)
+    if found:
+        ranks = ", ".join(str(rank) for rank, groups in enumerate(by_rank) if groups)
+        return f"the loss is not finite on rank {ranks} in the micro-batch of {describe(found)}"
+    return f"the gradient is not finite, with {describe(sorted(step.groups.tolist()))}"
 
 
 def _due(step: int, every: int) -> bool:

@@ -12,12 +12,13 @@ import json
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +30,6 @@ from dpo.data.plan import Int64s, share
 from dpo.data.prefetch import prefetch
 from dpo.data.tokenize import tokenizer_digest
 from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
-from dpo.engine import Engine
 from dpo.errors import UserError
 from dpo.monitor import MetricSums
 from dpo.records import TokenizedGroup
@@ -72,20 +72,32 @@ class NextTokenObjective:
         return -logps.sum()
 
 
-def held_out_loss(engine: Engine, dataset: TokenizedDataset, budget: int) -> dict[str, float]:
-    """{"eval/loss": nats a token} over all sequences of a data set, summed over ranks."""
+def held_out_loss(
+    score: Callable[[TreeBatch], Tensor],
+    dataset: TokenizedDataset,
+    *,
+    layout: Layout,
+    budget: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """{"eval/loss": nats a token} over all sequences of a data set, summed over ranks.
+
+    Args:
+        score: (S,) log-probs of a batch, without gradient.
+        dataset: The held-out data.
+        layout: How the batches are laid out.
+        budget: Tokens of one batch.
+        device: Where batches belong.
+    """
     objective, sums = NextTokenObjective(dataset=dataset), MetricSums()
     everything = np.arange(len(dataset))
-    shares = share(
-        dataset.sizes(everything, engine.layout), world_size=distributed.world_size(), budget=budget
-    )
+    shares = share(dataset.sizes(everything, layout), world_size=distributed.world_size(), budget=budget)
 
     def build(positions: list[int]) -> TreeBatch:
-        return objective.batch(everything[positions], engine.layout).to(engine.device)
+        return objective.batch(everything[positions], layout).to(device)
 
     for batch in prefetch(build, shares[distributed.rank()]):
-        logps = engine.score_only(batch)
-        sums.add_values({"eval/loss": -logps.sum()}, len(batch.targets))
+        sums.add_values({"eval/loss": -score(batch).sum()}, len(batch.targets))
     return sums.means()
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from dpo import engine as engine_module
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import sequence_batch
-from dpo.engine import Engine, learning_rate, make_optimizer
+from dpo.engine import Engine
 from dpo.errors import UserError
 from dpo.model.load import load_model
+from dpo.optimizer import learning_rate, make_optimizer
 
 
 def rates(num_steps: int, **options: object) -> list[float]:

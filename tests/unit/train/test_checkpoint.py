@@ -1,5 +1,6 @@
 """A checkpoint is complete and as it was written, or it does not exist."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -7,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dpo.errors import UserError
-from dpo.train.checkpoint import (
-    Progress,
-    is_valid,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from dpo.train.checkpoint import Progress, complete_checkpoints, load_checkpoint, save_checkpoint
+from dpo.train.manifest import NotValid, read_manifest, verify
 
 
 @dataclass
@@ -26,11 +23,12 @@ class FakeEngine:
     kind: str = "one device"
     fails: bool = False
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[Path]:
         (folder / "deep").mkdir()
         (folder / "deep" / "state").write_text(self.state)
         if self.fails:
             raise OSError("disk full")
+        return [folder / "deep" / "state"]
 
     def load(self, folder: Path) -> None:
         self.state = (folder / "deep" / "state").read_text()
@@ -39,8 +37,20 @@ class FakeEngine:
 def save(run_dir: Path, *steps: int, keep_last: int = 9) -> Path:
     for step in steps:
         engine: Any = FakeEngine(f"state {step}")
-        folder = save_checkpoint(engine, Progress(step=step, num_tokens=10 * step), run_dir, keep_last)
+        folder = save_checkpoint(engine, Progress(step=step, num_tokens=10 * step), run_dir, keep_last, {})
     return folder
+
+
+def problem_of(folder: Path) -> str | None:
+    try:
+        verify(folder, read_manifest(folder).files)
+    except NotValid as error:
+        return str(error)
+    return None
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    return next((f for f in reversed(complete_checkpoints(run_dir)) if problem_of(f) is None), None)
 
 
 def names(run_dir: Path) -> list[str]:
@@ -50,10 +60,10 @@ def names(run_dir: Path) -> list[str]:
 def test_a_checkpoint_restores_engine_and_progress(tmp_path: Path) -> None:
     engine: Any = FakeEngine("weights")
     progress = Progress(step=7, num_tokens=123, best_loss=0.25)
-    folder = save_checkpoint(engine, progress, tmp_path, 2)
+    folder = save_checkpoint(engine, progress, tmp_path, 2, {})
     assert folder == tmp_path / "checkpoints" / "step_00000007"
     fresh: Any = FakeEngine()
-    assert load_checkpoint(fresh, folder) == progress
+    assert load_checkpoint(fresh, folder, folder) == progress
     assert fresh.state == "weights"
 
 
@@ -78,7 +88,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, name: str, damage: str) ->
         file.unlink()
     else:  # one byte differs and the size does not; or the last byte is missing
         file.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "other" else b""))
-    assert not is_valid(newest)
+    assert problem_of(newest) is not None
     assert newest_checkpoint(tmp_path) == older
 
 
@@ -93,8 +103,9 @@ def test_one_without_a_readable_manifest_does_not_exist(tmp_path: Path, manifest
 def test_a_crash_while_writing_leaves_the_older_one_and_the_next_attempt_succeeds(tmp_path: Path) -> None:
     older = save(tmp_path, 2)
     failing: Any = FakeEngine(fails=True)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(failing, Progress(step=4), tmp_path, 2)
+    with pytest.raises(UserError, match=r"could not be written \(rank 0: disk full; .* are free there\)"):
+        save_checkpoint(failing, Progress(step=4), tmp_path, 2, {})
+    assert names(tmp_path) == ["step_00000002"]
     assert newest_checkpoint(tmp_path) == older
     assert save(tmp_path, 4) == newest_checkpoint(tmp_path)
     assert names(tmp_path) == ["step_00000002", "step_00000004"]
@@ -103,8 +114,8 @@ def test_a_crash_while_writing_leaves_the_older_one_and_the_next_attempt_succeed
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 2, 4)
     engine: Any = FakeEngine("written again")
-    folder = save_checkpoint(engine, Progress(step=4), tmp_path, 2)
-    assert is_valid(folder)
+    folder = save_checkpoint(engine, Progress(step=4), tmp_path, 2, {})
+    assert problem_of(folder) is None
     assert (folder / "deep" / "state").read_text() == "written again"
 
 
@@ -116,25 +127,65 @@ def test_what_a_run_that_went_back_has_given_up_is_removed(tmp_path: Path) -> No
     assert names(tmp_path) == ["step_00000003", "step_00000005"]
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"world_size": 2}, r"written by 2 rank\(s\) with one device; this run has 1 with one device"),
-        ({"engine": "DeepSpeed ZeRO-2"}, r"written by 1 rank\(s\) with DeepSpeed ZeRO-2; this run has 1"),
-    ],
-)
-def test_another_world_or_engine_is_refused_before_anything_is_loaded(
-    tmp_path: Path, change: dict[str, Any], said: str
-) -> None:
+def test_a_crash_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    folder = save(tmp_path, 4)
+    folder.rename(folder.with_name(f".{folder.name}.replaced"))  # and the new one was not there yet
+    found = newest_checkpoint(tmp_path)
+    assert found is not None
+    assert problem_of(found) is None
+    assert save(tmp_path, 4) == newest_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step_00000004"]
+
+
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".step_00000003.writing").mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) is None
+    save(tmp_path, 4)
+    assert names(tmp_path) == ["step_00000004"]
+
+
+def test_the_random_state_of_a_rank_comes_back(tmp_path: Path) -> None:
     folder = save(tmp_path, 2)
+    expected = torch.rand(3)
+    torch.rand(17)
+    engine: Any = FakeEngine()
+    load_checkpoint(engine, folder, folder)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_checkpoint_that_another_run_signed_is_refused(tmp_path: Path) -> None:
+    ours, theirs = save(tmp_path / "ours", 2), save(tmp_path / "theirs", 2)
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    assert "was not written by the run of" in str(problem_of(ours))
+
+
+def test_a_manifest_that_was_fitted_to_other_files_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 2)
+    (folder / "deep" / "state").write_text("a pickle")
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | change))
-    engine: Any = FakeEngine("untouched")
-    with pytest.raises(UserError, match=said):
-        load_checkpoint(engine, folder)
-    assert engine.state == "untouched"
+    content = b"a pickle"
+    manifest["files"]["deep/state"] = {"bytes": 8, "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert "or changed afterwards" in str(problem_of(folder))
 
 
-def test_a_copied_checkpoint_is_valid_where_it_lies(tmp_path: Path) -> None:
+def test_a_file_that_was_added_is_found(tmp_path: Path) -> None:
     folder = save(tmp_path, 2)
-    assert is_valid(Path(shutil.copytree(folder, tmp_path / "elsewhere")))
+    added = "deep/mp_rank_01_model_states.pt"
+    (folder / added).write_text("a pickle")
+    assert problem_of(folder) == f"{added} is not in manifest.json: somebody has added it"
+
+
+@pytest.mark.parametrize("key", ["", "00", "not hexadecimal", None])
+def test_a_lost_or_damaged_key_is_said(tmp_path: Path, key: str | None) -> None:
+    folder, file = save(tmp_path, 2), tmp_path / "checkpoint.key"
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.unlink() if key is None else file.write_text(key)
+    assert problem_of(folder) is not None
+
+
+def test_a_whole_run_folder_may_be_moved(tmp_path: Path) -> None:
+    save(tmp_path / "here", 2)
+    moved = Path(shutil.move(tmp_path / "here", tmp_path / "there"))
+    assert problem_of(moved / "checkpoints" / "step_00000002") is None

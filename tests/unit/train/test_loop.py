@@ -5,6 +5,8 @@ More ranks and DeepSpeed are the business of tests/distributed.
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,16 +23,20 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.trees import sequence_batch
 from dpo.engine import Engine
+from dpo.errors import RunFailed, StoppedBySignal
 from dpo.model.load import load_model
 from dpo.monitor import MetricSums, Monitor
 from dpo.reference.identity import reference_identity
 from dpo.reference.lookup import reference_logps
 from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
+from dpo.signals import StopRequests
+from dpo.train import loop
 from dpo.train.checkpoint import Progress, load_checkpoint
-from dpo.train.loop import train
+from dpo.train.loop import Stopping, train
 from dpo.train.preference import PreferenceObjective
 from dpo.train.run_folder import describe_run, find_start
+from dpo.watchdog import Watchdog
 
 STEPS = 6
 OPTIONS: dict[str, Any] = {
@@ -89,7 +95,8 @@ def changed(config: Config, run_dir: str, **options: Any) -> Config:
 def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
     """Trains as `dpo train` does, from the start or from a checkpoint.
 
-    `evaluation` gives the held-out loss of a step; `die_at` is the step whose evaluation raises KilledError.
+    `evaluation` gives the held-out loss of a step; `die_at` is the step whose evaluation raises KilledError,
+    `stop_at` the one in which a signal arrives.
     """
 
     def run_it(
@@ -97,9 +104,10 @@ def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
         *,
         evaluation: Callable[[int], float] | None = None,
         die_at: int | None = None,
+        stop_at: int | None = None,
         reference: np.ndarray | None = None,
     ) -> Run:
-        start = find_start(config)
+        start, _ = find_start(config)
         data, root = open_data(config), Path(config.reference.cache_dir)
         if reference is None:
             store = ReferenceStore(root, reference_identity(config.model, root))
@@ -114,29 +122,38 @@ def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
         )
         accelerator = engine_module.start(config.model)
         engine = Engine(accelerator, load_model(config.model), config.model, config.train)
-        progress = load_checkpoint(engine, start) if start else Progress()
+        progress = load_checkpoint(engine, start, start) if start else Progress()
         describe_run(config, engine=engine.description)
         result = Run(Path(config.run_dir))
 
-        def evaluate(_: Engine) -> dict[str, float]:
+        def evaluate() -> dict[str, float]:
             if die_at is not None and progress.step == die_at:
                 raise KilledError
+            if stop_at is not None and progress.step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise Stopping
             assert evaluation is not None
             return {"eval/loss": evaluation(progress.step)}
 
-        monitor = Monitor(result.folder, num_steps=plan.num_steps, first_step=progress.step, unit="pairs")
-        with monitor:
-            result.evaluated = train(
-                engine,
-                objective,
-                plan,
-                config.train,
-                monitor,
-                progress,
-                run_dir=result.folder,
+        monitor = Monitor(
+            result.folder,
+            num_steps=plan.num_steps,
+            first_step=progress.step,
+            evaluated=progress.evaluated_step == progress.step,
+            unit="pairs",
+        )
+        with monitor, StopRequests() as stop:
+            around = loop.Run(
+                folder=result.folder,
+                monitor=monitor,
+                stop=stop,
+                watchdog=Watchdog(result.folder, "train", 60),
+                fingerprints={},
                 evaluate=evaluate if evaluation else None,
                 export=lambda folder: result.exported.append(progress.step),
+                describe=lambda groups: f"groups {groups}",
             )
+            result.evaluated = train(engine, objective, plan, config.train, progress, around)
         result.weights = engine.weights()
         return result
 
@@ -283,13 +300,99 @@ def test_checkpoints_are_written_every_so_often_and_at_the_end(experiment: Confi
     assert not (run(changed(experiment, "never")).folder / "checkpoints").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the loss of these steps not finite: spoil({3, 4})."""
+
+    def spoil_steps(steps: set[int], value: float = math.nan) -> None:
+        made, plain = [0], loop.train_step
+
+        def counted(*arguments: Any) -> Any:
+            made[0] = arguments[2].number
+            return plain(*arguments)
+
+        honest = PreferenceObjective.loss
+
+        def spoiled(self: PreferenceObjective, logps: Tensor, batch: Any, sums: MetricSums) -> Tensor:
+            loss = honest(self, logps, batch, sums)
+            return loss * value if made[0] in steps else loss
+
+        monkeypatch.setattr(loop, "train_step", counted)
+        monkeypatch.setattr(PreferenceObjective, "loss", spoiled)
+
+    return spoil_steps
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_a_step_whose_loss_is_not_finite_changes_nothing_and_is_counted(
+    experiment: Config,
+    run: Trained,
+    spoil: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    value: float,
+    optimizer: str,
+) -> None:
+    config = changed(experiment, "spoiled", optimizer=optimizer, checkpoint_every=1, keep_last=9)
+    spoil({3}, value)
+    trained = run(config)
+    at = {line["step"]: line for line in trained.lines()}
+    assert at[3]["train/skipped_steps"] == 1
+    assert "train/grad_norm" not in at[3]
+    assert "train/skipped_steps" not in at[4]
+    assert "NaN" not in (trained.folder / "metrics.jsonl").read_text()
+    said = capsys.readouterr()
+    assert "step 3 is skipped, weights unchanged: the loss is not finite on rank 0" in said.out + said.err
+    names = sorted(path.name for path in (trained.folder / "checkpoints").iterdir())
+    assert names == [f"step_{number:08d}" for number in (1, 2, 4, 5, 6)]  # none of a skipped step
+    assert all(bool(weight.isfinite().all()) for weight in trained.weights.values())
+
+
+def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
+    experiment: Config, run: Trained, spoil: Callable[..., None]
+) -> None:
+    """A run that skips its last step ends with the weights of one that is a step shorter."""
+    shorter = run(changed(experiment, "shorter", max_steps=STEPS - 1))
+    spoil({STEPS})
+    longer = run(changed(experiment, "longer"))
+    for name, weight in shorter.weights.items():
+        assert torch.equal(longer.weights[name], weight), name
+
+
+def test_too_many_in_a_row_stop_the_run_with_its_last_good_checkpoint_intact(
+    experiment: Config, run: Trained, spoil: Callable[..., None]
+) -> None:
+    config = changed(experiment, "doomed", max_skipped_steps=2, checkpoint_every=1, keep_last=1)
+    spoil({2, 4, 5, 6})
+    with pytest.raises(RunFailed, match=r"3 steps in a row, up to step 6.*max_skipped_steps: 2"):
+        run(config)
+    start, _ = find_start(config)
+    assert start is not None
+    assert start.name == "step_00000003"
+
+
+def test_a_reference_that_is_not_finite_stops_the_run(
     experiment: Config, run: Trained, open_data: Callable[[Config], TokenizedDataset]
 ) -> None:
-    reference = np.zeros(len(open_data(experiment).keys))
-    reference[:] = np.nan
-    with pytest.raises(FloatingPointError, match="step 1: the loss is nan; the weights were not updated"):
-        run(changed(experiment, "nan"), reference=reference)
+    reference = np.full(len(open_data(experiment).keys), np.nan)
+    with pytest.raises(RunFailed, match=r"1 steps in a row, up to step 1.*loss is not finite on rank 0"):
+        run(changed(experiment, "nan", max_skipped_steps=0), reference=reference)
+
+
+@pytest.mark.parametrize("stop_at", [0, 3, STEPS])
+def test_a_run_that_is_stopped_in_an_evaluation_ends_as_one_that_never_was(
+    experiment: Config, run: Trained, stop_at: int
+) -> None:
+    options = {"evaluate_every": 1, "schedule": "cosine"}  # a signal saves also where nothing else does
+    whole = run(changed(experiment, "whole", **options), evaluation=lambda step: 1 / (step + 1))
+    config = changed(experiment, "stopped", **options)
+    with pytest.raises(StoppedBySignal, match="the same command"):
+        run(config, evaluation=lambda step: 1 / (step + 1), stop_at=stop_at)
+    assert [line["step"] for line in Run(Path(config.run_dir)).lines()][-1:] == ([stop_at] if stop_at else [])
+    resumed = run(config, evaluation=lambda step: 1 / (step + 1))
+    assert resumed.lines() == whole.lines()
+    for name, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
 
 
 def test_nothing_waits_for_the_device_between_micro_batches(

@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from dpo import cli
-from dpo.config import Config
+from dpo.config import Config, problems
 from dpo.errors import UserError
+from dpo.train import run_folder
 from dpo.train.checkpoint import Progress, save_checkpoint
-from dpo.train.run_folder import config_text, describe_run, find_start
+from dpo.train.run_folder import check_fingerprints, config_text, describe_run
 
 Make = Callable[..., Config]
 
@@ -21,8 +22,13 @@ Make = Callable[..., Config]
 class FakeEngine:
     kind = "one device"
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> list[Path]:
         (folder / "state").write_text("state")
+        return [folder / "state"]
+
+
+def find_start(config: Config) -> Path | None:
+    return run_folder.find_start(config)[0]
 
 
 @pytest.fixture
@@ -45,7 +51,7 @@ def begin(config: Config, *, steps: int, checkpoints: tuple[int, ...] = ()) -> P
     (run_dir / "metrics.jsonl").write_text("".join(lines))
     engine: Any = FakeEngine()
     for step in checkpoints:
-        save_checkpoint(engine, Progress(step=step), run_dir, keep_last=9)
+        save_checkpoint(engine, Progress(step=step), run_dir, 9, {"data.train": "abc"})
     return run_dir
 
 
@@ -157,8 +163,64 @@ def test_a_named_checkpoint_is_taken_and_a_damaged_one_refused(config: Config, t
     elsewhere = changed(config, "run_dir", str(tmp_path / "new"))  # a run that branches off
     assert find_start(changed(elsewhere, "train.resume", str(named))) == named
     (named / "state").write_text("damaged")
-    with pytest.raises(UserError, match=r"train\.resume: .* is not a complete checkpoint"):
+    with pytest.raises(UserError, match=r"train\.resume: .* cannot be used: state has"):
         find_start(changed(config, "train.resume", str(named)))
+
+
+def test_named_keys_may_change_when_asked_for(config: Config) -> None:
+    begin(config, steps=3, checkpoints=(2,))
+    other = changed(changed(config, "loss.beta", 0.2), "train.seed", 7)
+    with pytest.raises(UserError, match=r"let them through: --train\.resume_allow loss\.beta,train\.seed"):
+        find_start(other)
+    with pytest.raises(UserError, match=r"train\.seed: 0 -> 7\. Put") as refused:
+        find_start(changed(other, "train.resume_allow", "loss.beta"))
+    assert "loss.beta: 0.1" not in str(refused.value)
+    assert find_start(changed(other, "train.resume_allow", "loss.beta,train.seed")) is not None
+
+
+def test_a_key_that_does_not_exist_cannot_be_allowed(config: Config) -> None:
+    (problem,) = problems(changed(config, "train.resume_allow", "loss.beta,loss.bet"))
+    assert problem.startswith("train.resume_allow: loss.bet; expected")
+
+
+def test_a_branch_is_compared_with_the_run_it_leaves(config: Config, tmp_path: Path) -> None:
+    run_dir = begin(config, steps=3, checkpoints=(2,))
+    named = str(run_dir / "checkpoints" / "step_00000002")
+    branch = changed(changed(config, "run_dir", str(tmp_path / "branch")), "train.resume", named)
+    assert find_start(branch) == Path(named)
+    with pytest.raises(UserError, match=r"loss\.beta: 0\.1 -> 0\.2"):
+        find_start(changed(branch, "loss.beta", 0.2))
+
+
+def test_other_content_under_the_same_name_is_refused(config: Config) -> None:
+    (start,) = (begin(config, steps=3, checkpoints=(2,)) / "checkpoints").iterdir()
+    check_fingerprints(config, start, {"data.train": "abc"})
+    with pytest.raises(
+        UserError, match=r"data\.train: content abc -> xyz.*--train\.resume_allow data\.train"
+    ):
+        check_fingerprints(config, start, {"data.train": "xyz"})
+    with pytest.raises(UserError, match=r"data\.test: content none -> abc"):
+        check_fingerprints(config, start, {"data.train": "abc", "data.test": "abc"})
+    check_fingerprints(changed(config, "train.resume_allow", "data.train"), start, {"data.train": "xyz"})
+
+
+def test_checkpoints_without_recorded_metrics_are_still_gone_on_from(config: Config) -> None:
+    run_dir = begin(config, steps=3, checkpoints=(2,))
+    (run_dir / "metrics.jsonl").unlink()
+    assert find_start(config) == run_dir / "checkpoints" / "step_00000002"
+
+
+def test_why_a_newer_checkpoint_is_not_used_is_said(config: Config) -> None:
+    run_dir = begin(config, steps=5, checkpoints=(2, 4))
+    newest = run_dir / "checkpoints" / "step_00000004"
+    (newest / "state").write_text("STATE")
+    start, notes = run_folder.find_start(config)
+    assert start is not None
+    assert start.name == "step_00000002"
+    assert notes == [f"checkpoint {newest} is not used: state is damaged: its digest differs"]
+    (newest.with_name("step_00000002") / "state").unlink()
+    with pytest.raises(UserError, match=r"no valid checkpoint[^\n]*\n.*state is damaged"):
+        find_start(config)
 
 
 def test_the_written_configuration_reads_back_as_the_same(config: Config) -> None:

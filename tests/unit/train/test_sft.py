@@ -194,5 +194,6 @@ def test_the_held_out_loss_is_nats_a_token_whatever_the_budget(
             count += ids.shape[1] - 1
     engine = Engine(engine_module.start(model), load_model(model), model, SftTrainConfig())
     for budget in (11, 10_000):
-        found = held_out_loss(engine, data, budget)
+        place = {"layout": engine.layout, "device": engine.device}
+        found = held_out_loss(engine.score_only, data, budget=budget, **place)
         assert found == {"eval/loss": pytest.approx(total / count, rel=1e-5)}

@@ -1,0 +1,216 @@
+"""Around the loop of `train` and `sft`: signals and watchdog before it, the checkpoint that it goes on from,
+and the model that it leaves.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dpo import distributed, engine
+from dpo.config import Config, SftConfig
+from dpo.data.plan import BatchPlan
+from dpo.data.trees import TreeBatch
+from dpo.engine import Engine
+from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.model.export import export_model
+from dpo.model.load import DTYPES
+from dpo.monitor import Monitor
+from dpo.signals import StopRequests, end_with_launcher
+from dpo.train.checkpoint import Progress, load_checkpoint
+from dpo.train.loop import Objective, Run, Stopping, train
+from dpo.train.reshard import needs_universal_form, universal_form
+from dpo.train.run_folder import check_fingerprints, config_text, describe_run, find_start
+from dpo.train.space import require_space
+from dpo.watchdog import Watchdog
+
+GROUPS_SHOWN = 8
+PROMPT_CHARACTERS = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guard:
+    """What watches over a command: see `guarded`."""
+
+    stop: StopRequests
+    watchdog: Watchdog
+
+    def score_only(self, policy: Engine) -> Callable[[TreeBatch], Tensor]:
+        """`Engine.score_only` for an evaluation that a signal may end: raises `Stopping` on all ranks."""
+
+        def score(batch: TreeBatch) -> Tensor:
+            self.watchdog.progress("evaluation")
+            if distributed.any_rank(self.stop.requested):
+                raise Stopping
+            return policy.score_only(batch)
+
+        return score
+
+
+@contextmanager
+def guarded(command: str, config: Config | SftConfig) -> Iterator[Guard]:
+    """Joins the ranks; signals become wishes, and an error that another rank caused becomes its reason."""
+    quiet()
+    distributed.start()
+    end_with_launcher()
+    watchdog = Watchdog(Path(config.run_dir), command, config.train.stuck_after_seconds)
+    with StopRequests() as stop, watchdog:
+        try:
+            yield Guard(stop=stop, watchdog=watchdog)
+        except (UserError, StoppedBySignal, RunFailed) as error:
+            watchdog.farewell(error)
+            raise
+        except Exception as error:
+            reason = watchdog.explain(error)
+            if reason is error:
+                raise
+            raise reason from error
+
+
+def start_of(config: Config | SftConfig) -> Path | None:
+    """The checkpoint to go on from, or None; says which newer ones are not valid. All ranks must call it."""
+    start, notes = find_start(config)
+    summary(*notes)
+    distributed.require_shared(Path(config.run_dir), "run_dir")
+    return start
+
+
+def check_start(config: Config | SftConfig, start: Path | None, fingerprints: dict[str, str]) -> bool:
+    """Whether the checkpoint needs its universal form.
+
+    Raises:
+        UserError: It belongs to other data or another model, or no way leads from its engine to this one.
+    """
+    if start is None:
+        return False
+    distributed.on_main(lambda: check_fingerprints(config, start, fingerprints))
+    return needs_universal_form(start, engine.kind_here())
+
+
+def check_space(config: Config | SftConfig, num_parameters: int) -> None:
+    """Raises UserError on all ranks if the disk cannot hold the checkpoints."""
+    dtype = DTYPES[config.model.dtype]
+    sharded = engine.kind_here().startswith("DeepSpeed")
+    distributed.on_main(
+        lambda: require_space(Path(config.run_dir), num_parameters, dtype, config.train, sharded=sharded)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One optimization, with everything loaded."""
+
+    policy: Engine
+    objective: Objective
+    plan: BatchPlan
+    tokenizer: PreTrainedTokenizerBase
+    start: Path | None
+    """The checkpoint to go on from."""
+    universal: bool
+    """Another number of ranks wrote it."""
+    fingerprints: dict[str, str]
+    evaluate: Callable[[], dict[str, float]] | None
+    data: str
+    """The training data, for people."""
+    card: str
+    """The model card."""
+
+
+def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
+    """Runs the loop from the start or from a checkpoint, and exports the model."""
+    policy, run_dir = work.policy, Path(config.run_dir)
+    torch.manual_seed(config.train.seed)  # for models that draw; ours have no dropout
+    progress = _load(work, run_dir)
+    describe_run(config, engine=policy.description)
+
+    def export(folder: Path) -> None:
+        guard.watchdog.progress(f"writing {folder.name}")
+        weights = policy.weights()
+        if distributed.is_main():
+            export_model(policy.model, weights, work.tokenizer, folder, work.card)
+        distributed.barrier()
+
+    def describe(groups: list[int]) -> str:
+        texts = (
+            work.tokenizer.decode(work.objective.dataset[group].prompt) for group in groups[:GROUPS_SHOWN]
+        )
+        shown = [
+            f"{group} ({text[:PROMPT_CHARACTERS]!r})" for group, text in zip(groups, texts, strict=False)
+        ]
+        more = f" and {len(groups) - GROUPS_SHOWN} more" if len(groups) > GROUPS_SHOWN else ""
+        return f"data.train groups {', '.join(shown)}{more}"
+
+    with Monitor(
+        run_dir,
+        num_steps=work.plan.num_steps,
+        first_step=progress.step,
+        evaluated=progress.evaluated_step == progress.step,
+        unit=work.objective.unit,
+    ) as monitor:
+        monitor.say(f"{policy.description}; {policy.num_parameters / 1e6:.1f}M parameters; {work.data}")
+        if work.start:
+            monitor.say(f"going on after step {progress.step}, from {work.start}")
+        monitor.text("config", f"```yaml\n{config_text(config)}```")
+        run = Run(
+            folder=run_dir,
+            monitor=monitor,
+            stop=guard.stop,
+            watchdog=guard.watchdog,
+            fingerprints=work.fingerprints,
+            evaluate=work.evaluate,
+            export=export,
+            describe=describe,
+        )
+        evaluated = train(policy, work.objective, work.plan, config.train, progress, run)
+    export(run_dir / "model")
+    if evaluated:
+        result = f"held-out {_metrics(evaluated)}"
+    elif work.evaluate is None:
+        result = "no held-out data, so nothing was evaluated"
+    else:
+        result = "it had ended already"
+    summary(
+        f"trained {work.plan.num_steps} steps on {work.data}",
+        *([f"{progress.skipped} steps were skipped: see the lines above"] if progress.skipped else []),
+        result,
+        f"model in {run_dir / 'model'}; to watch the curves: make tensorboard",
+    )
+
+
+def _load(work: Work, run_dir: Path) -> Progress:
+    if work.start is None:
+        return Progress()
+    if not work.universal:
+        return load_checkpoint(work.policy, work.start, work.start)
+    summary(f"making {work.start} fit {distributed.world_size()} rank(s)")
+    with universal_form(work.start, run_dir) as state:
+        return load_checkpoint(work.policy, work.start, state)
+
+
+def _metrics(evaluated: dict[str, float]) -> str:
+    shown = {
+        "loss": "eval/loss",
+        "reward accuracy": "eval/rewards/accuracies",
+        "margin": "eval/rewards/margins",
+    }
+    return ", ".join(f"{label} {evaluated[name]:.4f}" for label, name in shown.items() if name in evaluated)
+
+
+def summary(*lines: str) -> None:
+    """Says something once, from rank 0."""
+    if lines and distributed.is_main():
+        print("\n".join(lines), flush=True)
+
+
+def quiet() -> None:
+    """Silences what a user cannot act on: other libraries' progress notes and deprecations among
+    themselves.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -1,0 +1,46 @@
+"""Whether the disk can hold what a run will write, asked before anything is loaded."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from dpo.config import OptimizationConfig
+from dpo.errors import UserError
+
+MASTER_BYTES = 4
+MOMENTS = {"adamw": 2, "rmsprop": 1}
+
+
+def checkpoint_bytes(
+    num_parameters: int, dtype: torch.dtype, options: OptimizationConfig, *, sharded: bool
+) -> int:
+    """Size of one checkpoint: weights in the compute type, and float32 moments, with masters beside them
+    where DeepSpeed keeps some.
+    """
+    weights = dtype.itemsize if sharded else MASTER_BYTES
+    masters = MASTER_BYTES if sharded else 0
+    return num_parameters * (weights + masters + MASTER_BYTES * MOMENTS[options.optimizer])
+
+
+def require_space(
+    run_dir: Path, num_parameters: int, dtype: torch.dtype, options: OptimizationConfig, *, sharded: bool
+) -> None:
+    """Raises UserError if checkpoints and model will not fit beside what the run has written already.
+
+    While one is written, `keep_last` others are there.
+    """
+    one = checkpoint_bytes(num_parameters, dtype, options, sharded=sharded)
+    number = options.keep_last + 1 if options.checkpoint_every else 0
+    models = (2 if options.keep_best else 1) * num_parameters * dtype.itemsize
+    files = (path for path in run_dir.rglob("*") if path.is_file()) if run_dir.is_dir() else ()
+    written = sum(path.stat().st_size for path in files)
+    place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if number * one + models > free + written:
+        raise UserError(
+            f"run_dir: {run_dir} needs about {(number * one + models) / 1e9:,.2f} GB ({number} checkpoints "
+            f"of {one / 1e9:,.2f} GB while one is written, and the model), and the disk has "
+            f"{(free + written) / 1e9:,.2f} GB for it: make room, choose another run_dir, or lower "
+            "train.keep_last"
+        )
