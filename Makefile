@@ -19,7 +19,7 @@ model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
 ready := .venv/.ready
 
 .PHONY: help setup demo data sft precompute-ref train eval sentiment tensorboard
-.PHONY: test test-unit test-distributed test-e2e bench bench-peers bench-cache lint format clean
+.PHONY: test test-unit test-distributed test-e2e test-faults bench bench-peers bench-cache lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
@@ -60,7 +60,7 @@ tensorboard: $(ready) ## watch the runs under runs/ at http://localhost:6006
 
 test: $(ready) ## every test
 	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(ARGS)
-	$(py) -m pytest tests/distributed tests/end_to_end -q $(ARGS)
+	$(py) -m pytest tests/distributed tests/end_to_end tests/faults -q $(ARGS)
 
 test-unit: $(ready) ## fast tests of single modules
 	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(ARGS)
@@ -86,6 +86,9 @@ bench-cache: $(ready) ## the tables and the figure of docs/reference-cache.md: r
 	$(py) -m benchmarks.cache_reuse
 	$(py) -m benchmarks.cache_faults
 	$(py) -m benchmarks.cache_scale --figure docs/figures/reference_cache_join.png
+
+test-faults: $(ready) ## every fault through the real launcher, for docs/reliability.md (half an hour)
+	TEST_LAUNCHER=1 FAULTS_REPORT=faults.md $(py) -m pytest tests/faults -q $(ARGS)
 
 lint: $(ready) ## formatting, lint and types
 	$(py) -m ruff format --check .

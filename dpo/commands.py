@@ -66,6 +66,8 @@ def check(command: str, config: Config | SftConfig) -> None:
             find_start(config, thorough=False)
         if command == "evaluate":
             _finished_model(config)
+    if command in ("train", "sft"):
+        distributed.require_shared(Path(config.run_dir), "run_dir")  # or it cannot be written to
     print(f"{command}: configuration and data are in order", file=sys.stderr)
     print(config.run_dir)
 
@@ -317,13 +319,15 @@ def _sft_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, int | No
     if scratch is None:
         return load_tokenizer(config.model), max_positions(config.model)
     folder = Path(config.run_dir) / "tokenizer"
-    if distributed.is_main():
+
+    def make() -> None:
         if scratch.tokenizer is None and not is_text(config.data.train):
             raise UserError(
                 "data.train: a tokenizer is trained on text files; give text, or model.scratch.tokenizer"
             )
         scratch_tokenizer(scratch, read_lines(config.data.train, "data.train")).save_pretrained(folder)
-    distributed.barrier()
+
+    distributed.on_main(make)
     return load_tokenizer(ModelConfig(name_or_path=str(folder))), scratch_positions(scratch)
 
 

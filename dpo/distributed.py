@@ -42,12 +42,19 @@ def start() -> None:
         return
     backend = None if torch.cuda.is_available() else "gloo"
     options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT} | ({"backend": backend} if backend else {})
-    PartialState(**options)
+    PartialState(cpu=trains_on_cpu_alone(), **options)
     if (
         backend and os.environ.get("OMP_NUM_THREADS", "1") == "1"
     ):  # the launcher's default, not a person's wish
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+
+
+def trains_on_cpu_alone() -> bool:
+    """Whether Accelerate must be told that ranks without an accelerator and without DeepSpeed are DDP on
+    CPUs: it otherwise wraps nothing, and every rank trains alone. Told so under DeepSpeed, it turns that off.
+    """
+    return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
 
 
 def is_distributed() -> bool:

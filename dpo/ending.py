@@ -1,5 +1,6 @@
 """How a command ended, for scripts: RUN_DIR/exit.json. Imports no torch: the command line stays quick."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -27,7 +28,8 @@ def record_end(run_dir: Path, command: str, status: int, message: str, started: 
         writing.write_text(json.dumps(record, indent=2) + "\n")
         writing.rename(run_dir / "exit.json")
     except OSError:  # a full disk or a folder without permission has been reported already
-        writing.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            writing.unlink(missing_ok=True)
 
 
 def _is_ours(run_dir: Path) -> bool:

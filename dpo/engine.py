@@ -46,7 +46,8 @@ def start(model: ModelConfig) -> Accelerator:
     if distributed.is_distributed():
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=distributed.COLLECTIVE_TIMEOUT))
     mixed_precision = "bf16" if model.dtype == "bfloat16" else "no"
-    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    cpu = distributed.is_distributed() and distributed.trains_on_cpu_alone()
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, cpu=cpu)
 
 
 def make_repeatable(options: OptimizationConfig) -> None:
@@ -117,6 +118,8 @@ class Engine:
             plugin.deepspeed_config["gradient_clipping"] = options.max_grad_norm
             plugin.deepspeed_config["checkpoint"] = {"load_universal": universal}
         self._scorer, self._optimizer = accelerator.prepare(scorer, optimizer)
+        if distributed.is_distributed() and self._scorer is scorer:
+            raise RuntimeError("Accelerate did not wrap the policy: every rank would train alone")
         if self._zero and self._stage == 3:
             _register_head(scorer)
 
@@ -150,12 +153,20 @@ class Engine:
     def _stage(self) -> int:
         return int(self._accelerator.deepspeed_plugin.zero_stage)
 
-    def score(self, batch: TreeBatch) -> Tensor:
+    def score(self, batch: TreeBatch, *, last: bool = True) -> Tensor:
         """(S,) float64 log-probs of the batch's completions under the policy; see
         `SequenceScorer.forward`.
+
+        Args:
+            batch: What to score.
+            last: Whether it is the step's last micro-batch, after which gradients are averaged over ranks.
         """
-        logps: Tensor = self._scorer(batch)
-        return logps
+        if last or self._zero:
+            logps: Tensor = self._scorer(batch)
+            return logps
+        with self._accelerator.no_sync(self._scorer):  # DDP decides in the forward pass
+            logps = self._scorer(batch)
+            return logps
 
     @torch.no_grad()
     def score_only(self, batch: TreeBatch) -> Tensor:
@@ -178,11 +189,8 @@ class Engine:
             self._scorer.backward(scaled)
             if not last:
                 self._scorer.step()  # counts the micro-batch; weights change at the boundary only
-        elif last or not distributed.is_distributed():
-            self._accelerator.backward(scaled)
         else:
-            with self._accelerator.no_sync(self._scorer):
-                self._accelerator.backward(scaled)
+            self._accelerator.backward(scaled)
 
     def update(self, learning_rate: float) -> float:
         """One optimizer step with the accumulated gradient.
@@ -250,14 +258,15 @@ class Engine:
         """DeepSpeed's save has barriers in it: a rank whose disk is full may fail only behind them."""
         writer, written, failures = self._scorer.checkpoint_engine, list[Path](), list[Exception]()
 
-        def save(state: dict[str, Any], path: str) -> None:
+        def save(state_dict: dict[str, Any], path: str) -> None:  # the names that DeepSpeed calls it by
             try:
-                type(writer).save(writer, state, path)
+                type(writer).save(writer, state_dict, path)
                 written.append(Path(path))
             except (OSError, RuntimeError) as error:
                 failures.append(error)
 
         writer.save = save
+        self._scorer._copy_recovery_script = lambda folder: None  # no use to us, and it may fail on rank 0
         try:
             self._scorer.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
         finally:
@@ -269,13 +278,26 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, on the same number of ranks and with the same engine."""
         if self._zero:
-            loaded, _ = self._scorer.load_checkpoint(str(folder), tag=ENGINE_TAG)
-            if loaded is None:
-                raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint to load")
+            self._load_sharded(folder)
             return
-        state = torch.load(folder / "engine.pt", map_location=self.device, weights_only=True)
+        state = torch.load(folder / "engine.pt", map_location="cpu", weights_only=True)
         self._accelerator.unwrap_model(self._scorer).load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+    def _load_sharded(self, folder: Path) -> None:
+        """DeepSpeed's load, less two faults of its universal form: all groups get the hyperparameters of the
+        first, and all parameters one step counter, which each of them then advances.
+        """
+        optimizer = getattr(self._scorer.optimizer, "optimizer", self._scorer.optimizer)
+        own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        loaded, _ = self._scorer.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        if loaded is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint to load")
+        for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+            group.update(hyperparameters)
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
 
 
 def token_budget(given: int | None) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -132,9 +133,17 @@ def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
     def export(folder: Path) -> None:
         guard.watchdog.progress(f"writing {folder.name}")
         weights = policy.weights()
-        if distributed.is_main():
-            export_model(policy.model, weights, work.tokenizer, folder, work.card)
-        distributed.barrier()
+
+        def write() -> None:
+            try:
+                export_model(policy.model, weights, work.tokenizer, folder, work.card)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{folder}: the model could not be written ({error}): make room, and the same command "
+                    "goes on from the newest checkpoint"
+                ) from error
+
+        distributed.on_main(write)
 
     def describe(groups: list[int]) -> str:
         texts = (

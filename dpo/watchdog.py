@@ -147,8 +147,10 @@ class Watchdog:
 
     def _gone(self) -> dict[int, Heartbeat]:
         """Ranks whose heart stands still and that have not said farewell."""
-        before = self._read()
-        time.sleep(GONE_AFTER_SECONDS)
+        before, until = self._read(), time.monotonic() + GONE_AFTER_SECONDS
+        while time.monotonic() < until:
+            self._publish()  # the thread that does so otherwise may be this one
+            time.sleep(HEARTBEAT_SECONDS / 2)
         store = self._store
         return {
             rank: now
@@ -171,17 +173,26 @@ class Watchdog:
         return number
 
     def _end_stuck_run(self, standing: float) -> None:
+        try:
+            self._explain_stuck_run(standing)
+        finally:
+            os._exit(1)
+
+    def _explain_stuck_run(self, standing: float) -> None:
         stacks = self._run_dir / "stacks" / f"rank_{distributed.rank():05d}.txt"
         gone: dict[int, Heartbeat] = {}
         try:
             stacks.parent.mkdir(parents=True, exist_ok=True)
             with stacks.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:
+            faulthandler.dump_traceback(all_threads=True)
+        try:
             gone, all_ranks = self._gone(), self._read()
             least = min(heart.progress for heart in all_ranks.values())
             behind = gone or {rank: heart for rank, heart in all_ranks.items() if heart.progress == least}
             culprits = f"behind: {_listed(behind)}"
-        except (OSError, dist.DistError) as error:
+        except dist.DistError as error:
             culprits = f"who is behind cannot be told ({error})"
         message = (
             f"no progress for {standing:.0f} s (train.stuck_after_seconds: {self._stuck_after:g}); "
@@ -189,7 +200,6 @@ class Watchdog:
         )
         self._report(gone, message)
         print(f"dpo: [rank {distributed.rank()}] {message}", file=sys.stderr, flush=True)
-        os._exit(1)
 
     def _report(self, gone: dict[int, Heartbeat], message: str) -> None:
         """Leaves exit.json from the first rank that is alive, unless somebody has left it already."""
@@ -202,5 +212,6 @@ class Watchdog:
 
 def _listed(ranks: dict[int, Heartbeat]) -> str:
     return ", ".join(
-        f"rank {rank} ({heart.host}, process {heart.pid}, at: {heart.doing})" for rank, heart in ranks.items()
+        f"rank {rank} ({heart.host}, process {heart.pid}, last seen: {heart.doing})"
+        for rank, heart in ranks.items()
     )

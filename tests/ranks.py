@@ -7,18 +7,34 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["dpo.cli", "dpo.commands", "ranks"])
+FORKS.set_forkserver_preload(["dpo.cli", "dpo.commands", "ranks", "deepspeed"])
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for others when it is imported
 
 
 def start_ranks(
-    world_size: int, arguments: Sequence[str], logs: Path, *, folders: Sequence[Path] | None = None
+    world_size: int,
+    arguments: Sequence[str],
+    logs: Path,
+    *,
+    folders: Sequence[Path] | None = None,
+    variables: Mapping[str, str] | None = None,
+    before: str = "",
 ) -> list[ForkServerProcess]:
-    """Starts `dpo ARGUMENTS` on real ranks over gloo; `folders` are their working directories."""
+    """Starts `dpo ARGUMENTS` on real ranks over gloo.
+
+    Args:
+        world_size: How many.
+        arguments: Of the command line.
+        logs: Where what they print goes.
+        folders: Their working directories.
+        variables: More of the environment.
+        before: Code that each of them runs first, to break something.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -34,7 +50,9 @@ def start_ranks(
             "MASTER_PORT": str(port),
         }
         folder = folders[rank] if folders else None
-        given = (environment if world_size > 1 else {}, list(arguments), logs / f"rank{rank}.log", folder)
+        alone = world_size == 1 and not variables
+        environment = {} if alone else environment | dict(variables or {})
+        given = (environment, list(arguments), logs / f"rank{rank}.log", folder, before)
         processes.append(FORKS.Process(target=_work, args=given))
         processes[-1].start()
     return processes
@@ -63,7 +81,9 @@ def said(logs: Path) -> str:
     return "\n".join(path.read_text() for path in sorted(logs.glob("rank*.log")))
 
 
-def _work(environment: dict[str, str], arguments: list[str], log: Path, folder: Path | None) -> None:
+def _work(
+    environment: dict[str, str], arguments: list[str], log: Path, folder: Path | None, before: str
+) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -77,4 +97,5 @@ def _work(environment: dict[str, str], arguments: list[str], log: Path, folder: 
     torch.set_num_threads(1)
     from dpo.cli import run
 
+    exec(before, {})
     sys.exit(run(arguments))

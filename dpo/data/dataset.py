@@ -222,14 +222,18 @@ def _open(
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     folder = Path(data.cache_dir) / digest[:16]
-    if distributed.is_main() and (data.strict or not (folder / "counts.json").is_file()):
-        counts: Counter[str] = Counter()
-        groups = _tokenized(sources, data, max_length, tokenizer, counts, split)
-        write_dataset(groups, folder, counts)
-    distributed.barrier()
+
+    def write_once() -> None:
+        if data.strict or not (folder / "counts.json").is_file():
+            counts: Counter[str] = Counter()
+            groups = _tokenized(sources, data, max_length, tokenizer, counts, split)
+            write_dataset(groups, folder, counts)
+
+    distributed.on_main(write_once)
     dataset = map_dataset(folder, digest)
     if len(dataset) == 0:
-        raise UserError(f"data.{split}: nothing left after filtering: {_listed(dataset.counts)}")
+        named = ", ".join(str(source.path) for source, _ in sources)
+        raise UserError(f"data.{split}: {named}: nothing left after filtering: {_listed(dataset.counts)}")
     return dataset
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpo import distributed
@@ -31,6 +32,7 @@ from dpo.train.manifest import (
 T = TypeVar("T")
 
 PROGRESS = "progress.json"
+CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +83,7 @@ def save_checkpoint(
     failure: Exception | None = None
     try:
         files = [*engine.save(building), _save_random_state(building)]
-    except (OSError, RuntimeError) as error:
+    except CANNOT_WRITE as error:
         failure = error
     working(f"digesting {final.name}")
 
@@ -181,7 +183,7 @@ def _together(work: Callable[[], T], building: Path) -> list[T]:
     problem: str | None = None
     try:
         result = work()
-    except (OSError, RuntimeError) as error:
+    except CANNOT_WRITE as error:
         problem = " ".join(str(error).split())
     outcomes = distributed.gather_objects((result, problem))
     failed = {rank: said for rank, (_, said) in enumerate(outcomes) if said}

@@ -220,8 +220,9 @@ def train_step(
         batch = next(batches)
         waited += time.perf_counter() - fetching
         tokens += batch.num_real_tokens, batch.num_row_tokens, batch.input_ids.numel()
-        loss = objective.loss(engine.score(batch), batch, sums)
-        engine.accumulate(loss / count, last=index == len(micro_batches) - 1)
+        last = index == len(micro_batches) - 1
+        loss = objective.loss(engine.score(batch, last=last), batch, sums)
+        engine.accumulate(loss / count, last=last)
         losses.append(loss.detach())
     norm = engine.update(rate)
     metrics = sums.means()

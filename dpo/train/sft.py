@@ -185,9 +185,12 @@ def _open_text(
     decisive = ["text", FORMAT_VERSION, content, tokenizer_digest(tokenizer), max_length]
     digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
     folder = Path(cache_dir) / digest[:16]
-    if distributed.is_main() and not (folder / "counts.json").is_file():
-        write_dataset(_blocks(path, key, tokenizer, max_length), folder, Counter())
-    distributed.barrier()
+
+    def write_once() -> None:
+        if not (folder / "counts.json").is_file():
+            write_dataset(_blocks(path, key, tokenizer, max_length), folder, Counter())
+
+    distributed.on_main(write_once)
     dataset = map_dataset(folder, digest)
     if len(dataset) == 0:
         raise UserError(f"{key}: {path} has no text; expected a document a line")

@@ -1,0 +1,52 @@
+"""Law 4: the number of ranks, the ZeRO stage and the micro-batch budget are invisible."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rig import Rig, make_rig, metrics
+
+STEPS = 10
+BUDGETS = (64, 512)
+WORLDS = [(ranks, stage) for stage in (0, 2, 3, None) for ranks in (1, 2)]
+"""Ranks, and the ZeRO stage or None: one process, or DDP."""
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Rig:
+    options: dict[str, Any] = {
+        "checkpoint_every": 0,
+        "max_steps": STEPS,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+    }
+    return make_rig(tmp_path_factory.mktemp("worlds"), tiny_model, **options)
+
+
+def steps(rig: Rig, ranks: int, stage: int | None, budget: int) -> list[dict[str, float]]:
+    name = f"{ranks}_{stage}_{budget}"
+    budgeted = ("--train.max_tokens_per_micro_batch", str(budget))
+    return metrics(rig.completed(name, *budgeted, world_size=ranks, stage=stage))
+
+
+@pytest.fixture(scope="module")
+def expected(rig: Rig) -> list[dict[str, float]]:
+    """One process without DeepSpeed, a step in one micro-batch."""
+    lines = steps(rig, 1, None, 100_000)
+    assert len([line for line in lines if "train/loss" in line]) == STEPS
+    return lines
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize(("ranks", "stage"), WORLDS)
+def test_the_same_pairs_give_the_same_steps(
+    rig: Rig, expected: list[dict[str, float]], ranks: int, stage: int | None, budget: int
+) -> None:
+    found = steps(rig, ranks, stage, budget)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ("step", "train/learning_rate", "train/epoch", "train/num_tokens"):
+            assert ours.get(name) == theirs.get(name)
+        for name in ours.keys() - {"train/rewards/accuracies", "eval/rewards/accuracies"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-6), (ours["step"], name)

@@ -1,0 +1,89 @@
+"""Disks that are full, too small, or cannot be written to."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rig import Rig, checkpoints, metrics, weights
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk needs more rights ({mounted.stderr.strip()})")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def remount(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
+FILL = """
+import os
+from dpo.train import loop
+plain = loop.save_checkpoint
+def patched(engine, progress, run_dir, *rest, **named):
+    if progress.step == 6 and os.environ.get("RANK", "0") == "0":
+        with open(run_dir / "filler", "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                file.truncate(file.tell() - {left})
+    return plain(engine, progress, run_dir, *rest, **named)
+loop.save_checkpoint = patched
+"""
+
+
+@pytest.mark.fault(
+    "the disk fills up during a save",
+    "status 2 and one line; the checkpoint before it is valid; with room, the run ends the same",
+)
+@pytest.mark.parametrize("left", [0, 65536, 300_000])
+def test_a_disk_that_fills_up_during_a_save(rig: Rig, whole: Path, small_disk: Path, left: int) -> None:
+    ended = rig.run(
+        "run", "--train.stuck_after_seconds", "6", before=FILL.format(left=left), place=small_disk, seconds=40
+    )
+    run_dir = small_disk / "run"
+    assert not ended.hanging
+    assert set(ended.statuses) == {2}, ended.said[-3000:]
+    assert "a checkpoint could not be written (rank" in ended.said
+    assert "MB are free there" in ended.said
+    assert checkpoints(run_dir) == ["step_00000002", "step_00000004"]
+    (run_dir / "filler").unlink()
+    again = rig.run("run", place=small_disk)
+    assert set(again.statuses) == {0}, again.said[-3000:]
+    assert metrics(run_dir) == metrics(whole)
+    assert weights(run_dir) == weights(whole)
+
+
+@pytest.mark.fault(
+    "too little room for the checkpoints, known beforehand",
+    "refused with the numbers, status 2, before a model is loaded",
+)
+def test_too_little_room_is_known_before_anything_is_loaded(rig: Rig, small_disk: Path) -> None:
+    remount(small_disk, "size=1m")
+    ended = rig.run("run", place=small_disk)
+    assert set(ended.statuses) == {2}, ended.said[-3000:]
+    assert "needs about" in ended.said
+    assert "train.keep_last" in ended.said
+    assert "step/s" not in ended.said
+
+
+@pytest.mark.fault("a read-only run folder, new or of a run", "refused in one line, status 2")
+def test_a_read_only_folder_is_refused(rig: Rig, whole: Path, small_disk: Path) -> None:
+    shutil.copytree(whole, small_disk / "run")
+    remount(small_disk, "ro")
+    for name in ("run", "new"):
+        ended = rig.run(name, place=small_disk)
+        assert set(ended.statuses) == {2}, ended.said[-3000:]
+        assert "Read-only file system" in ended.said
+        assert "Traceback" not in ended.said

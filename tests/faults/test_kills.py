@@ -1,0 +1,82 @@
+"""Law 5: killed and resumed anywhere, a run ends as one that never was, bit for bit."""
+
+from pathlib import Path
+
+import pytest
+from rig import KILL, STEPS, Ended, Rig, at_step, checkpoints, metrics, weights
+
+KILL_IN_SAVE = """
+import os, signal, threading, time
+from dpo.train import loop
+plain = loop.save_checkpoint
+def patched(engine, progress, *rest, **named):
+    if progress.step == 6:
+        threading.Timer({delay}, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        plain(engine, progress, *rest, **named)
+        time.sleep(60)
+    return plain(engine, progress, *rest, **named)
+loop.save_checkpoint = patched
+"""
+REPRESENTATIVE = (1, 5, 8)
+
+
+def assert_same(run_dir: Path, whole: Path) -> None:
+    """The metrics, weights and checkpoints of a run that nothing happened to."""
+    assert metrics(run_dir) == metrics(whole)
+    assert weights(run_dir) == weights(whole)
+    assert checkpoints(run_dir) == checkpoints(whole)
+
+
+def resumed(rig: Rig, name: str, *more: str) -> Ended:
+    """Starts the same command again; it must succeed."""
+    ended = rig.run(name, *more)
+    assert set(ended.statuses) == {0}, ended.said[-4000:]
+    return ended
+
+
+@pytest.mark.fault(
+    "kill -9 of all ranks, at each of 12 steps", "resumed, it ends with the same metrics and bytes"
+)
+@pytest.mark.parametrize(
+    "step",
+    [
+        step if step in REPRESENTATIVE else pytest.param(step, marks=pytest.mark.sweep)
+        for step in range(1, STEPS + 1)
+    ],
+)
+def test_killed_before_a_step_and_resumed(rig: Rig, whole: Path, step: int) -> None:
+    name = f"killed_{step}"
+    ended = rig.run(name, before=at_step(step, KILL, 0, 1))
+    assert 0 not in ended.statuses
+    assert not ended.hanging
+    assert not ended.left
+    resumed(rig, name)
+    assert_same(rig.folder / name, whole)
+
+
+@pytest.mark.fault(
+    "kill -9 while a checkpoint is written, at 10 moments",
+    "the one before it is valid, and the run ends the same",
+)
+@pytest.mark.parametrize(
+    "milliseconds",
+    [0, 12, 40, *(pytest.param(delay, marks=pytest.mark.sweep) for delay in (3, 6, 9, 16, 22, 30, 60))],
+)
+def test_killed_while_a_checkpoint_is_written(rig: Rig, whole: Path, milliseconds: int) -> None:
+    name = f"killed_saving_{milliseconds}"
+    ended = rig.run(name, before=KILL_IN_SAVE.format(delay=milliseconds / 1000))
+    assert 0 not in ended.statuses
+    assert not ended.left
+    assert "step_00000004" in checkpoints(rig.folder / name)
+    resumed(rig, name)
+    assert_same(rig.folder / name, whole)
+
+
+@pytest.mark.fault("resume where no checkpoint was written", "refused with status 2: never from scratch")
+def test_steps_without_a_checkpoint_are_not_started_over(rig: Rig) -> None:
+    ended = rig.run("none", "--train.checkpoint_every", "0", before=at_step(3, KILL, 0, 1))
+    assert 0 not in ended.statuses
+    again = rig.run("none", "--train.checkpoint_every", "0")
+    assert set(again.statuses) == {2}
+    assert "records 2 steps but has no valid checkpoint" in again.said
+    assert "Traceback" not in again.said

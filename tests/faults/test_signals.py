@@ -1,0 +1,101 @@
+"""Signals: saved at the next step, together, status 3, and the same command goes on."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from rig import LAUNCHER, SLOWLY, STEPS, Rig, at_step, metrics, wait_for, weights
+
+from dpo.signals import REPEATS_WITHIN_SECONDS
+
+EARLY = """
+import os, signal
+from dpo import commands
+plain = commands.load_model
+def patched(*arguments, **named):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return plain(*arguments, **named)
+commands.load_model = patched
+"""
+WAIT = "open(os.environ['PIDS'] + '/../reached', 'w').close(); time.sleep(60)"
+
+
+@pytest.mark.fault(
+    "SIGTERM, SIGUSR1 or SIGINT to one rank",
+    "all ranks save at the next step and end with 3; resumed, it ends the same",
+)
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        (0, signal.SIGTERM),
+        (1, signal.SIGUSR1),
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.sweep),
+        pytest.param(0, signal.SIGINT, marks=pytest.mark.sweep),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all(rig: Rig, whole: Path, rank: int, number: signal.Signals) -> None:
+    name = f"signalled_{rank}_{number.name}"
+    ranks = rig.start(name, before=SLOWLY)
+    ranks.steps(3)
+    os.kill(ranks.pid(rank), number)
+    ended = ranks.end(40)
+    assert set(ended.statuses) == {3}, ended.said[-3000:]
+    assert ended.status == 3
+    assert "the same command goes on" in ended.message
+    assert not ended.left
+    stopped_at = metrics(rig.folder / name)[-1]["step"]
+    assert 2 <= stopped_at < STEPS
+    again = rig.run(name)
+    assert set(again.statuses) == {0}
+    assert f"going on after step {stopped_at}" in again.said
+    assert metrics(rig.folder / name) == metrics(whole)
+    assert weights(rig.folder / name) == weights(whole)
+
+
+@pytest.mark.fault(
+    "a second signal, seconds after the first", "ends at once, status 1; what was saved before is valid"
+)
+def test_a_second_signal_ends_at_once(rig: Rig) -> None:
+    ranks = rig.start("impatient", before=at_step(4, WAIT, 0, 1))
+    reached = ranks.folder / "reached"
+    wait_for(reached.is_file, 60, "step 4")
+    for _ in range(2):
+        for rank in (0, 1):
+            os.kill(ranks.pid(rank), signal.SIGTERM)
+        time.sleep(REPEATS_WITHIN_SECONDS + 0.5)
+    ended = ranks.end(10)
+    assert not ended.left
+    assert 0 not in ended.statuses
+    assert 3 not in ended.statuses
+    again = rig.run("impatient")
+    assert set(again.statuses) == {0}, again.said[-3000:]
+
+
+@pytest.mark.fault(
+    "SIGTERM before the first step (loading, tokenizing)", "status 3; the same command starts again"
+)
+def test_a_signal_before_the_first_step(rig: Rig) -> None:
+    ended = rig.run("early", before=EARLY)
+    assert set(ended.statuses) == {3}, ended.said[-3000:]
+    assert "nothing is lost" in ended.message
+    assert set(rig.run("early", "--train.max_steps", "1").statuses) == {0}
+
+
+@pytest.mark.skipif(LAUNCHER, reason="the other tests of this file go through the launcher already")
+@pytest.mark.fault(
+    "SIGINT or SIGTERM to launch/run, as a terminal or a scheduler sends it",
+    "passed on once: all ranks save and end together, status 3",
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)])
+def test_a_signal_to_the_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    monkeypatch.setattr("rig.LAUNCHER", True)
+    name = f"launched_{number.name}"
+    ranks = rig.start(name, before=SLOWLY)
+    ranks.steps(3)
+    os.kill(ranks.processes[0].pid, number)
+    ended = ranks.end(40)
+    assert ended.statuses == [3], ended.said[-3000:]
+    assert not ended.left
+    assert "stopped with status 3: a checkpoint of step" in ended.said.strip().splitlines()[-1]
