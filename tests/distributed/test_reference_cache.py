@@ -5,8 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -190,34 +188,24 @@ def test_a_folder_on_node_local_disks_is_refused_on_all_ranks(
     assert not list((nodes[0] / "local").glob(".shared-*")), "the token was left behind"
 
 
-def launch(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHON": sys.executable,
-        "ACCELERATE_CONFIG": str(ROOT / "launch" / "cpu.yaml"),
-    }
-    return subprocess.run(
-        [str(ROOT / "launch" / "run"), command, *arguments],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+ZERO_2 = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "configs" / "ds_zero2.json"),
+}
 
 
-def test_through_the_launcher_zero_3_gives_the_same_bits_and_other_settings_compute_nothing(
+def test_sharded_by_zero_3_gives_the_same_bits_and_other_settings_compute_nothing(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
-    result = launch("precompute-ref", *experiment(tmp_path, reference__sharding="zero3"))
-    assert result.returncode == 0, result.stderr[-3000:]
+    arguments = ["precompute-ref", *experiment(tmp_path, reference__sharding="zero3")]
+    assert wait(start_ranks(2, arguments, tmp_path / "sharded", variables=ZERO_2)) == [0, 0]
     assert np.array_equal(store_in(tmp_path).load().logps, whole.logps)
     changed = {"train__learning_rate": 1.0, "loss__beta": 3.0, "train__seed": 9, "train__pairs_per_step": 3}
-    result = launch("precompute-ref", *experiment(tmp_path, **changed))
-    assert f"{len(whole)} sequences were there, 0 computed" in result.stdout
+    _, text = run_ranks(1, ["precompute-ref", *experiment(tmp_path, **changed)], tmp_path / "changed")
+    assert f"{len(whole)} sequences were there, 0 computed" in text
 
 
-def test_a_cache_with_wrong_values_stops_a_launched_run_before_its_first_step(
+def test_a_cache_with_wrong_values_stops_a_run_before_its_first_step(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     assert run_ranks(1, ["precompute-ref", *experiment(tmp_path)], tmp_path / "logs")[0] == [0]
@@ -226,10 +214,9 @@ def test_a_cache_with_wrong_values_stops_a_launched_run_before_its_first_step(
         rows = read_shard(path, store.identity.digest)
         path.unlink()
         write_shard(store.path, replace(rows, logps=rows.logps - 0.05), store.identity.digest)
-    options = {"train__max_steps": 1, "reference__audit_rows": 5}
-    result = launch("train", *experiment(tmp_path, **options))
-    assert result.returncode == 2, result.stderr[-3000:]
-    last = result.stderr.strip().splitlines()[-1]
-    assert "audit failed: 5 of 5 recomputed rows differ" in last
-    assert re.search(r"cached -\d+\.\d+, recomputed -\d+\.\d+ nats", last)
+    arguments = ["train", *experiment(tmp_path, train__max_steps=1, reference__audit_rows=5)]
+    assert wait(start_ranks(2, arguments, tmp_path / "train", variables=ZERO_2)) == [2, 2]
+    text = said(tmp_path / "train")
+    assert "audit failed: 5 of 5 recomputed rows differ" in text
+    assert re.search(r"cached -\d+\.\d+, recomputed -\d+\.\d+ nats", text)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -78,28 +78,6 @@ def test_the_first_loss_is_ln_2_and_the_first_rewards_are_0(trained: Path) -> No
     assert first["train/rewards/rejected"] == pytest.approx(0, abs=1e-6)
 
 
-def test_two_ranks_with_zero_2_walk_the_same_steps_as_one_process(trained: Path) -> None:
-    config = trained / "config.yaml"
-    alone = [
-        sys.executable,
-        "-m",
-        "dpo",
-        "train",
-        "--config",
-        str(config),
-        "--run_dir",
-        str(trained / "alone"),
-    ]
-    # another micro-batch budget as well: neither may show
-    subprocess.run([*alone, "--train.max_tokens_per_micro_batch", "512"], cwd=ROOT, check=True, timeout=300)
-    together, single = metrics(trained / "run"), metrics(trained / "alone")
-    assert len(together) == len(single) > 8
-    for ours, theirs in zip(together, single, strict=True):
-        assert ours.keys() == theirs.keys()
-        for key in ours.keys() - {"train/rewards/accuracies", "eval/rewards/accuracies"}:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=2e-6), (ours["step"], key)
-
-
 def test_training_from_the_cache_equals_a_textbook_loop_with_the_live_reference(trained: Path) -> None:
     settings = yaml.safe_load((trained / "config.yaml").read_text())
     folder = settings["model"]["name_or_path"]
@@ -194,33 +172,6 @@ def test_every_rank_loads_exactly_one_set_of_weights(trained: Path) -> None:
     assert result.stdout.count("LOADED 1\n") == 2
 
 
-KILL_AT_STEP_6 = """
-import signal
-from dpo.train import loop
-original = loop.train_step
-def killed(engine, objective, step, *args):
-    if step.number == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(engine, objective, step, *args)
-loop.train_step = killed
-after = sys.exit
-"""
-
-
-def test_a_run_killed_in_the_middle_resumes_to_the_same_metrics_and_weights(trained: Path) -> None:
-    run_dir, config = trained / "killed", trained / "config.yaml"
-    arguments = ["train", "--config", str(config), "--run_dir", str(run_dir)]
-    assert launch_script(trained / "kill.py", KILL_AT_STEP_6, *arguments).returncode != 0
-    assert training(metrics(run_dir))[-1]["step"] == 5
-    assert not (run_dir / "model").exists()
-    result = launch("train", config, "--run_dir", str(run_dir))
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "going on after step 4" in result.stdout + result.stderr
-    assert metrics(run_dir) == metrics(trained / "run")
-    resumed = (run_dir / "model" / "model.safetensors").read_bytes()
-    assert resumed == (trained / "run" / "model" / "model.safetensors").read_bytes()
-
-
 def test_a_cache_that_lacks_rows_stops_training_with_status_2_and_the_command(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -234,46 +185,3 @@ def test_a_cache_that_lacks_rows_stops_training_with_status_2_and_the_command(
     )
     assert result.returncode == 2
     assert "precompute-ref" in result.stderr.strip().splitlines()[-1]
-
-
-def test_more_ranks_than_work_still_train_and_evaluate(trained: Path, tmp_path: Path) -> None:
-    data = tmp_path / "one.jsonl"
-    data.write_text(json.dumps({"prompt": "the cat", "chosen": " sat down", "rejected": " ran"}) + "\n")
-    config = write_config(
-        tmp_path, Path(yaml.safe_load((trained / "config.yaml").read_text())["model"]["name_or_path"]), data
-    )
-    for command in ("precompute-ref", "train"):
-        result = launch(command, config, "--train.max_steps", "2")
-        assert result.returncode == 0, result.stderr[-3000:]
-    first = metrics(tmp_path / "run")[0]
-    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_zero_3_walks_the_same_steps_with_the_head_and_everything_else_sharded(
-    trained: Path, tmp_path: Path
-) -> None:
-    sharding = json.loads((ROOT / "configs" / "ds_zero2.json").read_text())
-    sharding["zero_optimization"] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
-    (tmp_path / "ds.json").write_text(json.dumps(sharding))
-    launcher = yaml.safe_load((ROOT / "launch" / "cpu.yaml").read_text())
-    launcher["deepspeed_config"] = {
-        "deepspeed_config_file": str(tmp_path / "ds.json"),
-        "zero3_init_flag": True,
-    }
-    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launcher))
-    result = subprocess.run(
-        [*RUN, "train", "--config", str(trained / "config.yaml"), "--run_dir", str(tmp_path / "run")],
-        env={**ENVIRONMENT, "ACCELERATE_CONFIG": str(tmp_path / "launch.yaml")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert "ZeRO-3" in json.dumps(environment)
-    sharded, expected = metrics(tmp_path / "run"), metrics(trained / "run")
-    assert len(sharded) == len(expected)
-    for ours, theirs in zip(sharded, expected, strict=True):
-        for key in ours.keys() - {"train/rewards/accuracies", "eval/rewards/accuracies"}:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=2e-6), (ours["step"], key)

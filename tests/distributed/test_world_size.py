@@ -1,5 +1,6 @@
 """Law 4: the number of ranks, the ZeRO stage and the micro-batch budget are invisible."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ def rig(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Rig:
 def steps(rig: Rig, ranks: int, stage: int | None, budget: int) -> list[dict[str, float]]:
     name = f"{ranks}_{stage}_{budget}"
     budgeted = ("--train.max_tokens_per_micro_batch", str(budget))
-    return metrics(rig.completed(name, *budgeted, world_size=ranks, stage=stage))
+    run_dir = rig.completed(name, *budgeted, world_size=ranks, stage=stage)
+    alone = "one device" if ranks == 1 else "DDP"
+    engine = json.loads((run_dir / "environment.json").read_text())["engine"]
+    assert engine.startswith(alone if stage is None else f"DeepSpeed ZeRO-{stage}"), engine
+    return metrics(run_dir)
 
 
 @pytest.fixture(scope="module")

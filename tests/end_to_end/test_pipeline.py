@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
-STORIES = "stories --output stories --num_stories 8000 --num_prompts 256"
+STORIES = "stories --output stories --num_stories 3000 --num_prompts 256"
 SFT = (
     "--run_dir base --data.train stories/corpus.txt --data.test stories/corpus_heldout.txt "
-    "--data.cache_dir cache --train.max_steps 200"
+    "--data.cache_dir cache --train.max_steps 80"
 )
 SAMPLE = (
     "sample stories --model base/model --output data --dtype float32 --completion_tokens 24 "
@@ -92,8 +92,10 @@ def test_training_started_at_ln_2_and_learned(pipeline: tuple[Path, str]) -> Non
     folder, _ = pipeline
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert lines[-1]["eval/loss"] < math.log(2) - 0.05
-    assert lines[-1]["eval/rewards/accuracies"] > 0.6
+    assert lines[-1]["eval/loss"] < math.log(2) - 0.02
+    assert lines[-1]["eval/rewards/accuracies"] > 0.55
+    summary = json.loads((folder / "run" / "report" / "summary.json").read_text())
+    assert summary["win_rate/low"] > 0.5  # its texts are happier
 
 
 def test_tensorboard_has_what_metrics_jsonl_has(pipeline: tuple[Path, str]) -> None:

@@ -1,0 +1,41 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ABORT = """
+import atexit, os
+atexit.register(os.abort)
+"""
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["no-such-command"], 2)])
+def test_a_rank_has_the_status_of_its_command_whatever_happens_while_the_interpreter_ends(
+    tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(ABORT)
+    search = f"{tmp_path}:{Path(__file__).parents[2]}"
+    environment = {**os.environ, "PYTHONPATH": search, "WORLD_SIZE": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "dpo", *arguments], env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == status, ended.stderr
+    assert "dpo --help" in ended.stdout + ended.stderr or "usage" in ended.stdout
+
+
+def test_an_unexpected_error_keeps_its_traceback_and_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dpo import __main__ as entry
+
+    def broken(arguments: list[str]) -> int:
+        raise ZeroDivisionError("of the test")
+
+    monkeypatch.setattr(entry, "run", broken)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 1
+    assert "ZeroDivisionError: of the test" in capsys.readouterr().err
