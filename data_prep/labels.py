@@ -8,12 +8,20 @@ length, so they are fragments.
 import argparse
 import json
 import shutil
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.request import (
+    HTTPDefaultErrorHandler,
+    HTTPErrorProcessor,
+    HTTPRedirectHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    UnknownHandler,
+)
 
 from tqdm import tqdm
 
@@ -152,10 +160,23 @@ class Decoder:
         return tokenizer
 
 
+def https_only() -> OpenerDirector:
+    """Opens https addresses and nothing else, wherever a server redirects to."""
+    opener = OpenerDirector()
+    handlers = (ProxyHandler, HTTPSHandler, HTTPRedirectHandler, HTTPErrorProcessor, HTTPDefaultErrorHandler)
+    for handler in (*handlers, UnknownHandler):
+        opener.add_handler(handler())
+    return opener
+
+
 def download(url: str, path: Path) -> None:
-    """Fetches a file under a progress bar. Raises UserError with what to do without network."""
+    """Fetches a file under a progress bar.
+
+    Raises:
+        UserError: No network, not all of it, or an address that is not https; with what to do.
+    """
     try:
-        with urllib.request.urlopen(url, timeout=30) as response, path.open("wb") as file:
+        with https_only().open(url, timeout=30) as response, path.open("wb") as file:
             total = int(response.headers.get("Content-Length", 0)) or None
             with tqdm.wrapattr(response, "read", total=total, desc="download") as stream:
                 shutil.copyfileobj(stream, file)

@@ -1,7 +1,12 @@
 import json
+import urllib.request
 from collections import Counter
+from email.message import Message
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.request import HTTPSHandler, Request
+from urllib.response import addinfourl
 
 import pyarrow.parquet as pq
 import pytest
@@ -108,6 +113,7 @@ def test_a_download_is_recorded_with_size_and_digest(tmp_path: Path, monkeypatch
     published.parent.mkdir()
     published.write_text(json.dumps([TEXT]))
     monkeypatch.setattr(labels, "URL", f"{tmp_path.as_uri()}/{{file}}")
+    monkeypatch.setattr(labels, "https_only", urllib.request.build_opener)
     assert main(["labels", "--test_fraction", "0", "--output", str(tmp_path / "out")]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     (source,) = manifest["sources"]
@@ -120,9 +126,39 @@ def test_a_failed_download_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(labels, "URL", f"{tmp_path.as_uri()}/{{file}}")
+    monkeypatch.setattr(labels, "https_only", urllib.request.build_opener)
     assert main(["labels", "--task", "tldr", "--output", str(tmp_path / "out")]) == 2
     assert "give the file as --input" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "address", ["http://localhost:9/{file}", "file:///etc/hostname?{file}", "ftp://h/{file}"]
+)
+def test_nothing_but_https_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str
+) -> None:
+    monkeypatch.setattr(labels, "URL", address)
+    assert main(["labels", "--output", str(tmp_path / "out")]) == 2
+    assert f"unknown url type: {address.partition(':')[0]}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+class Redirecting(HTTPSHandler):
+    """A server that sends its visitors to plain http."""
+
+    def https_open(self, request: Request) -> Any:
+        head = Message()
+        head["Location"] = "http://localhost:9/elsewhere"
+        response = addinfourl(BytesIO(), head, request.full_url, 302)
+        response.msg = "Found"
+        return response
+
+
+def test_a_redirect_away_from_https_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labels, "HTTPSHandler", Redirecting)
+    with pytest.raises(UserError, match="unknown url type: http"):
+        labels.download("https://localhost/labels.json", tmp_path / "labels.json")
 
 
 @pytest.mark.parametrize("content", ["{", "{}"])
