@@ -44,5 +44,5 @@ def _is_ours(run_dir: Path) -> bool:
 def _last_step(run_dir: Path) -> int:
     try:
         return int(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return 0

@@ -69,7 +69,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise NotValid(f"{Path(error.filename).name} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise NotValid(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
-    if not hmac.compare_digest(signature, _signature({"format": FORMAT, **content}, key)):
+    expected = _signature({"format": FORMAT, **content}, key)
+    if not hmac.compare_digest(str(signature).encode(), expected.encode()):
         raise NotValid(f"{MANIFEST} was not written by the run of {key_file.parent}, or changed afterwards")
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     if added := sorted(there - manifest.files.keys() - {MANIFEST}):
