@@ -25,6 +25,7 @@ from dpo.train.run_folder import find_start
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = os.environ.get("TEST_LAUNCHER") == "1"
+RUN = [str(ROOT / "launch" / "run")]
 STEPS = 12
 NOT_TIMING = ("perf/",)
 PIDS = """
@@ -219,7 +220,7 @@ class Rig:
         }
         with (logs / "logs" / "launch.log").open("wb") as log:
             return subprocess.Popen(
-                [str(ROOT / "launch" / "run"), *arguments],
+                [*RUN, *arguments],
                 env=environment,
                 cwd=ROOT,
                 stdout=log,

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from rig import KILL, LAUNCHER, SLOWLY, Rig, at_step, checkpoints, metrics, wait_for, weights
+from rig import KILL, SLOWLY, Rig, at_step, checkpoints, metrics, wait_for, weights
 
 NAN = """
 import os, torch
@@ -137,7 +137,6 @@ def test_a_skipped_step_is_skipped_again_after_a_resume(rig: Rig) -> None:
     assert weights(resumed) == weights(straight)
 
 
-@pytest.mark.skipif(LAUNCHER, reason="the other tests of this file go through the launcher already")
 @pytest.mark.fault("kill -9 of the launcher", "the kernel signals the ranks: they save and end")
 def test_no_rank_outlives_its_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rig.LAUNCHER", True)

@@ -2,11 +2,12 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from rig import LAUNCHER, SLOWLY, STEPS, Rig, at_step, metrics, wait_for, weights
+from rig import RUN, SLOWLY, STEPS, Rig, at_step, metrics, wait_for, weights
 
 from dpo.signals import REPEATS_WITHIN_SECONDS
 
@@ -20,6 +21,21 @@ def patched(*arguments, **named):
 commands.load_model = patched
 """
 WAIT = "open(os.environ['PIDS'] + '/../reached', 'w').close(); time.sleep(60)"
+
+TERMINAL = """
+import os, pty, signal, sys
+pid, terminal = pty.fork()
+if pid == 0:
+    os.execv(sys.argv[1], sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda *_: os.write(terminal, bytes([3])))
+try:
+    while said := os.read(terminal, 4096):
+        os.write(1, said)
+except OSError:  # closed
+    pass
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+"""A terminal in which a command runs in the foreground; a SIGTERM to it is a Ctrl-C typed there."""
 
 
 @pytest.mark.fault(
@@ -83,19 +99,20 @@ def test_a_signal_before_the_first_step(rig: Rig) -> None:
     assert set(rig.run("early", "--train.max_steps", "1").statuses) == {0}
 
 
-@pytest.mark.skipif(LAUNCHER, reason="the other tests of this file go through the launcher already")
 @pytest.mark.fault(
-    "SIGINT or SIGTERM to launch/run, as a terminal or a scheduler sends it",
+    "SIGTERM to launch/run (a scheduler), Ctrl-C in its terminal",
     "passed on once: all ranks save and end together, status 3",
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)])
-def test_a_signal_to_the_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+@pytest.mark.parametrize("way", ["SIGTERM", pytest.param("Ctrl-C", marks=pytest.mark.sweep)])
+def test_a_signal_to_the_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     monkeypatch.setattr("rig.LAUNCHER", True)
-    name = f"launched_{number.name}"
-    ranks = rig.start(name, before=SLOWLY)
+    if way == "Ctrl-C":
+        monkeypatch.setattr("rig.RUN", [sys.executable, "-c", TERMINAL, *RUN])
+    ranks = rig.start(f"launched_{way}", before=SLOWLY)
     ranks.steps(3)
-    os.kill(ranks.processes[0].pid, number)
+    os.kill(ranks.processes[0].pid, signal.SIGTERM)
     ended = ranks.end(40)
     assert ended.statuses == [3], ended.said[-3000:]
     assert not ended.left
     assert "stopped with status 3: a checkpoint of step" in ended.said.strip().splitlines()[-1]
+    assert way != "Ctrl-C" or "SIGINT: saving after this step" in ended.said
