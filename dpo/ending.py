@@ -9,7 +9,8 @@ from pathlib import Path
 def record_end(run_dir: Path, command: str, status: int, message: str, started: float) -> None:
     """Writes exit.json (command, status, message, last step, start).
 
-    Only into a folder that is a run of ours, or not there yet.
+    Only into a folder that is a run of ours, or not there yet. On a full disk it goes to the file that
+    EXIT_RECORD names, if that is another disk's: launch/run reads it there.
 
     Args:
         run_dir: The run folder.
@@ -30,6 +31,8 @@ def record_end(run_dir: Path, command: str, status: int, message: str, started: 
     except OSError:  # a full disk or a folder without permission has been reported already
         with contextlib.suppress(OSError):
             writing.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, KeyError):
+            Path(os.environ["EXIT_RECORD"]).write_text(json.dumps(record))
 
 
 def _is_ours(run_dir: Path) -> bool:

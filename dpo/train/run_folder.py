@@ -56,7 +56,7 @@ def find_start(config: Config | SftConfig, *, thorough: bool = True) -> tuple[Pa
         thorough: Compare every file of the checkpoint with its digest; else its manifest is enough.
 
     Returns:
-        The checkpoint, and which newer ones are not valid and why.
+        The checkpoint, and what a person should know: newer ones that are not valid, a run that starts again.
 
     Raises:
         UserError: The folder holds something else, or a run that cannot go on, or one with other settings.
@@ -78,6 +78,9 @@ def find_start(config: Config | SftConfig, *, thorough: bool = True) -> tuple[Pa
             distributed.on_main(lambda: _refuse_other_settings(config, run_dir))
             return checkpoint, notes
         notes.append(f"checkpoint {checkpoint} is not used: {problem}")
+    if recorded and not candidates and distributed.on_main(lambda: _had_none_to_write(run_dir, recorded)):
+        distributed.on_main(lambda: _refuse_other_settings(config, run_dir))
+        return None, [f"{run_dir} ended after step {recorded}, before its first checkpoint: it starts again"]
     if recorded or candidates:
         raise UserError(
             f"run_dir: {run_dir} records {recorded} steps but has no valid checkpoint; choose another "
@@ -167,6 +170,15 @@ def _find_missing(checkpoint: Path) -> str | None:
     except NotValid as error:
         return str(error)
     return None
+
+
+def _had_none_to_write(run_dir: Path, recorded: int) -> bool:
+    """Whether the run was to write checkpoints, and died before the first."""
+    try:
+        every = int(yaml.safe_load((run_dir / CONFIG_FILE).read_text())["train"]["checkpoint_every"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return False
+    return recorded < every and not (run_dir / "model").exists()
 
 
 def _find_problem(checkpoint: Path) -> str | None:

@@ -67,3 +67,16 @@ def test_a_disk_that_takes_no_more_leaves_no_half_record(
     monkeypatch.setattr(Path, "write_text", full)
     record_end(tmp_path / "run", "train", 1, "disk full", 0.0)
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_on_a_full_disk_the_launchers_own_file_has_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    monkeypatch.setenv("EXIT_RECORD", str(tmp_path / "record"))
+    record_end(tmp_path / "run", "train", 2, "disk full", 0.0)
+    assert list((tmp_path / "run").iterdir()) == []
+    assert json.loads((tmp_path / "record").read_text())["status"] == 2

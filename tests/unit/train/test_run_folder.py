@@ -95,6 +95,29 @@ def test_steps_without_a_valid_checkpoint_never_start_over(config: Config) -> No
         find_start(config)
 
 
+def test_a_run_that_died_before_its_first_checkpoint_starts_again_and_says_so(config: Config) -> None:
+    config = changed(config, "train.checkpoint_every", 4)
+    begin(config, steps=3)
+    start, (note,) = run_folder.find_start(config)
+    assert start is None
+    assert "ended after step 3, before its first checkpoint: it starts again" in note
+    with pytest.raises(UserError, match=r"other settings.*loss\.beta"):
+        find_start(changed(config, "loss.beta", 0.7))
+
+
+def test_what_may_have_been_finished_never_starts_again(config: Config) -> None:
+    run_dir = begin(changed(config, "train.checkpoint_every", 4), steps=4)  # its checkpoint is lost
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        find_start(config)
+    run_dir = begin(changed(config, "train.checkpoint_every", 0), steps=3)  # it wrote none on purpose
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        find_start(changed(config, "train.checkpoint_every", 4))
+    begin(changed(config, "train.checkpoint_every", 4), steps=3)
+    (run_dir / "model").mkdir()  # it came to its end
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        find_start(changed(config, "train.checkpoint_every", 4))
+
+
 def test_never_refuses_a_folder_with_steps(config: Config) -> None:
     begin(config, steps=3, checkpoints=(2,))
     with pytest.raises(UserError, match=r"holds a run of 3 steps and train\.resume is never"):
