@@ -167,5 +167,7 @@ def test_progress_keeps_the_run_going_and_before_the_first_nothing_is_stuck(
 def test_the_reason_that_is_there_already_stays(others: Any, tmp_path: Path) -> None:
     dog = Watchdog(tmp_path, "train", 60)
     (tmp_path / "exit.json").write_text("{}")
+    later = time.time() + 1  # a file's own time is coarser than the clock
+    os.utime(tmp_path / "exit.json", (later, later))
     dog._report({}, "a later reason")
     assert (tmp_path / "exit.json").read_text() == "{}"
