@@ -28,6 +28,7 @@ from dpo.model.load import DTYPES, load_model, num_parameters
 from dpo.model.logprobs import SequenceScorer
 from dpo.model.probe import Probed, probe
 from dpo.optimizer import make_optimizer
+from dpo.sharding import fit_buckets, offloads_optimizer
 
 ENGINE_TAG = "engine"
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
@@ -63,7 +64,10 @@ def kind_here() -> str:
     """
     state = AcceleratorState()
     if state.distributed_type == DistributedType.DEEPSPEED:
-        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+        offloaded = (
+            ", optimizer on the host" if offloads_optimizer(state.deepspeed_plugin.deepspeed_config) else ""
+        )
+        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}{offloaded}"
     return "DDP" if distributed.is_distributed() else "one device"
 
 
@@ -96,16 +100,23 @@ class Engine:
             universal: `load` will be given a state that another number of ranks wrote, made universal.
 
         Raises:
-            UserError: FlexAttention is asked for where it cannot train.
+            UserError: FlexAttention is asked for where it cannot train, or an optimizer where it cannot be.
         """
         if config.attention == "flex" and not torch.cuda.is_available():
-            raise UserError(
-                "model.attention: flex; FlexAttention has no backward pass on CPUs: set auto or sdpa"
+            raise UserError("model.attention: flex; it has no backward pass on CPUs: set auto or sdpa")
+        self._zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if (
+            self._zero
+            and offloads_optimizer(accelerator.deepspeed_plugin.deepspeed_config)
+            and options.optimizer != "adamw"
+        ):
+            raise UserError(  # Accelerate would take another optimizer without a word
+                f"train.optimizer: {options.optimizer}; DeepSpeed knows only adamw on the host: set that, or "
+                "take a DeepSpeed configuration without offload_optimizer"
             )
         self._accelerator = accelerator
         self._dtype = DTYPES[config.dtype]
         self._max_grad_norm = options.max_grad_norm
-        self._zero = accelerator.distributed_type == DistributedType.DEEPSPEED
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.train()  # dropout is 0 everywhere; gradient checkpointing runs in training mode only
@@ -114,6 +125,7 @@ class Engine:
         optimizer = make_optimizer(scorer, options)
         if self._zero:
             plugin = accelerator.deepspeed_plugin
+            fit_buckets(plugin.deepspeed_config, model)
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # tokens size our micro-batches
             plugin.deepspeed_config["gradient_clipping"] = options.max_grad_norm
             plugin.deepspeed_config["checkpoint"] = {"load_universal": universal}
@@ -349,8 +361,7 @@ def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
     Args:
         model: Which model, and its compute type.
         sharded: Spread its weights over all ranks with ZeRO-3, also while they load; every rank must then
-        make
-            the same number of calls. Otherwise each rank holds a replica.
+            make the same number of calls. Otherwise each rank holds a replica.
     """
     if not sharded:
         yield make_scorer(load_model(model), model).to(distributed.device()).eval()

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 LAUNCHER = os.environ.get("TEST_LAUNCHER") == "1"
 RUN = [str(ROOT / "launch" / "run")]
 STEPS = 12
+OFFLOAD = 33
+"""A stage: ZeRO-3 with weights and optimizer on the host."""
 NOT_TIMING = ("perf/",)
 PIDS = """
 import os, pathlib
@@ -208,7 +210,7 @@ class Rig:
         )
         launcher = yaml.safe_load((ROOT / "launch" / "cpu.yaml").read_text())
         file = _deepspeed(self.folder, stage)["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
-        launcher["deepspeed_config"] = {"deepspeed_config_file": file, "zero3_init_flag": stage == 3}
+        launcher["deepspeed_config"] = {"deepspeed_config_file": file, "zero3_init_flag": stage >= 3}
         (logs / "cpu.yaml").write_text(yaml.safe_dump(launcher))
         environment = {
             **os.environ,
@@ -307,16 +309,15 @@ def _deepspeed(folder: Path, stage: int | None) -> dict[str, str]:
     """What accelerate's launcher puts into the environment of a rank."""
     if stage is None:
         return {}
-    settings = json.loads((ROOT / "configs" / "ds_zero2.json").read_text())
-    settings["zero_optimization"]["stage"] = stage
-    if stage == 3:
-        settings["zero_optimization"] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    name = "ds_zero3_offload" if stage == OFFLOAD else "ds_zero3" if stage == 3 else "ds_zero2"
+    settings = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+    settings["zero_optimization"]["stage"] = min(stage, 3)
     file = folder / f"ds_zero{stage}.json"
     file.write_text(json.dumps(settings))
     return {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
-        "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage == 3).lower(),
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage >= 3).lower(),
     }
 
 

@@ -31,7 +31,7 @@ def needs_universal_form(checkpoint: Path, kind: str) -> bool:
     """
     manifest = read_manifest(checkpoint)
     if manifest.engine == kind:
-        sharded = re.fullmatch(r"DeepSpeed ZeRO-[123]", kind) is not None
+        sharded = re.match(r"DeepSpeed ZeRO-[123]", kind) is not None
         return sharded and manifest.world_size != distributed.world_size()
     if {manifest.engine, kind} <= set(WHOLE):
         return False

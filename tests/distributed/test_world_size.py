@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rig import Rig, make_rig, metrics
+from rig import OFFLOAD, Rig, make_rig, metrics
 
 STEPS = 10
 BUDGETS = (64, 512)
-WORLDS = [(ranks, stage) for stage in (0, 2, 3, None) for ranks in (1, 2)]
+WORLDS = [*((ranks, stage) for stage in (0, 2, 3, None) for ranks in (1, 2)), (2, OFFLOAD)]
 """Ranks, and the ZeRO stage or None: one process, or DDP."""
 
 
@@ -28,9 +28,11 @@ def steps(rig: Rig, ranks: int, stage: int | None, budget: int) -> list[dict[str
     name = f"{ranks}_{stage}_{budget}"
     budgeted = ("--train.max_tokens_per_micro_batch", str(budget))
     run_dir = rig.completed(name, *budgeted, world_size=ranks, stage=stage)
-    alone = "one device" if ranks == 1 else "DDP"
     engine = json.loads((run_dir / "environment.json").read_text())["engine"]
-    assert engine.startswith(alone if stage is None else f"DeepSpeed ZeRO-{stage}"), engine
+    alone = "one device" if ranks == 1 else "DDP"
+    offloaded = "DeepSpeed ZeRO-3, optimizer on the host"
+    expected = {None: alone, OFFLOAD: offloaded}.get(stage, f"DeepSpeed ZeRO-{stage}")
+    assert engine.startswith(f"{expected}, {ranks} rank(s)"), engine
     return metrics(run_dir)
 
 

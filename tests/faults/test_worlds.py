@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from rig import KILL, Rig, at_step, metrics
+from rig import KILL, OFFLOAD, Rig, at_step, metrics, weights
 
 CLOSE = {"rel": 5e-5, "abs": 1e-6}
 
@@ -64,3 +64,25 @@ def test_another_engine_is_refused(rig: Rig, stage: int | None) -> None:
     assert set(ended.statuses) == {2}, ended.said[-3000:]
     assert "written with DeepSpeed ZeRO-2, and this run has" in ended.said
     assert "start it with the same engine" in ended.said
+
+
+@pytest.mark.fault(
+    "RMSprop with a configuration that offloads the optimizer",
+    "refused, status 2: Accelerate would take Adam without a word",
+)
+def test_an_optimizer_that_cannot_be_offloaded_is_refused(rig: Rig) -> None:
+    ended = rig.run("offloaded", "--train.optimizer", "rmsprop", stage=OFFLOAD)
+    assert set(ended.statuses) == {2}, ended.said[-3000:]
+    assert "train.optimizer: rmsprop; DeepSpeed knows only adamw on the host" in ended.said
+
+
+@pytest.mark.fault("optimizer and weights on the host, killed and resumed", "the same metrics and bytes")
+def test_an_offloaded_run_goes_on(rig: Rig) -> None:
+    straight = rig.completed("offload_straight", stage=OFFLOAD)
+    rig.run("offload", before=at_step(5, KILL, 0, 1), stage=OFFLOAD)
+    resumed = rig.completed("offload", stage=OFFLOAD)
+    assert metrics(resumed) == metrics(straight)
+    assert weights(resumed) == weights(straight)
+    other = rig.run("offload", "--train.num_epochs", "2", stage=3)
+    assert set(other.statuses) == {2}
+    assert "written with DeepSpeed ZeRO-3, optimizer on the host" in other.said

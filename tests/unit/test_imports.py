@@ -21,13 +21,16 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.signals": set(),
     "dpo.watchdog": {"dpo.distributed", "dpo.ending"},
     "dpo.optimizer": {"dpo.config"},
+    "dpo.sharding": set(),
     "dpo.running": {"dpo"},
     "dpo.__main__": {"dpo.cli"},
     "dpo.loss": SHARED,
     "dpo.monitor": {"dpo.distributed"},
     "dpo.data": SHARED | DATA,
     "dpo.model": SHARED | MODEL,
-    "dpo.engine": SHARED | {"dpo.model", "dpo.distributed", "dpo.data.trees", "dpo.optimizer"},
+    "dpo.engine": SHARED
+    | {"dpo.model", "dpo.distributed", "dpo.data.trees", "dpo.optimizer"}
+    | {"dpo.sharding"},
     "dpo.reference": SHARED | REFERENCE,
     "dpo.evaluate": SHARED | REFERENCE | {"dpo.evaluate", "dpo.engine", "dpo.loss"},
     "dpo.train": SHARED
