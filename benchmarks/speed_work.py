@@ -27,7 +27,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 import data_prep.cli
 from benchmarks.speed import PAIRS_PER_PROMPT, Measurement, Settings
 from dpo import distributed
-from dpo.cli import parse, run
+from dpo.arguments import parse
+from dpo.cli import run
 from dpo.commands import open_data, reference_store
 from dpo.config import Config, DataConfig
 from dpo.data.dataset import TokenizedDataset, open_datasets

@@ -7,29 +7,19 @@ turns every failure into 1.
 """
 
 import argparse
-import difflib
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args, get_type_hints
+from typing import cast
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
-
-from dpo.config import Config, SftConfig, problems
+from dpo.arguments import COMMANDS, nearest, parse
+from dpo.config import Config, SftConfig
 from dpo.ending import record_end
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 
-COMMANDS = {
-    "sft": "train a model on text or on chosen completions, also from random weights",
-    "precompute-ref": "fill the cache of reference log-probabilities",
-    "train": "optimize the policy on preferences, reading the cache",
-    "evaluate": "held-out metrics, samples side by side, and the report",
-}
 USAGE = """usage: dpo COMMAND --config FILE [--KEY VALUE ...]
 
 Direct Preference Optimization with an offline reference cache.
@@ -37,6 +27,7 @@ Direct Preference Optimization with an offline reference cache.
 commands:
 {commands}
   cache ACTION     info, verify or prune: look after the reference cache; see dpo cache --help
+  plan             memory, time and disk of a run, before it is started; see dpo plan --help
   check [COMMAND]  validate a configuration and its data for COMMAND (default: train); loads no model
 
 dpo COMMAND --help lists every key. Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo
@@ -56,15 +47,19 @@ prune   joins small shards; with FILE also drops the rows that neither it nor an
 """
 
 
-class _Leaf(NamedTuple):
-    """One option of a configuration class."""
+PLAN_USAGE = """usage: dpo plan --config FILE --num_gpus N --gpu_memory 80GB [--KEY VALUE ...]
+                [--gpu_tflops 989] [--mfu 0.4] [--exact] [--json]
 
-    type: Any
-    required: bool
-    needed_with: str
-    """The optional branch it lies in, with its dot: a required option in it is, once anything of it is
-    given.
-    """
+What training FILE will need on N GPUs: data and steps, memory of each GPU for every way of sharding, the
+largest micro-batch, time, disk, and which way to take. Reads configurations, headers and data; loads no
+weight.
+
+--gpu_memory  of one GPU: 80GB, 24GiB
+--gpu_tflops  peak of one GPU in the compute type; default: 989, an H100's dense bfloat16
+--mfu         share of that peak that useful operations reach; default: 0.4, an assumption: measure yours
+--exact       tokenize all data, as training does, instead of a sample of 2,000 groups
+--json        numbers for scripts, in bytes, hours, tokens and operations
+"""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -76,6 +71,8 @@ def run(arguments: Sequence[str]) -> int:
     command, *rest = arguments
     if command == "cache":
         return _cache(rest)
+    if command == "plan":
+        return _plan(rest)
     run_dir: Path | None = None
     started = time.time()
     try:
@@ -84,7 +81,8 @@ def run(arguments: Sequence[str]) -> int:
             command = rest.pop(0) if rest and not rest[0].startswith("-") else "train"
         if command not in COMMANDS:
             raise UserError(
-                f"no command {command}{_nearest(command, [*COMMANDS, 'cache', 'check'])}; see dpo --help"
+                f"no command {command}{nearest(command, [*COMMANDS, 'cache', 'check', 'plan'])}; "
+                "see dpo --help"
             )
         config = parse(command, rest)
         run_dir = None if checking else Path(config.run_dir)
@@ -151,165 +149,58 @@ def _cache(arguments: Sequence[str]) -> int:
     return 0
 
 
-def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
-    """The configuration of a command from its arguments.
-
-    Raises:
-        UserError: Everything that is wrong, one problem a line.
-        SystemExit: With status 0, after --help or --print_config.
-    """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    kind: type[Config] | type[SftConfig] = SftConfig if command == "sft" else Config
-    parser = ArgumentParser(prog=f"dpo {command}", description=COMMANDS[command], exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
-    parser.add_class_arguments(kind)
-    if any(word in ("-h", "--help") for word in arguments):
-        parser.print_help()
-        raise SystemExit(0)
-    found = [*_problems_of_keys(kind, arguments), *_problems_of_values(kind, arguments)]
-    namespace = Namespace()
-    if not found:
-        try:
-            namespace = parser.parse_args(list(arguments))
-        except (ArgumentError, TypeError, ValueError) as error:
-            found = [_short(str(error))]
-    if not found:
-        config: Config | SftConfig = kind(
-            **{k: v for k, v in _built(parser, namespace).items() if k != "config"}
-        )
-        found = problems(config)
-        if not found:
-            return config
-    noun = "problem" if len(found) == 1 else "problems"
-    listed = "".join(f"\n  {problem}" for problem in found)
-    raise UserError(f"{len(found)} {noun} in the configuration:{listed}")
-
-
-def _built(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
-    return dict(vars(parser.instantiate(namespace)))
-
-
-def _problems_of_keys(kind: type, arguments: Sequence[str]) -> Iterator[str]:
-    """Unreadable files and unknown keys, in files and among the arguments."""
-    leaves = _leaves(kind)
-    for place, key, value in _given(kind, arguments):
-        branch = any(known.startswith(f"{key}.") for known in leaves)
-        if key in leaves:
-            yield from _problems_of_items(f"{place}{key}", value, leaves[key].type)
-        elif branch and value is None and _branch_is_optional(key, leaves):
-            continue  # `scratch: null`, as --print_config writes it
-        elif branch:
-            yield f"{place}{key}: {value!r}; expected keys below it, such as {_nearest_below(key, leaves)}"
-        else:
-            yield f"{place}{key}: unknown key{_nearest(key, set(leaves))}"
-
-
-def _problems_of_items(place: str, value: Any, expected: Any) -> Iterator[str]:
-    """Unknown keys of the items of a list, such as the {path, weight} of a mixture."""
-    parts = [inner for part in get_args(expected) for inner in (part, *get_args(part))]
-    names = {field.name for part in parts if is_dataclass(part) for field in fields(part)}
-    for index, item in enumerate(value if isinstance(value, list) and names else []):
-        for name in item if isinstance(item, dict) else []:
-            if name not in names:
-                yield f"{place}[{index}].{name}: unknown key{_nearest(str(name), names)}"
-
-
-def _branch_is_optional(key: str, leaves: Mapping[str, _Leaf]) -> bool:
-    return all(
-        leaf.needed_with.startswith(f"{key}.") for name, leaf in leaves.items() if name.startswith(f"{key}.")
-    )
-
-
-def _nearest_below(key: str, leaves: Mapping[str, _Leaf]) -> str:
-    return next(name for name in leaves if name.startswith(f"{key}."))
-
-
-def _problems_of_values(kind: type, arguments: Sequence[str]) -> Iterator[str]:
-    """Each value that has the wrong type on its own, and each required key that is missing."""
-    leaves = _leaves(kind)
-    given: set[str] = set()
-    for place, key, value in _given(kind, arguments):
-        given.add(key)
-        if key not in leaves:
-            continue
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--value", type=leaves[key].type)
-        try:
-            parser.parse_object({"value": value}) if place else parser.parse_args([f"--value={value}"])
-        except (ArgumentError, TypeError, ValueError) as error:
-            yield f"{place}{key}: {value!r}: {_short(str(error))}"
-    for key, leaf in leaves.items():
-        branch_given = any(name.startswith(leaf.needed_with) for name in given)
-        if leaf.required and key not in given and branch_given | (leaf.needed_with == ""):
-            yield f"{key}: required"
-
-
-def _given(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
-    """(place, dotted key, value) of everything the user gave: config files flattened, then arguments."""
-    words = iter(arguments)
-    legal = set(_leaves(kind))
-    for word in words:
-        if not word.startswith("--"):
-            continue
-        key, separator, value = word[2:].partition("=")
-        if key in ("help", "print_config"):
-            continue
-        value = value if separator else next(words, "")
-        if key == "config":
-            yield from ((f"{value}: ", *entry) for entry in _flat(_read_yaml(value), "", legal))
-        else:
-            yield "", key, value
-
-
-def _read_yaml(name: str) -> dict[str, Any]:
+def _plan(arguments: Sequence[str]) -> int:
+    """`dpo plan`: its own options here, all others are keys of the configuration."""
+    if not arguments or any(word in ("-h", "--help") for word in arguments):
+        print(PLAN_USAGE)
+        return 0 if arguments else 2
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--num_gpus", type=int)
+    parser.add_argument("--gpu_memory")
+    parser.add_argument("--gpu_tflops", type=float, default=989.0)
+    parser.add_argument("--mfu", type=float, default=0.4)
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--json", action="store_true")
     try:
-        tree = yaml.safe_load(Path(name).read_text())
-    except OSError as error:
-        raise UserError(f"--config: {name}: {error.strerror}; expected a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {name}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"--config: {name}: expected keys and values, got {type(tree).__name__}")
-    return tree
+        options, keys = parser.parse_known_args(list(arguments))
+        size = _bytes(options.gpu_memory or "")
+        wrong = [
+            *(["--num_gpus: expected how many, at least 1"] if (options.num_gpus or 0) < 1 else []),
+            *([f"--gpu_memory: {options.gpu_memory}; expected a size such as 80GB"] if not size else []),
+            *([f"--mfu: {options.mfu}; expected a share in (0, 1]"] if not 0 < options.mfu <= 1 else []),
+            *(
+                [f"--gpu_tflops: {options.gpu_tflops}; expected above 0"]
+                if not options.gpu_tflops > 0
+                else []
+            ),
+        ]
+        if wrong:
+            raise UserError("; ".join(wrong) + ": see dpo plan --help")
+        config = cast(Config, parse("train", keys))
+        from dpo.commands import plan
+
+        plan(
+            config,
+            num_gpus=options.num_gpus,
+            gpu_memory=size,
+            gpu_flops=options.gpu_tflops * 1e12,
+            mfu=options.mfu,
+            exact=options.exact,
+            as_numbers=options.json,
+        )
+    except (UserError, argparse.ArgumentError) as error:
+        _say(f"dpo: error: {error}")
+        return 2
+    return 0
 
 
-def _flat(tree: dict[str, Any], prefix: str, legal: set[str]) -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in legal:
-            yield from _flat(value, f"{key}.", legal)
-        else:
-            yield key, value
-
-
-def _leaves(kind: type, prefix: str = "", optional_branch: str = "") -> dict[str, _Leaf]:
-    """Dotted key -> option, over all options of a configuration class."""
-    found: dict[str, _Leaf] = {}
-    hints = get_type_hints(kind)
-    for field in fields(kind):
-        hint, key = hints[field.name], f"{prefix}{field.name}"
-        nested = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
-        if nested:
-            branch = optional_branch if nested[0] is hint else f"{key}."
-            found |= _leaves(nested[0], f"{key}.", branch)  # type: ignore[arg-type]
-        else:
-            found[key] = _Leaf(hint, field.default is field.default_factory, optional_branch)
-    return found
-
-
-def _nearest(key: str, legal: Sequence[str] | set[str]) -> str:
-    close = difflib.get_close_matches(key, sorted(legal), n=1, cutoff=0.5) or [
-        known for known in sorted(legal) if known.rpartition(".")[2] == key.rpartition(".")[2]
-    ]
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _short(message: str) -> str:
-    """Jsonargparse's explanation without its preamble and Python's way of naming types."""
-    lines = [
-        line.strip() for line in message.splitlines() if line.strip() and not line.startswith("Parser key")
-    ]
-    return re.sub(r"<class '(\w+)'>", r"\1", "; ".join(lines[:2])).replace("typing.", "") or message
+def _bytes(size: str) -> int:
+    """80GB -> 80,000,000,000 and 1GiB -> 1,073,741,824; 0 for what is no size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
+    if found is None:
+        return 0
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 def _execute(command: str, config: Config | SftConfig, *, checking: bool) -> None:

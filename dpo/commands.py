@@ -2,6 +2,7 @@
 made.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ from dpo.model.load import (
     num_parameters,
 )
 from dpo.model.scratch import scratch_model, scratch_positions, scratch_tokenizer
+from dpo.planning.fit import Machine
+from dpo.planning.report import page
+from dpo.planning.run import as_json, make_plan
 from dpo.reference.audit import audit, check_rows, record_rows
 from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
 from dpo.reference.lookup import reference_logps
@@ -190,6 +194,23 @@ def evaluate(config: Config) -> None:
         reference_logps([test_data], store, command)[0],
         tokenizer,
     )
+
+
+def plan(
+    config: Config,
+    *,
+    num_gpus: int,
+    gpu_memory: int,
+    gpu_flops: float,
+    mfu: float,
+    exact: bool,
+    as_numbers: bool,
+) -> None:
+    """Prints what training will need: for people, or with `as_numbers` as JSON."""
+    quiet()
+    machine = Machine(num_gpus=num_gpus, gpu_memory=gpu_memory, gpu_flops=gpu_flops, mfu=mfu)
+    made = make_plan(config, machine, exact=exact)
+    print(json.dumps(as_json(made), indent=2) if as_numbers else page(made))
 
 
 def sft(config: SftConfig) -> None:

@@ -1,8 +1,8 @@
 """Every option once: meaning, unit, legal range and cross-checks, as frozen dataclasses.
 
-`dpo.cli` fills them from YAML and dotted overrides; `problems` lists everything wrong with the values at
-once, without loading a model or opening the data. Defaults follow the DPO paper (arXiv 2305.18290, appendix
-B) where it gives one.
+`dpo.arguments` fills them from YAML and dotted overrides; `problems` lists everything wrong with the values
+at once, without loading a model or opening the data. Defaults follow the DPO paper (arXiv 2305.18290,
+appendix B) where it gives one.
 """
 
 from collections.abc import Iterator

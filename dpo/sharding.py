@@ -20,6 +20,20 @@ def offloads_optimizer(settings: dict[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
+def blocks_of(model: nn.Module) -> list[int]:
+    """Parameters of each of a model's repeated blocks, also where ZeRO-3 has sharded them already."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return [
+        sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters())
+        for block in next(map(list, lists), [])
+    ]
+
+
+def bucket_elements(block: int) -> int:
+    """Elements of the bucket of a model with blocks of this many parameters."""
+    return min(max(block, SMALLEST_BUCKET), LARGEST_BUCKET)
+
+
 def fit_buckets(settings: dict[str, Any], model: nn.Module) -> None:
     """Fills the bucket sizes that are "auto", in elements: a bucket holds one of the model's blocks.
 
@@ -30,15 +44,10 @@ def fit_buckets(settings: dict[str, Any], model: nn.Module) -> None:
         settings: A DeepSpeed configuration; changed in place.
         model: Its largest repeated module is its block; under ZeRO-3 its weights may be sharded already.
     """
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    blocks = [
-        sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters())
-        for block in next(map(list, lists), [])
-    ]
-    block = min(max(blocks, default=SMALLEST_BUCKET), LARGEST_BUCKET)
+    block = min(max(blocks_of(model), default=SMALLEST_BUCKET), LARGEST_BUCKET)
     sizes = {
-        "reduce_bucket_size": max(block, SMALLEST_BUCKET),
-        "allgather_bucket_size": max(block, SMALLEST_BUCKET),
+        "reduce_bucket_size": bucket_elements(block),
+        "allgather_bucket_size": bucket_elements(block),
         "stage3_prefetch_bucket_size": block,
         "stage3_param_persistence_threshold": block // PERSISTENT_PART,
     }

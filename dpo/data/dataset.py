@@ -163,7 +163,7 @@ def open_datasets(
             f"data.max_prompt_length: {data.max_prompt_length}; expected less than {max_length}, the longest "
             "prompt + completion: lower it, or set data.max_length"
         )
-    train = _open(_sources(data.train, "train", "data.train"), data, max_length, tokenizer, "train")
+    train = _open(train_sources_of(data), data, max_length, tokenizer, "train")
     test_sources = test_sources_of(data)
     test = _open(test_sources, data, max_length, tokenizer, "test") if test_sources else None
     return train, test
@@ -180,13 +180,18 @@ def resolve_max_length(max_length: int | None, positions: int | None) -> int:
 
 def check_sources(data: DataConfig) -> None:
     """Opens every source and reads its first group, without a tokenizer. Raises UserError."""
-    for weighted in [*_sources(data.train, "train", "data.train"), *test_sources_of(data)]:
+    for weighted in [*train_sources_of(data), *test_sources_of(data)]:
         drops: Counter[str] = Counter()
         if next(_read(weighted[0], data, drops), None) is None:
             raise UserError(f"{weighted[0].path}: nothing left after filtering: {_listed(drops)}")
 
 
 Weighted = tuple[PreferenceSource, float]
+
+
+def train_sources_of(data: DataConfig) -> list[Weighted]:
+    """The training sources, with their weights."""
+    return _sources(data.train, "train", "data.train")
 
 
 def test_sources_of(data: DataConfig) -> list[Weighted]:
@@ -202,13 +207,18 @@ def _sources(named: str | list[DataSource], split: Literal["train", "test"], key
     return [(open_source(source.path, split, key=key), source.weight) for source in listed]
 
 
-def _open(
-    sources: list[Weighted],
-    data: DataConfig,
-    max_length: int,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-) -> TokenizedDataset:
+def is_tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> bool:
+    """Whether `open_datasets` would find all of it on the disk."""
+    max_length = resolve_max_length(data.max_length, positions)
+    splits = [sources for sources in (train_sources_of(data), test_sources_of(data)) if sources]
+    places = (_place(sources, data, max_length, tokenizer)[0] for sources in splits)
+    return all((folder / "counts.json").is_file() for folder in places)
+
+
+def _place(
+    sources: list[Weighted], data: DataConfig, max_length: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Path, str]:
+    """Folder of the tokenized data, and the digest that names it."""
     decisive = {
         "format": FORMAT_VERSION,
         "sources": [(source.fingerprint, weight) for source, weight in sources],
@@ -221,7 +231,17 @@ def _open(
         },
     }
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    folder = Path(data.cache_dir) / digest[:16]
+    return Path(data.cache_dir) / digest[:16], digest
+
+
+def _open(
+    sources: list[Weighted],
+    data: DataConfig,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+) -> TokenizedDataset:
+    folder, digest = _place(sources, data, max_length, tokenizer)
 
     def write_once() -> None:
         if data.strict or not (folder / "counts.json").is_file():
@@ -246,20 +266,43 @@ def _tokenized(
     split: str,
 ) -> Iterator[TokenizedGroup]:
     for source, weight in sources:
-        complete = source.completions_are_complete
-        options = TokenizeOptions(
-            max_length=max_length,
-            max_prompt_length=data.max_prompt_length,
-            drop_too_long=data.too_long == "drop",
-            append_eos=data.append_eos if data.append_eos is not None else complete is not False,
-        )
         drops: Counter[str] = Counter()
         groups = tqdm(
-            _read(source, data, drops), desc=f"tokenize {split}", unit=" groups", leave=False, disable=None
+            read_weighted(source, weight, data, drops),
+            desc=f"tokenize {split}",
+            unit=" groups",
+            leave=False,
+            disable=None,
         )
-        for group in tokenize_groups(_weighted(groups, weight), tokenizer, options, counts):
-            yield from [group] if data.group_pairs else _split(group)
+        yield from tokenize_source(groups, source, data, max_length, tokenizer, counts)
         counts.update({f"dropped/{reason}": number for reason, number in drops.items()})
+
+
+def tokenize_source(
+    groups: Iterable[PreferenceGroup],
+    source: PreferenceSource,
+    data: DataConfig,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Counter[str],
+) -> Iterator[TokenizedGroup]:
+    """Token ids of groups of one source, by the options of the data; drops and cuts are added to `counts`."""
+    complete = source.completions_are_complete
+    options = TokenizeOptions(
+        max_length=max_length,
+        max_prompt_length=data.max_prompt_length,
+        drop_too_long=data.too_long == "drop",
+        append_eos=data.append_eos if data.append_eos is not None else complete is not False,
+    )
+    for group in tokenize_groups(groups, tokenizer, options, counts):
+        yield from [group] if data.group_pairs else _split(group)
+
+
+def read_weighted(
+    source: PreferenceSource, weight: float, data: DataConfig, drops: Counter[str]
+) -> Iterator[PreferenceGroup]:
+    """The source's groups in their order, as often as its weight says."""
+    return _weighted(_read(source, data, drops), weight)
 
 
 def _read(source: PreferenceSource, data: DataConfig, drops: Counter[str]) -> Iterator[PreferenceGroup]:

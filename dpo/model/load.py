@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -116,6 +117,30 @@ def positions_of(config: dict[str, Any]) -> int | None:
     return None
 
 
+def load_config(model: ModelConfig) -> PreTrainedConfig:
+    """The model's configuration without dropout; OSError or ValueError where there is none."""
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    config: PreTrainedConfig = AutoConfig.from_pretrained(base_of(model).name_or_path, **options)
+    remove_dropout(config)
+    return config
+
+
+def empty_model(config: PreTrainedConfig, model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that `config` describes, as `load_model` would set it up, with weights that mean nothing.
+
+    For the meta device or FakeTensors.
+
+    Args:
+        config: Without dropout.
+        model: Its attention, and whether its own code may run.
+        dtype: Type of the weights.
+    """
+    attention = OWN_ATTENTION[model.attention]
+    options = {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    return ready(made)
+
+
 def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The causal language model on the CPU, dropout-free, in evaluation mode.
 
@@ -135,8 +160,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
     transformers_logging.disable_progress_bar()  # one bar a rank for a load of seconds
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(base_of(model).name_or_path, **options)
-        remove_dropout(config)
+        config = load_config(model)
         found: Any = AutoModelForCausalLM.from_pretrained(
             model.name_or_path,
             config=config,
@@ -207,6 +231,27 @@ def weight_files(model: ModelConfig) -> list[Path]:
             f"{_first_line(error)}"
         ) from error
     return [Path(_resolve(model, name)) for name in sorted(set(index["weight_map"].values()))]
+
+
+def weights_at_hand(model: ModelConfig) -> bool:
+    """Whether all weight files are on this machine: reading their headers downloads nothing."""
+
+    def local(name: str) -> str | None:
+        found: str | None = cached_file(
+            model.name_or_path,
+            name,
+            revision=model.revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return found
+
+    if local("model.safetensors") is not None:
+        return True
+    index = local("model.safetensors.index.json")
+    names = set(json.loads(Path(index).read_text())["weight_map"].values()) if index is not None else set()
+    return bool(names) and all(local(name) is not None for name in names)
 
 
 def num_parameters(model: ModelConfig) -> int:

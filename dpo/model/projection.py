@@ -37,6 +37,8 @@ class TokenLogProbs(nn.Module):
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.slice_elements: int | None = None
+        """Logits of one slice; default: what suits the device."""
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log softmax(y)[target] with y = cap * tanh(scale * (W h + b) / cap), or without the cap.
@@ -51,8 +53,10 @@ class TokenLogProbs(nn.Module):
         head = self._head[0]
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        elements = self.slice_elements or SLICE_ELEMENTS.get(kind, SLICE_ELEMENTS["cuda"])
+        size = _slice_size(len(hidden), elements)
         logps: Tensor = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
-            hidden, head.weight, head.bias, targets, self._scale, self._cap, dtype
+            hidden, head.weight, head.bias, targets, self._scale, self._cap, dtype, size
         )
         return logps
 
@@ -73,9 +77,9 @@ class _TokenLogProbs(torch.autograd.Function):
         scale: float,
         cap: float | None,
         dtype: torch.dtype,
+        size: int,
     ) -> Tensor:
         states = hidden.to(dtype)
-        size = _slice_size(len(hidden), hidden.device.type)
         total: Tensor | None = None
         picked = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         kept: list[Tensor] = []
@@ -129,13 +133,12 @@ class _TokenLogProbs(torch.autograd.Function):
             elif for_weight is not None:
                 for_weight[start:end] = narrow.T @ states
         wanted = None if for_hidden is None else for_hidden.to(hidden.dtype)
-        return wanted, for_weight, for_bias, None, None, None, None
+        return wanted, for_weight, for_bias, None, None, None, None, None
 
 
-def _slice_size(num_tokens: int, device: str) -> int:
+def _slice_size(num_tokens: int, elements: int) -> int:
     """Vocabulary entries of a slice, in whole multiples of `MIN_SLICE`."""
-    fitting = SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["cuda"]) // max(1, num_tokens)
-    return max(1, fitting // MIN_SLICE) * MIN_SLICE
+    return max(1, elements // max(1, num_tokens) // MIN_SLICE) * MIN_SLICE
 
 
 def _logits(

@@ -120,6 +120,13 @@ def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity
     )
 
 
+def is_remembered(model: ModelConfig, cache_dir: Path) -> bool:
+    """Whether `reference_identity` needs to hash no weight file: nothing that has a cache is unknown."""
+    known = _remembered(cache_dir / HASHES_FILE)
+    paths = [path.resolve() for path in weight_files(base_of(model))]
+    return all(_is_blob(path) or _known(known, path) is not None for path in paths)
+
+
 def policy_is_reference(config: Config, identity: ReferenceIdentity, cache_dir: Path) -> bool:
     """Whether the policy starts as the reference, by content."""
     return reference_identity(config.model, cache_dir).digest == identity.digest
@@ -140,19 +147,28 @@ def _digests(paths: list[Path], memory: Path) -> dict[str, str]:
     unknown: list[Path] = []
     for path in paths:
         resolved = path.resolve()
-        entry = known.get(str(resolved))
-        if resolved.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", resolved.name):
-            found[names[path]] = resolved.name
-        elif isinstance(entry, dict) and entry.get("stamp") == _stamp(resolved):
-            found[names[path]] = str(entry["sha256"])
-        else:
+        digest = resolved.name if _is_blob(resolved) else _known(known, resolved)
+        if digest is None:
             unknown.append(path)
+        else:
+            found[names[path]] = digest
     if unknown:
         with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing releases the interpreter's lock
             entries = dict(zip(unknown, pool.map(_hashed, unknown), strict=True))
         found |= {names[path]: str(entry["sha256"]) for path, entry in entries.items()}
         _remember(memory, {str(path.resolve()): entry for path, entry in entries.items()})
     return {name: found[name] for name in names.values()}
+
+
+def _is_blob(path: Path) -> bool:
+    return path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name) is not None
+
+
+def _known(memory: dict[str, Any], path: Path) -> str | None:
+    entry = memory.get(str(path))
+    if not isinstance(entry, dict) or entry.get("stamp") != _stamp(path):
+        return None
+    return str(entry["sha256"])
 
 
 def _hashed(path: Path) -> dict[str, Any]:

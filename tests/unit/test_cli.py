@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpo import cli
+from dpo.arguments import parse
 from dpo.config import Config, DataSource, SftConfig
 from dpo.errors import UserError
 
@@ -19,12 +20,12 @@ REQUIRED = ["--model.name_or_path", "m", "--data.train", "d"]
 def refusal(*arguments: str, command: str = "train") -> list[str]:
     """The lines of the message; the first one counts the problems."""
     with pytest.raises(UserError) as raised:
-        cli.parse(command, arguments)
+        parse(command, arguments)
     return str(raised.value).splitlines()
 
 
 def parsed(*arguments: str) -> Config:
-    config = cli.parse("train", [*REQUIRED, *arguments])
+    config = parse("train", [*REQUIRED, *arguments])
     assert isinstance(config, Config)
     return config
 
@@ -44,7 +45,7 @@ def test_two_keys_are_enough() -> None:
 def test_arguments_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
     text = "model: {name_or_path: m}\ndata: {train: d}\nloss: {beta: 0.5}\n"
     text += "train: {seed: 3, learning_rate: 5e-7}\n"
-    config = cli.parse("train", ["--config", yaml_file(tmp_path, text), "--train.seed=4"])
+    config = parse("train", ["--config", yaml_file(tmp_path, text), "--train.seed=4"])
     assert isinstance(config, Config)
     assert (config.loss.beta, config.train.seed, config.train.learning_rate) == (0.5, 4, 5e-7)
     assert config.train.num_epochs == 1
@@ -52,19 +53,19 @@ def test_arguments_override_the_file_and_the_file_the_defaults(tmp_path: Path) -
 
 def test_a_mixture_is_a_list_of_sources(tmp_path: Path) -> None:
     text = "model: {name_or_path: m}\ndata:\n  train:\n    - {path: a, weight: 0.5}\n    - path: b\n"
-    config = cli.parse("train", ["--config", yaml_file(tmp_path, text)])
+    config = parse("train", ["--config", yaml_file(tmp_path, text)])
     assert config.data.train == [DataSource(path="a", weight=0.5), DataSource(path="b", weight=1.0)]
 
 
 def test_sft_of_an_existing_model_needs_no_plan_of_a_new_one() -> None:
-    config = cli.parse("sft", REQUIRED)
+    config = parse("sft", REQUIRED)
     assert isinstance(config, SftConfig)
     assert config.model.scratch is None
 
 
 def test_sft_from_scratch_needs_the_plan(tmp_path: Path) -> None:
     plan = yaml_file(tmp_path, "{}")
-    config = cli.parse("sft", ["--data.train", "t.txt", "--model.scratch.config", plan])
+    config = parse("sft", ["--data.train", "t.txt", "--model.scratch.config", plan])
     assert isinstance(config, SftConfig)
     assert config.model.scratch is not None
     assert (config.model.scratch.config, config.model.scratch.vocab_size) == (plan, 8192)
@@ -164,10 +165,10 @@ def test_print_config_shows_the_resolved_configuration_as_a_file_that_reads_back
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as raised:
-        cli.parse("train", [*REQUIRED, "--loss.beta", "0.3", "--print_config"])
+        parse("train", [*REQUIRED, "--loss.beta", "0.3", "--print_config"])
     assert raised.value.code == 0
     printed = yaml_file(tmp_path, capsys.readouterr().out)
-    assert cli.parse("train", ["--config", printed]) == parsed("--loss.beta", "0.3")
+    assert parse("train", ["--config", printed]) == parsed("--loss.beta", "0.3")
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_there_are_shipped_configurations() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_a_shipped_configuration_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(path.parents[1])  # a plan of a model is named from the repository's root
-    config = cli.parse("sft" if "sft" in path.stem else "train", ["--config", str(path)])
+    config = parse("sft" if "sft" in path.stem else "train", ["--config", str(path)])
     assert config.run_dir.startswith("runs/")
 
 

@@ -36,7 +36,11 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.train": SHARED
     | {"dpo.train", "dpo.reference", "dpo.loss", "dpo.monitor", "dpo.engine", "dpo.data", "dpo.model"}
     | {"dpo.distributed", "dpo.optimizer", "dpo.signals", "dpo.watchdog"},
-    "dpo.cli": {"dpo.config", "dpo.ending"},
+    "dpo.planning": SHARED
+    | {"dpo.planning", "dpo.data", "dpo.model", "dpo.engine", "dpo.reference", "dpo.sharding"}
+    | {"dpo.evaluate.statistics", "dpo.train.space"},
+    "dpo.arguments": {"dpo.config"},
+    "dpo.cli": {"dpo.arguments", "dpo.config", "dpo.ending"},
     "dpo.commands": {"dpo"},
     "dpo.cache": {"dpo"},
     "data_prep": {"data_prep", "dpo.records", "dpo.config", "dpo.distributed", "dpo.data.load"}

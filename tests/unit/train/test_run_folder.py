@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo import cli
+from dpo import arguments
 from dpo.config import Config, problems
 from dpo.errors import UserError
 from dpo.train import run_folder
@@ -250,7 +250,7 @@ def test_the_written_configuration_reads_back_as_the_same(config: Config) -> Non
     describe_run(config, engine="test")
     file = Path(config.run_dir) / "config.yaml"
     assert file.read_text() == config_text(config)
-    assert cli.parse("train", ["--config", str(file)]) == config
+    assert arguments.parse("train", ["--config", str(file)]) == config
 
 
 def test_the_environment_is_described_without_its_variables(

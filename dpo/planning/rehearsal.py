@@ -1,0 +1,201 @@
+"""A training step without memory: the model's own code on FakeTensors, which have sizes and no data.
+
+So the memory of a 70B model's step is known in seconds on a machine that could not hold one layer of it. The
+model is cut to one and to two blocks: their difference is what each further block keeps for the backward
+pass, and all else is the same at any depth.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from dpo.config import ModelConfig
+from dpo.data.trees import Tree, TreeBatch, tree_batch
+from dpo.model.load import empty_model
+from dpo.model.logprobs import SequenceScorer
+from dpo.model.projection import SLICE_ELEMENTS
+from dpo.planning.live import LiveBytes
+
+ONE_KERNEL = "rehearsed_one_kernel"
+"""Attention of a whole row by one kernel, as FlexAttention does it on GPUs: what it keeps is its inputs, its
+output and one number a row and head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rehearsal:
+    """Bytes that come and go in the forward and backward pass of one micro-batch on one rank.
+
+    Weights do not count, and of gradients only those on their way into a buffer.
+    """
+
+    activations: int
+    """Kept by the model's blocks for the backward pass."""
+    of_a_block: int
+    """What one of them keeps."""
+    projection: int
+    """On top of them at the worst moment: the output projection, a block's backward pass, its gradients."""
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at once."""
+        return self.activations + self.projection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pass:
+    in_blocks: int
+    """Bytes alive when the blocks are done."""
+    saved: int
+    """Bytes alive when the forward pass is done."""
+    late: int
+    """Most bytes alive until the last block's backward pass is done: as deep as the model is."""
+    peak: int
+    """Most bytes alive."""
+
+
+def rehearse(
+    config: PreTrainedConfig,
+    model: ModelConfig,
+    trees: Sequence[Tree],
+    *,
+    dtype: torch.dtype,
+    autocast: bool = False,
+    gpu: bool,
+) -> Rehearsal:
+    """The bytes of a step over these trees in one micro-batch.
+
+    Args:
+        config: The model's, at its full depth.
+        model: Attention, tree layout and gradient checkpointing.
+        trees: At least one.
+        dtype: Of the weights.
+        autocast: Products are bfloat16 and weights are not, as without DeepSpeed.
+        gpu: With FlexAttention and the slices of the vocabulary that suit a GPU; else as on a CPU.
+    """
+    layers = int(config.get_text_config().num_hidden_layers)
+    passes = [
+        _rehearse_blocks(_cut(config, number), model, trees, dtype, autocast=autocast, gpu=gpu)
+        for number in range(1, min(layers, 2) + 1)
+    ]
+    last = passes[-1]
+    of_a_block = last.saved - passes[0].saved if layers > 1 else last.in_blocks
+    more = max(0, layers - 2) * of_a_block
+    activations = last.in_blocks + more
+    return Rehearsal(
+        activations=activations,
+        of_a_block=of_a_block,
+        projection=max(last.late + more, last.peak) - activations,
+    )
+
+
+def _cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    shallow = deepcopy(config)
+    text = shallow.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return shallow
+
+
+def _rehearse_blocks(
+    config: PreTrainedConfig,
+    model: ModelConfig,
+    trees: Sequence[Tree],
+    dtype: torch.dtype,
+    *,
+    autocast: bool,
+    gpu: bool,
+) -> _Pass:
+    with FakeTensorMode() as fake:
+        bare = empty_model(config, model, dtype=dtype)
+        if model.gradient_checkpointing:
+            bare.activation_checkpointing_enable({"use_reentrant": False})
+        bare.train()
+        scorer = SequenceScorer(bare)
+        layout = scorer.layout if model.share_prompts else "rows"
+        if gpu:
+            scorer.projection.slice_elements = SLICE_ELEMENTS["cuda"]
+            if layout == "packed" and model.attention in ("auto", "flex"):
+                layout = "flex"
+                bare.set_attn_implementation(ONE_KERNEL)
+        for parameter in bare.parameters():
+            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+        batch = _without_data(tree_batch(trees, layout), fake)
+        known = [*bare.parameters(), *bare.buffers(), *_tensors(batch).values()]
+        live = LiveBytes(known)
+        moments: dict[str, int] = {}
+        with _noted(scorer, bare, live, moments), live:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logps = scorer(batch)
+            saved = live.now
+            logps.sum().backward()
+    in_blocks = moments.get("in_blocks", saved)
+    return _Pass(in_blocks=in_blocks, saved=saved, late=moments.get("late", live.peak), peak=live.peak)
+
+
+@contextmanager
+def _noted(
+    scorer: SequenceScorer, bare: PreTrainedModel, live: LiveBytes, moments: dict[str, int]
+) -> Iterator[None]:
+    """Notes what is alive when the blocks are done, and the peak when the last one's backward pass is."""
+
+    def last_block_begins(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: moments.update(late=live.peak))
+
+    def blocks_are_done(module: nn.Module, args: Any) -> None:
+        moments["in_blocks"] = live.now
+
+    blocks = next(module for module in bare.modules() if isinstance(module, nn.ModuleList))
+    handles = [
+        blocks[-1].register_forward_pre_hook(last_block_begins, with_kwargs=True),
+        scorer.projection.register_forward_pre_hook(blocks_are_done),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    """As an engine does that moves a gradient into its buffer as soon as it is there."""
+    parameter.grad = None
+
+
+def _tensors(batch: TreeBatch) -> dict[str, Tensor]:
+    return {f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+
+
+def _without_data(batch: TreeBatch, fake: FakeTensorMode) -> TreeBatch:
+    shapes: dict[str, Any] = {name: fake.from_tensor(tensor) for name, tensor in _tensors(batch).items()}
+    return replace(batch, **shapes)
+
+
+def _one_kernel(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    attended: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, None, scaling=scaling, is_causal=True
+    )
+    return attended
+
+
+AttentionInterface.register(ONE_KERNEL, _one_kernel)
+AttentionMaskInterface.register(ONE_KERNEL, sdpa_mask)
