@@ -54,6 +54,7 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, int]:
     with live:
         accelerator = engine.start(config)
         model = load_model(config, dtype=engine.weight_dtype(accelerator, config))
+        live.count(model.parameters())
         policy = Engine(accelerator, model, config, OptimizationConfig(learning_rate=1e-6))
         gc.collect()
         loaded, loading = live.now, live.peak

@@ -36,7 +36,8 @@ from dpo.data.load import group_from_row, open_source, read_groups
 from dpo.data.plan import BatchPlan
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.errors import UserError
-from dpo.records import PreferenceGroup, TokenizedGroup
+from dpo.planning.compute import forward_flops, work_of
+from dpo.records import PreferenceGroup
 from dpo.reference.precompute import precompute
 from dpo.train import loop
 
@@ -89,7 +90,9 @@ def prepare(settings: Settings, work: str) -> None:
         for index in (index for step in steps for index in step):
             row, group = kept[index]
             file.writelines(json.dumps(pair) + "\n" for pair in pairs_of(row, group))
-    forward = [sum(useful_flops(dataset[index], config) for index in step) for step in steps]
+    with torch.device("meta"):
+        of_groups = forward_flops(dataset, work_of(GPT2LMHeadModel(config)))
+    forward = [float(of_groups[step].sum()) for step in steps]
     flops = {"precompute": sum(forward), "train": 3 * sum(forward[1:])}
     pairs = settings.steps * settings.pairs_per_step
     counts = {
@@ -208,21 +211,6 @@ def pairs_of(row: Row, group: PreferenceGroup) -> Iterator[Row]:
     for chosen, rejected in group.pairs:
         texts = row["completions"]
         yield {"prompt": row["prompt"], "chosen": texts[chosen], "rejected": texts[rejected]}
-
-
-def useful_flops(group: TokenizedGroup, config: GPT2Config) -> int:
-    """Operations of the forward pass that no way of computing the group's log-probs can do without.
-
-    Every token of the tree (prompt once, each completion once) through the layers' matrices, the attention
-    products between tokens that see each other, and the output projection of the completion tokens.
-    """
-    width, prompt = config.n_embd, len(group.prompt)
-    completions = [len(ids) for ids in group.completions]
-    matrices = config.n_layer * 12 * width * width  # 3 + 1 of attention, 4 + 4 of the MLP
-    seen = prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in completions)
-    trunk = (prompt + sum(completions)) * 2 * matrices
-    attention = seen * 4 * width * config.n_layer
-    return trunk + attention + sum(completions) * 2 * config.vocab_size * width
 
 
 def config_of(settings: Settings, work: str, command: str, run_dir: Path) -> list[str]:

@@ -182,7 +182,7 @@ class Rig:
         if LAUNCHER and stage is not None:
             processes: Sequence[Any] = [self._launch(arguments, logs, world_size, stage, code, variables)]
         else:
-            variables |= _deepspeed(self.folder, stage)
+            variables |= deepspeed_variables(self.folder, stage)
             processes = start_ranks(world_size, arguments, logs / "logs", variables=variables, before=code)
         return Started(logs, place / run, processes)
 
@@ -209,7 +209,7 @@ class Rig:
             f"import os\nif 'RANK' in os.environ:\n    exec({code!r}, {{}})\n"
         )
         launcher = yaml.safe_load((ROOT / "launch" / "cpu.yaml").read_text())
-        file = _deepspeed(self.folder, stage)["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
+        file = deepspeed_variables(self.folder, stage)["ACCELERATE_DEEPSPEED_CONFIG_FILE"]
         launcher["deepspeed_config"] = {"deepspeed_config_file": file, "zero3_init_flag": stage >= 3}
         (logs / "cpu.yaml").write_text(yaml.safe_dump(launcher))
         environment = {
@@ -305,7 +305,7 @@ def wait_for(condition: Any, seconds: float, what: str) -> None:
         time.sleep(0.02)
 
 
-def _deepspeed(folder: Path, stage: int | None) -> dict[str, str]:
+def deepspeed_variables(folder: Path, stage: int | None) -> dict[str, str]:
     """What accelerate's launcher puts into the environment of a rank."""
     if stage is None:
         return {}

@@ -96,12 +96,17 @@ class Fit:
         """Tokens of a micro-batch that the configuration asks for, or of the longest group."""
 
     def ways(self, *, checkpointing: bool) -> list[Way]:
-        """Every way of sharding that DeepSpeed offers for this compute type and optimizer."""
+        """Every way of sharding that there is for this number of GPUs, compute type and optimizer."""
         moments = MOMENTS[self._config.train.optimizer]
+        left_out = {
+            "no DeepSpeed": self._machine.num_gpus > 1,
+            "ZeRO-0": not is_offered("ZeRO-0", self._dtype),
+            "ZeRO-3 offload": moments == 1,  # only AdamW runs on the host
+        }
         return [
             self._way(sharding, moments, checkpointing=checkpointing)
             for sharding in SHARDINGS
-            if is_offered(sharding, self._dtype) and (sharding != "ZeRO-3 offload" or moments == 2)
+            if not left_out.get(sharding, False)
         ]
 
     def advice(self) -> Advice:
@@ -166,7 +171,8 @@ class Fit:
             )
 
         asked, longest = memory(self.asked), self._train.longest
-        sizes = sorted({longest, self.asked, 4 * self.asked})
+        # From the longest group on: what the projection keeps at most is in the slope, which is rather steep.
+        sizes = [longest, max(self.asked, 2 * longest)]
         most = largest_fitting([(tokens, memory(tokens).total) for tokens in sizes], self._room)
         rounded = most // ROUNDED * ROUNDED
         return Way(

@@ -35,10 +35,14 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Runs the operation and counts what is new in its results."""
         result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
-                self._count(value.untyped_storage())
+        self.count(value for value in tree_leaves(result) if isinstance(value, Tensor))
         return result
+
+    def count(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that no operation made, such as weights mapped from a file."""
+        for tensor in tensors:
+            if tensor.layout == torch.strided and tensor.device.type != "meta":
+                self._count(tensor.untyped_storage())
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

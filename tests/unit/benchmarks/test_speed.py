@@ -7,20 +7,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import speed, textbook
-from benchmarks.speed_work import useful_flops
 from dpo.data.trees import sequence_batch
 from dpo.errors import UserError
 from dpo.model.load import ready
 from dpo.model.logprobs import SequenceScorer
-from dpo.records import Pair, TokenizedGroup
-
-
-def group(prompt: int, *completions: int) -> TokenizedGroup:
-    return TokenizedGroup(
-        prompt=np.arange(prompt, dtype=np.int32),
-        completions=tuple(np.arange(1, number + 1, dtype=np.int32) for number in completions),
-        pairs=(Pair(0, 1),),
-    )
 
 
 def measurement(system: str, pairs: int, seconds: float, memory: int) -> speed.Measurement:
@@ -28,15 +18,6 @@ def measurement(system: str, pairs: int, seconds: float, memory: int) -> speed.M
         system=system, work="hh", task="train", pairs=pairs, seconds=seconds,
         tokens=pairs * 100, peak_rss_bytes=memory, losses=[0.7, 0.6],
     )  # fmt: skip
-
-
-def test_useful_flops_by_hand() -> None:
-    config = GPT2Config(n_embd=64, n_layer=3, vocab_size=100)
-    # 2 + 3 + 1 tokens; the prompt's see 1 + 2, the completions' 3 + 4 + 5 and 3
-    trunk = 6 * 2 * (3 * 12 * 64 * 64)
-    attention = (1 + 2 + 3 + 4 + 5 + 3) * 4 * 64 * 3
-    head = 4 * 2 * 100 * 64
-    assert useful_flops(group(2, 3, 1), config) == trunk + attention + head
 
 
 def test_the_matrices_of_a_layer_are_counted_as_gpt2_has_them() -> None:

@@ -1,0 +1,194 @@
+"""`dpo plan` as a person runs it."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import save_file
+
+from dpo.cli import run
+
+ROOT = Path(__file__).parents[3]
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
+LLAMA |= {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8}
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_hidden_layers": 80,
+}
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+}
+NEOX = {"model_type": "gpt_neox", "hidden_size": 2560, "intermediate_size": 10240, "num_attention_heads": 32}
+QWEN = {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32}
+MODELS: dict[str, tuple[dict[str, Any], float]] = {
+    "sentiment_gpt2": ({"model_type": "gpt2"}, 124e6),
+    "sentiment_gpt2_medium": ({"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16}, 355e6),
+    "sentiment_gpt2_large": ({"model_type": "gpt2", "n_embd": 1280, "n_layer": 36, "n_head": 20}, 774e6),
+    "sentiment_gpt2_xl": ({"model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25}, 1558e6),
+    "hh_pythia_2.8b": (
+        {**NEOX, "num_hidden_layers": 32, "vocab_size": 50304, "max_position_embeddings": 2048,
+         "tie_word_embeddings": False},
+        2775e6,
+    ),
+    "hh_llama_3.1_8b": ({**LLAMA, **LLAMA_8B, "tie_word_embeddings": False}, 8030e6),
+    "hh_qwen_3_8b": (
+        {**QWEN, "num_hidden_layers": 36, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+         "max_position_embeddings": 40960, "tie_word_embeddings": False},
+        8191e6,
+    ),
+    "hh_llama_3.1_70b": ({**LLAMA, **LLAMA_70B, "tie_word_embeddings": False}, 70554e6),
+}  # fmt: skip
+"""Configurations of configs/, what the models' config.json says, and their published sizes."""
+
+Planned = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def plan(tmp_path: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]) -> Planned:
+    def make(model: Path, *more: str, gpus: int = 8, memory: str = "80GB") -> dict[str, Any]:
+        arguments = ["plan", "--num_gpus", str(gpus), "--gpu_memory", memory, "--json", *more]
+        arguments += ["--model.name_or_path", str(model), "--data.train", str(pairs_file)]
+        arguments += ["--data.cache_dir", str(tmp_path / "tokenized")]
+        status = run([*arguments, "--reference.cache_dir", str(tmp_path / "reference")])
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        return dict(json.loads(printed.out))
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_configuration_of_a_real_model_can_be_planned(
+    plan: Planned, described: Callable[..., Path], name: str
+) -> None:
+    config, size = MODELS[name]
+    file = ROOT / "configs" / f"{name}.yaml"
+    assert yaml.safe_load(file.read_text())["model"]["name_or_path"]
+    found = plan(described(name, **config), "--config", str(file), gpus=64 if "70b" in name else 8)
+    assert found["model"]["parameters"] == pytest.approx(size, rel=0.01)
+    assert found["advice"]["sharding"] is not None
+
+
+def test_a_70b_model_takes_seconds_and_no_weights(plan: Planned, described: Callable[..., Path]) -> None:
+    began = time.process_time()
+    found = plan(described("big", **LLAMA, **LLAMA_70B), gpus=64)
+    assert time.process_time() - began < 60
+    assert found["memory"]["ZeRO-2"]["largest_micro_batch"] == 0
+    assert found["advice"]["sharding"] == "ZeRO-3"
+    assert found["advice"]["gradient_checkpointing"]
+    assert "the weights are not on this machine" in found["notes"][0]
+
+
+def test_what_is_counted(plan: Planned, tiny_model: Path) -> None:
+    found = plan(tiny_model, "--train.pairs_per_step", "10", "--train.num_epochs", "2", gpus=2)
+    assert found["data"]["train"]["pairs"] == 37
+    assert found["data"]["train"]["exact"]
+    assert found["steps"] == 2 * 4
+    assert found["reference"]["misses"] == 2 * 37
+    assert found["notes"] == []
+    assert 0 <= found["rank_excess"] < 0.2
+    assert found["step_flops"] > 0
+    assert set(found["memory"]) == {"ZeRO-2", "ZeRO-3", "ZeRO-3 offload"}
+    assert "no DeepSpeed" in plan(tiny_model, gpus=1)["memory"]
+    for way in found["memory"].values():
+        parts = ("weights", "gradients", "optimizer", "activations", "projection", "buckets")
+        assert way["total"] == sum(way[part] for part in parts)
+    assert plan(tiny_model, "--exact", gpus=2)["data"] == found["data"]
+
+
+def test_float32_has_stage_0_and_rmsprop_no_offload(plan: Planned, tiny_model: Path) -> None:
+    options = ("--model.dtype", "float32", "--train.optimizer", "rmsprop")
+    found = plan(tiny_model, *options, gpus=2)
+    assert set(found["memory"]) == {"ZeRO-0", "ZeRO-2", "ZeRO-3"}
+
+
+def test_a_full_cache_is_seen(
+    plan: Planned, tiny_model: Path, tmp_path: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model.name_or_path", str(tiny_model), "--data.train", str(pairs_file)]
+    options += ["--data.cache_dir", str(tmp_path / "tokenized"), "--run_dir", str(tmp_path / "run")]
+    assert run(["precompute-ref", *options, "--reference.cache_dir", str(tmp_path / "reference")]) == 0
+    capsys.readouterr()
+    found = plan(tiny_model)["reference"]
+    assert (found["hits"], found["misses"], found["hours"]) == (74, 0, 0)
+
+
+def test_less_memory_takes_smaller_micro_batches_then_sharding_then_recomputation(
+    plan: Planned, described: Callable[..., Path]
+) -> None:
+    model = described("llama", **LLAMA, **LLAMA_8B)
+    advice = [plan(model, memory=memory)["advice"] for memory in ("200GB", "80GB", "24GB", "8GB")]
+    found = [(each["sharding"], each["gradient_checkpointing"]) for each in advice]
+    assert found[0] == ("ZeRO-2", False)
+    budgets = [each["max_tokens_per_micro_batch"] for each in advice]
+    assert budgets[0] == 16384
+    assert advice[1]["max_tokens_per_micro_batch"] < 16384
+    assert found[2] in [("ZeRO-3", True), ("ZeRO-3 offload", True)]
+    assert found[3] in [(None, True), ("ZeRO-3 offload", True)]
+    assert "would need" in advice[2]["reason"]
+
+
+def test_nothing_fits(plan: Planned, described: Callable[..., Path]) -> None:
+    found = plan(described("big", **LLAMA, **LLAMA_70B), gpus=1, memory="2GB")
+    assert found["advice"]["sharding"] is None
+    assert "nothing fits" in found["advice"]["reason"]
+
+
+def test_an_incomplete_download_is_noted(plan: Planned, tiny_model: Path, tmp_path: Path) -> None:
+    import torch
+
+    folder = tmp_path / "half"
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    save_file({"transformer.wte.weight": torch.zeros(3, 3)}, folder / "model.safetensors")
+    assert "hold 9 parameters" in plan(folder)["notes"][0]
+
+
+def test_more_gpus_than_pairs_is_noted(plan: Planned, tiny_model: Path) -> None:
+    notes = plan(tiny_model, "--train.pairs_per_step", "4", gpus=8)["notes"]
+    assert "at most so many of 8 GPUs have work" in notes[0]
+
+
+def test_the_page_for_people(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model.name_or_path", str(tiny_model), "--data.train", str(pairs_file)]
+    options += ["--data.cache_dir", str(tmp_path), "--reference.cache_dir", str(tmp_path)]
+    assert run(["plan", "--num_gpus", "2", "--gpu_memory", "24GiB", *options]) == 0
+    page = capsys.readouterr().out
+    for word in ("parameters", "steps", "ZeRO-3 offload", "largest micro-batch", "advice", "TFLOP", "disk"):
+        assert word in page
+    assert max(map(len, page.splitlines())) <= 150
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--num_gpus: expected how many"),
+        (["--num_gpus", "2", "--gpu_memory", "much"], "--gpu_memory: much; expected a size such as 80GB"),
+        (["--num_gpus", "2", "--gpu_memory", "80GB", "--mfu", "40"], "--mfu: 40.0; expected a share"),
+        (["--num_gpus", "two"], "num_gpus"),
+        (["--num_gpus", "2", "--gpu_memory", "80GB", "--trian.seed", "1"], "did you mean train.seed"),
+    ],
+)
+def test_wrong_usage_is_said_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert run(["plan", "--model.name_or_path", "x", "--data.train", "y", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_such_model(capsys: pytest.CaptureFixture[str], pairs_file: Path) -> None:
+    options = ["--num_gpus", "1", "--gpu_memory", "80GB", "--data.train", str(pairs_file)]
+    assert run(["plan", *options, "--model.name_or_path", "./nowhere"]) == 2
+    assert "model.name_or_path: ./nowhere does not exist" in capsys.readouterr().err

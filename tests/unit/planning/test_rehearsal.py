@@ -1,0 +1,85 @@
+"""A rehearsal says what the same step allocates for real."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+)
+
+from dpo.config import ModelConfig
+from dpo.data.trees import Tree, tree_batch
+from dpo.model.load import empty_model, remove_dropout
+from dpo.model.logprobs import SequenceScorer
+from dpo.planning.live import LiveBytes
+from dpo.planning.rehearsal import rehearse
+
+MODEL = ModelConfig(name_or_path="", dtype="float32")
+SIZES = {"vocab_size": 600, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "gpt2, tied": GPT2Config(vocab_size=600, n_embd=64, n_head=4, n_layer=5, n_positions=128),
+    "llama, grouped queries": LlamaConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=5),
+    "gemma, two kinds of layers": Gemma3TextConfig(
+        **SIZES, num_key_value_heads=2, num_hidden_layers=6, head_dim=16, sliding_window=32
+    ),
+    "bloom, in rows": BloomConfig(vocab_size=600, hidden_size=64, n_head=4, n_layer=5),
+}
+for described in FAMILIES.values():
+    remove_dropout(described)
+
+
+def trees(number: int) -> list[Tree]:
+    one = np.zeros
+    return [(one(20 + n, dtype=np.int32), [one(10, dtype=np.int32)] * 2) for n in range(number)]
+
+
+def really(config: PreTrainedConfig, model: ModelConfig, data: Sequence[Tree]) -> int:
+    """Peak of a real step, weights and accumulated gradients apart."""
+    bare = empty_model(config, model, dtype=torch.float32)
+    if model.gradient_checkpointing:
+        bare.activation_checkpointing_enable({"use_reentrant": False})
+    bare.train()
+    scorer = SequenceScorer(bare)
+    for parameter in bare.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    batch = tree_batch(data, scorer.layout)
+    with LiveBytes([*bare.parameters(), *bare.buffers()]) as live:
+        scorer(batch).sum().backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_foretells_the_peak_of_the_real_step(family: str, checkpointing: bool) -> None:
+    model = replace(MODEL, gradient_checkpointing=checkpointing)
+    config = FAMILIES[family]
+    expected = rehearse(config, model, trees(6), dtype=torch.float32, gpu=False)
+    assert expected.peak == pytest.approx(really(config, model, trees(6)), rel=0.02)
+
+
+def test_a_gpu_keeps_less_of_attention_and_more_of_a_slice() -> None:
+    config = FAMILIES["llama, grouped queries"]
+    cpu, gpu = (rehearse(config, MODEL, trees(40), dtype=torch.bfloat16, gpu=on) for on in (False, True))
+    assert gpu.activations < cpu.activations
+    assert gpu.of_a_block < cpu.of_a_block
+
+
+def test_autocast_adds_the_cast_weights() -> None:
+    config = FAMILIES["gpt2, tied"]
+    plain = rehearse(config, MODEL, trees(1), dtype=torch.bfloat16, gpu=True)
+    cast = rehearse(config, MODEL, trees(1), dtype=torch.float32, autocast=True, gpu=True)
+    weights = 5 * 12 * 64 * 64 * 2
+    assert cast.peak > plain.peak + 0.9 * weights
+
+
+def test_routed_experts_can_be_rehearsed() -> None:
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=4, num_local_experts=4)
+    assert rehearse(config, MODEL, trees(4), dtype=torch.bfloat16, gpu=True).peak > 0
