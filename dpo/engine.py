@@ -28,7 +28,7 @@ from dpo.model.load import DTYPES, load_model, num_parameters
 from dpo.model.logprobs import SequenceScorer
 from dpo.model.probe import Probed, probe
 from dpo.optimizer import make_optimizer
-from dpo.sharding import fit_buckets, offloads_optimizer
+from dpo.sharding import fit_buckets, offloads_optimizer, read_settings
 
 ENGINE_TAG = "engine"
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
@@ -41,6 +41,8 @@ def start(model: ModelConfig) -> Accelerator:
 
     Without an accelerator the gloo backend must be named, or Accelerate believes that every rank is alone.
     """
+    if (file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
+        read_settings(Path(file))
     distributed.start()
     backend = None if torch.cuda.is_available() else "gloo"
     handlers: list[KwargsHandler] = []

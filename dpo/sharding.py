@@ -1,13 +1,84 @@
-"""What we read from a DeepSpeed configuration, and what we fill in where it says "auto"."""
+"""What we read from a DeepSpeed configuration, what may not stand in it, and what we fill in for "auto"."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from dpo.errors import UserError
+
+OWNED = {
+    "train_batch_size": "train.pairs_per_step",
+    "train_micro_batch_size_per_gpu": "train.max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "train.max_tokens_per_micro_batch",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.optimizer",
+    "scheduler": "train.schedule",
+}
+"""Key of DeepSpeed's -> the key of ours that owns the number (law 8)."""
 SMALLEST_BUCKET, LARGEST_BUCKET = 1_000_000, 200_000_000
 """Elements that DeepSpeed sends together."""
 PERSISTENT_PART = 1000
 """A parameter this much smaller than a block (a norm, a bias) stays whole on every rank under ZeRO-3."""
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A DeepSpeed configuration, with nothing in it that would be ignored, or that fails an hour later.
+
+    Raises:
+        UserError: It is no JSON object, or everything that is wrong with it.
+    """
+    try:
+        settings = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a DeepSpeed configuration: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: not a DeepSpeed configuration: expected an object of keys")
+    if found := problems(settings):
+        raise UserError(f"{file}: not a DeepSpeed configuration for us:" + "".join(f"\n  {p}" for p in found))
+    return settings
+
+
+def problems(settings: dict[str, Any]) -> list[str]:
+    """Everything wrong with a DeepSpeed configuration, each as `key: value; expected what`."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # it looks for devices when it is imported
+    from pydantic import ValidationError
+
+    found = [
+        f'{key}: {settings[key]!r}; set "auto": {ours} of the experiment owns it'
+        for key, ours in OWNED.items()
+        if settings.get(key, "auto") != "auto"
+    ]
+    if _part(settings, "fp16").get("enabled", False) not in (False, "auto"):
+        found.append("fp16.enabled: expected false; model.dtype has float32 and bfloat16")
+    if _part(settings, "bf16").get("enabled", "auto") != "auto":
+        found.append('bf16.enabled: set "auto": model.dtype of the experiment owns it')
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        return [*found, f"zero_optimization: {zero!r}; expected an object with a stage"]
+    known = DeepSpeedZeroConfig.model_fields
+    for key in zero.keys() & known.keys():
+        extra: dict[str, Any] = known[key].json_schema_extra or {}
+        if extra.get("deprecated"):
+            found.append(f"zero_optimization.{key}: DeepSpeed has removed it; use {extra['new_param']}")
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        found += [
+            f"zero_optimization.{'.'.join(map(str, fault['loc']))}: {fault['input']!r}: {fault['msg']}"
+            for fault in error.errors()
+        ]
+    stage = zero.get("stage", 0)
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if _part(zero, key).get("device", "none") != "none" and isinstance(stage, int) and stage < least:
+            found.append(f"zero_optimization.{key}: needs stage {least} or more, and the stage is {stage}")
+    return found
+
+
+def _part(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    part = settings.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def offloads_optimizer(settings: dict[str, Any]) -> bool:

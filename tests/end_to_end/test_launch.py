@@ -5,7 +5,9 @@ started here; tests/distributed and tests/faults start the real thing.
 import json
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,41 @@ def test_a_machine_of_several_counts_the_processes_of_all(checks: str) -> None:
     expected = "--num_machines 4 --machine_rank 3 --main_process_ip 10.0.0.1"
     assert expected in ended.stdout
     assert "--num_processes 32 --main_process_port 29500" in ended.stdout
+
+
+PYTHON_THAT_WAITS = """#!/usr/bin/env bash
+case "$*" in
+    *"-m dpo check"*) echo runs/x ;;
+    *socket.create_connection*) exec PYTHON "$@" ;;
+    *) echo started ;;
+esac
+"""
+
+
+def test_a_machine_0_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    python = script(tmp_path / "python", PYTHON_THAT_WAITS.replace("PYTHON", sys.executable))
+    place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "NPROC": "1", "MASTER_WAIT": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as machine:
+        place |= {"MASTER_PORT": str(machine.getsockname()[1]), "PYTHON": str(python)}
+        there = shell("launch/run", "train", "--config", "x.yaml", **place)
+        assert "started" in there.stdout
+    gone = shell("launch/run", "train", "--config", "x.yaml", **place)
+    assert gone.returncode == 2
+    assert "MASTER_ADDR: 127.0.0.1 does not answer at port" in gone.stderr
+    assert len(gone.stderr.splitlines()) == 1
+    assert "started" not in gone.stdout
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path: Path, checks: str) -> None:
+    script(tmp_path / "nvidia-smi", "#!/usr/bin/env bash\necho GPU 0\necho GPU 1\n")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    words = ("launch/run", "train", "--config", "x.yaml")
+    ended = shell(*words, PATH=path, NPROC="8", PYTHON=checks)
+    assert ended.returncode == 2
+    assert "NPROC: 8; this machine has 2 GPU(s)" in ended.stderr
+    assert shell(*words, PATH=path, NPROC="2", DRY_RUN="1", PYTHON=checks).returncode == 0
+    on_cpus = {"ACCELERATE_CONFIG": "launch/cpu.yaml", "NPROC": "8"}
+    assert shell(*words, PATH=path, DRY_RUN="1", PYTHON=checks, **on_cpus).returncode == 0
 
 
 HOSTFILE = "# ours\n10.0.0.1 slots=8\n\n10.0.0.2 slots=8\n"

@@ -6,7 +6,15 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from dpo.sharding import LARGEST_BUCKET, SMALLEST_BUCKET, fit_buckets, offloads_optimizer
+from dpo.errors import UserError
+from dpo.sharding import (
+    LARGEST_BUCKET,
+    SMALLEST_BUCKET,
+    fit_buckets,
+    offloads_optimizer,
+    problems,
+    read_settings,
+)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -57,3 +65,51 @@ def test_a_size_that_somebody_chose_stays() -> None:
 def test_an_offloaded_optimizer_is_recognized(offload: dict[str, str] | None, expected: bool) -> None:
     assert offloads_optimizer({"zero_optimization": {"stage": 3, "offload_optimizer": offload}}) is expected
     assert not offloads_optimizer({"zero_optimization": {"stage": 3}})
+
+
+@pytest.mark.parametrize("name", ["ds_zero2.json", "ds_zero3.json", "ds_zero3_offload.json"])
+def test_our_configurations_have_no_problems(name: str) -> None:
+    assert problems(read_settings(CONFIGS / name)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train_batch_size": 64}, 'train_batch_size: 64; set "auto": train.pairs_per_step'),
+        ({"gradient_clipping": 1.0}, "gradient_clipping: 1.0"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled"),
+        ({"zero_optimization": 2}, "expected an object with a stage"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: 4"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "zero_optimization.overlap_com: True"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "removed it; use offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs stage 3 or more"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs stage 1"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "offload_param.device"),
+    ],
+)
+def test_what_would_be_ignored_or_fail_late_is_said_at_once(
+    settings: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError) as refused:
+        read_settings(file)
+    assert said in str(refused.value)
+    assert str(file) in str(refused.value)
+
+
+def test_all_problems_are_listed() -> None:
+    settings = {"train_batch_size": 8, "fp16": {"enabled": True}, "zero_optimization": {"stage": 9}}
+    assert len(problems(settings)) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_what_is_no_configuration_is_refused(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="not a DeepSpeed configuration"):
+        read_settings(file)
+    with pytest.raises(UserError, match="not a DeepSpeed configuration"):
+        read_settings(tmp_path / "none.json")
