@@ -28,6 +28,7 @@ from dpo.errors import RunFailed, StoppedBySignal
 from dpo.monitor import MetricSums, Monitor
 from dpo.optimizer import learning_rate
 from dpo.signals import StopRequests
+from dpo.stopwatch import Stopwatch
 from dpo.train.checkpoint import Progress, save_checkpoint
 from dpo.watchdog import Watchdog
 
@@ -213,7 +214,7 @@ def train_step(
 
     count = objective.count(step.groups)
     sums, waited, tokens, losses = MetricSums(), 0.0, np.zeros(3), list[Tensor]()
-    batches = prefetch(build, micro_batches)
+    batches, forward = prefetch(build, micro_batches), Stopwatch()
     for index in range(len(micro_batches)):
         run.watchdog.progress(f"step {step.number}, micro-batch {index + 1} of {len(micro_batches)}")
         fetching = time.perf_counter()
@@ -221,12 +222,17 @@ def train_step(
         waited += time.perf_counter() - fetching
         tokens += batch.num_real_tokens, batch.num_row_tokens, batch.input_ids.numel()
         last = index == len(micro_batches) - 1
-        loss = objective.loss(engine.score(batch, last=last), batch, sums)
+        with forward.running():
+            logps = engine.score(batch, last=last)
+        loss = objective.loss(logps, batch, sums)
         engine.accumulate(loss / count, last=last)
         losses.append(loss.detach())
     norm = engine.update(rate)
     metrics = sums.means()
-    real, in_rows, padded, stopping = distributed.sum_over_ranks(np.append(tokens, run.stop.requested))
+    own = np.zeros(distributed.world_size())
+    own[distributed.rank()] = forward.seconds()  # the update has waited for the device
+    counts = np.concatenate([tokens, [run.stop.requested], own])
+    real, in_rows, padded, stopping, *rank_seconds = distributed.sum_over_ranks(counts)
     faulty = None if math.isfinite(norm) else _faulty_groups(step, micro_batches, losses, run.describe)
     loads = [sizes.work[np.concatenate(own).astype(int)].sum() for own in shares]
     seconds = time.perf_counter() - started
@@ -242,6 +248,8 @@ def train_step(
         "perf/padding_fraction": 1 - real / padded,
         "perf/shared_prefix_fraction": 1 - real / in_rows,
         "perf/rank_imbalance": float(np.max(loads) / np.mean(loads) - 1),
+        "perf/rank_time_excess": float(np.max(rank_seconds) / np.mean(rank_seconds) - 1),
+        "perf/slowest_rank": float(np.argmax(rank_seconds)),
         "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
     }
     return values, faulty, bool(stopping)

@@ -57,3 +57,24 @@ def test_the_same_pairs_give_the_same_steps(
             assert ours.get(name) == theirs.get(name)
         for name in ours.keys() - {"train/rewards/accuracies", "eval/rewards/accuracies"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-6), (ours["step"], name)
+
+
+SLOW = """
+import time
+from dpo.engine import Engine
+plain = Engine.score
+def slowly(self, *rest, **options):
+    time.sleep(0.05)
+    return plain(self, *rest, **options)
+if __import__("os").environ["RANK"] == "1":
+    Engine.score = slowly
+"""
+
+
+def test_a_straggler_is_named(rig: Rig) -> None:
+    run_dir = rig.completed("slow", before=SLOW)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "perf/slowest_rank" in line]
+    assert len(found) == STEPS
+    assert [line["perf/slowest_rank"] for line in found[1:]] == [1] * (STEPS - 1)
+    assert all(0.3 < line["perf/rank_time_excess"] <= 1 for line in found[1:])

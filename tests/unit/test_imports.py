@@ -19,6 +19,7 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.distributed": set(),
     "dpo.ending": set(),
     "dpo.signals": set(),
+    "dpo.stopwatch": set(),
     "dpo.watchdog": {"dpo.distributed", "dpo.ending"},
     "dpo.optimizer": {"dpo.config"},
     "dpo.sharding": set(),
@@ -35,7 +36,7 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.evaluate": SHARED | REFERENCE | {"dpo.evaluate", "dpo.engine", "dpo.loss"},
     "dpo.train": SHARED
     | {"dpo.train", "dpo.reference", "dpo.loss", "dpo.monitor", "dpo.engine", "dpo.data", "dpo.model"}
-    | {"dpo.distributed", "dpo.optimizer", "dpo.signals", "dpo.watchdog"},
+    | {"dpo.distributed", "dpo.optimizer", "dpo.signals", "dpo.stopwatch", "dpo.watchdog"},
     "dpo.planning": SHARED
     | {"dpo.planning", "dpo.data", "dpo.model", "dpo.engine", "dpo.reference", "dpo.sharding"}
     | {"dpo.evaluate.statistics", "dpo.train.space"},
