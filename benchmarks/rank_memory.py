@@ -10,18 +10,22 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import numpy as np
 import torch
+from deepspeed.comm.comm import comms_logger
 
 from dpo import distributed, engine
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Tree, tree_batch
 from dpo.engine import Engine
-from dpo.model.load import empty_model, load_config, load_model
+from dpo.model.load import DTYPES, empty_model, load_config, load_model
 from dpo.planning.live import LiveBytes
-from dpo.planning.memory import Name, rank_memory, shape_of, weight_dtype
+from dpo.planning.memory import Name, Shape, rank_memory, shape_of, weight_dtype
 from dpo.planning.rehearsal import rehearse
+from dpo.planning.traffic import Traffic, traffic
 
 STEPS, MICRO_BATCHES = 2, 2
 
@@ -48,8 +52,10 @@ def some_trees(number: int) -> list[Tree]:
     return [(np.zeros(48, dtype=np.int32), [np.zeros(24, dtype=np.int32)] * 2) for _ in range(number)]
 
 
-def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, int]:
-    """Bytes of this rank: after loading, most while loading, between steps, and most in a step."""
+def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
+    """Bytes of this rank: after loading, most while loading, between steps, most in a step, and what it
+    passed to each kind of collective in a step, as DeepSpeed's communication logger has it.
+    """
     live = LiveBytes()
     with live:
         accelerator = engine.start(config)
@@ -59,25 +65,45 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, int]:
         gc.collect()
         loaded, loading = live.now, live.peak
         batch = tree_batch(trees, policy.layout)
+        if policy.kind.startswith("DeepSpeed"):
+            deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False, debug=False)
         for _ in range(STEPS):
             live.peak = live.now
+            comms_logger.reset_data()
             for number in range(MICRO_BATCHES):
                 last = number == MICRO_BATCHES - 1
                 policy.accumulate(policy.score(batch, last=last).sum() * 1e-3, last=last)
             policy.update(1e-6)
-    return {"loaded": loaded, "loading": loading, "kept": live.now, "peak": live.peak}
+    sent = {
+        name: sum(size * record[0] for size, record in sizes.items())
+        for name, sizes in comms_logger.get_raw_data().items()
+    }
+    return {"loaded": loaded, "loading": loading, "kept": live.now, "peak": live.peak, "sent": sent}
 
 
 def predict(config: ModelConfig, trees: list[Tree], sharding: Name, world_size: int) -> dict[str, int]:
     """What `dpo plan` expects of this rank, by component, and their sum."""
-    described = load_config(config)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    described, dtype, shape = load_config(config), DTYPES[config.dtype], _shape(config)
     weights = weight_dtype(sharding, dtype)
     step = rehearse(described, config, trees, dtype=weights, autocast=weights != dtype, gpu=False)
-    with torch.device("meta"):
-        shape = shape_of(empty_model(described, config, dtype=weights))
     memory = rank_memory(sharding, shape, step, world_size=world_size, dtype=dtype, moments=2)
     return {**asdict(memory), "total": memory.total + memory.host, "parameters": shape.parameters}
+
+
+def predict_traffic(config: ModelConfig, sharding: Name, world_size: int) -> Traffic:
+    """What `dpo plan` expects this rank to hand to collectives in a step."""
+    return traffic(
+        sharding,
+        _shape(config),
+        world_size=world_size,
+        dtype=DTYPES[config.dtype],
+        micro_batches=MICRO_BATCHES,
+    )
+
+
+def _shape(config: ModelConfig) -> Shape:
+    with torch.device("meta"):
+        return shape_of(empty_model(load_config(config), config, dtype=DTYPES[config.dtype]))
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ class Fit:
         ]
 
     def advice(self) -> Advice:
-        """The way with the least communication that fits: as asked, with smaller micro-batches, with
-        recomputed activations, with both.
+        """The first way that fits, those that wait least for others before the rest: as asked, with smaller
+        micro-batches, with recomputed activations, with both.
         """
         given = self._config.model.gradient_checkpointing
         enough = self.asked // FEW
@@ -150,7 +150,10 @@ class Fit:
             reason.insert(0, "activations do not fit and are recomputed")
         if budget < self.asked:
             reason.append(f"{budget:,} tokens are the most that fit")
-        kind = "it fits, and communicates least" if not before else "the first that fits"
+        alone = self._machine.num_gpus == 1
+        kind = "it fits" if alone else "it fits, and no weights travel in a pass"
+        if before:
+            kind = "the first that fits"
         return Advice(
             sharding=way.sharding,
             max_tokens_per_micro_batch=budget,

@@ -106,6 +106,8 @@ def _time(plan: Plan) -> Iterator[str]:
         f"training   {plan.step_flops / 1e12:,.1f} TFLOP a step, {_hours(plan.hours)} on {machine.num_gpus} "
         f"GPU(s) at {rate}, communication not counted"
     )
+    if plan.sent_bytes:
+        yield f"network    each rank sends about {_bytes(plan.sent_bytes)} a step"
     train = plan.config.train
     checkpoints = (
         f"{train.keep_last} checkpoints of {_bytes(plan.checkpoint_bytes)}, one more while one is written"

@@ -26,6 +26,7 @@ from dpo.planning.compute import Work, forward_flops, work_of
 from dpo.planning.fit import Advice, Fit, Machine, Way
 from dpo.planning.memory import Shape, shape_of
 from dpo.planning.sample import SampledData, sample_data
+from dpo.planning.traffic import sent, traffic
 from dpo.reference.identity import is_remembered, reference_identity, reference_model
 from dpo.reference.store import ReferenceStore
 from dpo.train.space import checkpoint_bytes
@@ -58,6 +59,8 @@ class Plan:
     step_flops: float
     """Of one step over all ranks, recomputation included."""
     hours: float
+    sent_bytes: float
+    """By a rank in a step."""
     reference_hits: int
     reference_misses: int
     reference_hours: float
@@ -106,6 +109,13 @@ def make_plan(config: Config, machine: Machine, *, exact: bool) -> Plan:
     row = CACHE_ROW_BYTES + (
         CACHE_TOKEN_BYTES * completions / train.sequences if config.reference.store_token_logps else 0
     )
+    messages = traffic(
+        advice.sharding or "ZeRO-3",
+        shape,
+        world_size=machine.num_gpus,
+        dtype=DTYPES[model.dtype],
+        micro_batches=micro_batches,
+    )
     speed = machine.num_gpus * machine.gpu_flops * machine.mfu * 3600
     return Plan(
         config=config,
@@ -121,6 +131,7 @@ def make_plan(config: Config, machine: Machine, *, exact: bool) -> Plan:
         advice=advice,
         step_flops=flops / plan.num_steps,
         hours=flops * (1 + excess) / speed,
+        sent_bytes=sent(messages, machine.num_gpus),
         reference_hits=hits,
         reference_misses=misses,
         reference_hours=reference_flops / speed,
@@ -227,6 +238,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "advice": asdict(plan.advice),
         "step_flops": plan.step_flops,
         "hours": plan.hours,
+        "sent_bytes": plan.sent_bytes,
         "reference": {
             "hits": plan.reference_hits,
             "misses": plan.reference_misses,

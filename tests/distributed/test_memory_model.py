@@ -9,7 +9,7 @@ from ranks import said, start_ranks, wait
 from rig import deepspeed_variables
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.rank_memory import predict, some_trees
+from benchmarks.rank_memory import predict, predict_traffic, some_trees
 from dpo.config import ModelConfig
 from dpo.planning.memory import Name
 
@@ -59,3 +59,8 @@ def test_a_rank_allocates_what_was_planned(
     config = ModelConfig(name_or_path=str(models[model]), dtype=dtype)
     expected = predict(config, some_trees(TREES), names[stage], ranks)
     assert expected["total"] == pytest.approx(measured["peak"], rel=0.1), (measured, expected)
+    if ranks > 1:
+        messages = predict_traffic(config, names[stage], ranks)
+        others = sum(size for kind, size in measured["sent"].items() if kind not in messages)
+        assert others < 0.01 * sum(messages.values())
+        assert {kind: measured["sent"][kind] for kind in messages} == pytest.approx(messages, rel=0.02)

@@ -1,0 +1,50 @@
+"""What a rank hands to collectives in an optimizer step, as DeepSpeed's communication logger counts it."""
+
+import torch
+
+from dpo.planning.memory import GATHERED_ELEMENTS, SINGLE, Name, Shape, weight_dtype
+
+Traffic = dict[str, float]
+"""Kind of collective -> bytes of a rank's messages."""
+
+
+def traffic(
+    sharding: Name, shape: Shape, *, world_size: int, dtype: torch.dtype, micro_batches: float
+) -> Traffic:
+    """Messages of one rank in a step; gradients travel in float32.
+
+    Stages 2 and 3 reduce the gradients of every micro-batch, stage 0 those of the step. Weights that stay
+    gathered from the forward to the backward pass are gathered once.
+
+    Args:
+        sharding: How the policy is sharded.
+        shape: Of the model.
+        world_size: Number of ranks.
+        dtype: The compute type.
+        micro_batches: Of a rank in a step.
+    """
+    if world_size == 1:
+        return {}
+    width = weight_dtype(sharding, dtype).itemsize
+    gradients = float(SINGLE * shape.trainable)
+    if sharding in ("no DeepSpeed", "ZeRO-0"):
+        return {"all_reduce": gradients}
+    if sharding == "ZeRO-2":
+        gathered = width * shape.trainable / world_size
+        return {"all_reduce": gradients * micro_batches, "all_gather_into_tensor": gathered}
+    stays = min(1.0, GATHERED_ELEMENTS / shape.parameters)
+    gathered = width * shape.parameters / world_size * (2 - stays)
+    return {
+        "all_gather_into_tensor": gathered * micro_batches,
+        "reduce_scatter_tensor": gradients * micro_batches,
+    }
+
+
+def sent(messages: Traffic, world_size: int) -> float:
+    """Bytes that leave a rank when the collectives run as rings."""
+    factors = {
+        "all_reduce": 2 * (world_size - 1) / world_size,
+        "reduce_scatter_tensor": (world_size - 1) / world_size,
+        "all_gather_into_tensor": world_size - 1.0,  # its message is the rank's own part
+    }
+    return sum(factors[name] * size for name, size in messages.items())
