@@ -10,13 +10,12 @@ from dpo import distributed
 from dpo.commands import open_data, reference_store
 from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset
-from dpo.engine import frozen_scorer
 from dpo.errors import UserError
+from dpo.frozen import frozen_scorer, is_sharded
 from dpo.reference.audit import audit
 from dpo.reference.identity import reference_model
 from dpo.reference.lookup import reference_logps
 from dpo.reference.maintenance import cache_info, prune, verify
-from dpo.reference.precompute import is_sharded
 from dpo.reference.store import IDENTITY_FILE, ReferenceStore
 from dpo.reference.table import index_keys
 
@@ -65,7 +64,10 @@ def verify_caches(target: Path | Config, *, recompute: int) -> None:
         if recompute and isinstance(target, Config):
             datasets = [*_datasets(target).values()]
             references = reference_logps(datasets, store, "dpo precompute-ref with the same configuration")
-            with frozen_scorer(reference_model(target), sharded=is_sharded(target)) as scorer:
+            with frozen_scorer(
+                reference_model(target),
+                sharded=is_sharded(target.reference.sharding, reference_model(target)),
+            ) as scorer:
                 seed = int.from_bytes(np.random.default_rng().bytes(4))  # other rows every time
                 result = audit(scorer, datasets, references, store, num_rows=recompute, seed=seed)
             print(

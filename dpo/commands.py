@@ -17,10 +17,11 @@ from dpo.config import Config, DataConfig, ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset, check_sources, longest_tree, open_datasets
 from dpo.data.plan import BatchPlan
 from dpo.data.trees import TreeBatch
-from dpo.engine import Engine, frozen_scorer
+from dpo.engine import Engine
 from dpo.errors import UserError
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.run import evaluate_run
+from dpo.frozen import frozen_scorer, is_sharded, token_budget
 from dpo.model.export import model_card
 from dpo.model.load import (
     adapter_files,
@@ -37,7 +38,7 @@ from dpo.planning.run import as_json, make_plan
 from dpo.reference.audit import audit, check_rows, record_rows
 from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
 from dpo.reference.lookup import reference_logps
-from dpo.reference.precompute import is_sharded, precompute
+from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
 from dpo.running import Guard, Work, check_space, check_start, guarded, optimize, quiet, start_of, summary
 from dpo.train.preference import PreferenceObjective
@@ -133,7 +134,9 @@ def _train(config: Config, guard: Guard) -> None:
         lambda: policy_is_reference(config, store.identity, store.cache_dir)
     )
     if audited and not starts_as_reference:
-        with frozen_scorer(reference_model(config), sharded=is_sharded(config)) as scorer:
+        with frozen_scorer(
+            reference_model(config), sharded=is_sharded(config.reference.sharding, reference_model(config))
+        ) as scorer:
             _audit(scorer, datasets, references, store, config)
     model = load_model(config.model, dtype=engine.weight_dtype(accelerator, config.model))
     policy = Engine(accelerator, model, config.model, config.train, universal=universal)
@@ -155,7 +158,7 @@ def _train(config: Config, guard: Guard) -> None:
             test_reference,
             config.loss,
             layout=policy.layout,
-            budget=engine.token_budget(config.train.max_tokens_per_micro_batch),
+            budget=token_budget(config.train.max_tokens_per_micro_batch),
             device=policy.device,
         ).means()
 
@@ -260,7 +263,7 @@ def _sft(config: SftConfig, guard: Guard) -> None:
             guard.score_only(policy),
             test_data,
             layout=policy.layout,
-            budget=engine.token_budget(config.train.max_tokens_per_micro_batch),
+            budget=token_budget(config.train.max_tokens_per_micro_batch),
             device=policy.device,
         )
 

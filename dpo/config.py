@@ -182,6 +182,9 @@ class EvaluateConfig:
     """Seed of the samples; policy and reference use the same one on the same prompt."""
     batch_size: int = 64
     """Sequences that are sampled together."""
+    sharding: Literal["auto", "replicas", "zero3"] = "auto"
+    """Evaluate with the whole model on every rank, or with ZeRO-3; auto: ZeRO-3 if the weights need more
+    than half of a device's memory."""
     table_rows: int = 10
     """Rows of the table query | reference | policy; always the first held-out prompts."""
 

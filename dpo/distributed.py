@@ -197,3 +197,11 @@ def _leave_token(folder: Path, key: str) -> str:
 def share_of(items: Sequence[T]) -> list[T]:
     """This rank's part of a list of work items: every world_size-th."""
     return list(items[rank() :: world_size()])
+
+
+def turns_of(items: Sequence[T]) -> list[T | None]:
+    """`share_of` with as many entries on every rank, None where it has run out of items: for work in which
+    all ranks must take part, such as a pass of a sharded model.
+    """
+    mine: list[T | None] = [*share_of(items)]
+    return mine + [None] * (-(-len(items) // world_size()) - len(mine))

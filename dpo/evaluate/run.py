@@ -7,28 +7,28 @@ Both continue the same held-out prompts with the same seeds. KL has samples of i
 import gc
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import distributed
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
-from dpo.data.trees import sequence_batch
-from dpo.engine import make_scorer, settle_layout, token_budget
+from dpo.data.trees import Layout, sequence_batch
 from dpo.evaluate.divergence import kl_summary
 from dpo.evaluate.report import Report, SampleRow, terminal_table, write_report
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
 from dpo.evaluate.statistics import distinct_n, mean_interval, win_rate
-from dpo.model.load import DTYPES, load_model, max_positions
-from dpo.model.logprobs import SequenceScorer
+from dpo.frozen import bare_scorer, frozen_scorer, is_sharded, settle_layout, token_budget
+from dpo.model.load import DTYPES, max_positions
 from dpo.records import TokenIds
 
 KL_SEED_OFFSET = 1  # the KL's samples are not the compared ones
@@ -103,33 +103,34 @@ def _use_models(
     options, eos = config.evaluate, int(tokenizer.eos_token_id)
     prompts = _held_out_prompts(test_data, options, max_positions(policy)) if options.num_prompts else []
 
-    model = load_model(policy)
-    scorer = make_scorer(model, policy).to(distributed.device())
-    settle_layout(scorer, longest_tree([test_data]), DTYPES[policy.dtype])
-    budget = token_budget(config.train.max_tokens_per_micro_batch)
-    scores = score_pairs(
-        scorer,
-        test_data,
-        reference_logps,
-        config.loss,
-        layout=scorer.layout,
-        budget=budget,
-        device=distributed.device(),
-    )
-    if not prompts:
-        return scores, None
-    by_policy = _sample(model, prompts, options, eos, "policy samples")
-    drawn = _sample(model, prompts, options, eos, "samples for the KL", for_kl=True)
-    kl_sequences = [(prompt, c.sampled_ids(eos)) for prompt, c in zip(prompts, drawn, strict=True)]
-    policy_logps = _log_probs(scorer, kl_sequences, budget)
+    budget, longest = token_budget(config.train.max_tokens_per_micro_batch), longest_tree([test_data])
+    sharded = is_sharded(options.sharding, policy)
+    with frozen_scorer(policy, sharded=sharded) as scorer:
+        layout = settle_layout(scorer, longest, DTYPES[policy.dtype]).layout
+        scores = score_pairs(
+            scorer,
+            test_data,
+            reference_logps,
+            config.loss,
+            layout=layout,
+            budget=budget,
+            device=distributed.device(),
+        )
+        if not prompts:
+            return scores, None
+        model = _Sampler(bare_scorer(scorer).model, options, eos, sharded=sharded)
+        by_policy = model.sample(prompts, "policy samples")
+        drawn = model.sample(prompts, "samples for the KL", for_kl=True)
+        kl_sequences = [(prompt, c.sampled_ids(eos)) for prompt, c in zip(prompts, drawn, strict=True)]
+        policy_logps = _log_probs(scorer, kl_sequences, layout, budget)
     del model, scorer
     gc.collect()
 
-    model = load_model(reference)
-    scorer = make_scorer(model, reference).to(distributed.device())
-    settle_layout(scorer, longest_tree([test_data]), DTYPES[reference.dtype])
-    by_reference = _sample(model, prompts, options, eos, "reference samples")
-    kl_reference = _log_probs(scorer, kl_sequences, budget)
+    with frozen_scorer(reference, sharded=sharded) as scorer:
+        layout = settle_layout(scorer, longest, DTYPES[reference.dtype]).layout
+        model = _Sampler(bare_scorer(scorer).model, options, eos, sharded=sharded)
+        by_reference = model.sample(prompts, "reference samples")
+        kl_reference = _log_probs(scorer, kl_sequences, layout, budget)
     lengths = [len(completion) for _, completion in kl_sequences]
     return scores, _Samples(
         prompts=prompts,
@@ -154,41 +155,48 @@ def _held_out_prompts(
     return list(found.values())
 
 
-def _sample(
-    model: PreTrainedModel,
-    prompts: Sequence[TokenIds],
-    options: EvaluateConfig,
-    eos: int,
-    progress: str,
-    *,
-    for_kl: bool = False,
-) -> list[Continuation]:
-    drawn = sample(
-        model,
-        prompts,
-        num_samples=1,
-        max_new_tokens=options.completion_tokens,
-        temperature=1.0 if for_kl else options.temperature,
-        seed=options.seed + KL_SEED_OFFSET if for_kl else options.seed,
-        batch_size=options.batch_size,
-        eos_token_id=eos,
-        progress=progress,
-    )
-    return [continuations[0] for continuations in drawn]
+@dataclass(frozen=True, slots=True)
+class _Sampler:
+    """A model that continues prompts as the options say."""
+
+    model: PreTrainedModel
+    options: EvaluateConfig
+    eos: int
+    _: KW_ONLY
+    sharded: bool
+
+    def sample(
+        self, prompts: Sequence[TokenIds], progress: str, *, for_kl: bool = False
+    ) -> list[Continuation]:
+        """One continuation of each prompt; for the KL at temperature 1, and others."""
+        drawn = sample(
+            self.model,
+            prompts,
+            num_samples=1,
+            max_new_tokens=self.options.completion_tokens,
+            temperature=1.0 if for_kl else self.options.temperature,
+            seed=self.options.seed + KL_SEED_OFFSET if for_kl else self.options.seed,
+            batch_size=self.options.batch_size,
+            eos_token_id=self.eos,
+            progress=progress,
+            sharded=self.sharded,
+        )
+        return [continuations[0] for continuations in drawn]
 
 
-def _log_probs(scorer: SequenceScorer, sequences: Sequences, budget: int) -> Float64s:
+def _log_probs(scorer: nn.Module, sequences: Sequences, layout: Layout, budget: int) -> Float64s:
     """(N,) summed log-probs in nats of all sequences, computed over the ranks, in order, on every rank."""
     width = max(len(prompt) + len(completion) for prompt, completion in sequences)
     size = max(1, budget // width)
     starts = range(0, len(sequences), size)
     mine: dict[int, Float64s] = {}
-    for start in tqdm(
-        distributed.share_of(starts), desc="log-probs", disable=not distributed.is_main(), leave=False
-    ):
+    turns = distributed.turns_of(starts)  # also an empty batch is a pass that a sharded model's ranks share
+    for start in tqdm(turns, desc="log-probs", disable=not distributed.is_main(), leave=False):
+        chosen = sequences[start : start + size] if start is not None else []
         with torch.no_grad():
-            batch = sequence_batch(sequences[start : start + size], scorer.layout).to(distributed.device())
-            mine[start] = scorer(batch).cpu().numpy()
+            found = scorer(sequence_batch(chosen, layout).to(distributed.device())).cpu().numpy()
+        if start is not None:
+            mine[start] = found
     gathered = {start: values for part in distributed.gather_objects(mine) for start, values in part.items()}
     return np.concatenate([gathered[start] for start in starts])
 

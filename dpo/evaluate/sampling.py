@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from dpo.distributed import gather_objects, is_main, share_of
+from dpo.distributed import device, gather_objects, is_main, turns_of
 from dpo.errors import UserError
 from dpo.records import TokenIds
 
@@ -80,10 +80,12 @@ def sample(
     batch_size: int,
     eos_token_id: int,
     progress: str | None,
+    sharded: bool = False,
 ) -> list[list[Continuation]]:
     """Samples `num_samples` continuations of each prompt from the whole distribution: no top-k, no top-p.
 
-    Every rank calls it with the same arguments and a copy of the model, and gets the complete result.
+    Every rank calls it with the same arguments and a copy of the model, or its part of a sharded one, and
+    gets the complete result.
 
     Args:
         model: A causal language model in evaluation mode, on this rank's device. Its own generation settings
@@ -96,6 +98,7 @@ def sample(
         batch_size: Sequences that are sampled together.
         eos_token_id: Token that ends a continuation.
         progress: Label of the progress bar on rank 0, or None for no bar.
+        sharded: The ranks share one copy of the model, so that all must take part in each of its passes.
 
     Returns:
         For each prompt, in order, its `num_samples` continuations.
@@ -106,7 +109,7 @@ def sample(
     _check_lengths(model, prompts, max_new_tokens)
     rows = [_Row(prompt, number) for prompt in range(len(prompts)) for number in range(num_samples)]
     rows.sort(key=lambda row: len(prompts[row.prompt]))
-    batches = share_of([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
+    batches = turns_of([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
 
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -120,25 +123,29 @@ def sample(
         _own_generation_config(model, config),
         tqdm(
             desc=progress,
-            total=sum(map(len, batches)),
+            total=sum(len(batch or ()) for batch in batches),
             unit=" samples",
             disable=progress is None or not is_main(),
             dynamic_ncols=True,
         ) as bar,
     ):
-        for batch in batches:
+        for own in batches:
+            if own is None and not sharded:
+                break
+            batch = own or rows[:1]  # the others cannot go on alone: what is drawn twice is the same
             noise = _GumbelNoise(batch, temperature=temperature, seed=seed, eos_token_id=eos_token_id)
             processors = LogitsProcessorList([noise] if temperature > 0 else [])
             ids, mask = _left_padded([prompts[row.prompt] for row in batch], eos_token_id)
             output = model.generate(  # type: ignore[operator]
-                inputs=ids.to(model.device),
-                attention_mask=mask.to(model.device),
+                inputs=ids.to(device()),
+                attention_mask=mask.to(device()),
                 logits_processor=processors,
+                synced_gpus=sharded,
             )
             written = output[:, ids.shape[1] :].cpu().numpy().astype(np.int32)
             for row, tokens in zip(batch, written, strict=True):
                 drawn[row] = _until_eos(tokens, eos_token_id)
-            bar.update(len(batch))
+            bar.update(len(own or ()))
 
     complete = {key: value for part in gather_objects(drawn) for key, value in part.items()}
     return [[complete[_Row(prompt, n)] for n in range(num_samples)] for prompt in range(len(prompts))]

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dpo.config import Config
-from dpo.engine import GPU_TOKENS
+from dpo.frozen import GPU_TOKENS
 from dpo.model.load import DTYPES
 from dpo.planning.memory import (
     SHARDINGS,

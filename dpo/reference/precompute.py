@@ -26,8 +26,8 @@ from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.plan import Int64s, deal
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
-from dpo.engine import fits_one_device, frozen_scorer, settle_layout, token_budget
 from dpo.errors import StoppedBySignal, UserError
+from dpo.frozen import frozen_scorer, is_sharded, settle_layout, token_budget
 from dpo.model.load import DTYPES
 from dpo.model.logprobs import sequence_sums
 from dpo.reference.identity import reference_model
@@ -186,7 +186,7 @@ def _compute(
 ) -> float:
     """Scores this rank's batches and writes them; returns the seconds that took, without loading."""
     model = reference_model(config)
-    sharded = is_sharded(config)
+    sharded = is_sharded(config.reference.sharding, model)
     pending: list[ReferenceRows] = []
 
     def flush() -> None:
@@ -230,22 +230,11 @@ def _compute(
         ) from error
 
 
-def is_sharded(config: Config) -> bool:
-    """Whether the reference is spread over the ranks with ZeRO-3; rank 0 decides for all."""
-    if distributed.world_size() == 1:  # nobody to share with
-        return False
-    if config.reference.sharding == "auto":
-        return not distributed.on_main(lambda: fits_one_device(reference_model(config)))
-    return config.reference.sharding == "zero3"
-
-
 def _my_batches(plan: MissingPlan, *, sharded: bool) -> list[int | None]:
     """This rank's batches; with sharded weights in step with the other ranks, None where it has run out."""
-    rank, world_size, number = distributed.rank(), distributed.world_size(), len(plan.offsets) - 1
-    if not sharded:
-        return [*deal(plan.work, world_size)[rank]]
-    rounds = -(-number // world_size)
-    return [turn if turn < number else None for turn in range(rank, rounds * world_size, world_size)]
+    if sharded:
+        return distributed.turns_of(range(len(plan.offsets) - 1))
+    return [*deal(plan.work, distributed.world_size())[distributed.rank()]]
 
 
 def _lay_out(

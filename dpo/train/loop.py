@@ -23,8 +23,9 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan, Int64s, Step, share
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
-from dpo.engine import Engine, token_budget
+from dpo.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal
+from dpo.frozen import token_budget
 from dpo.monitor import MetricSums, Monitor
 from dpo.optimizer import learning_rate
 from dpo.signals import StopRequests

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from dpo import frozen
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.trees import sequence_batch
@@ -70,7 +71,7 @@ def test_log_probs_come_in_order_whatever_the_budget(tiny_model: Path, budget: i
     scorer = SequenceScorer(load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")))
     with torch.no_grad():
         expected = [float(scorer(sequence_batch([sequence]))) for sequence in sequences]
-    assert _log_probs(scorer, sequences, budget) == pytest.approx(expected, abs=1e-4)
+    assert _log_probs(scorer, sequences, scorer.layout, budget) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.fixture
@@ -160,9 +161,10 @@ def test_one_model_is_in_memory_at_a_time_and_the_policy_comes_first(
         loaded.append((model.name_or_path, weakref.ref(made)))
         return made
 
-    monkeypatch.setattr(run_module, "load_model", watched)
+    monkeypatch.setattr(frozen, "load_model", watched)
     summarize(experiment, other_model)
-    assert [name for name, _ in loaded] == [other_model.name_or_path, experiment.model.name_or_path]
+    reference = experiment.model.name_or_path  # which fills the cache, too
+    assert [name for name, _ in loaded] == [reference, other_model.name_or_path, reference]
 
 
 def test_without_prompts_nothing_is_sampled_and_the_pairs_are_still_scored(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from unit.reference.samples import content, raw, store_of, with_options
 
-from dpo import distributed
-from dpo.config import Config
+from dpo import distributed, frozen
+from dpo.config import Config, ModelConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import deal
 from dpo.data.trees import Layout, TreeBatch, sequence_batch
@@ -29,7 +29,6 @@ from dpo.reference.precompute import (
     _missing,
     _my_batches,
     batch_offsets,
-    is_sharded,
     plan_batches,
     precompute,
 )
@@ -255,17 +254,16 @@ def test_with_sharded_weights_the_ranks_go_in_step(
         ("zero3", 2, True, True),
     ],
 )
-def test_the_reference_is_sharded_where_asked_for_or_where_it_would_not_fit(
-    make_config: Callable[..., Config],
+def test_a_model_is_sharded_where_asked_for_or_where_it_would_not_fit(
     monkeypatch: pytest.MonkeyPatch,
-    choice: str,
+    choice: Literal["auto", "replicas", "zero3"],
     world_size: int,
     fits: bool,
     sharded: bool,
 ) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: world_size)
-    monkeypatch.setattr(precompute_module, "fits_one_device", lambda model: fits)
-    assert is_sharded(with_options(make_config("d"), sharding=choice)) is sharded
+    monkeypatch.setattr(frozen, "fits_one_device", lambda model: fits)
+    assert frozen.is_sharded(choice, ModelConfig(name_or_path="")) is sharded
 
 
 def test_the_budget_bounds_every_batch_and_changes_no_value(
