@@ -253,7 +253,9 @@ def draw_memory(real: Sequence[Row], beyond: Sequence[Row], path: Path) -> None:
     right.set_yscale("log")
     right.set_xticks(MODELLED_RANKS, [str(n) for n in MODELLED_RANKS])
     right.set(xlabel="GPUs", ylabel="GB a GPU", title=f"modelled: bfloat16, {BUDGET:,} tokens, recomputed")
-    right.legend(frameon=False, fontsize=8)
+    right.set_ylim(8, 1500)
+    right.set_yticks([10, 20, 50, 100, 200, 500], ["10", "20", "50", "100", "200", "500"])
+    right.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
     figure.savefig(path, dpi=110)
 
 
@@ -272,6 +274,7 @@ def draw_balance(rows: Sequence[Row], path: Path) -> None:
         )
     axis.set_xscale("log", base=2)
     axis.set_yscale("symlog", linthresh=1)
+    axis.set_ylim(bottom=0)
     axis.set_xticks(BALANCED_RANKS[1:], [str(n) for n in BALANCED_RANKS[1:]])
     axis.set_yticks([0, 1, 10, 100, 1000], ["0", "1 %", "10 %", "100 %", "1000 %"])
     axis.set(xlabel="ranks", ylabel="work of the fullest rank over the mean", title="HH, longest group first")
