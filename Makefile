@@ -18,7 +18,7 @@ launch := PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/run
 model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
 ready := .venv/.ready
 
-.PHONY: help setup demo data sft precompute-ref train eval sentiment tensorboard
+.PHONY: help setup demo data sft plan precompute-ref train eval sentiment tensorboard
 .PHONY: test test-unit test-distributed test-e2e test-faults bench bench-peers bench-cache lint format clean
 
 help: ## list the targets
@@ -42,6 +42,9 @@ data: $(ready) ## prepare preference data: make data ARGS="hh FILE --output DIR"
 
 sft: $(ready) ## next-token training with CONFIG (default configs/demo_sft.yaml)
 	$(launch) sft --config $(SFT_CONFIG) $(model_key) $(ARGS)
+
+plan: $(ready) ## what CONFIG will need: make plan CONFIG=... ARGS="--num_gpus 8 --gpu_memory 80GB"
+	$(py) -m dpo plan --config $(CONFIG) $(model_key) $(ARGS)
 
 precompute-ref: $(ready) ## fill the cache of reference log-probabilities for CONFIG; costs seconds where it is full
 	$(launch) precompute-ref --config $(CONFIG) $(model_key) $(ARGS)

@@ -163,10 +163,11 @@ def _plan(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     try:
         options, keys = parser.parse_known_args(list(arguments))
-        size = _bytes(options.gpu_memory or "")
+        given = options.gpu_memory or "missing"
+        size = _bytes(given)
         wrong = [
             *(["--num_gpus: expected how many, at least 1"] if (options.num_gpus or 0) < 1 else []),
-            *([f"--gpu_memory: {options.gpu_memory}; expected a size such as 80GB"] if not size else []),
+            *([f"--gpu_memory: {given}; expected the size of one GPU, such as 80GB"] if not size else []),
             *([f"--mfu: {options.mfu}; expected a share in (0, 1]"] if not 0 < options.mfu <= 1 else []),
             *(
                 [f"--gpu_tflops: {options.gpu_tflops}; expected above 0"]

@@ -30,10 +30,11 @@ FEW = 4
 ROUNDED = 1024
 LAUNCHERS = {
     "no DeepSpeed": "launch/one_gpu.yaml",
-    "ZeRO-2": "launch/one_node.yaml",
-    "ZeRO-3": "launch/one_node_zero3.yaml",
-    "ZeRO-3 offload": "launch/one_node_zero3.yaml with configs/ds_zero3_offload.json",
+    "ZeRO-2": "launch/{place}.yaml",
+    "ZeRO-3": "launch/{place}_zero3.yaml",
+    "ZeRO-3 offload": "launch/{place}_zero3.yaml with configs/ds_zero3_offload.json",
 }
+GPUS_OF_A_MACHINE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,11 +155,12 @@ class Fit:
         kind = "it fits" if alone else "it fits, and no weights travel in a pass"
         if before:
             kind = "the first that fits"
+        place = "one_node" if self._machine.num_gpus <= GPUS_OF_A_MACHINE else "multi_node"
         return Advice(
             sharding=way.sharding,
             max_tokens_per_micro_batch=budget,
             gradient_checkpointing=checkpointing,
-            launcher=LAUNCHERS[way.sharding],
+            launcher=LAUNCHERS[way.sharding].format(place=place),
             reason="; ".join([*reason, kind]),
         )
 

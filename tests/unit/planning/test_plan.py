@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 from dpo.cli import run
+from dpo.planning.fit import LAUNCHERS
 
 ROOT = Path(__file__).parents[3]
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
@@ -85,6 +86,7 @@ def test_a_70b_model_takes_seconds_and_no_weights(plan: Planned, described: Call
     assert found["memory"]["ZeRO-2"]["largest_micro_batch"] == 0
     assert found["advice"]["sharding"] == "ZeRO-3"
     assert found["advice"]["gradient_checkpointing"]
+    assert found["advice"]["launcher"] == "launch/multi_node_zero3.yaml"
     assert "the weights are not on this machine" in found["notes"][0]
 
 
@@ -154,6 +156,13 @@ def test_an_incomplete_download_is_noted(plan: Planned, tiny_model: Path, tmp_pa
     assert "hold 9 parameters" in plan(folder)["notes"][0]
 
 
+def test_every_launcher_that_may_be_advised_is_there() -> None:
+    for name in LAUNCHERS.values():
+        for place in ("one_node", "multi_node"):
+            for word in name.format(place=place).split(" with "):
+                assert (ROOT / word).is_file(), word
+
+
 def test_more_gpus_than_pairs_is_noted(plan: Planned, tiny_model: Path) -> None:
     notes = plan(tiny_model, "--train.pairs_per_step", "4", gpus=8)["notes"]
     assert "at most so many of 8 GPUs have work" in notes[0]
@@ -175,7 +184,10 @@ def test_the_page_for_people(
     ("arguments", "said"),
     [
         ([], "--num_gpus: expected how many"),
-        (["--num_gpus", "2", "--gpu_memory", "much"], "--gpu_memory: much; expected a size such as 80GB"),
+        (
+            ["--num_gpus", "2", "--gpu_memory", "much"],
+            "--gpu_memory: much; expected the size of one GPU, such as 80GB",
+        ),
         (["--num_gpus", "2", "--gpu_memory", "80GB", "--mfu", "40"], "--mfu: 40.0; expected a share"),
         (["--num_gpus", "two"], "num_gpus"),
         (["--num_gpus", "2", "--gpu_memory", "80GB", "--trian.seed", "1"], "did you mean train.seed"),
