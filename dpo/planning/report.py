@@ -30,7 +30,8 @@ def _work(plan: Plan) -> Iterator[str]:
     for note in plan.notes:
         yield f"           {note}"
     for name, split in plan.data.items():
-        yield f"{name:<10} {_data(split)}"
+        yield f"{name:<10} {split.pairs:,} pairs, {split.sequences:,} completions of {split.groups:,} prompts"
+        yield f"           {_tokens(split)}, longest group {split.longest:,}"
         for reason, number in split.changed.items():
             kind, _, what = reason.partition("/")
             about = "" if split.exact else "about "
@@ -46,15 +47,12 @@ def _work(plan: Plan) -> Iterator[str]:
     )
 
 
-def _data(split: SampledData) -> str:
+def _tokens(split: SampledData) -> str:
     tokens = f"{_count(split.tokens.mean)} tokens"
     if not split.exact:
         half = (split.tokens.high - split.tokens.low) / 2 / split.tokens.mean
         tokens += f" +- {half:.1%} ({len(split.sample):,} groups tokenized; --exact reads all)"
-    return (
-        f"{split.pairs:,} pairs, {split.sequences:,} completions of {split.groups:,} prompts, {tokens}, "
-        f"longest group {split.longest:,}"
-    )
+    return tokens
 
 
 def _memory(plan: Plan) -> Iterator[str]:
@@ -65,12 +63,12 @@ def _memory(plan: Plan) -> Iterator[str]:
         f"{recomputed};"
     )
     yield f"{USABLE:.0%} of {machine.gpu_memory / 1e9:,.0f} GB is counted on"
-    yield "  " + f"{'':<15}" + "".join(f"{name:>12}" for name in COLUMNS) + "   largest micro-batch"
+    yield "  " + f"{'':<15}" + "".join(f"{name:>11}" for name in COLUMNS) + "   largest micro-batch"
     for way in plan.ways:
         yield (
             "  "
             + f"{way.sharding:<15}"
-            + "".join(f"{value / 1e9:>12,.2f}" for value in _values(way))
+            + "".join(f"{value / 1e9:>11,.2f}" for value in _values(way))
             + _largest(way)
         )
 

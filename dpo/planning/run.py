@@ -48,7 +48,7 @@ class Plan:
     data: dict[str, SampledData]
     steps: int
     rank_excess: float
-    """Work of a step's slowest rank over the mean, on average."""
+    """Work of the steps' slowest ranks over the mean: time that the others wait."""
     micro_batches: float
     """Of a rank in a step, on average."""
     budget: int
@@ -169,17 +169,17 @@ def _notes(config: Config, shape: Shape, machine: Machine) -> list[str]:
 
 
 def _balance(plan: BatchPlan, train: SampledData, ranks: int, budget: int) -> tuple[float, float]:
-    """Excess of the slowest rank and micro-batches of a rank, on average over some of the run's steps."""
+    """Work of the slowest ranks over the mean, and micro-batches of a rank, over some of the run's steps."""
     numbers = np.unique(np.linspace(1, plan.num_steps, STEPS_LOOKED_AT).astype(int))
-    excess, batches = [], []
+    slowest, mean, batches = 0.0, 0.0, []
     for number in numbers:
         groups = train.stand_in[plan.step(int(number)).groups]
         sizes = train.sample.sizes(groups, "packed")
         shares = share(sizes, world_size=ranks, budget=budget)
         loads = [sizes.work[np.concatenate(own).astype(int)].sum() for own in shares]
-        excess.append(float(np.max(loads) / np.mean(loads) - 1))
+        slowest, mean = slowest + float(np.max(loads)), mean + float(np.mean(loads))
         batches.append(len(shares[0]))
-    return float(np.mean(excess)), float(np.mean(batches))
+    return slowest / mean - 1, float(np.mean(batches))
 
 
 def _steps_of_an_epoch(plan: BatchPlan, config: Config) -> float:

@@ -177,7 +177,7 @@ def test_the_page_for_people(
     page = capsys.readouterr().out
     for word in ("parameters", "steps", "ZeRO-3 offload", "largest micro-batch", "advice", "TFLOP", "disk"):
         assert word in page
-    assert max(map(len, page.splitlines())) <= 150
+    assert max(map(len, page.splitlines())) <= 130
 
 
 @pytest.mark.parametrize(
