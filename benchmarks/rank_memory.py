@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from deepspeed.comm.comm import comms_logger
 
 from dpo import distributed, engine
@@ -31,18 +32,22 @@ STEPS, MICRO_BATCHES = 2, 2
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains two steps of two micro-batches on trees of one size and reports the second."""
+    """Trains two steps of two micro-batches on trees of one size and reports the second, by model."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a model folder")
+    parser.add_argument("--models", required=True, nargs="+", help="model folders, one after the other")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--trees", type=int, default=1, help="trees of a micro-batch")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--output", type=Path, required=True, help="file for the numbers of rank 0")
     args = parser.parse_args(arguments)
-    config = ModelConfig(
-        name_or_path=args.model, dtype=args.dtype, gradient_checkpointing=args.gradient_checkpointing
-    )
-    measured = measure(config, some_trees(args.trees))
+    measured = {}
+    for name in args.models:
+        AcceleratorState._reset_state()  # or the next model has the last one's buckets
+        config = ModelConfig(
+            name_or_path=name, dtype=args.dtype, gradient_checkpointing=args.gradient_checkpointing
+        )
+        measured[name] = measure(config, some_trees(args.trees))
+        gc.collect()
     if distributed.is_main():
         args.output.write_text(json.dumps(measured))
 

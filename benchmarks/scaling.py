@@ -117,7 +117,7 @@ def _on_ranks(folder: Path, config: ModelConfig, sharding: Name, ranks: int) -> 
         "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "ds.json"),
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage == 3).lower(),
     }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.rank_memory", "--model", config.name_or_path]
+    command = [sys.executable, "-m", "benchmarks.rank_memory", "--models", config.name_or_path]
     command += ["--dtype", config.dtype, "--trees", str(TREES), "--output", str(folder / "measured.json")]
     processes = [
         subprocess.Popen(
@@ -131,7 +131,7 @@ def _on_ranks(folder: Path, config: ModelConfig, sharding: Name, ranks: int) -> 
     ]
     if any(process.wait() for process in processes):
         raise RuntimeError(f"{sharding} on {ranks} rank(s) failed")
-    return dict(json.loads((folder / "measured.json").read_text()))
+    return dict(json.loads((folder / "measured.json").read_text())[config.name_or_path])
 
 
 def modelled() -> Iterator[Row]:

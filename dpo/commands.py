@@ -250,7 +250,7 @@ def _sft(config: SftConfig, guard: Guard) -> None:
             dtype=dtype,
             attention=config.model.attention,
         )
-        check_space(config, sum(parameter.numel() for parameter in model.parameters()))
+        check_space(config, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
     else:
         check_space(config, num_parameters(config.model))
         model = load_model(config.model, dtype=dtype)

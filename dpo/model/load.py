@@ -24,12 +24,14 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
+from dpo.model.heap import return_large_blocks
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
@@ -158,6 +160,8 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             "merge it into its base and give the merged model"
         )
     transformers_logging.disable_progress_bar()  # one bar a rank for a load of seconds
+    if is_deepspeed_zero3_enabled():  # from_pretrained then shards each weight as soon as it is there
+        return_large_blocks()
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
         config = load_config(model)

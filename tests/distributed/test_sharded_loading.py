@@ -15,8 +15,6 @@ def private():  # bytes that are this process's own: the weight files are mapped
     lines = pathlib.Path("/proc/self/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
 
-import ctypes
-ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
 import deepspeed, torch
 from dpo import distributed, engine
 from dpo.config import ModelConfig
@@ -40,7 +38,7 @@ def measured(load):
     kept = load()
     watching = False
     thread.join()
-    return peak - before
+    return max(peak, private()) - before
 
 model = ModelConfig(name_or_path={model!r}, dtype="float32")
 accelerator = engine.start(model)
@@ -86,4 +84,4 @@ def test_a_rank_never_holds_the_whole_model(model: Path, tmp_path: Path, way: st
 
 
 def test_a_whole_model_would_be_seen(model: Path, tmp_path: Path) -> None:
-    assert min(peaks(model, tmp_path, "whole")) > 0.95
+    assert min(peaks(model, tmp_path, "whole")) > 0.9
