@@ -19,10 +19,11 @@ from accelerate.state import AcceleratorState
 from deepspeed.comm.comm import comms_logger
 
 from dpo import distributed, engine
-from dpo.config import ModelConfig, OptimizationConfig
+from dpo.config import LoraConfig, ModelConfig, OptimizationConfig
 from dpo.data.trees import Tree, tree_batch
 from dpo.engine import Engine
-from dpo.model.load import DTYPES, empty_model, load_config, load_model
+from dpo.model.load import DTYPES, load_config
+from dpo.model.lora import empty_policy, load_policy
 from dpo.planning.live import LiveBytes
 from dpo.planning.memory import Name, Shape, rank_memory, shape_of, weight_dtype
 from dpo.planning.rehearsal import rehearse
@@ -38,13 +39,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--trees", type=int, default=1, help="trees of a micro-batch")
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--lora_rank", type=int, help="train an adapter of this rank only")
     parser.add_argument("--output", type=Path, required=True, help="file for the numbers of rank 0")
     args = parser.parse_args(arguments)
     measured = {}
     for name in args.models:
         AcceleratorState._reset_state()  # or the next model has the last one's buckets
         config = ModelConfig(
-            name_or_path=name, dtype=args.dtype, gradient_checkpointing=args.gradient_checkpointing
+            name_or_path=name,
+            dtype=args.dtype,
+            gradient_checkpointing=args.gradient_checkpointing,
+            lora=LoraConfig(rank=args.lora_rank) if args.lora_rank else None,
         )
         measured[name] = measure(config, some_trees(args.trees))
         gc.collect()
@@ -64,7 +69,7 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
     live = LiveBytes()
     with live:
         accelerator = engine.start(config)
-        model = load_model(config, dtype=engine.weight_dtype(accelerator, config))
+        model = load_policy(config, dtype=engine.weight_dtype(accelerator, config), seed=0)
         live.count(model.parameters())
         policy = Engine(accelerator, model, config, OptimizationConfig(learning_rate=1e-6))
         gc.collect()
@@ -108,7 +113,7 @@ def predict_traffic(config: ModelConfig, sharding: Name, world_size: int) -> Tra
 
 def _shape(config: ModelConfig) -> Shape:
     with torch.device("meta"):
-        return shape_of(empty_model(load_config(config), config, dtype=DTYPES[config.dtype]))
+        return shape_of(empty_policy(load_config(config), config, dtype=DTYPES[config.dtype]))
 
 
 if __name__ == "__main__":

@@ -24,13 +24,12 @@ from dpo.evaluate.run import evaluate_run
 from dpo.frozen import frozen_scorer, is_sharded, token_budget
 from dpo.model.export import model_card
 from dpo.model.load import (
-    adapter_files,
     check_model_path,
-    load_model,
     load_tokenizer,
     max_positions,
     num_parameters,
 )
+from dpo.model.lora import check_policy, load_policy
 from dpo.model.scratch import scratch_model, scratch_positions, scratch_tokenizer
 from dpo.planning.fit import Machine
 from dpo.planning.report import page
@@ -40,7 +39,18 @@ from dpo.reference.identity import policy_is_reference, reference_identity, refe
 from dpo.reference.lookup import reference_logps
 from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
-from dpo.running import Guard, Work, check_space, check_start, guarded, optimize, quiet, start_of, summary
+from dpo.running import (
+    Guard,
+    Work,
+    base_fingerprint,
+    check_space,
+    check_start,
+    guarded,
+    optimize,
+    quiet,
+    start_of,
+    summary,
+)
 from dpo.train.preference import PreferenceObjective
 from dpo.train.run_folder import claim_run, find_start
 from dpo.train.sft import NextTokenObjective, held_out_loss, is_text, open_text_or_preferences, read_lines
@@ -53,8 +63,8 @@ def check(command: str, config: Config | SftConfig) -> None:
     """
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
-    if command in ("train", "sft") and Path(config.model.name_or_path).is_dir():  # no word with the hub yet
-        _refuse_adapter(config)
+    if command in ("train", "sft"):
+        check_policy(config.model, local=True)
     if isinstance(config, SftConfig):
         find_start(config, thorough=False)
         if not is_text(config.data.train):
@@ -105,7 +115,7 @@ def train(config: Config) -> None:
 
 
 def _train(config: Config, guard: Guard) -> None:
-    _refuse_adapter(config)
+    check_policy(config.model)
     accelerator = engine.start(config.model)
     engine.make_repeatable(config.train)
     start = start_of(config)
@@ -114,6 +124,7 @@ def _train(config: Config, guard: Guard) -> None:
     datasets = [data for data in (train_data, test_data) if data is not None]
     names = ["data.train", "data.test"][: len(datasets)]
     fingerprints = {name: data.content_digest() for name, data in zip(names, datasets, strict=True)}
+    fingerprints |= base_fingerprint(config, store.cache_dir)
     universal = check_start(config, start, fingerprints)
     command = (
         f"make precompute-ref CONFIG=... (or: dpo precompute-ref with the same keys as {config.run_dir})"
@@ -128,7 +139,7 @@ def _train(config: Config, guard: Guard) -> None:
         pairs_per_step=config.train.pairs_per_step,
         max_steps=config.train.max_steps,
     )
-    check_space(config, num_parameters(config.model))
+    check_space(config, num_parameters(config.model), accelerator)
     audited = start is None and config.reference.audit_rows > 0
     starts_as_reference = distributed.on_main(
         lambda: policy_is_reference(config, store.identity, store.cache_dir)
@@ -138,7 +149,8 @@ def _train(config: Config, guard: Guard) -> None:
             reference_model(config), sharded=is_sharded(config.reference.sharding, reference_model(config))
         ) as scorer:
             _audit(scorer, datasets, references, store, config)
-    model = load_model(config.model, dtype=engine.weight_dtype(accelerator, config.model))
+    dtype = engine.weight_dtype(accelerator, config.model)
+    model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
     policy = Engine(accelerator, model, config.model, config.train, universal=universal)
     _settle_layout(policy, datasets)
     if audited and starts_as_reference:
@@ -223,7 +235,7 @@ def sft(config: SftConfig) -> None:
 
 
 def _sft(config: SftConfig, guard: Guard) -> None:
-    _refuse_adapter(config)
+    check_policy(config.model)
     accelerator = engine.start(config.model)
     engine.make_repeatable(config.train)
     start = start_of(config)
@@ -233,6 +245,7 @@ def _sft(config: SftConfig, guard: Guard) -> None:
     fingerprints = {"data.train": train_data.content_digest()}
     if test_data is not None:
         fingerprints["data.test"] = test_data.content_digest()
+    fingerprints |= base_fingerprint(config, Path(config.data.cache_dir))
     universal = check_start(config, start, fingerprints)
     plan = BatchPlan(
         (train_data.pairs_per_group * 0) + 1,
@@ -250,10 +263,11 @@ def _sft(config: SftConfig, guard: Guard) -> None:
             dtype=dtype,
             attention=config.model.attention,
         )
-        check_space(config, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        check_space(config, parameters, accelerator)
     else:
-        check_space(config, num_parameters(config.model))
-        model = load_model(config.model, dtype=dtype)
+        check_space(config, num_parameters(config.model), accelerator)
+        model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
     policy = Engine(accelerator, model, config.model, config.train, universal=universal)
     _settle_layout(policy, [train_data])
 
@@ -318,7 +332,7 @@ def _audit(
 
 def _finished_model(config: Config) -> ModelConfig:
     folder = Path(config.run_dir) / "model"
-    if not (folder / "config.json").is_file():
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise UserError(f"run_dir: no trained model in {folder}; run train first")
     return ModelConfig(
         name_or_path=str(folder),
@@ -326,15 +340,6 @@ def _finished_model(config: Config) -> ModelConfig:
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
-
-
-def _refuse_adapter(config: Config | SftConfig) -> None:
-    name = config.model.name_or_path
-    if name and adapter_files(config.model):
-        raise UserError(
-            f"model.name_or_path: {name} is a PEFT adapter, and adapters cannot be trained here yet; merge "
-            "it into its base and give the merged model"
-        )
 
 
 def _sft_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
@@ -366,13 +371,13 @@ def _policy_card(config: Config) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
     )
     tags = ["dpo", "preference-optimization"]
-    return model_card(title=name, base_model=config.model.name_or_path, tags=tags, body=body)
+    return model_card(title=name, base=config.model, tags=tags, body=body)
 
 
 def _sft_card(config: SftConfig) -> str:
     start, name = config.model.name_or_path or "random weights", Path(config.run_dir).name
     body = f"Next-token training from {start} with learning rate {config.train.learning_rate}."
-    return model_card(title=name, base_model=config.model.name_or_path, tags=["sft"], body=body)
+    return model_card(title=name, base=config.model, tags=["sft"], body=body)
 
 
 def _counts(split: str, data: TokenizedDataset | None) -> str:

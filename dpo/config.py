@@ -5,10 +5,25 @@ at once, without loading a model or opening the data. Defaults follow the DPO pa
 appendix B) where it gives one.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """A low-rank adapter (arXiv 2106.09685) that is trained instead of the model's weights; needs peft."""
+
+    rank: int = 16
+    """Rank of the product that is added to each adapted matrix, at least 1."""
+    alpha: float = 32.0
+    """That product is scaled by alpha / rank; > 0."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """all-linear: every linear layer but the output layer; or a list of names of layers, or of their ends."""
+    export: Literal["merged", "adapter"] = "merged"
+    """What RUN_DIR/model holds: the whole model with the adapter in its weights, or the adapter alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +45,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
+    lora: LoraConfig | None = None
+    """Train an adapter and leave the weights as they are. Default: all weights are trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +150,7 @@ class OptimizationConfig:
     """Tokens of one forward and backward pass of one rank, padding included. Memory grows with it; results do
     not change. A longer group is a micro-batch of its own. Default: 1024 on CPUs, 16384 on GPUs."""
     seed: int = 0
-    """Fixes the order of the data."""
+    """Fixes the order of the data, and the start of an adapter."""
     evaluate_every: int = 0
     """Evaluate on held-out data every N steps, and at both ends; 0: only at both ends."""
     checkpoint_every: int = 0
@@ -269,7 +286,7 @@ class SftConfig:
 
 def problems(config: Config | SftConfig) -> list[str]:
     """Everything wrong with the values, each as `key: value; expected what`. Empty when all is well."""
-    found = [*_optimization_problems(config.train), *_allow_problems(config)]
+    found = [*_optimization_problems(config.train), *_allow_problems(config), *_lora_problems(config.model)]
     budget = config.train.max_tokens_per_micro_batch
     found.extend(_budget_problems("train.max_tokens_per_micro_batch", budget, config.data.max_length))
     if config.data.max_length is not None and config.data.max_length < 2:
@@ -279,13 +296,34 @@ def problems(config: Config | SftConfig) -> list[str]:
     if isinstance(config, SftConfig):
         if bool(config.model.name_or_path) == (config.model.scratch is not None):
             found.append("model: expected exactly one of model.name_or_path and model.scratch")
-        if config.train.sequences_per_step < 1:
-            found.append(f"train.sequences_per_step: {config.train.sequences_per_step}; expected at least 1")
+        found.extend(_below(config.train, "train", 1, "sequences_per_step"))
         scratch = config.model.scratch
         if scratch and not Path(scratch.config).is_file():
             found.append(f"model.scratch.config: {scratch.config}; no such file")
         return found
     return [*found, *_preference_problems(config)]
+
+
+def _below(section: object, place: str, minimum: int, *names: str) -> Iterator[str]:
+    for name in names:
+        if not getattr(section, name) >= minimum:
+            yield f"{place}.{name}: {getattr(section, name)}; expected at least {minimum}"
+
+
+def _lora_problems(model: ModelConfig) -> Iterator[str]:
+    if (lora := model.lora) is None:
+        return
+    yield from _below(lora, "model.lora", 1, "rank")
+    if not 0 < lora.alpha < math.inf:
+        yield f"model.lora.alpha: {lora.alpha}; expected a number above 0"
+    if not lora.target_modules or not all(lora.target_modules):
+        yield f"model.lora.target_modules: {lora.target_modules}; expected all-linear, or names of layers"
+    if (
+        model.revision is not None and lora.export == "adapter"
+    ):  # what loads adapters takes a base's main branch
+        yield f"model.lora.export: adapter; it cannot name revision {model.revision} of its base: set merged"
+    if isinstance(model, SftModelConfig) and model.scratch is not None:
+        yield "model.lora: an adapter needs a base; model.scratch has random weights: leave one of them out"
 
 
 def _budget_problems(key: str, budget: int | None, max_length: int | None) -> Iterator[str]:
@@ -308,20 +346,9 @@ _NO_SUCH_KEY = object()
 
 
 def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
-    at_least = {
-        "warmup_steps": 0,
-        "weight_decay": 0,
-        "max_grad_norm": 0,
-        "num_epochs": 1,
-        "seed": 0,
-        "evaluate_every": 0,
-        "checkpoint_every": 0,
-        "keep_last": 1,
-        "max_skipped_steps": 0,
-    }
-    for name, minimum in at_least.items():
-        if not getattr(train, name) >= minimum:
-            yield f"train.{name}: {getattr(train, name)}; expected at least {minimum}"
+    zero = "warmup_steps", "weight_decay", "max_grad_norm", "seed", "evaluate_every", "checkpoint_every"
+    yield from _below(train, "train", 0, *zero, "max_skipped_steps")
+    yield from _below(train, "train", 1, "num_epochs", "keep_last")
     if not train.learning_rate > 0:
         yield f"train.learning_rate: {train.learning_rate}; expected a number above 0"
     if train.max_steps is not None and train.max_steps < 1:
@@ -352,30 +379,17 @@ def _preference_problems(config: Config) -> Iterator[str]:
     ):
         bound = "data.max_length" if longest is None else longest
         yield f"data.max_prompt_length: {longest_prompt}; expected at least 1 and less than {bound}"
-    if config.data.min_margin < 0:
-        yield f"data.min_margin: {config.data.min_margin}; expected at least 0"
+    yield from _below(config.data, "data", 0, "min_margin")
     if not config.loss.beta > 0:
         yield f"loss.beta: {config.loss.beta}; expected a number above 0"
     if not 0 <= config.loss.label_smoothing < 0.5:
         yield f"loss.label_smoothing: {config.loss.label_smoothing}; expected a number in [0, 0.5)"
-    if config.train.pairs_per_step < 1:
-        yield f"train.pairs_per_step: {config.train.pairs_per_step}; expected at least 1"
+    yield from _below(config.train, "train", 1, "pairs_per_step")
     budget = config.reference.max_tokens_per_batch
     yield from _budget_problems("reference.max_tokens_per_batch", budget, config.data.max_length)
-    if config.reference.audit_rows < 0:
-        yield f"reference.audit_rows: {config.reference.audit_rows}; expected at least 0"
-    if not config.reference.flush_every_seconds >= 0:
-        yield f"reference.flush_every_seconds: {config.reference.flush_every_seconds}; expected at least 0"
+    yield from _below(config.reference, "reference", 0, "audit_rows", "flush_every_seconds")
     evaluate = config.evaluate
-    for name, minimum in (
-        ("num_prompts", 0),
-        ("completion_tokens", 1),
-        ("temperature", 0),
-        ("batch_size", 1),
-        ("seed", 0),
-        ("table_rows", 0),
-    ):
-        if getattr(evaluate, name) < minimum:
-            yield f"evaluate.{name}: {getattr(evaluate, name)}; expected at least {minimum}"
+    yield from _below(evaluate, "evaluate", 0, "num_prompts", "temperature", "seed", "table_rows")
+    yield from _below(evaluate, "evaluate", 1, "completion_tokens", "batch_size")
     if evaluate.scorer is not None and evaluate.scorer != "vader" and not evaluate.scorer.startswith("hf:"):
         yield f"evaluate.scorer: {evaluate.scorer}; expected vader, hf:MODEL, or nothing"

@@ -7,6 +7,8 @@ one device. `dpo.frozen` is the same for models that only score.
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
@@ -76,6 +79,19 @@ def weight_dtype(accelerator: Accelerator, model: ModelConfig) -> torch.dtype:
     return DTYPES[model.dtype] if accelerator.distributed_type == DistributedType.DEEPSPEED else torch.float32
 
 
+@contextmanager
+def unsharded(accelerator: Accelerator) -> Iterator[None]:
+    """Within the block ZeRO-3 shards no model while it is made, so that one rank may make one alone."""
+    plugin = accelerator.state.deepspeed_plugin
+    sharding = None if plugin is None else plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if sharding is not None:
+            set_hf_deepspeed_config(sharding)
+
+
 class Engine:
     """A policy and its optimizer, wrapped for this world."""
 
@@ -92,7 +108,7 @@ class Engine:
 
         Args:
             accelerator: From `start`.
-            model: The loaded policy.
+            model: The loaded policy; what of it needs no gradient stays as it is and is never saved.
             config: Its compute type and gradient checkpointing.
             options: Optimizer and clipping.
             universal: `load` will be given a state that another number of ranks wrote, made universal.
@@ -120,6 +136,11 @@ class Engine:
         model.train()  # dropout is 0 everywhere; gradient checkpointing runs in training mode only
         scorer = make_scorer(model, config)
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        self.num_frozen = sum(
+            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad
+        )
+        named = scorer.named_parameters(remove_duplicate=False)  # tied weights have two names
+        self._frozen = {name for name, parameter in named if not parameter.requires_grad}
         optimizer = make_optimizer(scorer, options)
         if self._zero:
             plugin = accelerator.deepspeed_plugin
@@ -228,7 +249,11 @@ class Engine:
         return float(norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's full state dict in its compute type, on the main rank. All ranks must call it."""
+        """The policy's full state dict in its compute type, on the main rank; of a policy that is frozen in
+        part what is trained, in float32. All ranks must call it.
+        """
+        if self._frozen:
+            return self._trained_weights()
         gathered = self._accelerator.get_state_dict(self._scorer)
         if not distributed.is_main():
             return {}
@@ -240,6 +265,20 @@ class Engine:
             for name, tensor in gathered.items()
         }
 
+    def _trained_weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            with _gathered(parameter):
+                if distributed.is_main():
+                    found[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+        return found
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        """See `unsharded`."""
+        return unsharded(self._accelerator)
+
     @property
     def model(self) -> PreTrainedModel:
         """The bare policy, for its config and `save_pretrained`."""
@@ -247,7 +286,7 @@ class Engine:
         return scorer.model
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes weights and optimizer state into `folder`. All ranks must call it.
+        """Writes what is trained, and the optimizer's state, into `folder`. All ranks must call it.
 
         Returns:
             The files that this rank wrote.
@@ -260,7 +299,10 @@ class Engine:
         if not distributed.is_main():
             return []
         bare = self._accelerator.unwrap_model(self._scorer)
-        state = {"model": bare.state_dict(), "optimizer": self._optimizer.state_dict()}
+        state = {
+            "model": self._without_frozen(bare.state_dict()),
+            "optimizer": self._optimizer.state_dict(),
+        }
         torch.save(state, folder / "engine.pt")
         return [folder / "engine.pt"]
 
@@ -269,6 +311,8 @@ class Engine:
         writer, written, failures = self._scorer.checkpoint_engine, list[Path](), list[Exception]()
 
         def save(state_dict: dict[str, Any], path: str) -> None:  # the names that DeepSpeed calls it by
+            if "module" in state_dict:  # DeepSpeed leaves one of two tied weights in it
+                state_dict = {**state_dict, "module": self._without_frozen(state_dict["module"])}
             try:
                 type(writer).save(writer, state_dict, path)
                 written.append(Path(path))
@@ -278,7 +322,9 @@ class Engine:
         writer.save = save
         self._scorer._copy_recovery_script = lambda folder: None  # no use to us, and it may fail on rank 0
         try:
-            self._scorer.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+            self._scorer.save_checkpoint(
+                str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=bool(self._frozen)
+            )
         finally:
             del writer.save
         if failures:
@@ -291,7 +337,7 @@ class Engine:
             self._load_sharded(folder)
             return
         state = torch.load(folder / "engine.pt", map_location="cpu", weights_only=True)
-        self._accelerator.unwrap_model(self._scorer).load_state_dict(state["model"])
+        self._load_trained(state["model"], self._accelerator.unwrap_model(self._scorer))
         self._optimizer.load_state_dict(state["optimizer"])
 
     def _load_sharded(self, folder: Path) -> None:
@@ -300,7 +346,9 @@ class Engine:
         """
         optimizer = getattr(self._scorer.optimizer, "optimizer", self._scorer.optimizer)
         own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        loaded, _ = self._scorer.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        loaded, _ = self._scorer.load_checkpoint(
+            str(folder), tag=ENGINE_TAG, custom_load_fn=self._load_trained if self._frozen else None
+        )
         if loaded is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint to load")
         for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
@@ -308,3 +356,25 @@ class Engine:
         for state in optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
+
+    def _without_frozen(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: weight for name, weight in weights.items() if name not in self._frozen}
+
+    def _load_trained(self, src: dict[str, Tensor], dst: nn.Module) -> None:  # DeepSpeed's names
+        """Weights into a module that has the frozen ones already; RuntimeError if any other is missing."""
+        outcome = dst.load_state_dict(src, strict=False)
+        wrong = [*(set(outcome.missing_keys) - self._frozen), *outcome.unexpected_keys]
+        if wrong:
+            raise RuntimeError(f"the checkpoint does not hold what is trained: {sorted(wrong)[0]}")
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """Within the block the parameter is whole, also under ZeRO-3; all ranks must enter."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import (
+        GatheredParameters,
+    )  # here, because it looks for devices when it is imported
+
+    gathered: AbstractContextManager[None] = GatheredParameters([parameter])
+    return gathered

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,15 +21,16 @@ from dpo.data.plan import BatchPlan
 from dpo.data.trees import TreeBatch
 from dpo.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.model.export import export_model
 from dpo.model.load import DTYPES
+from dpo.model.lora import export_trained, num_adapter_parameters
 from dpo.monitor import Monitor
+from dpo.reference.identity import reference_identity
 from dpo.signals import StopRequests, end_with_launcher
 from dpo.train.checkpoint import Progress, load_checkpoint
 from dpo.train.loop import Objective, Run, Stopping, train
 from dpo.train.reshard import needs_universal_form, universal_form
 from dpo.train.run_folder import check_fingerprints, config_text, describe_run, find_start
-from dpo.train.space import require_space
+from dpo.train.space import checkpoint_bytes, exported_bytes, require_space
 from dpo.watchdog import Watchdog
 
 GROUPS_SHOWN = 8
@@ -94,13 +96,39 @@ def check_start(config: Config | SftConfig, start: Path | None, fingerprints: di
     return needs_universal_form(start, engine.kind_here())
 
 
-def check_space(config: Config | SftConfig, num_parameters: int) -> None:
-    """Raises UserError on all ranks if the disk cannot hold the checkpoints."""
-    dtype = DTYPES[config.model.dtype]
+def base_fingerprint(config: Config | SftConfig, memory: Path) -> dict[str, str]:
+    """Name -> digest of the base that an adapter is trained on, since checkpoints do not hold it; else empty.
+
+    Args:
+        config: The resolved configuration.
+        memory: Where hashes of files are remembered.
+    """
+    if config.model.lora is None:
+        return {}
+    identity = distributed.on_main(lambda: reference_identity(config.model, memory))
+    return {"model.name_or_path": identity.digest}
+
+
+def check_space(config: Config | SftConfig, num_parameters: int, accelerator: Accelerator) -> None:
+    """Raises UserError on all ranks if the disk cannot hold the checkpoints.
+
+    Args:
+        config: The resolved configuration.
+        num_parameters: Of the whole model.
+        accelerator: From `engine.start`.
+    """
     sharded = engine.kind_here().startswith("DeepSpeed")
-    distributed.on_main(
-        lambda: require_space(Path(config.run_dir), num_parameters, dtype, config.train, sharded=sharded)
-    )
+
+    def check() -> None:
+        trained = num_parameters
+        if config.model.lora is not None:
+            with engine.unsharded(accelerator):
+                trained = num_adapter_parameters(config.model)
+        one = checkpoint_bytes(trained, DTYPES[config.model.dtype], config.train, sharded=sharded)
+        model = exported_bytes(config.model, num_parameters, trained)
+        require_space(Path(config.run_dir), one, model, config.train)
+
+    distributed.on_main(check)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +164,8 @@ def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
 
         def write() -> None:
             try:
-                export_model(policy.model, weights, work.tokenizer, folder, work.card)
+                with policy.unsharded():
+                    export_trained(config.model, policy.model, weights, work.tokenizer, folder, work.card)
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{folder}: the model could not be written ({error}): make room, and the same command "
@@ -162,7 +191,11 @@ def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
         evaluated=progress.evaluated_step == progress.step,
         unit=work.objective.unit,
     ) as monitor:
-        monitor.say(f"{policy.description}; {policy.num_parameters / 1e6:.1f}M parameters; {work.data}")
+        parameters = f"{policy.num_parameters / 1e6:.1f}M parameters"
+        if policy.num_frozen:
+            trained = policy.num_parameters - policy.num_frozen
+            parameters += f", of which {trained / 1e6:.2f}M of an adapter are trained"
+        monitor.say(f"{policy.description}; {parameters}; {work.data}")
         if work.start:
             monitor.say(f"going on after step {progress.step}, from {work.start}")
         monitor.text("config", f"```yaml\n{config_text(config)}```")

@@ -91,11 +91,16 @@ def offloads_optimizer(settings: dict[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
-def blocks_of(model: nn.Module) -> list[int]:
-    """Parameters of each of a model's repeated blocks, also where ZeRO-3 has sharded them already."""
+def blocks_of(model: nn.Module, *, trained: bool = False) -> list[int]:
+    """Parameters of each of a model's repeated blocks, also where ZeRO-3 has sharded them already.
+
+    Args:
+        model: Its first list of modules holds the blocks.
+        trained: Count only those that need a gradient.
+    """
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return [
-        sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters())
+        sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters() if p.requires_grad or not trained)
         for block in next(map(list, lists), [])
     ]
 
@@ -116,9 +121,10 @@ def fit_buckets(settings: dict[str, Any], model: nn.Module) -> None:
         model: Its largest repeated module is its block; under ZeRO-3 its weights may be sharded already.
     """
     block = min(max(blocks_of(model), default=SMALLEST_BUCKET), LARGEST_BUCKET)
+    trained = max(blocks_of(model, trained=True), default=SMALLEST_BUCKET)  # only these are sent as gradients
     sizes = {
-        "reduce_bucket_size": bucket_elements(block),
-        "allgather_bucket_size": bucket_elements(block),
+        "reduce_bucket_size": bucket_elements(trained),
+        "allgather_bucket_size": bucket_elements(trained),
         "stage3_prefetch_bucket_size": block,
         "stage3_param_persistence_threshold": block // PERSISTENT_PART,
     }

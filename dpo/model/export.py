@@ -2,11 +2,14 @@
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo.config import ModelConfig
 
 
 def export_model(
@@ -25,18 +28,26 @@ def export_model(
         folder: Where; replaced if it exists.
         card: The model card, Markdown.
     """
-    building = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(building, ignore_errors=True)
     tied = getattr(model, "all_tied_weights_keys", {})  # a cast copy of one is not seen as shared any more
     model.config.use_cache = True  # off during training only
     _mend_generation_config(model)
-    model.save_pretrained(
-        building,
-        state_dict={name: weight for name, weight in weights.items() if tied.get(name) not in weights},
-    )
-    model.config.use_cache = False
-    tokenizer.save_pretrained(building)
-    (building / "README.md").write_text(card)
+    with complete_folder(folder) as building:
+        model.save_pretrained(
+            building,
+            state_dict={name: weight for name, weight in weights.items() if tied.get(name) not in weights},
+        )
+        model.config.use_cache = False
+        tokenizer.save_pretrained(building)
+        (building / "README.md").write_text(card)
+
+
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder` that takes its place at the end of the block; not after an error."""
+    building = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    yield building
     shutil.rmtree(folder, ignore_errors=True)
     building.rename(folder)
 
@@ -52,16 +63,24 @@ def _mend_generation_config(model: PreTrainedModel) -> None:
         settings.do_sample = True
 
 
-def model_card(*, title: str, base_model: str, tags: list[str], body: str) -> str:
+def model_card(*, title: str, base: ModelConfig, tags: list[str], body: str) -> str:
     """A model card with the hub's metadata block.
 
     Args:
         title: Heading.
-        base_model: Name of the model that training started from.
+        base: What training started from, and the adapter that was trained, if one was.
         tags: The hub's tags.
         body: Markdown below the heading.
     """
+    name, lora, library = base.name_or_path, base.lora, "transformers"
+    if lora is not None:
+        tags = [*tags, "lora"]
+        body += f"\n\nTrained was a LoRA adapter of rank {lora.rank} with alpha {lora.alpha:g}"
+        if lora.export == "merged":
+            body += "; it is in these weights."
+        else:
+            body, library = f"{body}, and this is it, without its base {name}: `pip install peft`.", "peft"
     listed = "\n".join(f"- {tag}" for tag in tags)
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", base_model) and not Path(base_model).exists()
-    base = f"base_model: {base_model}\n" if is_hub_name else ""
-    return f"---\nlibrary_name: transformers\n{base}tags:\n{listed}\n---\n\n# {title}\n\n{body}\n"
+    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists()
+    model = f"base_model: {name}\n" if is_hub_name else ""
+    return f"---\nlibrary_name: {library}\n{model}tags:\n{listed}\n---\n\n# {title}\n\n{body}\n"

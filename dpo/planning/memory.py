@@ -37,6 +37,8 @@ class Shape:
     """Parameters that have a gradient."""
     block: int
     """Parameters of the largest of the model's repeated blocks."""
+    trained_block: int
+    """Those of them that have a gradient."""
     largest: int
     """Elements of the largest trainable parameter."""
 
@@ -72,6 +74,7 @@ def shape_of(model: nn.Module) -> Shape:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trainable=sum(trainable),
         block=max(blocks_of(model), default=0),
+        trained_block=max(blocks_of(model, trained=True), default=0),
         largest=max(trainable, default=0),
     )
 
@@ -96,21 +99,22 @@ def rank_memory(
         moments: Float32 numbers that the optimizer keeps for a parameter: 2 of AdamW, 1 of RMSprop.
     """
     full, width = shape.trainable, weight_dtype(sharding, dtype).itemsize
+    held = width * full + dtype.itemsize * (shape.parameters - full)  # frozen weights have no masters
     part = -(-full // world_size)
     if sharding in ("no DeepSpeed", "ZeRO-0"):
-        kept = _Kept(
-            weights=width * shape.parameters, gradients=SINGLE * full, optimizer=SINGLE * moments * full
-        )
+        kept = _Kept(weights=held, gradients=SINGLE * full, optimizer=SINGLE * moments * full)
         if world_size == 1:
             return _worst(kept, step, _Passing(), update=0)
         if sharding == "no DeepSpeed":  # DDP's buckets are as large as the gradients, and always there
             return _worst(kept, step, _Passing(buckets=SINGLE * full), update=0)
         return _worst(kept, step, _Passing(), update=SINGLE * min(full, REDUCED_ELEMENTS))
-    bucket = bucket_elements(shape.block)
-    freed = step.of_a_block * bucket // max(1, shape.block)  # activations, when the first bucket is full
+    bucket = bucket_elements(shape.trained_block)
+    freed = (
+        step.of_a_block * bucket // max(1, shape.trained_block)
+    )  # activations, when the first bucket is full
     owned = SINGLE * (1 + moments) * part
     if sharding == "ZeRO-2":
-        kept = _Kept(weights=width * shape.parameters, gradients=SINGLE * part, optimizer=owned)
+        kept = _Kept(weights=held, gradients=SINGLE * part, optimizer=owned)
         # Two buckets in turn; one that leaves is copied, in float32 where it is not.
         two, copies = 2 * width * bucket, (SINGLE + width) * bucket if width < SINGLE else 0
         if width == SINGLE:  # the last backward pass moves what was accumulated; on one rank, twice
@@ -132,7 +136,7 @@ def rank_memory(
 
 
 def weight_dtype(sharding: Name, dtype: torch.dtype) -> torch.dtype:
-    """Type in which the weights are kept: without DeepSpeed they are their own masters."""
+    """Type in which the weights that are trained are kept: without DeepSpeed they are their own masters."""
     return torch.float32 if sharding == "no DeepSpeed" else dtype
 
 

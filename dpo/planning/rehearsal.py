@@ -20,8 +20,8 @@ from transformers.masking_utils import sdpa_mask
 
 from dpo.config import ModelConfig
 from dpo.data.trees import Tree, TreeBatch, tree_batch
-from dpo.model.load import empty_model
 from dpo.model.logprobs import SequenceScorer
+from dpo.model.lora import empty_policy
 from dpo.model.projection import SLICE_ELEMENTS
 from dpo.planning.live import LiveBytes
 
@@ -77,7 +77,7 @@ def rehearse(
         config: The model's, at its full depth.
         model: Attention, tree layout and gradient checkpointing.
         trees: At least one.
-        dtype: Of the weights.
+        dtype: Of the weights that are trained.
         autocast: Products are bfloat16 and weights are not, as without DeepSpeed.
         gpu: With FlexAttention and the slices of the vocabulary that suit a GPU; else as on a CPU.
     """
@@ -115,8 +115,10 @@ def _rehearse_blocks(
     autocast: bool,
     gpu: bool,
 ) -> _Pass:
+    with torch.device("meta"):
+        bare = empty_policy(config, model, dtype=dtype)
     with FakeTensorMode() as fake:
-        bare = empty_model(config, model, dtype=dtype)
+        _to_fake(bare)
         if model.gradient_checkpointing:
             bare.activation_checkpointing_enable({"use_reentrant": False})
         bare.train()
@@ -127,7 +129,7 @@ def _rehearse_blocks(
             if layout == "packed" and model.attention in ("auto", "flex"):
                 layout = "flex"
                 bare.set_attn_implementation(ONE_KERNEL)
-        for parameter in bare.parameters():
+        for parameter in filter(lambda parameter: parameter.requires_grad, bare.parameters()):
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
         batch = _without_data(tree_batch(trees, layout), fake)
         known = [*bare.parameters(), *bare.buffers(), *_tensors(batch).values()]
@@ -175,6 +177,19 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 def _tensors(batch: TreeBatch) -> dict[str, Tensor]:
     return {f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+
+
+def _to_fake(model: nn.Module) -> None:
+    """Puts FakeTensors of the CPU in the place of a model's tensors; what is tied stays tied."""
+    known: dict[Tensor, Any] = {}
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            if weight not in known:
+                fake = torch.empty(weight.shape, dtype=weight.dtype)
+                known[weight] = nn.Parameter(fake, requires_grad=weight.requires_grad)
+            setattr(module, name, known[weight])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _without_data(batch: TreeBatch, fake: FakeTensorMode) -> TreeBatch:

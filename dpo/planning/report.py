@@ -26,7 +26,8 @@ def page(plan: Plan) -> str:
 
 def _work(plan: Plan) -> Iterator[str]:
     model, shape = plan.config.model, plan.shape
-    yield f"model      {model.name_or_path}: {_count(shape.parameters)} parameters, {model.dtype}"
+    lora = f", of which {_count(shape.trainable)} of an adapter are trained" if model.lora else ""
+    yield f"model      {model.name_or_path}: {_count(shape.parameters)} parameters{lora}, {model.dtype}"
     for note in plan.notes:
         yield f"           {note}"
     for name, split in plan.data.items():

@@ -15,13 +15,13 @@ from dpo.model.load import (
     DTYPES,
     base_of,
     check_model_path,
-    empty_model,
     load_config,
     load_tokenizer,
     max_positions,
     num_parameters,
     weights_at_hand,
 )
+from dpo.model.lora import check_policy, empty_policy
 from dpo.planning.compute import Work, forward_flops, work_of
 from dpo.planning.fit import Advice, Fit, Machine, Way
 from dpo.planning.memory import Shape, shape_of
@@ -29,7 +29,7 @@ from dpo.planning.sample import SampledData, sample_data
 from dpo.planning.traffic import sent, traffic
 from dpo.reference.identity import is_remembered, reference_identity, reference_model
 from dpo.reference.store import ReferenceStore
-from dpo.train.space import checkpoint_bytes
+from dpo.train.space import checkpoint_bytes, exported_bytes
 
 CACHE_ROW_BYTES, CACHE_TOKEN_BYTES = 23, 4
 """A sequence in the reference cache, measured (docs/reference-cache.md), and a completion token where
@@ -83,9 +83,10 @@ def make_plan(config: Config, machine: Machine, *, exact: bool) -> Plan:
     """
     model = config.model
     check_model_path(model.name_or_path, "model.name_or_path")
+    check_policy(model)
     described = _described(model)
     with torch.device("meta"):
-        bare = empty_model(described, model, dtype=DTYPES[model.dtype])
+        bare = empty_policy(described, model, dtype=DTYPES[model.dtype])
     shape, work = shape_of(bare), work_of(bare)
     data = sample_data(config.data, load_tokenizer(model), max_positions(model), exact=exact)
     train = data["train"]
@@ -102,7 +103,8 @@ def make_plan(config: Config, machine: Machine, *, exact: bool) -> Plan:
     budget = advice.max_tokens_per_micro_batch
     excess, micro_batches = _balance(plan, train, machine.num_gpus, budget)
     hits, misses, reference_flops = _reference(config, data, work)
-    passes = 4 if advice.gradient_checkpointing else 3
+    # Forward, gradients of the inputs and of the weights that are trained, and the forward pass once more.
+    passes = 2 + shape.trainable / shape.parameters + advice.gradient_checkpointing
     epoch = float(forward_flops(train.sample, work)[train.stand_in].sum())
     flops = passes * epoch * plan.num_steps / max(1, _steps_of_an_epoch(plan, config))
     completions = float(train.sample.completion_tokens.sum()) * train.scale
@@ -137,9 +139,9 @@ def make_plan(config: Config, machine: Machine, *, exact: bool) -> Plan:
         reference_hours=reference_flops / speed,
         reference_bytes=round(misses * row),
         checkpoint_bytes=checkpoint_bytes(
-            shape.parameters, DTYPES[model.dtype], config.train, sharded=advice.sharding != "no DeepSpeed"
+            shape.trainable, DTYPES[model.dtype], config.train, sharded=advice.sharding != "no DeepSpeed"
         ),
-        model_bytes=shape.parameters * DTYPES[model.dtype].itemsize,
+        model_bytes=exported_bytes(model, _of_the_base(model, shape), shape.trainable),
     )
 
 
@@ -155,10 +157,10 @@ def _notes(config: Config, shape: Shape, machine: Machine) -> list[str]:
     notes, base = [], base_of(config.model)
     if not weights_at_hand(base):
         notes.append("the weights are not on this machine: counted from the model's configuration")
-    elif (held := num_parameters(base)) < shape.parameters:
+    elif (held := num_parameters(base)) < (expected := _of_the_base(config.model, shape)):
         notes.append(
             f"the weight files hold {held:,} parameters and the configuration describes "
-            f"{shape.parameters:,}: an incomplete download?"
+            f"{expected:,}: an incomplete download?"
         )
     if config.train.pairs_per_step < machine.num_gpus:
         notes.append(
@@ -166,6 +168,11 @@ def _notes(config: Config, shape: Shape, machine: Machine) -> list[str]:
             f"{machine.num_gpus} GPUs have work in a step"
         )
     return notes
+
+
+def _of_the_base(model: ModelConfig, shape: Shape) -> int:
+    """Parameters without those of an adapter."""
+    return shape.parameters - (shape.trainable if model.lora is not None else 0)
 
 
 def _balance(plan: BatchPlan, train: SampledData, ranks: int, budget: int) -> tuple[float, float]:

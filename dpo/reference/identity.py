@@ -91,11 +91,11 @@ class ReferenceIdentity:
 
 def reference_model(config: Config) -> ModelConfig:
     """The reference: reference.model where it is named, else the policy's start, which for an adapter is its
-    base; same compute type and kernel.
+    base, and is never with the adapter that is trained; same compute type and kernel.
     """
     if config.reference.model is None:
-        return base_of(config.model)
-    return replace(config.model, name_or_path=config.reference.model, revision=None)
+        return replace(base_of(config.model), lora=None)
+    return replace(config.model, name_or_path=config.reference.model, revision=None, lora=None)
 
 
 def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity:

@@ -44,6 +44,7 @@ FREE_TO_CHANGE = (  # between a run and its continuation: they change no weight
     "model.gradient_checkpointing",
     "model.attention",
     "model.share_prompts",
+    "model.lora.export",
 )
 PACKAGES = ("dpo", "torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "numpy")
 
@@ -91,7 +92,8 @@ def find_start(config: Config | SftConfig, *, thorough: bool = True) -> tuple[Pa
 
 
 def check_fingerprints(config: Config | SftConfig, start: Path, now: dict[str, str]) -> None:
-    """Raises UserError if data under the same name has another content than when the checkpoint was made.
+    """Raises UserError if data, or an adapter's base, has another content under the same name than when the
+    checkpoint was made.
 
     Args:
         config: Its train.resume_allow lets changes through by name.
@@ -107,7 +109,7 @@ def check_fingerprints(config: Config | SftConfig, start: Path, now: dict[str, s
     ]
     if changed:
         raise UserError(
-            f"{start}: was made on other data, and a resumed run must be the same run: {'; '.join(changed)}. "
+            f"{start}: was made on other content, and a resumed run must be the same: {'; '.join(changed)}. "
             "Put it back, choose another run_dir, or let it through: --train.resume_allow "
             + ",".join(change.partition(":")[0] for change in changed)
         )

@@ -10,7 +10,7 @@ from rig import deepspeed_variables
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.rank_memory import predict, predict_traffic, some_trees
-from dpo.config import ModelConfig
+from dpo.config import LoraConfig, ModelConfig
 from dpo.planning.memory import Name
 
 TREES = 3
@@ -38,24 +38,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 Dtype = Literal["float32", "bfloat16"]
-CASES: list[tuple[int, int, Dtype]]
-CASES = [(ranks, stage, "float32") for ranks in (1, 2, 4) for stage in (0, 2, 3)]
-CASES += [(2, 2, "bfloat16"), (2, 3, "bfloat16")]
+CASES: list[tuple[int, int, Dtype, int | None]]
+CASES = [(ranks, stage, "float32", None) for ranks in (1, 2, 4) for stage in (0, 2, 3)]
+CASES += [(2, stage, "bfloat16", lora_rank) for stage in (2, 3) for lora_rank in (None, 8)]
 
 
-@pytest.mark.parametrize(("ranks", "stage", "dtype"), CASES)
+@pytest.mark.parametrize(("ranks", "stage", "dtype", "lora_rank"), CASES)
 def test_ranks_allocate_and_send_what_was_planned(
-    models: list[Path], tmp_path: Path, ranks: int, stage: int, dtype: Dtype
+    models: list[Path], tmp_path: Path, ranks: int, stage: int, dtype: Dtype, lora_rank: int | None
 ) -> None:
     output = tmp_path / "measured.json"
     arguments = ["--models", *map(str, models), "--dtype", dtype, "--trees", str(TREES)]
+    arguments += ["--lora_rank", str(lora_rank)] if lora_rank else []
     code = MEASURE.format(arguments=[*arguments, "--output", str(output)])
     variables = deepspeed_variables(tmp_path, stage)
     statuses = wait(start_ranks(ranks, [], tmp_path / "logs", variables=variables, before=code))
     assert statuses == [0] * ranks, said(tmp_path / "logs")[-3000:]
     names: dict[int, Name] = {0: "ZeRO-0", 2: "ZeRO-2", 3: "ZeRO-3"}
     for model, measured in json.loads(output.read_text()).items():
-        config = ModelConfig(name_or_path=model, dtype=dtype)
+        lora = LoraConfig(rank=lora_rank) if lora_rank else None
+        config = ModelConfig(name_or_path=model, dtype=dtype, lora=lora)
         expected = predict(config, some_trees(TREES), names[stage], ranks)
         assert expected["total"] == pytest.approx(measured["peak"], rel=0.1), (measured, expected)
         if ranks > 1:

@@ -68,7 +68,7 @@ def test_an_adapter_is_not_trained(
 ) -> None:
     arguments = ["--model.name_or_path", str(adapter), "--data.train", str(pairs_file)]
     assert run(["check", "train", *arguments, "--run_dir", str(tmp_path / "run")]) == 2
-    assert "is a PEFT adapter, and adapters cannot be trained here yet" in capsys.readouterr().err
+    assert "is a PEFT adapter, and training does not go on with one" in capsys.readouterr().err
 
 
 def test_the_number_of_parameters_is_that_of_the_loaded_model(tiny_model: Path) -> None:

@@ -7,7 +7,13 @@ from dpo.planning.memory import SHARDINGS, Memory, Name, Shape, is_offered, larg
 from dpo.planning.rehearsal import Rehearsal
 
 BILLION = 1_000_000_000
-SHAPE = Shape(parameters=8 * BILLION, trainable=8 * BILLION, block=218_000_000, largest=525_000_000)
+SHAPE = Shape(
+    parameters=8 * BILLION,
+    trainable=8 * BILLION,
+    block=218_000_000,
+    trained_block=218_000_000,
+    largest=525_000_000,
+)
 STEP = Rehearsal(activations=10 * BILLION, of_a_block=300_000_000, projection=2 * BILLION)
 WITHOUT = Rehearsal(activations=0, of_a_block=0, projection=0)
 

@@ -43,7 +43,8 @@ def test_deepspeed_keeps_masters_beside_the_weights() -> None:
 def space(folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, **options: object) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda place: Usage(0, 0, free))
     config = OptimizationConfig(**options)  # type: ignore[arg-type]
-    require_space(folder, 1000, torch.float32, config, sharded=True)
+    one = checkpoint_bytes(1000, torch.float32, config, sharded=True)
+    require_space(folder, one, 4000, config)
 
 
 def test_room_for_one_more_than_are_kept_and_the_model_is_enough(
@@ -80,6 +81,6 @@ def test_what_the_run_has_written_is_room_that_it_may_write_again(
 
 def test_the_disk_of_a_folder_that_is_not_there_yet_is_asked(tmp_path: Path) -> None:
     options = OptimizationConfig(checkpoint_every=5)
-    require_space(tmp_path / "a" / "b", 1000, torch.float32, options, sharded=True)
+    require_space(tmp_path / "a" / "b", ONE, 4000, options)
     with pytest.raises(UserError):
-        require_space(tmp_path / "a" / "b", 10**18, torch.float32, options, sharded=True)
+        require_space(tmp_path / "a" / "b", ONE, 10**18, options)

@@ -1,0 +1,248 @@
+"""LoRA through peft: an adapter that is trained on a base that is not, and what becomes of it at the end.
+
+The adapter adds nothing at the start, so that the policy then is its base: the reference, its cache and its
+audit are those of full fine-tuning. Its random half comes from the run's seed alone. peft is an optional
+extra and is imported only here.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from dpo.config import LoraConfig, ModelConfig
+from dpo.errors import UserError
+from dpo.model.export import complete_folder, export_model
+from dpo.model.load import ADAPTER_WEIGHTS, DTYPES, adapter_files, empty_model, load_config, load_model
+
+ADAPTER_CONFIG = "adapter_config.json"
+NAME = "default"
+"""Of the adapter, as everybody else's tools call it."""
+WRAPPED = "base_model.model."
+"""What stands before the name of a weight in a file of peft's."""
+
+
+def load_policy(model: ModelConfig, *, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+    """The model to train, on the CPU: with `model.lora` a frozen base with an adapter, else as it is.
+
+    Args:
+        model: Which, and its compute type, which is that of a frozen base.
+        dtype: Type of the weights that are trained.
+        seed: Of the adapter.
+
+    Raises:
+        UserError: The model cannot be loaded, or cannot have this adapter.
+    """
+    if model.lora is None:
+        return load_model(model, dtype=dtype)
+    base = load_model(model)
+    add_adapter(base, model, dtype=dtype, seed=seed)
+    return base
+
+
+def empty_policy(config: PreTrainedConfig, model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """What `load_policy` would set up, with weights that mean nothing: for the meta device.
+
+    Args:
+        config: The base's, without dropout.
+        model: Its options.
+        dtype: Type of the weights that are trained.
+
+    Raises:
+        UserError: The model cannot have this adapter.
+    """
+    if model.lora is None:
+        return empty_model(config, model, dtype=dtype)
+    base = empty_model(config, model, dtype=DTYPES[model.dtype])
+    add_adapter(base, model, dtype=dtype, seed=0)
+    return base
+
+
+def check_policy(model: ModelConfig, *, local: bool = False) -> None:
+    """Raises UserError if this model cannot be trained in this way; reads configurations only.
+
+    Args:
+        model: Which, and the adapter.
+        local: Leave out what would ask the hub.
+    """
+    if model.lora is not None and find_spec("peft") is None:
+        raise UserError(
+            'model.lora: adapters need peft, which is not installed: pip install "dpo[lora]" (or peft), or '
+            "leave model.lora out to train all weights"
+        )
+    if not model.name_or_path or (local and not Path(model.name_or_path).is_dir()):
+        return
+    if adapter_files(model):
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path} is a PEFT adapter, and training does not go on with "
+            "one; merge it into its base and give the merged model"
+        )
+    if local and model.lora is not None:
+        num_adapter_parameters(model)  # or it has no such layers
+
+
+def add_adapter(model: PreTrainedModel, config: ModelConfig, *, dtype: torch.dtype, seed: int) -> Any:
+    """Puts an adapter into the model that adds nothing yet, and freezes everything else.
+
+    The same on every rank and engine, and the process's random state is as it was.
+
+    Args:
+        model: The base; changed in place, its class stays. Under ZeRO-3 its weights may be sharded already.
+        config: Its name and the adapter's options.
+        dtype: Type of the adapter's weights.
+        seed: Of the half of the adapter that is random.
+
+    Returns:
+        peft's `LoraModel`, which can merge the adapter.
+
+    Raises:
+        UserError: The model has no such layers, or they are none that can be adapted.
+    """
+    from peft import LoraModel
+
+    assert config.lora is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            tuner = LoraModel(model, _peft_options(model, config), NAME)
+        except ValueError as error:
+            raise _cannot_adapt(config.lora, " ".join(str(error).split())) from error
+    _refuse_other_layers(model, config.lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return tuner
+
+
+def num_adapter_parameters(model: ModelConfig) -> int:
+    """Parameters of the adapter that `model` would get, from its configuration: no weight is loaded.
+
+    ZeRO-3 must not be on its way to shard what is built.
+
+    Raises:
+        UserError: The model cannot have this adapter.
+    """
+    with torch.device("meta"):
+        policy = empty_policy(load_config(model), model, dtype=DTYPES[model.dtype])
+    return sum(p.numel() for p in policy.parameters() if p.requires_grad)
+
+
+def export_trained(
+    config: ModelConfig,
+    policy: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+) -> None:
+    """Writes what was trained, as the configuration asks for it: the model, or an adapter alone.
+
+    Args:
+        config: What was trained.
+        policy: The bare policy, for its configuration.
+        weights: On the CPU: all weights, or with `model.lora` those of the adapter, in float32.
+        tokenizer: The tokenizer it was trained with.
+        folder: Where; replaced if it exists.
+        card: The model card, Markdown.
+    """
+    if config.lora is None:
+        export_model(policy, weights, tokenizer, folder, card)
+    elif config.lora.export == "merged":
+        merged = merged_model(config, weights)
+        export_model(merged, merged.state_dict(), tokenizer, folder, card)
+    else:
+        with complete_folder(folder) as building:
+            save_adapter(policy, weights, building)
+            tokenizer.save_pretrained(building)
+            (building / "README.md").write_text(card)
+
+
+def merged_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The base with an adapter in its weights, in the compute type: each sum is rounded once.
+
+    Args:
+        config: Of the base and the adapter.
+        weights: The adapter's, float32, under the policy's names.
+    """
+    base = load_model(config)
+    tuner = add_adapter(base, config, dtype=torch.float32, seed=0)
+    adapter = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
+    if different := adapter ^ weights.keys():
+        raise RuntimeError(f"the adapter does not fit its base: {min(different)}")
+    base.load_state_dict(weights, strict=False)
+    merged: PreTrainedModel = tuner.merge_and_unload(progressbar=False)
+    return merged
+
+
+def save_adapter(policy: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes configuration and weights of an adapter as peft and transformers read them.
+
+    Args:
+        policy: With the adapter in it.
+        weights: The adapter's, float32, under the policy's names.
+        folder: Exists.
+    """
+    options: Any = policy.peft_config[NAME]
+    options.save_pretrained(folder)
+    file = folder / ADAPTER_CONFIG
+    written = json.loads(file.read_text())
+    written["target_modules"] = sorted(written["target_modules"])  # peft has them in a set
+    written["inference_mode"] = True
+    file.write_text(json.dumps(written, indent=2, sort_keys=True))
+    save_file(_in_peft_names(policy, weights), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def _in_peft_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names that peft's files have: without the adapter's own, as if peft had wrapped the model."""
+    from peft import get_peft_model_state_dict
+
+    named: dict[str, Tensor] = get_peft_model_state_dict(
+        model, state_dict=dict(weights), adapter_name=NAME, save_embedding_layers=False
+    )
+    return {f"{WRAPPED}{name}": weight.contiguous() for name, weight in named.items()}
+
+
+def _peft_options(model: PreTrainedModel, config: ModelConfig) -> Any:
+    from peft import LoraConfig as PeftOptions
+
+    lora = config.lora
+    assert lora is not None
+    base = Path(config.name_or_path)
+    return PeftOptions(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides by the rank, and rounds nothing
+        target_modules=lora.target_modules,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        base_model_name_or_path=str(base.resolve()) if base.is_dir() else config.name_or_path,
+    )
+
+
+def _refuse_other_layers(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """The output layer's weights are read as they are, and an embedding may be tied to them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        if module is head:
+            raise _cannot_adapt(lora, f"{name} is the output layer")
+        if not isinstance(module.get_base_layer(), nn.Linear | Conv1D):
+            raise _cannot_adapt(lora, f"{name} is a {type(module.get_base_layer()).__name__}")
+
+
+def _cannot_adapt(lora: LoraConfig, reason: str) -> UserError:
+    short = reason if len(reason) <= 200 else f"{reason[:200]} ..."
+    return UserError(
+        f"model.lora.target_modules: {lora.target_modules}; {short}: expected all-linear, or names of linear "
+        "layers inside the model's blocks, such as q_proj"
+    )

@@ -1,0 +1,121 @@
+"""LoRA on real ranks: the laws hold for an adapter as for whole models, sharded, in replicas and alone."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rig import Rig, make_rig, metrics
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+STEPS = 4
+LORA = ("--model.lora.rank", "4", "--model.lora.alpha", "8")
+ALONE: dict[str, Any] = {"world_size": 1, "stage": None}
+WORLDS = [("tied", 1, 2), ("tied", 2, 0), ("tied", 2, 2), ("tied", 2, 3), ("tied", 2, None), ("untied", 2, 3)]
+"""Output layer, ranks, and the ZeRO stage or None: DDP."""
+SHARDED = [("tied", 2), ("tied", 3), ("untied", 3)]
+
+
+@pytest.fixture(scope="module")
+def untied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a head of its own, with the tiny model's tokenizer."""
+    folder = tmp_path_factory.mktemp("untied")
+    vocabulary = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        initializer_range=0.2, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_model / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module", params=["tied"])
+def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
+    """Its cache is filled without a word of LoRA."""
+    base = request.getfixturevalue("tiny_model" if request.param == "tied" else "untied")
+    options: dict[str, Any] = {"max_steps": STEPS, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    return make_rig(tmp_path_factory.mktemp("lora"), base, learning_rate=1e-2, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(rig: Rig) -> Path:
+    return rig.completed("alone", *LORA, **ALONE)
+
+
+def model_of(run_dir: Path) -> torch.nn.Module:
+    loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(run_dir / "model", dtype=torch.float32)
+    return loaded
+
+
+def assert_same_policy(found: Path, expected: Path) -> None:
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        logits = [model_of(run_dir)(ids).logits for run_dir in (found, expected)]
+    torch.testing.assert_close(*logits, rtol=2e-3, atol=2e-3)
+
+
+def test_the_first_loss_is_ln_2_from_the_cache_of_full_fine_tuning(rig: Rig, alone: Path) -> None:
+    first = next(line for line in metrics(alone) if "train/loss" in line)
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["train/grad_norm"] > 0
+    ended = rig.run("cached", *LORA, command="precompute-ref", **ALONE)
+    assert " 0 computed" in ended.said
+    full = rig.completed("full", "--train.max_steps", "1", **ALONE)
+    assert metrics(full)[1]["train/loss"] == first["train/loss"]
+
+
+def run_of(rig: Rig, ranks: int, stage: int | None) -> Path:
+    """A run of all steps in this world; made once."""
+    name = f"{ranks}_{stage}"
+    if (rig.folder / name).exists():
+        return rig.folder / name
+    return rig.completed(name, *LORA, world_size=ranks, stage=stage)
+
+
+@pytest.mark.parametrize(("rig", "ranks", "stage"), WORLDS, indirect=["rig"])
+def test_the_world_is_invisible(rig: Rig, alone: Path, ranks: int, stage: int | None) -> None:
+    run_dir = run_of(rig, ranks, stage)
+    found, expected = metrics(run_dir), metrics(alone)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ours.keys() - {"train/rewards/accuracies", "eval/rewards/accuracies"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-6), (ours["step"], name)
+    assert_same_policy(run_dir, alone)
+
+
+@pytest.mark.parametrize(("rig", "stage"), SHARDED, indirect=["rig"])
+def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_ranks(rig: Rig, stage: int) -> None:
+    whole = run_of(rig, 2, stage)
+    more = (*LORA, "--train.resume", str(whole / "checkpoints" / "step_00000002"))
+    same = rig.completed(f"resumed_{stage}", *more, world_size=2, stage=stage)
+    files = [folder / "model" / "model.safetensors" for folder in (same, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert_same_policy(rig.completed(f"on_one_{stage}", *more, world_size=1, stage=stage), whole)
+
+
+@pytest.mark.parametrize(("rig", "stage"), SHARDED, indirect=["rig"])
+def test_a_checkpoint_holds_no_frozen_weight(rig: Rig, stage: int) -> None:
+    files = [*(run_of(rig, 2, stage) / "checkpoints" / "step_00000002").rglob("*.pt")]
+    assert files
+    names = []
+    for file in files:
+        content = torch.load(file, map_location="cpu", weights_only=False)
+        names += [*(content.get("module") or {}), *(content.get("frozen_param_fragments") or {})]
+    assert names
+    assert all(".lora_" in name for name in names), names[:3]
+    assert sum(file.stat().st_size for file in files) < 400_000
+
+
+@pytest.mark.parametrize(("rig", "stage"), [("tied", None), ("tied", 2), ("untied", 3)], indirect=["rig"])
+def test_an_adapter_alone_is_the_merged_model(rig: Rig, alone: Path, stage: int | None) -> None:
+    more = (*LORA, "--model.lora.export", "adapter")
+    run_dir = rig.completed(f"adapter_{stage}", *more, world_size=2 if stage else 1, stage=stage)
+    assert not (run_dir / "model" / "model.safetensors").exists()
+    assert all(".lora_" in name for name in load_file(run_dir / "model" / "adapter_model.safetensors"))
+    assert_same_policy(run_dir, alone)
