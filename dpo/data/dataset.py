@@ -207,14 +207,6 @@ def _sources(named: str | list[DataSource], split: Literal["train", "test"], key
     return [(open_source(source.path, split, key=key), source.weight) for source in listed]
 
 
-def is_tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> bool:
-    """Whether `open_datasets` would find all of it on the disk."""
-    max_length = resolve_max_length(data.max_length, positions)
-    splits = [sources for sources in (train_sources_of(data), test_sources_of(data)) if sources]
-    places = (_place(sources, data, max_length, tokenizer)[0] for sources in splits)
-    return all((folder / "counts.json").is_file() for folder in places)
-
-
 def _place(
     sources: list[Weighted], data: DataConfig, max_length: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Path, str]:

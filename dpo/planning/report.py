@@ -6,7 +6,11 @@ from dpo.planning.fit import USABLE, Way
 from dpo.planning.run import Plan
 from dpo.planning.sample import SampledData
 
-COLUMNS = ("weights", "gradients", "optimizer", "activations", "projection", "buckets", "total", "host")
+COLUMNS = {
+    name: 2 + max(len(name), 8)
+    for name in ("weights", "gradients", "optimizer", "activations", "projection", "buckets", "total", "host")
+}
+"""Of the table of memory, with their widths."""
 
 
 def page(plan: Plan) -> str:
@@ -64,18 +68,19 @@ def _memory(plan: Plan) -> Iterator[str]:
         f"{recomputed};"
     )
     yield f"{USABLE:.0%} of {machine.gpu_memory / 1e9:,.0f} GB is counted on"
-    yield "  " + f"{'':<15}" + "".join(f"{name:>11}" for name in COLUMNS) + "   largest micro-batch"
+    yield (
+        "  "
+        + f"{'':<15}"
+        + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
+        + "   largest micro-batch"
+    )
     for way in plan.ways:
         yield (
             "  "
             + f"{way.sharding:<15}"
-            + "".join(f"{value / 1e9:>11,.2f}" for value in _values(way))
+            + "".join(f"{getattr(way.memory, name) / 1e9:>{width},.2f}" for name, width in COLUMNS.items())
             + _largest(way)
         )
-
-
-def _values(way: Way) -> Iterator[int]:
-    return (int(getattr(way.memory, name)) for name in COLUMNS)
 
 
 def _largest(way: Way) -> str:
