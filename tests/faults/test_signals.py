@@ -14,11 +14,11 @@ from dpo.signals import REPEATS_WITHIN_SECONDS
 EARLY = """
 import os, signal
 from dpo import commands
-plain = commands.load_model
+plain = commands.load_policy
 def patched(*arguments, **named):
     os.kill(os.getpid(), signal.SIGTERM)
     return plain(*arguments, **named)
-commands.load_model = patched
+commands.load_policy = patched
 """
 WAIT = "open(os.environ['PIDS'] + '/../reached', 'w').close(); time.sleep(60)"
 
