@@ -7,7 +7,7 @@ log-ratios is the KL. Each sequence counts every token that was drawn, EOS inclu
 import numpy as np
 import numpy.typing as npt
 
-from dpo.evaluate.statistics import mean_interval, ratio_interval
+from dpo.evaluate.statistics import Interval, mean_interval, ratio_interval
 
 
 def kl_summary(
@@ -26,10 +26,14 @@ def kl_summary(
 
     Returns:
         `kl/sequence` (the mean of the summed log-ratios) and `kl/token` (their sum over the sum of tokens),
-        each with `/low` and `/high`. An estimate may be slightly negative where the KL is near 0.
+        each with `/low` and `/high`; an estimate may be slightly negative where the KL is near 0. And
+        `perplexity/policy_samples`, of the samples under the reference: exp of its nats a token.
     """
     log_ratios = np.asarray(policy_logps, np.float64) - np.asarray(reference_logps, np.float64)
+    surprise = ratio_interval(-np.asarray(reference_logps, np.float64), num_tokens, clusters)
+    perplexity = Interval(*np.exp(surprise).tolist())
     return {
+        **perplexity.under("perplexity/policy_samples"),
         **mean_interval(log_ratios, clusters).under("kl/sequence"),
         **ratio_interval(log_ratios, num_tokens, clusters).under("kl/token"),
     }

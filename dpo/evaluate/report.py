@@ -32,6 +32,13 @@ LABELS = {
     "distinct_2/policy": "distinct word pairs, policy",
     "distinct_texts/reference": "distinct continuations, reference",
     "distinct_texts/policy": "distinct continuations, policy",
+    "repetition/reference": "word pairs said before in the same text, reference",
+    "repetition/policy": "word pairs said before in the same text, policy",
+    "perplexity/policy_samples": "perplexity of the policy's samples under the reference",
+    "length/longer_chosen": "the label prefers the longer completion",
+    "length/longer_rewarded": "the policy's reward prefers the longer completion",
+    "length/accuracy/longer_chosen": "held-out accuracy where the longer is chosen",
+    "length/accuracy/shorter_chosen": "held-out accuracy where the shorter is chosen",
 }
 """What the report calls the keys of summary.json, in its order; other keys follow under their own name."""
 

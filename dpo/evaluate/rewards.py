@@ -36,6 +36,9 @@ class PairScores:
     chosen_logps: Float64s
     """(P,) summed log-prob under the policy, in nats."""
     rejected_logps: Float64s
+    chosen_tokens: npt.NDArray[np.int64]
+    """(P,) tokens of the chosen completion."""
+    rejected_tokens: npt.NDArray[np.int64]
 
     @property
     def margins(self) -> Float64s:
@@ -112,6 +115,8 @@ def score_pairs(
     )
     everything = np.concatenate(distributed.gather_objects(values_here), axis=1)
     everything = everything[:, np.argsort(everything[0], kind="stable")]
+    first = np.repeat(dataset.first_sequence, dataset.pairs_per_group)  # (P,)
+    tokens = dataset.completion_tokens[first[:, None] + dataset.pairs]  # (P, 2)
     return PairScores(
         groups=np.repeat(np.arange(len(dataset)), dataset.pairs_per_group),
         losses=everything[1],
@@ -119,6 +124,8 @@ def score_pairs(
         rejected_rewards=everything[3],
         chosen_logps=everything[4],
         rejected_logps=everything[5],
+        chosen_tokens=tokens[:, 0],
+        rejected_tokens=tokens[:, 1],
     )
 
 

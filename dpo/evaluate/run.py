@@ -22,11 +22,12 @@ from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.trees import Layout, sequence_batch
 from dpo.evaluate.divergence import kl_summary
+from dpo.evaluate.lengths import length_summary
 from dpo.evaluate.report import Report, SampleRow, terminal_table, write_report
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
-from dpo.evaluate.statistics import distinct_n, mean_interval, win_rate
+from dpo.evaluate.statistics import distinct_n, mean_interval, repetition, win_rate
 from dpo.frozen import bare_scorer, frozen_scorer, is_sharded, settle_layout, token_budget
 from dpo.model.load import DTYPES, max_positions
 from dpo.records import TokenIds
@@ -214,7 +215,7 @@ def _pair_summary(scores: PairScores) -> dict[str, float]:
     found = scores.means()
     for name, values in intervals.items():
         found |= mean_interval(values, scores.groups).under(name)
-    return found
+    return found | length_summary(scores)
 
 
 def _compare(
@@ -238,6 +239,7 @@ def _compare(
     for name, texts in both.items():
         summary[f"distinct_2/{name}"] = distinct_n([text.split() for text in texts], 2)
         summary[f"distinct_texts/{name}"] = len(set(texts)) / len(texts)
+        summary[f"repetition/{name}"] = repetition([text.split() for text in texts], 2)
     rows = [
         SampleRow(
             index=index,

@@ -119,3 +119,23 @@ def distinct_n(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
         seen.update(grams)
         total += len(grams)
     return len(seen) / total if total else 0.0
+
+
+def repetition(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
+    """Share of n-grams that their own text has had before, in [0, 1): near 1 for a text that goes in circles.
+
+    `distinct_n` compares texts with each other; this looks within each.
+
+    Args:
+        sequences: Texts as words or token ids. Those with fewer than n have no n-gram.
+        n: Length of an n-gram, at least 1.
+
+    Returns:
+        The share over the n-grams of all texts, or 0 where no text has n words.
+    """
+    repeated = total = 0
+    for sequence in sequences:
+        grams = list(zip(*(sequence[start:] for start in range(n)), strict=False))
+        repeated += len(grams) - len(set(grams))
+        total += len(grams)
+    return repeated / total if total else 0.0

@@ -58,6 +58,27 @@ def scored(data: TokenizedDataset, *, budget: int = 1000, beta: float = 1.0) -> 
     )
 
 
+def test_lengths_are_those_of_the_pairs(tmp_path: Path) -> None:
+    groups = [
+        TokenizedGroup(prompt=ids(90), completions=(ids(1), ids(2, 2)), pairs=(Pair(1, 0),)),
+        TokenizedGroup(
+            prompt=ids(90), completions=(ids(3, 3, 3), ids(4), ids(5)), pairs=(Pair(2, 0), Pair(1, 2))
+        ),
+    ]
+    write_dataset(groups, tmp_path / "lengths", Counter())
+    scores = score_pairs(
+        lambda batch: torch.zeros(len(batch.num_tokens)),
+        map_dataset(tmp_path / "lengths", "digest"),
+        np.zeros(5),
+        LossConfig(),
+        layout="packed",
+        budget=1000,
+        device=CPU,
+    )
+    assert scores.chosen_tokens.tolist() == [2, 1, 1]
+    assert scores.rejected_tokens.tolist() == [1, 3, 1]
+
+
 def softplus(value: float) -> float:
     return math.log(1 + math.exp(value))
 

@@ -1,10 +1,12 @@
 """Intervals against closed forms and their coverage in simulation; KL against full enumeration."""
 
+import math
+
 import numpy as np
 import pytest
 
 from dpo.evaluate.divergence import kl_summary
-from dpo.evaluate.statistics import Interval, distinct_n, mean_interval, ratio_interval, win_rate
+from dpo.evaluate.statistics import Interval, distinct_n, mean_interval, ratio_interval, repetition, win_rate
 
 
 def test_the_mean_weighs_values_not_clusters() -> None:
@@ -108,3 +110,19 @@ def test_kl_of_all_sequences_in_their_proportion_is_the_sum_over_all_sequences()
 def test_kl_per_token_counts_every_token_once() -> None:
     # Log-ratios 1 and 2 over 1 and 5 tokens: 3 / 6, not (1 + 0.4) / 2.
     assert kl_summary([0, 0], [-1, -2], [1, 5], [0, 1])["kl/token"] == 0.5
+
+
+def test_repetition_looks_within_each_text() -> None:
+    # "a b a b" has the pairs ab, ba, ab: one of three is a repeat. Equal texts repeat nothing within.
+    assert repetition([["a", "b", "a", "b"]], 2) == pytest.approx(1 / 3)
+    assert repetition([["a", "b"], ["a", "b"]], 2) == 0.0
+    assert repetition([["a"] * 11], 2) == 0.9
+    assert repetition([["a"], []], 2) == 0.0
+
+
+def test_perplexity_of_the_samples_is_exp_of_the_references_nats_a_token() -> None:
+    # Three sequences of 2, 2 and 4 tokens, each token with probability 1/8 under the reference.
+    nats = math.log(8)
+    summary = kl_summary([0, 0, 0], [-2 * nats, -2 * nats, -4 * nats], [2, 2, 4], [0, 1, 2])
+    assert summary["perplexity/policy_samples"] == pytest.approx(8)
+    assert summary["perplexity/policy_samples/high"] == pytest.approx(8)

@@ -1,0 +1,41 @@
+"""Length bias by hand."""
+
+import numpy as np
+
+from dpo.evaluate.lengths import length_summary
+from dpo.evaluate.rewards import PairScores
+
+
+def scores(chosen_tokens: list[int], rejected_tokens: list[int], margins: list[float]) -> PairScores:
+    zeros = np.zeros(len(margins))
+    return PairScores(
+        groups=np.arange(len(margins)),
+        losses=zeros,
+        chosen_rewards=np.array(margins),
+        rejected_rewards=zeros,
+        chosen_logps=zeros,
+        rejected_logps=zeros,
+        chosen_tokens=np.array(chosen_tokens),
+        rejected_tokens=np.array(rejected_tokens),
+    )
+
+
+def test_a_policy_that_learned_length_alone_is_seen() -> None:
+    # The chosen is longer in 2 of the 4 pairs that differ; the reward is higher for the longer in all 4.
+    found = length_summary(scores([5, 5, 2, 2, 3], [2, 2, 5, 5, 3], [1.0, 2.0, -1.0, -2.0, 7.0]))
+    assert found["length/longer_chosen"] == 0.5
+    assert found["length/longer_rewarded"] == 1.0
+    assert found["length/accuracy/longer_chosen"] == 1.0
+    assert found["length/accuracy/shorter_chosen"] == 0.0
+    assert found["length/longer_chosen/low"] <= 0.5 <= found["length/longer_chosen/high"]
+
+
+def test_a_tie_of_rewards_is_half() -> None:
+    assert length_summary(scores([5, 1], [2, 9], [0.0, 0.0]))["length/longer_rewarded"] == 0.5
+
+
+def test_what_no_pair_belongs_to_is_left_out() -> None:
+    assert length_summary(scores([3], [3], [1.0])) == {}
+    found = length_summary(scores([4], [3], [1.0]))
+    assert "length/accuracy/longer_chosen" in found
+    assert not any(name.startswith("length/accuracy/shorter_chosen") for name in found)
