@@ -31,8 +31,9 @@ from dpo.arguments import parse
 from dpo.cli import run
 from dpo.commands import open_data, reference_store
 from dpo.config import Config, DataConfig
-from dpo.data.dataset import TokenizedDataset, open_datasets
+from dpo.data.dataset import TokenizedDataset
 from dpo.data.load import group_from_row, open_source, read_groups
+from dpo.data.opening import open_datasets
 from dpo.data.plan import BatchPlan
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.errors import UserError

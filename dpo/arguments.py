@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from dpo.config import Config, SftConfig, problems
+from dpo.config import Config, SftConfig
 from dpo.errors import UserError
+from dpo.problems import problems
 
 COMMANDS = {
     "sft": "train a model on text or on chosen completions, also from random weights",

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import distributed, engine
 from dpo.config import Config, DataConfig, ModelConfig, SftConfig
-from dpo.data.dataset import TokenizedDataset, check_sources, longest_tree, open_datasets
+from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.opening import check_sources, open_datasets
 from dpo.data.plan import BatchPlan
 from dpo.data.trees import TreeBatch
 from dpo.engine import Engine

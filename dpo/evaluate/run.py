@@ -21,8 +21,8 @@ from dpo import distributed
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.trees import Layout, sequence_batch
+from dpo.evaluate.breakdown import length_summary
 from dpo.evaluate.divergence import kl_summary
-from dpo.evaluate.lengths import length_summary
 from dpo.evaluate.report import Report, SampleRow, terminal_table, write_report
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.evaluate.sampling import Continuation, sample

@@ -11,17 +11,15 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from dpo.config import DataConfig
-from dpo.data.dataset import (
-    TokenizedDataset,
+from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.opening import (
     Weighted,
-    map_dataset,
     open_datasets,
     read_weighted,
     resolve_max_length,
     test_sources_of,
     tokenize_source,
     train_sources_of,
-    write_dataset,
 )
 from dpo.data.trees import Tree
 from dpo.errors import UserError

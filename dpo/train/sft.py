@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed
 from dpo.config import DataConfig, SftDataConfig
-from dpo.data.dataset import TokenizedDataset, map_dataset, open_datasets, resolve_max_length, write_dataset
+from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.opening import open_datasets, resolve_max_length
 from dpo.data.plan import Int64s, share
 from dpo.data.prefetch import prefetch
 from dpo.data.tokenize import tokenizer_digest

@@ -41,7 +41,8 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.planning": SHARED
     | {"dpo.planning", "dpo.data", "dpo.model", "dpo.frozen", "dpo.reference", "dpo.sharding"}
     | {"dpo.evaluate.statistics", "dpo.train.space"},
-    "dpo.arguments": {"dpo.config"},
+    "dpo.problems": {"dpo.config"},
+    "dpo.arguments": {"dpo.config", "dpo.problems"},
     "dpo.cli": {"dpo.arguments", "dpo.config", "dpo.ending"},
     "dpo.commands": {"dpo"},
     "dpo.cache": {"dpo"},

@@ -14,14 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo.config import DataConfig, DataSource
 from dpo.data import dataset as dataset_module
-from dpo.data.dataset import (
-    TokenizedDataset,
-    check_sources,
-    map_dataset,
-    open_datasets,
-    resolve_max_length,
-    write_dataset,
-)
+from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.opening import check_sources, open_datasets, resolve_max_length
 from dpo.errors import UserError
 from dpo.records import Pair, TokenizedGroup, sequence_key
 

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from dpo import arguments
-from dpo.config import Config, problems
+from dpo.config import Config
 from dpo.errors import UserError
+from dpo.problems import problems
 from dpo.train import run_folder
 from dpo.train.checkpoint import Progress, save_checkpoint
 from dpo.train.run_folder import check_fingerprints, config_text, describe_run

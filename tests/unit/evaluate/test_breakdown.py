@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dpo.evaluate.lengths import length_summary
+from dpo.evaluate.breakdown import length_summary
 from dpo.evaluate.rewards import PairScores
 
 
