@@ -195,7 +195,7 @@ def evaluate(config: Config) -> None:
     quiet()
     distributed.start()
     policy = _finished_model(config)
-    _, test_data, tokenizer = open_data(config)
+    train_data, test_data, tokenizer = open_data(config)
     if test_data is None:
         raise UserError(
             "data.test: none given and none beside data.train; evaluate needs held-out preferences"
@@ -209,6 +209,11 @@ def evaluate(config: Config) -> None:
         test_data,
         reference_logps([test_data], store, command)[0],
         tokenizer,
+        {
+            "training data": f"{config.data.train}, content {train_data.content_digest()[:16]}",
+            "held-out data": f"content {test_data.content_digest()[:16]}",
+            "reference cache": f"{store.path}, identity {store.identity.digest}",
+        },
     )
 
 

@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dpo import distributed
+from dpo.history import HISTORY_FILE, complete_lines
 
 FLUSH_SECONDS = 3
 
@@ -80,9 +81,9 @@ class Monitor:
         self._enabled = distributed.is_main()
         if not self._enabled:
             return
-        path = run_dir / "metrics.jsonl"
+        path = run_dir / HISTORY_FILE
         # A run without a step starts afresh: what it measured before its first step is measured again.
-        lines = [(line, json.loads(line)) for line in _lines(path) if first_step]
+        lines = [(line, json.loads(line)) for line in complete_lines(run_dir) if first_step]
         kept = [
             line
             for line, values in lines
@@ -155,11 +156,3 @@ class Monitor:
             self._bar.close()
             self._writer.close()
             self._file.close()
-
-
-def _lines(path: Path) -> list[str]:
-    """Complete lines of a file that may end in a half one, or not exist."""
-    if not path.is_file():
-        return []
-    with path.open() as file:
-        return [line for line in file if line.endswith("\n")]

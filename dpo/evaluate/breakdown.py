@@ -1,7 +1,10 @@
-"""Whether a policy learned the preference or the length of completions: accuracy by which is longer."""
+"""Where a policy has learned the preference: by which completion is longer, and by source of the data."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
+from dpo.data.dataset import SourceGroups
 from dpo.evaluate.rewards import PairScores
 from dpo.evaluate.statistics import mean_interval
 
@@ -32,4 +35,26 @@ def length_summary(scores: PairScores) -> dict[str, float]:
         if chosen.any():
             accuracy = mean_interval(scores.correct[chosen], scores.groups[chosen])
             found |= accuracy.under(f"length/accuracy/{name}")
+    return found
+
+
+def source_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[str, float]:
+    """Accuracy and loss of each source of a mixture; empty where there are fewer than two.
+
+    Args:
+        scores: P pairs, numbered by group.
+        sources: Of these groups, in their order.
+
+    Returns:
+        `source/<name>/accuracy` and `source/<name>/loss`, each with `/low` and `/high`, and
+        `source/<name>/pairs`, how many there are. Parts of the same name count together.
+    """
+    found: dict[str, float] = {}
+    names = np.repeat([source.name for source in sources], [source.groups for source in sources])
+    for name in dict.fromkeys(names.tolist()) if len({*names.tolist()}) > 1 else ():
+        mine = names[scores.groups] == name
+        groups = scores.groups[mine]
+        found |= mean_interval(scores.correct[mine], groups).under(f"source/{name}/accuracy")
+        found |= mean_interval(scores.losses[mine], groups).under(f"source/{name}/loss")
+        found[f"source/{name}/pairs"] = float(mine.sum())
     return found

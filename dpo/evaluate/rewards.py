@@ -36,6 +36,8 @@ class PairScores:
     chosen_logps: Float64s
     """(P,) summed log-prob under the policy, in nats."""
     rejected_logps: Float64s
+    reference_logps: Float64s
+    """(P, 2) summed log-probs of chosen and rejected under the reference, in nats."""
     chosen_tokens: npt.NDArray[np.int64]
     """(P,) tokens of the chosen completion."""
     rejected_tokens: npt.NDArray[np.int64]
@@ -116,7 +118,8 @@ def score_pairs(
     everything = np.concatenate(distributed.gather_objects(values_here), axis=1)
     everything = everything[:, np.argsort(everything[0], kind="stable")]
     first = np.repeat(dataset.first_sequence, dataset.pairs_per_group)  # (P,)
-    tokens = dataset.completion_tokens[first[:, None] + dataset.pairs]  # (P, 2)
+    sequences = first[:, None] + dataset.pairs  # (P, 2)
+    tokens = dataset.completion_tokens[sequences]
     return PairScores(
         groups=np.repeat(np.arange(len(dataset)), dataset.pairs_per_group),
         losses=everything[1],
@@ -124,6 +127,7 @@ def score_pairs(
         rejected_rewards=everything[3],
         chosen_logps=everything[4],
         rejected_logps=everything[5],
+        reference_logps=reference[sequences],
         chosen_tokens=tokens[:, 0],
         rejected_tokens=tokens[:, 1],
     )

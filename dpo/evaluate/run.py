@@ -21,13 +21,12 @@ from dpo import distributed
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.trees import Layout, sequence_batch
-from dpo.evaluate.breakdown import length_summary
+from dpo.evaluate.compose import Compared, Samples, compare, compose, headline
 from dpo.evaluate.divergence import kl_summary
-from dpo.evaluate.report import Report, SampleRow, terminal_table, write_report
+from dpo.evaluate.page import html_page
+from dpo.evaluate.report import terminal_table, write_report, write_text
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.evaluate.sampling import Continuation, sample
-from dpo.evaluate.scoring import load_scorer, score_over_ranks
-from dpo.evaluate.statistics import distinct_n, mean_interval, repetition, win_rate
 from dpo.frozen import bare_scorer, frozen_scorer, is_sharded, settle_layout, token_budget
 from dpo.model.load import DTYPES, max_positions
 from dpo.records import TokenIds
@@ -38,16 +37,6 @@ Sequences = list[tuple[TokenIds, TokenIds]]
 Float64s = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Samples:
-    """Continuations of the held-out prompts by both models, and what the KL needs."""
-
-    prompts: list[TokenIds]
-    reference: list[str]
-    policy: list[str]
-    kl: dict[str, float]
-
-
 def evaluate_run(
     config: Config,
     policy: ModelConfig,
@@ -55,6 +44,7 @@ def evaluate_run(
     test_data: TokenizedDataset,
     reference_logps: Float64s,
     tokenizer: PreTrainedTokenizerBase,
+    identity: dict[str, str],
 ) -> None:
     """Evaluates the trained policy and writes RUN_DIR/report. All ranks must call it.
 
@@ -65,31 +55,21 @@ def evaluate_run(
         test_data: Held-out groups.
         reference_logps: (S,) their reference log-probs from the cache, in nats.
         tokenizer: The policy's.
+        identity: Digests of data and cache, by name, for the report.
     """
     scores, samples = _use_models(config, policy, reference, test_data, reference_logps, tokenizer)
-    summary = _pair_summary(scores)
-    rows: list[SampleRow] = []
-    if samples is not None:
-        sampled, rows = _compare(samples, config.evaluate, tokenizer)
-        summary |= sampled
+    compared = compare(samples, config.evaluate, tokenizer) if samples is not None else Compared()
     if not distributed.is_main():
         return
     folder = Path(config.run_dir) / "report"
-    report = Report(
-        summary=summary,
-        rows=rows,
-        table_rows=config.evaluate.table_rows,
-        essentials=_essentials(config, test_data),
-        commands=[
-            f"python -m dpo {name} --config {config.run_dir}/config.yaml"
-            for name in ("precompute-ref", "train", "evaluate")
-        ],
-    )
+    report = compose(config, test_data, tokenizer, scores, compared, identity)
     write_report(report, folder)
-    if rows:
-        print(terminal_table(rows[: config.evaluate.table_rows], shutil.get_terminal_size((140, 24)).columns))
-    print(_headline(summary))
-    print(f"report: {folder / 'report.md'}")
+    write_text(folder / "report.html", html_page(report, config.run_dir))
+    if report.rows:
+        shown = report.rows[: config.evaluate.table_rows]
+        print(terminal_table(shown, shutil.get_terminal_size((140, 24)).columns))
+    print(headline(report.summary))
+    print(f"report: {folder / 'report.html'}, and report.md beside it")
 
 
 def _use_models(
@@ -99,7 +79,7 @@ def _use_models(
     test_data: TokenizedDataset,
     reference_logps: Float64s,
     tokenizer: PreTrainedTokenizerBase,
-) -> tuple[PairScores, _Samples | None]:
+) -> tuple[PairScores, Samples | None]:
     """Everything that needs a model, one model in memory at a time."""
     options, eos = config.evaluate, int(tokenizer.eos_token_id)
     prompts = _held_out_prompts(test_data, options, max_positions(policy)) if options.num_prompts else []
@@ -133,7 +113,7 @@ def _use_models(
         by_reference = model.sample(prompts, "reference samples")
         kl_reference = _log_probs(scorer, kl_sequences, layout, budget)
     lengths = [len(completion) for _, completion in kl_sequences]
-    return scores, _Samples(
+    return scores, Samples(
         prompts=prompts,
         reference=_texts(by_reference, tokenizer),
         policy=_texts(by_policy, tokenizer),
@@ -204,86 +184,3 @@ def _log_probs(scorer: nn.Module, sequences: Sequences, layout: Layout, budget: 
 
 def _texts(continuations: Sequence[Continuation], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [str(tokenizer.decode(drawn.ids, skip_special_tokens=True)) for drawn in continuations]
-
-
-def _pair_summary(scores: PairScores) -> dict[str, float]:
-    intervals = {
-        "eval/loss": scores.losses,
-        "eval/rewards/accuracies": scores.correct,
-        "eval/rewards/margins": scores.margins,
-    }
-    found = scores.means()
-    for name, values in intervals.items():
-        found |= mean_interval(values, scores.groups).under(name)
-    return found | length_summary(scores)
-
-
-def _compare(
-    samples: _Samples, options: EvaluateConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, float], list[SampleRow]]:
-    """Numbers of both models' samples, and the samples side by side."""
-    both = {"reference": samples.reference, "policy": samples.policy}
-    prompts = [str(tokenizer.decode(prompt, skip_special_tokens=True)) for prompt in samples.prompts]
-    clusters = np.arange(len(prompts))
-    summary: dict[str, float] = {}
-    scores: dict[str, list[float]] = {}
-    if options.scorer is not None:
-        scorer = load_scorer(options.scorer)
-        scores = {name: score_over_ranks(scorer, texts) for name, texts in both.items()}
-        for name, values in scores.items():
-            positive = [float(scorer.is_positive(value)) for value in values]
-            summary |= mean_interval(values, clusters).under(f"score/{name}")
-            summary |= mean_interval(positive, clusters).under(f"positive_share/{name}")
-        summary |= win_rate(scores["policy"], scores["reference"], clusters).under("win_rate")
-    summary |= samples.kl
-    for name, texts in both.items():
-        summary[f"distinct_2/{name}"] = distinct_n([text.split() for text in texts], 2)
-        summary[f"distinct_texts/{name}"] = len(set(texts)) / len(texts)
-        summary[f"repetition/{name}"] = repetition([text.split() for text in texts], 2)
-    rows = [
-        SampleRow(
-            index=index,
-            seed=options.seed,
-            prompt=prompt,
-            reference=samples.reference[index],
-            policy=samples.policy[index],
-            reference_score=scores["reference"][index] if scores else None,
-            policy_score=scores["policy"][index] if scores else None,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-    return summary, rows
-
-
-def _essentials(config: Config, test_data: TokenizedDataset) -> dict[str, str]:
-    evaluate = config.evaluate
-    return {
-        "policy": f"{config.run_dir}/model, from {config.model.name_or_path}",
-        "reference": config.reference.model or config.model.name_or_path,
-        "loss": f"{config.loss.type}, beta {config.loss.beta}, label smoothing {config.loss.label_smoothing}",
-        "held-out data": f"{test_data.counts['pairs']} pairs of {test_data.counts['groups']} prompts",
-        "samples": f"{evaluate.num_prompts} prompts, temperature {evaluate.temperature}, up to "
-        f"{evaluate.completion_tokens} tokens, scorer {evaluate.scorer or 'none'}",
-        "KL": "estimated from samples of its own at temperature 1, without top-k or top-p",
-        "intervals": "95 %, bootstrapped by prompt",
-    }
-
-
-def _headline(summary: dict[str, float]) -> str:
-    """The numbers that a person wants first."""
-    lines = [
-        f"held-out loss {summary['eval/loss']:.4f}, reward accuracy {summary['eval/rewards/accuracies']:.3f} "
-        f"[{summary['eval/rewards/accuracies/low']:.3f}, {summary['eval/rewards/accuracies/high']:.3f}]"
-    ]
-    if "positive_share/policy" in summary:
-        lines.append(
-            f"scored positive: reference {summary['positive_share/reference']:.1%}, "
-            f"policy {summary['positive_share/policy']:.1%}; win rate {summary['win_rate']:.1%}"
-        )
-    if "kl/sequence" in summary:
-        lines.append(
-            f"KL(policy || reference) {summary['kl/sequence']:.2f} nats a sequence; distinct continuations: "
-            f"reference {summary['distinct_texts/reference']:.1%}, "
-            f"policy {summary['distinct_texts/policy']:.1%}"
-        )
-    return "\n".join(lines)

@@ -17,6 +17,7 @@ import yaml
 from dpo import distributed
 from dpo.config import Config, SftConfig
 from dpo.errors import UserError
+from dpo.history import read_history
 from dpo.train.checkpoint import complete_checkpoints
 from dpo.train.manifest import NotValid, read_manifest, verify
 
@@ -230,12 +231,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _recorded_steps(run_dir: Path) -> int:
     """The last optimizer step in metrics.jsonl, 0 if there is none."""
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return 0
-    with path.open() as file:
-        steps = [json.loads(line)["step"] for line in file if line.endswith("\n")]
-    return max(steps, default=0)
+    return max((int(line["step"]) for line in read_history(run_dir)), default=0)
 
 
 def _git_commit() -> str | None:

@@ -18,6 +18,8 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.config": set(),
     "dpo.distributed": set(),
     "dpo.ending": set(),
+    "dpo.history": set(),
+    "dpo.figures": {"dpo.history", "dpo.evaluate.statistics"},
     "dpo.signals": set(),
     "dpo.stopwatch": set(),
     "dpo.watchdog": {"dpo.distributed", "dpo.ending"},
@@ -26,7 +28,7 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.running": {"dpo"},
     "dpo.__main__": {"dpo.cli"},
     "dpo.loss": SHARED,
-    "dpo.monitor": {"dpo.distributed"},
+    "dpo.monitor": {"dpo.distributed", "dpo.history"},
     "dpo.data": SHARED | DATA,
     "dpo.model": SHARED | MODEL,
     "dpo.frozen": SHARED | {"dpo.model", "dpo.distributed", "dpo.data.trees"},
@@ -34,10 +36,11 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     | {"dpo.model", "dpo.distributed", "dpo.data.trees", "dpo.optimizer"}
     | {"dpo.frozen", "dpo.sharding"},
     "dpo.reference": SHARED | REFERENCE,
-    "dpo.evaluate": SHARED | REFERENCE | {"dpo.evaluate", "dpo.loss"},
+    "dpo.evaluate": SHARED | REFERENCE | {"dpo.evaluate", "dpo.loss", "dpo.figures", "dpo.history"},
     "dpo.train": SHARED
     | {"dpo.train", "dpo.reference", "dpo.loss", "dpo.monitor", "dpo.engine", "dpo.data", "dpo.model"}
-    | {"dpo.frozen", "dpo.distributed", "dpo.optimizer", "dpo.signals", "dpo.stopwatch", "dpo.watchdog"},
+    | {"dpo.frozen", "dpo.distributed", "dpo.optimizer", "dpo.signals", "dpo.stopwatch", "dpo.watchdog"}
+    | {"dpo.history"},
     "dpo.planning": SHARED
     | {"dpo.planning", "dpo.data", "dpo.model", "dpo.frozen", "dpo.reference", "dpo.sharding"}
     | {"dpo.evaluate.statistics", "dpo.train.space"},

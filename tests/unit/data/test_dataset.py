@@ -187,6 +187,17 @@ def test_weights_take_a_fixed_part_or_repeat(
     assert [p for p in again if p.startswith("half")] == taken
 
 
+def test_data_knows_how_many_groups_each_source_gave(
+    write_jsonl: Callable[..., str], open_with: Open
+) -> None:
+    first = DataSource(path=numbered(write_jsonl, 5, "first"), weight=2.0)
+    second = DataSource(path=numbered(write_jsonl, 3, "second"))
+    assert [tuple(source) for source in open_with([first, second])[0].sources] == [
+        (first.path, 10),
+        (second.path, 3),
+    ]
+
+
 def test_a_weight_between_two_numbers_repeats_some(
     open_with: Open, write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:

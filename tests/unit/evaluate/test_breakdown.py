@@ -1,8 +1,9 @@
-"""Length bias by hand."""
+"""Length bias and sources by hand."""
 
 import numpy as np
 
-from dpo.evaluate.breakdown import length_summary
+from dpo.data.dataset import SourceGroups
+from dpo.evaluate.breakdown import length_summary, source_summary
 from dpo.evaluate.rewards import PairScores
 
 
@@ -15,6 +16,7 @@ def scores(chosen_tokens: list[int], rejected_tokens: list[int], margins: list[f
         rejected_rewards=zeros,
         chosen_logps=zeros,
         rejected_logps=zeros,
+        reference_logps=np.zeros((len(margins), 2)),
         chosen_tokens=np.array(chosen_tokens),
         rejected_tokens=np.array(rejected_tokens),
     )
@@ -39,3 +41,18 @@ def test_what_no_pair_belongs_to_is_left_out() -> None:
     found = length_summary(scores([4], [3], [1.0]))
     assert "length/accuracy/longer_chosen" in found
     assert not any(name.startswith("length/accuracy/shorter_chosen") for name in found)
+
+
+def test_every_source_has_its_own_accuracy() -> None:
+    three = scores([1] * 4, [1] * 4, [1.0, -1.0, 2.0, 3.0])  # a group each
+    found = source_summary(
+        three, [SourceGroups("a.jsonl", 2), SourceGroups("b", 1), SourceGroups("a.jsonl", 1)]
+    )
+    assert found["source/a.jsonl/accuracy"] == 2 / 3
+    assert found["source/a.jsonl/pairs"] == 3
+    assert found["source/b/accuracy"] == found["source/b/accuracy/low"] == 1
+
+
+def test_one_source_is_the_whole_and_needs_no_line() -> None:
+    assert source_summary(scores([1], [1], [1.0]), [SourceGroups("a", 1)]) == {}
+    assert source_summary(scores([1], [1], [1.0]), []) == {}

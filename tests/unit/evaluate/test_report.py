@@ -1,4 +1,4 @@
-"""The report: its three files, its tables, and that nothing a model writes becomes markup."""
+"""The report in Markdown: its files, its tables, and that nothing a model writes becomes markup."""
 
 import json
 import math
@@ -31,6 +31,7 @@ def test_the_folder_holds_the_summary_every_sample_and_the_report(tmp_path: Path
     write_report(report(rows), tmp_path / "report")
     assert {path.name for path in (tmp_path / "report").iterdir()} == {
         "report.md",
+        "figures",
         "summary.json",
         "samples.jsonl",
     }

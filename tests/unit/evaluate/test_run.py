@@ -103,7 +103,10 @@ def summarize(
         data, root = open_data(config), Path(config.reference.cache_dir)
         store = ReferenceStore(root, reference_identity(config.model, root))
         precompute(config, [data], store)
-        evaluate_run(config, policy, config.model, data, reference_logps([data], store, "")[0], tokenizer)
+        logps = reference_logps([data], store, "")[0]
+        evaluate_run(
+            config, policy, config.model, data, logps, tokenizer, {"reference cache": "identity 1234"}
+        )
         summary: dict[str, float] = json.loads(Path(config.run_dir, "report", "summary.json").read_text())
         return summary
 
