@@ -37,7 +37,7 @@ from dpo.data.opening import open_datasets
 from dpo.data.plan import BatchPlan
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.errors import UserError
-from dpo.planning.compute import forward_flops, work_of
+from dpo.flops import forward_flops, work_of
 from dpo.records import PreferenceGroup
 from dpo.reference.precompute import precompute
 from dpo.train import loop

@@ -5,6 +5,7 @@ made.
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import distributed, engine
+from dpo.cards import policy_card, sft_card
 from dpo.config import Config, DataConfig, ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.opening import check_sources, open_datasets
@@ -21,9 +23,9 @@ from dpo.data.trees import TreeBatch
 from dpo.engine import Engine
 from dpo.errors import UserError
 from dpo.evaluate.rewards import score_pairs
-from dpo.evaluate.run import evaluate_run
+from dpo.evaluate.run import evaluate_run, held_out_prompts
+from dpo.evaluate.watch import watched_samples
 from dpo.frozen import frozen_scorer, is_sharded, token_budget
-from dpo.model.export import model_card
 from dpo.model.load import (
     check_model_path,
     load_tokenizer,
@@ -32,6 +34,7 @@ from dpo.model.load import (
 )
 from dpo.model.lora import check_policy, load_policy
 from dpo.model.scratch import scratch_model, scratch_positions, scratch_tokenizer
+from dpo.monitor import Evaluation
 from dpo.planning.fit import Machine
 from dpo.planning.report import page
 from dpo.planning.run import as_json, make_plan
@@ -52,6 +55,7 @@ from dpo.running import (
     start_of,
     summary,
 )
+from dpo.trackers import check_trackers
 from dpo.train.preference import PreferenceObjective
 from dpo.train.run_folder import claim_run, find_start
 from dpo.train.sft import NextTokenObjective, held_out_loss, is_text, open_text_or_preferences, read_lines
@@ -66,6 +70,7 @@ def check(command: str, config: Config | SftConfig) -> None:
         check_model_path(config.model.name_or_path, "model.name_or_path")
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
+        check_trackers(config.train.trackers)
     if isinstance(config, SftConfig):
         find_start(config, thorough=False)
         if not is_text(config.data.train):
@@ -163,9 +168,10 @@ def _train(config: Config, guard: Guard) -> None:
         check_rows(start.absolute().parents[1], store, datasets, references)
         record_rows(Path(config.run_dir), store, datasets, references)  # it may branch off another run
 
-    def evaluate_policy() -> dict[str, float]:
+    def evaluate_policy() -> Evaluation:
         assert test_data is not None
-        return score_pairs(
+        samples = _watched_samples(policy, config, test_data, tokenizer)
+        scores = score_pairs(
             guard.score_only(policy),
             test_data,
             test_reference,
@@ -173,7 +179,8 @@ def _train(config: Config, guard: Guard) -> None:
             layout=policy.layout,
             budget=token_budget(config.train.max_tokens_per_micro_batch),
             device=policy.device,
-        ).means()
+        )
+        return Evaluation(values=scores.means(), margins=scores.margins, samples=samples)
 
     work = Work(
         policy=policy,
@@ -185,7 +192,7 @@ def _train(config: Config, guard: Guard) -> None:
         fingerprints=fingerprints,
         evaluate=evaluate_policy if test_data is not None else None,
         data=_counts("train", train_data),
-        card=_policy_card(config),
+        card=partial(policy_card, config),
     )
     optimize(config, work, guard)
 
@@ -202,7 +209,7 @@ def evaluate(config: Config) -> None:
         )
     store = reference_store(config)
     command = "make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)"
-    evaluate_run(
+    found = evaluate_run(
         config,
         policy,
         reference_model(config),
@@ -215,6 +222,8 @@ def evaluate(config: Config) -> None:
             "reference cache": f"{store.path}, identity {store.identity.digest}",
         },
     )
+    if distributed.is_main():
+        (Path(policy.name_or_path) / "README.md").write_text(policy_card(config, found))
 
 
 def plan(
@@ -277,15 +286,16 @@ def _sft(config: SftConfig, guard: Guard) -> None:
     policy = Engine(accelerator, model, config.model, config.train, universal=universal)
     _settle_layout(policy, [train_data])
 
-    def evaluate_policy() -> dict[str, float]:
+    def evaluate_policy() -> Evaluation:
         assert test_data is not None
-        return held_out_loss(
+        values = held_out_loss(
             guard.score_only(policy),
             test_data,
             layout=policy.layout,
             budget=token_budget(config.train.max_tokens_per_micro_batch),
             device=policy.device,
         )
+        return Evaluation(values=values)
 
     work = Work(
         policy=policy,
@@ -297,7 +307,7 @@ def _sft(config: SftConfig, guard: Guard) -> None:
         fingerprints=fingerprints,
         evaluate=evaluate_policy if test_data is not None else None,
         data=f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens",
-        card=_sft_card(config),
+        card=partial(sft_card, config),
     )
     optimize(config, work, guard)
 
@@ -315,6 +325,19 @@ def reference_store(config: Config) -> ReferenceStore:
     cache_dir = Path(config.reference.cache_dir)
     identity = distributed.on_main(lambda: reference_identity(reference_model(config), cache_dir))
     return ReferenceStore(cache_dir, identity)
+
+
+def _watched_samples(
+    policy: Engine, config: Config, test_data: TokenizedDataset, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """What the policy makes of a few held-out prompts right now, as a table."""
+    options = config.evaluate
+    if not options.watched_prompts:
+        return None
+    positions = max_positions(config.model)
+    prompts = held_out_prompts(test_data, options.watched_prompts, options.completion_tokens, positions)
+    with policy.sampling_model() as model:
+        return watched_samples(model, prompts, tokenizer, options, sharded=policy.is_sharded)
 
 
 def _settle_layout(policy: Engine, datasets: Sequence[TokenizedDataset]) -> None:
@@ -364,26 +387,6 @@ def _sft_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, int | No
 
     distributed.on_main(make)
     return load_tokenizer(ModelConfig(name_or_path=str(folder))), scratch_positions(scratch)
-
-
-def _policy_card(config: Config) -> str:
-    train, name = config.train, Path(config.run_dir).name
-    body = (
-        f"Trained with Direct Preference Optimization (arXiv 2305.18290), loss `{config.loss.type}`, "
-        f"beta {config.loss.beta}, learning rate {train.learning_rate}, {train.pairs_per_step} pairs a step, "
-        f"{train.num_epochs} epoch(s), seed {train.seed}.\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
-    )
-    tags = ["dpo", "preference-optimization"]
-    return model_card(title=name, base=config.model, tags=tags, body=body)
-
-
-def _sft_card(config: SftConfig) -> str:
-    start, name = config.model.name_or_path or "random weights", Path(config.run_dir).name
-    body = f"Next-token training from {start} with learning rate {config.train.learning_rate}."
-    return model_card(title=name, base=config.model, tags=["sft"], body=body)
 
 
 def _counts(split: str, data: TokenizedDataset | None) -> str:

@@ -168,6 +168,12 @@ class OptimizationConfig:
     """A step whose loss or gradient is not finite is skipped; after more than this in a row the run stops."""
     stuck_after_seconds: float = 1800.0
     """End the run, with the stacks of all ranks, when no part of a step has been done for so long."""
+    peak_tflops: float | None = None
+    """Peak of one device in the compute type, TFLOP/s, for perf/mfu. Default: that of common GPUs in
+    bfloat16; of others no perf/mfu is recorded."""
+    trackers: list[str] = field(default_factory=list)
+    """Where curves go besides TensorBoard, such as wandb or mlflow: Accelerate's trackers, installed and
+    logged in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +204,9 @@ class EvaluateConfig:
     sharding: Literal["auto", "replicas", "zero3"] = "auto"
     """Evaluate with the whole model on every rank, or with ZeRO-3; auto: ZeRO-3 if the weights need more
     than half of a device's memory."""
+    watched_prompts: int = 4
+    """Held-out prompts that the policy continues at each evaluation of a training, for TensorBoard; 0:
+    none."""
     table_rows: int = 10
     """Rows of the table query | reference | policy; always the first held-out prompts."""
 

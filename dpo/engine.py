@@ -285,6 +285,21 @@ class Engine:
         scorer: SequenceScorer = self._accelerator.unwrap_model(self._scorer)
         return scorer.model
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks share one copy of the weights, so that all must take part in every pass."""
+        return self._zero and self._stage == 3 and distributed.is_distributed()
+
+    @contextmanager
+    def sampling_model(self) -> Iterator[PreTrainedModel]:
+        """The bare policy as it is, ready to generate: in evaluation mode, with its cache of keys."""
+        self.model.eval()  # in training mode recomputed blocks would ignore that cache
+        try:
+            with self._accelerator.autocast():
+                yield self.model
+        finally:
+            self.model.train()
+
     def save(self, folder: Path) -> list[Path]:
         """Writes what is trained, and the optimizer's state, into `folder`. All ranks must call it.
 

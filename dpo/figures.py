@@ -58,7 +58,7 @@ def losses_and_margins(runs: dict[str, Sequence[Line]]) -> Figure:
         runs: Label -> history; one run needs no label.
     """
     with _style():
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
         left, right = figure.subplots(1, 2)
         for index, (label, history) in enumerate(runs.items()):
             colour, prefix = PALETTE[index % len(PALETTE)], f"{label}: " if label else ""
@@ -125,6 +125,7 @@ def score_against_kl(curves: dict[str, Sequence[Point]], score: str, *, joined: 
     with _style():
         figure = Figure(figsize=(6.5, 4.2), layout="constrained")
         axes = figure.subplots()
+        colours = iter(PALETTE * (1 + len(curves) // len(PALETTE)))
         for index, (label, points) in enumerate(curves.items()):
             kl, value = [point.kl.mean for point in points], [point.score.mean for point in points]
             spread = [[point.kl for point in points], [point.score for point in points]]
@@ -137,7 +138,7 @@ def score_against_kl(curves: dict[str, Sequence[Point]], score: str, *, joined: 
                 xerr=bars[0],
                 yerr=bars[1],
                 label=label,
-                color=PALETTE[index % len(PALETTE)],
+                color=REFERENCE if label == "reference" else next(colours),
                 marker="osD^vPX*"[index % 8],
                 markersize=5,
                 linewidth=1.4 if joined else 0,

@@ -6,11 +6,14 @@ process writes; the others take part in the sum.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -20,6 +23,40 @@ from dpo import distributed
 from dpo.history import HISTORY_FILE, complete_lines
 
 FLUSH_SECONDS = 3
+BESIDE = {
+    "Training beside held-out": {
+        name.rpartition("/")[2]: ["Multiline", [f"train/{name}", f"eval/{name}"]]
+        for name in ("loss", "rewards/accuracies", "rewards/margins")
+    },
+    "Chosen beside rejected": {
+        f"{kind}, {part}": ["Multiline", [f"{split}/{kind}/chosen", f"{split}/{kind}/rejected"]]
+        for kind in ("rewards", "logps")
+        for split, part in (("train", "training"), ("eval", "held-out"))
+    },
+}
+"""TensorBoard's Custom Scalars: category -> chart -> the curves that share it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What an evaluation during training found."""
+
+    values: dict[str, float]
+    """Held-out means, under the names that the README lists."""
+    margins: npt.NDArray[np.float64] | None = None
+    """(P,) reward margin of every held-out pair."""
+    samples: str | None = None
+    """Continuations of a few held-out prompts by the policy as it is, a Markdown table."""
+
+
+class Tracker(Protocol):
+    """Another place where curves go; Accelerate's trackers fit."""
+
+    def log(self, values: dict[str, Any], step: int | None) -> Any:
+        """Records the values of a step."""
+
+    def finish(self) -> Any:
+        """Closes it."""
 
 
 class MetricSums:
@@ -66,7 +103,14 @@ class Monitor:
     """
 
     def __init__(
-        self, run_dir: Path, *, num_steps: int, first_step: int, unit: str, evaluated: bool = True
+        self,
+        run_dir: Path,
+        *,
+        num_steps: int,
+        first_step: int,
+        unit: str,
+        evaluated: bool = True,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         """Opens the files; lines and curves after `first_step` (of an interrupted run) are cut off.
 
@@ -76,6 +120,7 @@ class Monitor:
             first_step: Steps already done when this process starts.
             unit: What `perf/<unit>_per_second` counts, shown in the bar.
             evaluated: Whether the evaluation of `first_step`, if it has one, is recorded and stays.
+            trackers: Receive the same numbers; used on the main process only.
         """
         self._unit = unit
         self._enabled = distributed.is_main()
@@ -99,6 +144,8 @@ class Monitor:
             purge_step=first_step + 1 if first_step else 0,
             flush_secs=FLUSH_SECONDS,
         )
+        self._writer.add_custom_scalars(BESIDE)
+        self._trackers = trackers
         self._bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
@@ -113,6 +160,20 @@ class Monitor:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(dict(values), step)
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        """An evaluation: its line and points, for TensorBoard also the distribution of margins, and
+        samples.
+        """
+        self.record(step, evaluation.values)
+        if not self._enabled:
+            return
+        if evaluation.margins is not None:
+            self._writer.add_histogram("eval/rewards/margins", evaluation.margins, step)
+        if evaluation.samples is not None:
+            self._writer.add_text("eval/samples", evaluation.samples, step)
 
     def advance(self, values: Mapping[str, float]) -> None:
         """Moves the bar by a step and shows the numbers that people follow."""
@@ -155,4 +216,6 @@ class Monitor:
         if self._enabled:
             self._bar.close()
             self._writer.close()
+            for tracker in self._trackers:
+                tracker.finish()
             self._file.close()

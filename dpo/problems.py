@@ -80,6 +80,8 @@ def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
         yield f"train.adam_betas: {list(train.adam_betas)}; expected two numbers in [0, 1)"
     if not train.stuck_after_seconds > 0:
         yield f"train.stuck_after_seconds: {train.stuck_after_seconds}; expected a number of seconds above 0"
+    if train.peak_tflops is not None and not train.peak_tflops > 0:
+        yield f"train.peak_tflops: {train.peak_tflops}; expected a number above 0, or nothing"
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
         yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint"
 
@@ -113,6 +115,7 @@ def _preference_problems(config: Config) -> Iterator[str]:
     yield from _below(config.reference, "reference", 0, "audit_rows", "flush_every_seconds")
     evaluate = config.evaluate
     yield from _below(evaluate, "evaluate", 0, "num_prompts", "temperature", "seed", "table_rows")
+    yield from _below(evaluate, "evaluate", 0, "watched_prompts")
     yield from _below(evaluate, "evaluate", 1, "completion_tokens", "batch_size")
     if evaluate.scorer is not None and evaluate.scorer != "vader" and not evaluate.scorer.startswith("hf:"):
         yield f"evaluate.scorer: {evaluate.scorer}; expected vader, hf:MODEL, or nothing"

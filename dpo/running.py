@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -17,19 +19,22 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, engine
 from dpo.config import Config, SftConfig
+from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.trees import TreeBatch
 from dpo.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.flops import forward_flops, known_peak, work_of
 from dpo.model.load import DTYPES
 from dpo.model.lora import export_trained, num_adapter_parameters
-from dpo.monitor import Monitor
+from dpo.monitor import Evaluation, Monitor
 from dpo.reference.identity import reference_identity
 from dpo.signals import StopRequests, end_with_launcher
+from dpo.trackers import check_trackers, open_trackers
 from dpo.train.checkpoint import Progress, load_checkpoint
 from dpo.train.loop import Objective, Run, Stopping, train
 from dpo.train.reshard import needs_universal_form, universal_form
-from dpo.train.run_folder import check_fingerprints, config_text, describe_run, find_start
+from dpo.train.run_folder import check_fingerprints, config_text, describe_run, find_start, flat_settings
 from dpo.train.space import checkpoint_bytes, exported_bytes, require_space
 from dpo.watchdog import Watchdog
 
@@ -61,6 +66,7 @@ def guarded(command: str, config: Config | SftConfig) -> Iterator[Guard]:
     """Joins the ranks; signals become wishes, and an error that another rank caused becomes its reason."""
     quiet()
     distributed.start()
+    check_trackers(config.train.trackers)
     end_with_launcher()
     watchdog = Watchdog(Path(config.run_dir), command, config.train.stuck_after_seconds)
     with StopRequests() as stop, watchdog:
@@ -144,11 +150,11 @@ class Work:
     universal: bool
     """Another number of ranks wrote it."""
     fingerprints: dict[str, str]
-    evaluate: Callable[[], dict[str, float]] | None
+    evaluate: Callable[[], Evaluation] | None
     data: str
     """The training data, for people."""
-    card: str
-    """The model card."""
+    card: Callable[[dict[str, float]], str]
+    """The model card, given what was measured."""
 
 
 def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
@@ -158,14 +164,16 @@ def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
     progress = _load(work, run_dir)
     describe_run(config, engine=policy.description)
 
+    evaluated: dict[str, float] = {}
+
     def export(folder: Path) -> None:
         guard.watchdog.progress(f"writing {folder.name}")
-        weights = policy.weights()
+        weights, card = policy.weights(), work.card(evaluated)
 
         def write() -> None:
             try:
                 with policy.unsharded():
-                    export_trained(config.model, policy.model, weights, work.tokenizer, folder, work.card)
+                    export_trained(config.model, policy.model, weights, work.tokenizer, folder, card)
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{folder}: the model could not be written ({error}): make room, and the same command "
@@ -184,12 +192,15 @@ def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
         more = f" and {len(groups) - GROUPS_SHOWN} more" if len(groups) > GROUPS_SHOWN else ""
         return f"data.train groups {', '.join(shown)}{more}"
 
+    flops, peak = _operations(policy, work.objective.dataset, config)
+    trackers = open_trackers(config.train.trackers, run_dir, flat_settings(config))
     with Monitor(
         run_dir,
         num_steps=work.plan.num_steps,
         first_step=progress.step,
         evaluated=progress.evaluated_step == progress.step,
         unit=work.objective.unit,
+        trackers=trackers,
     ) as monitor:
         parameters = f"{policy.num_parameters / 1e6:.1f}M parameters"
         if policy.num_frozen:
@@ -208,8 +219,10 @@ def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
             evaluate=work.evaluate,
             export=export,
             describe=describe,
+            group_flops=flops,
+            peak_flops=peak,
         )
-        evaluated = train(policy, work.objective, work.plan, config.train, progress, run)
+        evaluated |= train(policy, work.objective, work.plan, config.train, progress, run)
     export(run_dir / "model")
     if evaluated:
         result = f"held-out {_metrics(evaluated)}"
@@ -223,6 +236,21 @@ def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
         result,
         f"model in {run_dir / 'model'}; to watch the curves: make tensorboard",
     )
+
+
+def _operations(
+    policy: Engine, dataset: TokenizedDataset, config: Config | SftConfig
+) -> tuple[npt.NDArray[np.float64] | None, float | None]:
+    """(G,) operations of each group's forward and backward pass, and what a device can do a second."""
+    try:
+        work = work_of(policy.model)
+    except ValueError:
+        return None, None
+    passes = 2 if policy.num_frozen else 3  # the backward pass is two, and one less for frozen weights
+    peak = config.train.peak_tflops and config.train.peak_tflops * 1e12
+    if peak is None and policy.device.type == "cuda" and config.model.dtype == "bfloat16":
+        peak = known_peak(torch.cuda.get_device_name())
+    return passes * forward_flops(dataset, work), peak
 
 
 def _load(work: Work, run_dir: Path) -> Progress:

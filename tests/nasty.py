@@ -13,7 +13,8 @@ from dpo.figures import (
     score_against_kl,
 )
 
-NASTY = """<script>document.title = 'ran'</script><img src=x onerror="document.title = 'ran'">\x1b[31m {{ 7 * 7 }}"""
+MARKUP = """<script>document.title = 'ran'</script><img src=x onerror="document.title = 'ran'">"""
+NASTY = MARKUP + "\x1b[31m {{ 7 * 7 }}"
 
 
 def history(steps: int) -> list[dict[str, float]]:

@@ -188,7 +188,7 @@ def _figures(
         Captioned(
             name="score_kl",
             title="Score against KL",
-            caption="What was won and what it cost. `dpo frontier` draws several betas into one such figure.",
+            caption="What was won and what it cost. dpo frontier draws several betas into one such figure.",
             figure=score_against_kl({point.label: [point] for point in points}, "mean score", joined=False),
         ),
     ]

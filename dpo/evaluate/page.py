@@ -54,6 +54,7 @@ def html_page(report: Report, title: str) -> str:
             {
                 "title": captioned.title,
                 "caption": captioned.caption,
+                "is_wide": captioned.figure.get_figwidth() > 2 * captioned.figure.get_figheight(),
                 "svg": inline_svg(captioned.figure, captioned.name),
             }
             for captioned in report.figures

@@ -130,7 +130,7 @@ def markdown(report: Report) -> str:
     if report.worst_pairs:
         sections += [WORST_PAIRS, _pair_table(report.worst_pairs)]
     essentials, provenance = (
-        "\n".join(f"- {_escape(key)}: {_escape(value)}" for key, value in part.items())
+        "\n".join(f"- {escape(key)}: {escape(value)}" for key, value in part.items())
         for part in (report.essentials, report.provenance)
     )
     commands = "\n".join("    " + " ".join(command.split()) for command in report.commands)
@@ -189,7 +189,7 @@ def _numbers(summary: dict[str, float]) -> str:
     """The headline table: every number of the summary with its interval, where it has one."""
     lines = ["| measure | value | 95 % interval |", "|---|---|---|"]
     lines += [
-        f"| {_escape(label)} | {value:.3f} | {interval} |" for label, value, interval in measures(summary)
+        f"| {escape(label)} | {value:.3f} | {interval} |" for label, value, interval in measures(summary)
     ]
     return "\n".join(lines) if summary else ""
 
@@ -201,7 +201,7 @@ def _file_of(captioned: Captioned) -> str:
 def _pair_table(rows: Sequence[PairRow]) -> str:
     lines = ["| query | chosen | rejected | margin |", "|---|---|---|---|"]
     for row in rows:
-        texts = (_escape(tail(row.prompt)), _escape(row.chosen), _escape(row.rejected))
+        texts = (escape(tail(row.prompt)), escape(row.chosen), escape(row.rejected))
         lines.append(f"| {' | '.join(texts)} | {row.margin:+.2f} |")
     return "\n".join(lines)
 
@@ -210,7 +210,7 @@ def _sample_table(rows: Sequence[SampleRow]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|---|"]
     for row in rows:
         cells = (
-            _escape(tail(row.prompt)),
+            escape(tail(row.prompt)),
             _scored(row.reference, row.reference_score),
             _scored(row.policy, row.policy_score),
         )
@@ -219,7 +219,7 @@ def _sample_table(rows: Sequence[SampleRow]) -> str:
 
 
 def _scored(text: str, score: float | None) -> str:
-    return _escape(text) if score is None else f"**{_score(score)}**<br>{_escape(text)}"
+    return escape(text) if score is None else f"**{_score(score)}**<br>{escape(text)}"
 
 
 def _score(score: float | None) -> str:
@@ -231,7 +231,7 @@ def tail(prompt: str) -> str:
     return prompt if len(prompt) <= LONGEST_PROMPT else "…" + prompt[-LONGEST_PROMPT:]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     r"""Text as it is, for one cell of a Markdown table: no markup of its own, in any renderer.
 
     HTML first, then Markdown; lines are joined by <br>. "a|b" becomes "a\|b", "<script>" "&lt;script&gt;".

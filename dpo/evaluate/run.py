@@ -45,7 +45,7 @@ def evaluate_run(
     reference_logps: Float64s,
     tokenizer: PreTrainedTokenizerBase,
     identity: dict[str, str],
-) -> None:
+) -> dict[str, float]:
     """Evaluates the trained policy and writes RUN_DIR/report. All ranks must call it.
 
     Args:
@@ -56,11 +56,14 @@ def evaluate_run(
         reference_logps: (S,) their reference log-probs from the cache, in nats.
         tokenizer: The policy's.
         identity: Digests of data and cache, by name, for the report.
+
+    Returns:
+        What summary.json holds; empty on ranks other than the main one.
     """
     scores, samples = _use_models(config, policy, reference, test_data, reference_logps, tokenizer)
     compared = compare(samples, config.evaluate, tokenizer) if samples is not None else Compared()
     if not distributed.is_main():
-        return
+        return {}
     folder = Path(config.run_dir) / "report"
     report = compose(config, test_data, tokenizer, scores, compared, identity)
     write_report(report, folder)
@@ -70,6 +73,7 @@ def evaluate_run(
         print(terminal_table(shown, shutil.get_terminal_size((140, 24)).columns))
     print(headline(report.summary))
     print(f"report: {folder / 'report.html'}, and report.md beside it")
+    return report.summary
 
 
 def _use_models(
@@ -82,7 +86,11 @@ def _use_models(
 ) -> tuple[PairScores, Samples | None]:
     """Everything that needs a model, one model in memory at a time."""
     options, eos = config.evaluate, int(tokenizer.eos_token_id)
-    prompts = _held_out_prompts(test_data, options, max_positions(policy)) if options.num_prompts else []
+    prompts = []
+    if options.num_prompts:
+        prompts = held_out_prompts(
+            test_data, options.num_prompts, options.completion_tokens, max_positions(policy)
+        )
 
     budget, longest = token_budget(config.train.max_tokens_per_micro_batch), longest_tree([test_data])
     sharded = is_sharded(options.sharding, policy)
@@ -121,17 +129,24 @@ def _use_models(
     )
 
 
-def _held_out_prompts(
-    data: TokenizedDataset, options: EvaluateConfig, positions: int | None
+def held_out_prompts(
+    data: TokenizedDataset, number: int, completion_tokens: int, positions: int | None
 ) -> list[TokenIds]:
-    """The first different prompts of the data set, cut on the left where the continuation needs the room."""
-    room = positions - options.completion_tokens if positions is not None else None
+    """The first different prompts of a data set, cut on the left where the continuation needs the room.
+
+    Args:
+        data: Held-out groups.
+        number: Most prompts.
+        completion_tokens: Longest continuation.
+        positions: Of the model, or None without a limit.
+    """
+    room = positions - completion_tokens if positions is not None else None
     found: dict[bytes, TokenIds] = {}
     for index in range(len(data)):
         prompt = np.asarray(data[index].prompt)
         prompt = prompt[-room:] if room is not None and room > 0 else prompt
         found.setdefault(prompt.tobytes(), prompt)
-        if len(found) == options.num_prompts:
+        if len(found) == number:
             break
     return list(found.values())
 

@@ -1,6 +1,5 @@
 """The finished model as others load it: safetensors, tokenizer, generation config and a model card."""
 
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,8 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from dpo.config import ModelConfig
 
 
 def export_model(
@@ -61,26 +58,3 @@ def _mend_generation_config(model: PreTrainedModel) -> None:
         settings.validate(strict=True)
     except ValueError:
         settings.do_sample = True
-
-
-def model_card(*, title: str, base: ModelConfig, tags: list[str], body: str) -> str:
-    """A model card with the hub's metadata block.
-
-    Args:
-        title: Heading.
-        base: What training started from, and the adapter that was trained, if one was.
-        tags: The hub's tags.
-        body: Markdown below the heading.
-    """
-    name, lora, library = base.name_or_path, base.lora, "transformers"
-    if lora is not None:
-        tags = [*tags, "lora"]
-        body += f"\n\nTrained was a LoRA adapter of rank {lora.rank} with alpha {lora.alpha:g}"
-        if lora.export == "merged":
-            body += "; it is in these weights."
-        else:
-            body, library = f"{body}, and this is it, without its base {name}: `pip install peft`.", "peft"
-    listed = "\n".join(f"- {tag}" for tag in tags)
-    is_hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not Path(name).exists()
-    model = f"base_model: {name}\n" if is_hub_name else ""
-    return f"---\nlibrary_name: {library}\n{model}tags:\n{listed}\n---\n\n# {title}\n\n{body}\n"

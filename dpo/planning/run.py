@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from dpo.config import Config, ModelConfig
 from dpo.data.plan import BatchPlan, share
 from dpo.errors import UserError
+from dpo.flops import Work, forward_flops, work_of
 from dpo.model.load import (
     DTYPES,
     base_of,
@@ -22,7 +23,6 @@ from dpo.model.load import (
     weights_at_hand,
 )
 from dpo.model.lora import check_policy, empty_policy
-from dpo.planning.compute import Work, forward_flops, work_of
 from dpo.planning.fit import Advice, Fit, Machine, Way
 from dpo.planning.memory import Shape, shape_of
 from dpo.planning.sample import SampledData, sample_data

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from dpo.data.trees import Layout, TreeBatch
 from dpo.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal
 from dpo.frozen import token_budget
-from dpo.monitor import MetricSums, Monitor
+from dpo.monitor import Evaluation, MetricSums, Monitor
 from dpo.optimizer import learning_rate
 from dpo.signals import StopRequests
 from dpo.stopwatch import Stopwatch
@@ -78,12 +79,16 @@ class Run:
     """Is told of every part that is done."""
     fingerprints: dict[str, str]
     """Name -> digest of data and model; for the checkpoints."""
-    evaluate: Callable[[], dict[str, float]] | None
-    """Held-out metrics of the current policy, or None without held-out data; raises `Stopping`."""
+    evaluate: Callable[[], Evaluation] | None
+    """Of the current policy on held-out data, or None without; raises `Stopping`."""
     export: Callable[[Path], None]
     """Writes the current weights to a folder, for `keep_best`; called on all ranks."""
     describe: Callable[[list[int]], str]
     """These groups, for people."""
+    group_flops: npt.NDArray[np.float64] | None = None
+    """(G,) operations of each group's forward and backward pass; None where they cannot be counted."""
+    peak_flops: float | None = None
+    """What one device can do of them a second, or None where that is not known."""
 
 
 class Stopping(Exception):  # noqa: N818  (a wish)
@@ -147,10 +152,11 @@ def train(
 
 
 def _evaluate(
-    evaluate: Callable[[], dict[str, float]], progress: Progress, run: Run, *, keep_best: bool
+    evaluate: Callable[[], Evaluation], progress: Progress, run: Run, *, keep_best: bool
 ) -> dict[str, float]:
-    values = evaluate()
-    run.monitor.record(progress.step, values)
+    evaluation = evaluate()
+    values = evaluation.values
+    run.monitor.show(progress.step, evaluation)
     progress.evaluated_step = progress.step
     best = math.inf if progress.best_loss is None else progress.best_loss
     if keep_best and values["eval/loss"] < best:
@@ -253,6 +259,11 @@ def train_step(
         "perf/slowest_rank": float(np.argmax(rank_seconds)),
         "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
     }
+    if run.group_flops is not None:
+        reached = float(run.group_flops[step.groups].sum()) / seconds / distributed.world_size()
+        values["perf/tflops_per_device"] = reached / 1e12
+        if run.peak_flops is not None:
+            values["perf/mfu"] = reached / run.peak_flops
     return values, faulty, bool(stopping)
 
 

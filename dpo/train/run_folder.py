@@ -36,6 +36,8 @@ FREE_TO_CHANGE = (  # between a run and its continuation: they change no weight
     "train.resume",
     "train.resume_allow",
     "train.stuck_after_seconds",
+    "train.peak_tflops",
+    "train.trackers",
     "train.max_skipped_steps",
     "train.keep_last",
     "train.keep_best",
@@ -149,6 +151,11 @@ def config_text(config: Config | SftConfig) -> str:
     return str(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
 
 
+def flat_settings(config: Config | SftConfig) -> dict[str, Any]:
+    """Dotted key -> value of the resolved configuration."""
+    return _flat(json.loads(json.dumps(asdict(config))))
+
+
 def _look_into(run_dir: Path, resume: str) -> tuple[int, list[Path]]:
     """Recorded steps and checkpoints of a folder that may be used; raises UserError."""
     if run_dir.exists() and not run_dir.is_dir():
@@ -203,7 +210,7 @@ def _refuse_other_settings(config: Config | SftConfig, run_dir: Path) -> None:
     file = run_dir / CONFIG_FILE
     if not file.is_file():
         return
-    then, now = _flat(yaml.safe_load(file.read_text())), _flat(json.loads(json.dumps(asdict(config))))
+    then, now = _flat(yaml.safe_load(file.read_text())), flat_settings(config)
     free = (*FREE_TO_CHANGE, *filter(None, config.train.resume_allow.split(",")))
     changed = {
         key: f"{key}: {then.get(key)} -> {now.get(key)}"

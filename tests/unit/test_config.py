@@ -17,8 +17,8 @@ from dpo.config import (
     SftDataConfig,
     SftModelConfig,
     SftTrainConfig,
-    problems,
 )
+from dpo.problems import problems
 
 CONFIG = Config(model=ModelConfig(name_or_path="m"), data=DataConfig(train="d"))
 SFT = SftConfig(model=SftModelConfig(name_or_path="m"), data=SftDataConfig(train="d"))

@@ -19,6 +19,9 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.distributed": set(),
     "dpo.ending": set(),
     "dpo.history": set(),
+    "dpo.cards": {"dpo.config"},
+    "dpo.trackers": {"dpo.distributed"},
+    "dpo.flops": {"dpo.data.dataset"},
     "dpo.figures": {"dpo.history", "dpo.evaluate.statistics"},
     "dpo.signals": set(),
     "dpo.stopwatch": set(),
@@ -43,7 +46,7 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     | {"dpo.history"},
     "dpo.planning": SHARED
     | {"dpo.planning", "dpo.data", "dpo.model", "dpo.frozen", "dpo.reference", "dpo.sharding"}
-    | {"dpo.evaluate.statistics", "dpo.train.space"},
+    | {"dpo.evaluate.statistics", "dpo.train.space", "dpo.flops"},
     "dpo.problems": {"dpo.config"},
     "dpo.arguments": {"dpo.config", "dpo.problems"},
     "dpo.cli": {"dpo.arguments", "dpo.config", "dpo.ending"},

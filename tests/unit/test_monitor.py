@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 
 from dpo import distributed
-from dpo.monitor import MetricSums, Monitor
+from dpo.monitor import Evaluation, MetricSums, Monitor
 
 
 def write_steps(run_dir: Path, steps: Mapping[int, Mapping[str, float]], first_step: int = 0) -> None:
@@ -125,3 +127,38 @@ def test_the_bar_shows_loss_accuracy_margin_and_rate(
     shown = capsys.readouterr().err
     for part in ("loss=0.6123", "acc=0.76", "margin=0.124", "pairs/s=42.2", "1/9"):
         assert part in shown
+
+
+def test_charts_lay_chosen_beside_rejected_and_training_beside_held_out(tmp_path: Path) -> None:
+    write_steps(tmp_path, {1: {"train/loss": 0.5}})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (summary,) = events.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(summary.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for part in layout.category for chart in part.chart}
+    assert charts["loss"] == ["train/loss", "eval/loss"]
+    assert charts["rewards, held-out"] == ["eval/rewards/chosen", "eval/rewards/rejected"]
+    assert len(charts) == 7
+
+
+def test_an_evaluation_leaves_numbers_a_histogram_and_samples_and_a_resumed_run_only_its_own(
+    tmp_path: Path,
+) -> None:
+    def evaluated(first_step: int, steps: dict[int, str]) -> None:
+        with Monitor(tmp_path, num_steps=9, first_step=first_step, unit="pairs") as monitor:
+            for step, text in steps.items():
+                margins = np.linspace(-1, 1, 10)
+                monitor.show(step, Evaluation(values={"eval/loss": 1.0}, margins=margins, samples=text))
+
+    evaluated(0, {0: "first", 2: "second", 4: "lost"})
+    evaluated(2, {4: "third"})
+    shown = plugin_event_accumulator.EventAccumulator(  # what TensorBoard's server reads with
+        str(tmp_path / "tensorboard"), tensor_size_guidance={"text": 0, "histograms": 0}
+    )
+    shown.Reload()
+    texts = [
+        (e.step, e.tensor_proto.string_val[0].decode()) for e in shown.Tensors("eval/samples/text_summary")
+    ]
+    assert texts == [(0, "first"), (2, "second"), (4, "third")]
+    assert [event.step for event in shown.Tensors("eval/rewards/margins")] == [0, 2, 4]
+    assert [line["step"] for line in lines(tmp_path)] == [0, 2, 4]

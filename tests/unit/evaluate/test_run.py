@@ -20,7 +20,7 @@ from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.trees import sequence_batch
 from dpo.evaluate import run as run_module
-from dpo.evaluate.run import _held_out_prompts, _log_probs, evaluate_run
+from dpo.evaluate.run import _log_probs, evaluate_run, held_out_prompts
 from dpo.model.load import load_model
 from dpo.model.logprobs import SequenceScorer
 from dpo.records import Pair, TokenizedGroup
@@ -46,8 +46,7 @@ def prompts_data(tmp_path: Path) -> TokenizedDataset:
 
 
 def selected(data: TokenizedDataset, number: int, positions: int | None) -> list[list[int]]:
-    options = EvaluateConfig(num_prompts=number, completion_tokens=10)
-    return [prompt.tolist() for prompt in _held_out_prompts(data, options, positions)]
+    return [prompt.tolist() for prompt in held_out_prompts(data, number, 10, positions)]
 
 
 def test_the_first_different_prompts_are_continued(prompts_data: TokenizedDataset) -> None:

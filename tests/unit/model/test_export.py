@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from dpo.config import LoraConfig, ModelConfig
+from dpo.config import ModelConfig
 from dpo.data.trees import sequence_batch
-from dpo.model.export import export_model, model_card
+from dpo.model.export import export_model
 from dpo.model.load import load_model
 from dpo.model.logprobs import SequenceScorer
 
@@ -88,23 +87,3 @@ def test_sampling_settings_that_transformers_would_not_save_do_not_lose_the_mode
     export_model(model, model.state_dict(), tokenizer, tmp_path / "model", "card")
     saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (saved["temperature"], saved["do_sample"]) == (0.6, True)
-
-
-def test_a_card_names_a_hub_model_as_its_base_but_no_path() -> None:
-    card = model_card(title="Mine", base=ModelConfig(name_or_path="gpt2"), tags=["dpo", "x"], body="Text.")
-    expected = (
-        "---\nlibrary_name: transformers\nbase_model: gpt2\ntags:\n- dpo\n- x\n---\n\n# Mine\n\nText.\n"
-    )
-    assert card == expected
-    for path in ("runs/sft/model", "/home/me/model", ""):
-        base = ModelConfig(name_or_path=path)
-        assert "base_model" not in model_card(title="Mine", base=base, tags=[], body="")
-
-
-@pytest.mark.parametrize(("export", "library"), [("merged", "transformers"), ("adapter", "peft")])
-def test_a_card_says_what_an_adapter_needs(export: Any, library: str) -> None:
-    base = ModelConfig(name_or_path="gpt2", lora=LoraConfig(rank=8, export=export))
-    card = model_card(title="Mine", base=base, tags=["dpo"], body="Text.")
-    for said in (f"library_name: {library}\n", "- lora\n", "rank 8 with alpha 32"):
-        assert said in card
-    assert ("pip install peft" in card) == (export == "adapter")

@@ -25,7 +25,7 @@ from dpo.data.trees import sequence_batch
 from dpo.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal
 from dpo.model.load import load_model
-from dpo.monitor import MetricSums, Monitor
+from dpo.monitor import Evaluation, MetricSums, Monitor
 from dpo.reference.identity import reference_identity
 from dpo.reference.lookup import reference_logps
 from dpo.reference.precompute import precompute
@@ -126,14 +126,14 @@ def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
         describe_run(config, engine=engine.description)
         result = Run(Path(config.run_dir))
 
-        def evaluate() -> dict[str, float]:
+        def evaluate() -> Evaluation:
             if die_at is not None and progress.step == die_at:
                 raise KilledError
             if stop_at is not None and progress.step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
                 raise Stopping
             assert evaluation is not None
-            return {"eval/loss": evaluation(progress.step)}
+            return Evaluation(values={"eval/loss": evaluation(progress.step)})
 
         monitor = Monitor(
             result.folder,

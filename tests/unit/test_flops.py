@@ -1,7 +1,10 @@
+"""Operations by hand, and the peaks of devices."""
+
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import (
     GPT2Config,
@@ -13,7 +16,7 @@ from transformers import (
 )
 
 from dpo.data.dataset import map_dataset, write_dataset
-from dpo.planning.compute import forward_flops, work_of
+from dpo.flops import forward_flops, known_peak, work_of
 from dpo.records import Pair, TokenizedGroup
 
 
@@ -54,3 +57,29 @@ def test_a_token_meets_the_experts_that_the_router_picks() -> None:
     with torch.device("meta"):
         work = work_of(MixtralForCausalLM(config))
     assert work.token == 4 * 64 * 64 + 8 * 64 + 2 * 3 * 64 * 96
+
+
+def test_a_sharded_weight_counts_whole() -> None:
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=4, vocab_size=100)
+    model = GPT2LMHeadModel(config)
+    whole = work_of(model)
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape  # as ZeRO-3 leaves it: the shape is remembered, the data gone
+        parameter.data = torch.empty(0)
+    assert work_of(model) == whole
+
+
+def test_a_model_without_a_list_of_blocks_cannot_be_counted() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
+    model.transformer.h = torch.nn.Sequential(*model.transformer.h)
+    with pytest.raises(ValueError, match="expected blocks in a ModuleList"):
+        work_of(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA A100-SXM4-80GB", 312.0)],
+)
+def test_common_gpus_have_a_peak(name: str, tflops: float) -> None:
+    assert known_peak(name) == tflops * 1e12
+    assert known_peak("A chip of next year") is None
