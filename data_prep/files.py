@@ -18,8 +18,8 @@ from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
+from dpo import terminal
 from dpo.data.load import Split
 from dpo.errors import UserError
 from dpo.records import PreferenceGroup
@@ -111,7 +111,7 @@ class PreferenceWriter:
 
     def write_all(self, groups: Iterable[tuple[Split, PreferenceGroup]]) -> None:
         """Adds a stream of groups under a progress bar."""
-        for split, group in tqdm(groups, desc="data_prep", unit=" groups"):
+        for split, group in terminal.progress(groups, description="data_prep", unit="groups"):
             self.write(split, group)
 
     def _flush(self, split: Split) -> None:

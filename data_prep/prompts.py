@@ -15,9 +15,8 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
-from tqdm import tqdm
-
 from data_prep.splits import open_inputs, prompt_key, read_inputs
+from dpo import terminal
 from dpo.data.load import Split, group_from_row, open_source, read_rows
 from dpo.errors import UserError
 from dpo.records import Message
@@ -124,7 +123,7 @@ def text_prompts(
     Raises:
         UserError: The text is too short for so many.
     """
-    documents = tqdm(documents, desc="cut prompts", unit=" documents", dynamic_ncols=True)
+    documents = terminal.progress(documents, description="cut prompts", unit="documents")
     cut = [cut_prompts(document, tokenizer, prompt_tokens) for document in documents]
     train, test = _split([prompts for prompts in cut if prompts], num_prompts, num_test_prompts, seed)
     if len(train) < num_prompts or len(test) < num_test_prompts:

@@ -9,10 +9,9 @@ import argparse
 import random
 from collections.abc import Collection, Iterator
 
-from tqdm import tqdm
-
 from data_prep.files import PreferenceWriter, describe_arguments
 from data_prep.grammar import MOODS, Mood, continuation, opening
+from dpo import terminal
 from dpo.data.pairing import pairs_from_scores
 from dpo.errors import UserError
 from dpo.records import PreferenceGroup
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
         rng = random.Random(f"corpus {args.seed}")
         with (writer.folder / "corpus.txt").open("w", encoding="utf-8") as corpus:
-            for _ in tqdm(range(args.num_stories), desc="corpus", unit=" stories"):
+            for _ in terminal.progress(range(args.num_stories), description="corpus", unit="stories"):
                 corpus.write(f"{story(rng, held_out)}\n")
         with (writer.folder / "corpus_heldout.txt").open("w", encoding="utf-8") as corpus:
             corpus.writelines(f"{group.prompt}{group.completions[0]}\n" for group in test)

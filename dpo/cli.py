@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+from dpo import terminal
 from dpo.arguments import COMMANDS, nearest, parse
 from dpo.config import Config, SftConfig
 from dpo.ending import record_end
@@ -30,8 +31,9 @@ commands:
   plan             memory, time and disk of a run, before it is started; see dpo plan --help
   check [COMMAND]  validate a configuration and its data for COMMAND (default: train); loads no model
 
-dpo COMMAND --help lists every key. Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo
-...
+dpo COMMAND --help lists every key. --quiet leaves warnings, errors and the summary; --json_lines makes
+standard output one JSON object a line.
+Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo ...
 """
 
 
@@ -75,9 +77,10 @@ def run(arguments: Sequence[str]) -> int:
         return _plan(rest)
     run_dir: Path | None = None
     started = time.time()
+    rest = _choose_output(rest)
     try:
-        checking = command == "check"
-        if checking:
+        only_check = command == "check"
+        if only_check:
             command = rest.pop(0) if rest and not rest[0].startswith("-") else "train"
         if command not in COMMANDS:
             raise UserError(
@@ -85,8 +88,8 @@ def run(arguments: Sequence[str]) -> int:
                 "see dpo --help"
             )
         config = parse(command, rest)
-        run_dir = None if checking else Path(config.run_dir)
-        _execute(command, config, checking=checking)
+        run_dir = None if only_check else Path(config.run_dir)
+        _execute(command, config, only_check=only_check)
     except UserError as error:
         _say(f"dpo: error: {error}")
         return _finish(run_dir, command, 2, str(error), started)
@@ -104,6 +107,14 @@ def run(arguments: Sequence[str]) -> int:
         _finish(run_dir, command, 1, f"{type(error).__name__}: {error}", started)
         raise
     return _finish(run_dir, command, 0, "done", started)
+
+
+def _choose_output(arguments: Sequence[str]) -> list[str]:
+    """Takes --quiet and --json_lines out of the arguments; the last one counts, also for child processes."""
+    for flag in arguments:
+        if flag in terminal.FLAGS:
+            os.environ[terminal.OUTPUT] = terminal.FLAGS[flag]
+    return [argument for argument in arguments if argument not in terminal.FLAGS]
 
 
 def _cache(arguments: Sequence[str]) -> int:
@@ -204,11 +215,11 @@ def _bytes(size: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
-def _execute(command: str, config: Config | SftConfig, *, checking: bool) -> None:
-    from dpo import commands
+def _execute(command: str, config: Config | SftConfig, *, only_check: bool) -> None:
+    from dpo import checking, commands
 
-    if checking:
-        commands.check(command, config)
+    if only_check:
+        checking.check(command, config)
     elif isinstance(config, SftConfig):
         commands.sft(config)
     else:
@@ -219,6 +230,7 @@ def _execute(command: str, config: Config | SftConfig, *, checking: bool) -> Non
 
 def _finish(run_dir: Path | None, command: str, status: int, message: str, started: float) -> int:
     """Leaves RUN_DIR/exit.json for scripts, from rank 0."""
+    terminal.event("end", {"command": command, "status": status, "message": message})
     if run_dir is not None and os.environ.get("RANK", "0") == "0":
         record_end(run_dir, command, status, message, started)
     return status

@@ -3,7 +3,6 @@ made.
 """
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,11 +12,12 @@ import numpy.typing as npt
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import distributed, engine
+from dpo import distributed, engine, terminal
 from dpo.cards import policy_card, sft_card
-from dpo.config import Config, DataConfig, ModelConfig, SftConfig
+from dpo.checking import finished_model
+from dpo.config import Config, ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
-from dpo.data.opening import check_sources, open_datasets
+from dpo.data.opening import open_datasets
 from dpo.data.plan import BatchPlan
 from dpo.data.trees import TreeBatch
 from dpo.engine import Engine
@@ -27,7 +27,6 @@ from dpo.evaluate.run import evaluate_run, held_out_prompts
 from dpo.evaluate.watch import watched_samples
 from dpo.frozen import frozen_scorer, is_sharded, token_budget
 from dpo.model.load import (
-    check_model_path,
     load_tokenizer,
     max_positions,
     num_parameters,
@@ -53,44 +52,10 @@ from dpo.running import (
     optimize,
     quiet,
     start_of,
-    summary,
 )
-from dpo.trackers import check_trackers
 from dpo.train.preference import PreferenceObjective
-from dpo.train.run_folder import claim_run, find_start
+from dpo.train.run_folder import claim_run
 from dpo.train.sft import NextTokenObjective, held_out_loss, is_text, open_text_or_preferences, read_lines
-
-
-def check(command: str, config: Config | SftConfig) -> None:
-    """Everything that can be known to be wrong without a model in memory; raises UserError.
-
-    Prints the run folder, for scripts that want RUN_DIR/exit.json afterwards.
-    """
-    if config.model.name_or_path:
-        check_model_path(config.model.name_or_path, "model.name_or_path")
-    if command in ("train", "sft"):
-        check_policy(config.model, local=True)
-        check_trackers(config.train.trackers)
-    if isinstance(config, SftConfig):
-        find_start(config, thorough=False)
-        if not is_text(config.data.train):
-            check_sources(DataConfig(train=config.data.train, test=config.data.test))
-        else:
-            for key, path in (("data.train", config.data.train), ("data.test", config.data.test)):
-                if path is not None and next(read_lines(path, key), None) is None:
-                    raise UserError(f"{key}: {path} has no text")
-    else:
-        if config.reference.model is not None:
-            check_model_path(config.reference.model, "reference.model")
-        check_sources(config.data)
-        if command == "train":
-            find_start(config, thorough=False)
-        if command == "evaluate":
-            _finished_model(config)
-    if command in ("train", "sft"):
-        distributed.require_shared(Path(config.run_dir), "run_dir")  # or it cannot be written to
-    print(f"{command}: configuration and data are in order", file=sys.stderr)
-    print(config.run_dir)
 
 
 def precompute_ref(config: Config) -> None:
@@ -105,12 +70,15 @@ def precompute_ref(config: Config) -> None:
     if result.misses and distributed.device().type == "cpu":
         rate += f" ({distributed.world_size()} rank(s) of one thread each: NPROC=N takes more cores)"
     nearest = store.nearest_other() if result.hits == 0 and distributed.is_main() else None
-    summary(
-        f"reference cache: {result.hits} sequences were there, {result.misses} computed{rate}",
-        *([f"nothing was there before: {nearest}"] if nearest else []),
-        f"in {store.path}",
-        _counts("train", train_data),
-        _counts("test", test_data),
+    terminal.summary(
+        "precompute-ref",
+        {
+            "reference": f"{result.hits} sequences were there, {result.misses} computed{rate}",
+            "cold": f"nothing was there before: {nearest}" if nearest else "",
+            "cache": str(store.path),
+            "data": f"{_counts('train', train_data)}\n{_counts('test', test_data)}",
+            "next": "dpo train with the same configuration",
+        },
     )
 
 
@@ -201,7 +169,7 @@ def evaluate(config: Config) -> None:
     """Held-out metrics, samples of reference and policy side by side, and the report."""
     quiet()
     distributed.start()
-    policy = _finished_model(config)
+    policy = finished_model(config)
     train_data, test_data, tokenizer = open_data(config)
     if test_data is None:
         raise UserError(
@@ -342,7 +310,7 @@ def _watched_samples(
 
 def _settle_layout(policy: Engine, datasets: Sequence[TokenizedDataset]) -> None:
     if notes := policy.settle_layout(longest_tree(datasets)).notes:
-        summary(*notes)
+        terminal.warning(*notes)
 
 
 def _audit(
@@ -353,21 +321,9 @@ def _audit(
     config: Config,
 ) -> None:
     result = audit(score, datasets, references, store, num_rows=config.reference.audit_rows)
-    summary(
+    terminal.note(
         f"audit: {result.rows} cached rows recomputed, largest difference {result.largest:.2g} nats, "
         f"{result.share:.0%} of what rounding may do"
-    )
-
-
-def _finished_model(config: Config) -> ModelConfig:
-    folder = Path(config.run_dir) / "model"
-    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise UserError(f"run_dir: no trained model in {folder}; run train first")
-    return ModelConfig(
-        name_or_path=str(folder),
-        dtype=config.model.dtype,
-        attention=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
     )
 
 

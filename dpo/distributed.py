@@ -4,11 +4,13 @@ share.
 A single process that was not launched gets the same functions with a world of one.
 """
 
+import io
 import itertools
 import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from socket import gethostname
@@ -42,7 +44,8 @@ def start() -> None:
         return
     backend = None if torch.cuda.is_available() else "gloo"
     options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT} | ({"backend": backend} if backend else {})
-    PartialState(cpu=trains_on_cpu_alone(), **options)
+    with redirect_stdout(io.StringIO()):  # DeepSpeed says of its build on a CPU that it went well
+        PartialState(cpu=trains_on_cpu_alone(), **options)
     if (
         backend and os.environ.get("OMP_NUM_THREADS", "1") == "1"
     ):  # the launcher's default, not a person's wish

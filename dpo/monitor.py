@@ -17,9 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.history import HISTORY_FILE, complete_lines
 
 FLUSH_SECONDS = 3
@@ -146,7 +145,7 @@ class Monitor:
         )
         self._writer.add_custom_scalars(BESIDE)
         self._trackers = trackers
-        self._bar = tqdm(total=num_steps, initial=first_step, desc="train", unit="step", dynamic_ncols=True)
+        self._bar = terminal.bar(num_steps, description="train", unit="steps", initial=first_step)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line and one point a curve.
@@ -162,6 +161,7 @@ class Monitor:
             self._writer.add_scalar(name, value, step)
         for tracker in self._trackers:
             tracker.log(dict(values), step)
+        terminal.event("metrics", {"step": step, **values})
 
     def show(self, step: int, evaluation: Evaluation) -> None:
         """An evaluation: its line and points, for TensorBoard also the distribution of margins, and
@@ -186,7 +186,8 @@ class Monitor:
             f"{self._unit}/s": (f"perf/{self._unit}_per_second", ".1f"),
         }
         self._bar.set_postfix(
-            {label: f"{values[name]:{form}}" for label, (name, form) in shown.items() if name in values}
+            {label: f"{values[name]:{form}}" for label, (name, form) in shown.items() if name in values},
+            refresh=False,
         )
         self._bar.update()
 
@@ -200,11 +201,6 @@ class Monitor:
         """A text for TensorBoard, in Markdown."""
         if self._enabled:
             self._writer.add_text(tag, content, 0)
-
-    def say(self, message: str) -> None:
-        """A line above the bar."""
-        if self._enabled:
-            self._bar.write(message)
 
     def __enter__(self) -> "Monitor":
         return self

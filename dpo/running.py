@@ -3,6 +3,7 @@ and the model that it leaves.
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
-from dpo import distributed, engine
+from dpo import distributed, engine, terminal
 from dpo.config import Config, SftConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
@@ -34,7 +36,14 @@ from dpo.trackers import check_trackers, open_trackers
 from dpo.train.checkpoint import Progress, load_checkpoint
 from dpo.train.loop import Objective, Run, Stopping, train
 from dpo.train.reshard import needs_universal_form, universal_form
-from dpo.train.run_folder import check_fingerprints, config_text, describe_run, find_start, flat_settings
+from dpo.train.run_folder import (
+    CONFIG_FILE,
+    check_fingerprints,
+    config_text,
+    describe_run,
+    find_start,
+    flat_settings,
+)
 from dpo.train.space import checkpoint_bytes, exported_bytes, require_space
 from dpo.watchdog import Watchdog
 
@@ -46,6 +55,8 @@ PROMPT_CHARACTERS = 40
 class Guard:
     """What watches over a command: see `guarded`."""
 
+    command: str
+    """train or sft."""
     stop: StopRequests
     watchdog: Watchdog
 
@@ -71,7 +82,7 @@ def guarded(command: str, config: Config | SftConfig) -> Iterator[Guard]:
     watchdog = Watchdog(Path(config.run_dir), command, config.train.stuck_after_seconds)
     with StopRequests() as stop, watchdog:
         try:
-            yield Guard(stop=stop, watchdog=watchdog)
+            yield Guard(command=command, stop=stop, watchdog=watchdog)
         except (UserError, StoppedBySignal, RunFailed) as error:
             watchdog.farewell(error)
             raise
@@ -85,7 +96,7 @@ def guarded(command: str, config: Config | SftConfig) -> Iterator[Guard]:
 def start_of(config: Config | SftConfig) -> Path | None:
     """The checkpoint to go on from, or None; says which newer ones are not valid. All ranks must call it."""
     start, notes = find_start(config)
-    summary(*notes)
+    terminal.warning(*notes)
     distributed.require_shared(Path(config.run_dir), "run_dir")
     return start
 
@@ -206,9 +217,9 @@ def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
         if policy.num_frozen:
             trained = policy.num_parameters - policy.num_frozen
             parameters += f", of which {trained / 1e6:.2f}M of an adapter are trained"
-        monitor.say(f"{policy.description}; {parameters}; {work.data}")
+        terminal.note(f"{policy.description}; {parameters}; {work.data}")
         if work.start:
-            monitor.say(f"going on after step {progress.step}, from {work.start}")
+            terminal.note(f"going on after step {progress.step}, from {work.start}")
         monitor.text("config", f"```yaml\n{config_text(config)}```")
         run = Run(
             folder=run_dir,
@@ -230,11 +241,17 @@ def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
         result = "no held-out data, so nothing was evaluated"
     else:
         result = "it had ended already"
-    summary(
-        f"trained {work.plan.num_steps} steps on {work.data}",
-        *([f"{progress.skipped} steps were skipped: see the lines above"] if progress.skipped else []),
-        result,
-        f"model in {run_dir / 'model'}; to watch the curves: make tensorboard",
+    skipped = f"; {progress.skipped} steps were skipped: see the lines above" if progress.skipped else ""
+    preferences = isinstance(config, Config) and work.evaluate is not None
+    terminal.summary(
+        guard.command,
+        {
+            "trained": f"{work.plan.num_steps} steps on {work.data}{skipped}",
+            "result": result,
+            "model": str(run_dir / "model"),
+            "curves": f"tensorboard --logdir {run_dir}",
+            "next": f"dpo evaluate --config {run_dir / CONFIG_FILE}" if preferences else "",
+        },
     )
 
 
@@ -258,7 +275,7 @@ def _load(work: Work, run_dir: Path) -> Progress:
         return Progress()
     if not work.universal:
         return load_checkpoint(work.policy, work.start, work.start)
-    summary(f"making {work.start} fit {distributed.world_size()} rank(s)")
+    terminal.note(f"making {work.start} fit {distributed.world_size()} rank(s)")
     with universal_form(work.start, run_dir) as state:
         return load_checkpoint(work.policy, work.start, state)
 
@@ -272,15 +289,11 @@ def _metrics(evaluated: dict[str, float]) -> str:
     return ", ".join(f"{label} {evaluated[name]:.4f}" for label, name in shown.items() if name in evaluated)
 
 
-def summary(*lines: str) -> None:
-    """Says something once, from rank 0."""
-    if lines and distributed.is_main():
-        print("\n".join(lines), flush=True)
-
-
 def quiet() -> None:
     """Silences what a user cannot act on: other libraries' progress notes and deprecations among
     themselves.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if terminal.mode() != "plain" or not sys.stderr.isatty():
+        disable_progress_bar()  # of loading and writing weights
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.config import DataConfig, DataSource
 from dpo.data.dataset import FORMAT_VERSION, SourceGroups, TokenizedDataset, map_dataset, write_dataset
 from dpo.data.load import PreferenceSource, has_split, open_source, read_groups
@@ -142,12 +141,11 @@ def _tokenized(
     for source, weight in sources:
         number = 0
         drops: Counter[str] = Counter()
-        groups = tqdm(
+        groups = terminal.progress(
             read_weighted(source, weight, data, drops),
-            desc=f"tokenize {split}",
-            unit=" groups",
+            description=f"tokenize {split}",
+            unit="groups",
             leave=False,
-            disable=None,
         )
         for group in tokenize_source(groups, source, data, max_length, tokenizer, counts):
             number += 1

@@ -14,10 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.trees import Layout, sequence_batch
@@ -70,9 +69,15 @@ def evaluate_run(
     write_text(folder / "report.html", html_page(report, config.run_dir))
     if report.rows:
         shown = report.rows[: config.evaluate.table_rows]
-        print(terminal_table(shown, shutil.get_terminal_size((140, 24)).columns))
-    print(headline(report.summary))
-    print(f"report: {folder / 'report.html'}, and report.md beside it")
+        terminal.note(terminal_table(shown, shutil.get_terminal_size((140, 24)).columns))
+    terminal.event("evaluation", report.summary)
+    terminal.summary(
+        "evaluate",
+        {
+            "result": headline(report.summary),
+            "report": f"{folder / 'report.html'}\nreport.md, figures and all samples are beside it",
+        },
+    )
     return report.summary
 
 
@@ -187,7 +192,7 @@ def _log_probs(scorer: nn.Module, sequences: Sequences, layout: Layout, budget: 
     starts = range(0, len(sequences), size)
     mine: dict[int, Float64s] = {}
     turns = distributed.turns_of(starts)  # also an empty batch is a pass that a sharded model's ranks share
-    for start in tqdm(turns, desc="log-probs", disable=not distributed.is_main(), leave=False):
+    for start in terminal.progress(turns, description="log-probs of samples", unit="batches", leave=False):
         chosen = sequences[start : start + size] if start is not None else []
         with torch.no_grad():
             found = scorer(sequence_batch(chosen, layout).to(distributed.device())).cpu().numpy()

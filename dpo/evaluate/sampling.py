@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from dpo.distributed import device, gather_objects, is_main, turns_of
+from dpo import terminal
+from dpo.distributed import device, gather_objects, turns_of
 from dpo.errors import UserError
 from dpo.records import TokenIds
 
@@ -121,13 +121,7 @@ def sample(
     drawn: dict[_Row, Continuation] = {}
     with (
         _own_generation_config(model, config),
-        tqdm(
-            desc=progress,
-            total=sum(len(batch or ()) for batch in batches),
-            unit=" samples",
-            disable=progress is None or not is_main(),
-            dynamic_ncols=True,
-        ) as bar,
+        terminal.bar(sum(len(batch or ()) for batch in batches), description=progress, unit="samples") as bar,
     ):
         for own in batches:
             if own is None and not sharded:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.plan import Int64s, deal
@@ -198,8 +198,7 @@ def _compute(
     try:
         with _one_thread(), _stop_on_sigterm(), frozen_scorer(model, sharded=sharded) as scorer:
             probed = settle_layout(scorer, longest_tree(datasets), DTYPES[model.dtype])
-            if probed.notes and distributed.is_main():
-                print(*probed.notes, sep="\n")
+            terminal.warning(*probed.notes)
             plan = plan_batches(datasets, missing.sequences, probed.layout, budget)
             started = flushed = time.monotonic()
             with _bar(plan, missing) as bar:
@@ -284,13 +283,12 @@ def _place(datasets: Sequence[TokenizedDataset], sequence: int) -> tuple[Tokeniz
 
 def _bar(plan: MissingPlan, missing: Missing) -> "tqdm[NoReturn]":
     """Progress over all ranks. Its unit is tokens, since the longest sequences come first."""
-    return tqdm(
-        total=int(plan.tokens.sum()),
-        desc=f"reference log-probs: {missing.hits} sequences cached, {len(missing.sequences)} to compute",
-        unit=" tokens",
+    return terminal.bar(
+        int(plan.tokens.sum()),
+        description=f"reference log-probs: {missing.hits} sequences cached, "
+        f"{len(missing.sequences)} to compute",
+        unit="tokens",
         unit_scale=True,
-        disable=not distributed.is_main(),
-        dynamic_ncols=True,
     )
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.config import OptimizationConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan, Int64s, Step, share
@@ -184,7 +184,7 @@ def _advance(
     else:
         progress.skipped, progress.skipped_in_a_row = progress.skipped + 1, progress.skipped_in_a_row + 1
         values["skipped_steps"] = progress.skipped
-        run.monitor.say(f"step {number} is skipped, weights unchanged: {faulty}")
+        terminal.warning(f"step {number} is skipped, weights unchanged: {faulty}")
     named = {name if name.startswith("perf/") else f"train/{name}": value for name, value in values.items()}
     named = {name: value for name, value in named.items() if math.isfinite(value)}
     run.monitor.record(number, named)

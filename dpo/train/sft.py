@@ -20,10 +20,9 @@ from typing import IO
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.config import DataConfig, SftDataConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.opening import open_datasets, resolve_max_length
@@ -206,7 +205,7 @@ def _blocks(
     """
     eos = int(tokenizer.eos_token_id)
     waiting = [eos]
-    lines = tqdm(read_lines(path, key), desc="tokenize text", unit=" lines", leave=False, disable=None)
+    lines = terminal.progress(read_lines(path, key), description="tokenize text", unit="lines", leave=False)
     for chunk in _chunks(lines):
         for ids in tokenizer(chunk, add_special_tokens=False, verbose=False).input_ids:
             waiting.extend([*ids, eos])

@@ -126,7 +126,7 @@ def test_a_policy_that_is_the_reference_differs_in_nothing(
     for name in ("score", "positive_share", "distinct_2"):
         assert summary[f"{name}/policy"] == summary[f"{name}/reference"]
     printed = capsys.readouterr().out
-    assert "report:" in printed
+    assert "report/report.html" in printed
     assert "held-out loss 0.6931" in printed
 
 

@@ -1,0 +1,175 @@
+"""What a person sees while a command runs: one bar a stage, notes, warnings, and a box at the end.
+
+Three modes, by the environment so that every rank of a launcher has the same. Plain: bars on a terminal, and
+into a file a line now and then. `quiet`: warnings, errors and the box. `json`: standard output is one JSON
+object a line, for batch systems; its `event` is note, warning, metrics, evaluation, summary or end. Only the
+main process speaks.
+"""
+
+import io
+import json
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Iterable, Mapping
+from typing import IO, Any, Literal, NoReturn, TypeVar, cast
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+OUTPUT = "DPO_OUTPUT"
+"""Environment variable with the mode: quiet, json, or nothing."""
+FLAGS = {"--quiet": "quiet", "--json_lines": "json"}
+FILE_SECONDS = 30.0
+"""How often a bar writes a line where there is no terminal."""
+WIDEST = 100
+_started = time.monotonic()
+
+
+def mode() -> Literal["plain", "quiet", "json"]:
+    """How this process speaks."""
+    chosen = os.environ.get(OUTPUT, "")
+    return cast(Literal["quiet", "json"], chosen) if chosen in FLAGS.values() else "plain"
+
+
+def note(*lines: str) -> None:
+    """What is good to know; nothing depends on it."""
+    if lines and _speaks() and mode() != "quiet":
+        _say("note", lines)
+
+
+def warning(*lines: str) -> None:
+    """What a person should act on, or at least know of; said in every mode."""
+    if lines and _speaks():
+        _say("warning", lines)
+
+
+def event(kind: str, values: Mapping[str, Any]) -> None:
+    """A line of JSON, where those are wanted."""
+    if _speaks() and mode() == "json":
+        print(json.dumps({"event": kind, **values}), flush=True)
+
+
+def summary(title: str, rows: Mapping[str, str]) -> None:
+    """The box at the end of a command: what was made, where, what next, and how long it took.
+
+    Args:
+        title: The command.
+        rows: Label -> text, which may have several lines; an empty one is left out.
+    """
+    if not _speaks():
+        return
+    seconds = time.monotonic() - _started
+    rows = {label: text for label, text in rows.items() if text} | {"took": duration(seconds)}
+    if mode() == "json":
+        event("summary", {"command": title, **rows, "seconds": round(seconds, 1)})
+        return
+    width = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
+    print(box(title, rows, width, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), flush=True)
+
+
+def box(title: str, rows: Mapping[str, str], width: int, *, colour: bool = False) -> str:
+    """Labels and texts in a frame.
+
+    Args:
+        title: In the upper edge.
+        rows: Label -> text; long lines are wrapped, words that do not fit (paths) stick out unbroken.
+        width: Columns of the frame, at least 40.
+        colour: Whether the title is set off in bold green, for terminals.
+    """
+    width = max(width, 40)
+    label_width = max(map(len, rows))
+    room = width - label_width - len("│   │")
+    shown = f"\033[1;32m{title}\033[0m" if colour else title
+    lines = [f"╭─ {shown} {'─' * (width - len(title) - 5)}╮"]
+    for label, text in rows.items():
+        parts = [
+            part
+            for line in text.splitlines()
+            for part in textwrap.wrap(line, room, break_long_words=False, break_on_hyphens=False) or [""]
+        ]
+        for index, part in enumerate(parts):
+            head = label if index == 0 else ""
+            lines.append(f"│ {head:<{label_width}}  {part:<{room}}│")
+    return "\n".join([*lines, f"╰{'─' * (width - 2)}╯"])
+
+
+def duration(seconds: float) -> str:
+    """9.4 s, 3 min 20 s or 2 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def progress(items: Iterable[T], *, description: str, unit: str, leave: bool = True) -> "tqdm[T]":
+    """Walks through a stage under its bar, with an ETA; a line every half minute where there is no terminal.
+
+    Args:
+        items: What is walked through.
+        description: What is being done.
+        unit: What is counted.
+        leave: Whether the bar stays when the stage is done.
+    """
+    return tqdm(items, desc=description, unit=f" {unit}", leave=leave, **_appearance())
+
+
+def bar(
+    total: int, *, description: str | None, unit: str, initial: int = 0, unit_scale: bool = False
+) -> "tqdm[NoReturn]":
+    """`progress` for a bar that is moved by hand.
+
+    Args:
+        total: Units of the whole stage.
+        description: What is being done; None for no bar.
+        unit: What is counted.
+        initial: Units that were done before.
+        unit_scale: Whether to write thousands as k, millions as M.
+    """
+    appearance = _appearance()
+    appearance["disable"] |= description is None
+    return tqdm(
+        total=total, desc=description, unit=f" {unit}", initial=initial, unit_scale=unit_scale, **appearance
+    )
+
+
+def _appearance() -> dict[str, Any]:
+    found: dict[str, Any] = {"disable": mode() != "plain" or not _speaks(), "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        found |= {
+            "file": _Lines(sys.stderr),
+            "mininterval": FILE_SECONDS,
+            "bar_format": "{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
+        }
+    return found
+
+
+class _Lines(io.TextIOBase):
+    """Takes a bar's carriage returns for line ends, for files and pipes."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        for line in text.replace("\r", "\n").splitlines():
+            if line.strip():
+                self._stream.write(line.rstrip() + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _say(kind: str, lines: Iterable[str]) -> None:
+    if mode() == "json":
+        event(kind, {"text": "\n".join(lines)})
+    else:
+        tqdm.write("\n".join(lines), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _speaks() -> bool:
+    return os.environ.get("RANK", "0") == "0"
