@@ -7,6 +7,7 @@ from dpo import distributed, terminal
 from dpo.config import Config, DataConfig, ModelConfig, SftConfig
 from dpo.data.opening import check_sources
 from dpo.errors import UserError
+from dpo.evaluate.compose import model_folder
 from dpo.model.load import check_model_path
 from dpo.model.lora import check_policy
 from dpo.trackers import check_trackers
@@ -49,8 +50,14 @@ def check(command: str, config: Config | SftConfig) -> None:
 
 def finished_model(config: Config) -> ModelConfig:
     """The model that training left in the run folder; UserError where there is none."""
-    folder = Path(config.run_dir) / "model"
+    folder = model_folder(config)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        if config.evaluate.snapshot is not None:
+            kept = [str(int(path.name[5:])) for path in sorted(folder.parent.glob("step_*"))]
+            raise UserError(
+                f"evaluate.snapshot: no model in {folder}; train.snapshot_every keeps them, and there are: "
+                + (", ".join(kept) or "none")
+            )
         raise UserError(f"run_dir: no trained model in {folder}; run train first")
     return ModelConfig(
         name_or_path=str(folder),

@@ -22,6 +22,7 @@ from dpo.data.plan import BatchPlan
 from dpo.data.trees import TreeBatch
 from dpo.engine import Engine
 from dpo.errors import UserError
+from dpo.evaluate.compose import learned_preferences
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.run import evaluate_run, held_out_prompts
 from dpo.evaluate.watch import watched_samples
@@ -113,7 +114,7 @@ def _train(config: Config, guard: Guard) -> None:
         pairs_per_step=config.train.pairs_per_step,
         max_steps=config.train.max_steps,
     )
-    check_space(config, num_parameters(config.model), accelerator)
+    check_space(config, num_parameters(config.model), accelerator, plan.num_steps)
     audited = start is None and config.reference.audit_rows > 0
     starts_as_reference = distributed.on_main(
         lambda: policy_is_reference(config, store.identity, store.cache_dir)
@@ -190,7 +191,7 @@ def evaluate(config: Config) -> None:
             "reference cache": f"{store.path}, identity {store.identity.digest}",
         },
     )
-    if distributed.is_main():
+    if distributed.is_main() and learned_preferences(Path(config.run_dir)):
         (Path(policy.name_or_path) / "README.md").write_text(policy_card(config, found))
 
 
@@ -247,9 +248,9 @@ def _sft(config: SftConfig, guard: Guard) -> None:
             attention=config.model.attention,
         )
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        check_space(config, parameters, accelerator)
+        check_space(config, parameters, accelerator, plan.num_steps)
     else:
-        check_space(config, num_parameters(config.model), accelerator)
+        check_space(config, num_parameters(config.model), accelerator, plan.num_steps)
         model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
     policy = Engine(accelerator, model, config.model, config.train, universal=universal)
     _settle_layout(policy, [train_data])

@@ -5,7 +5,7 @@ the DPO paper (arXiv 2305.18290, appendix B) where it gives one.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +155,8 @@ class OptimizationConfig:
     """How many checkpoints stay, at least 1."""
     keep_best: bool = False
     """Also keep the weights of the evaluation with the lowest loss, in RUN_DIR/best/."""
+    snapshot_every: int = 0
+    """Keep the model of every N steps in RUN_DIR/snapshots/, to evaluate it later; 0: none."""
     resume: str = "auto"
     """auto: go on from the newest valid checkpoint; never: start, in an empty folder; or a checkpoint's
     path."""
@@ -207,6 +209,8 @@ class EvaluateConfig:
     watched_prompts: int = 4
     """Held-out prompts that the policy continues at each evaluation of a training, for TensorBoard; 0:
     none."""
+    snapshot: int | None = None
+    """Evaluate the model of this step, which train.snapshot_every kept. Default: the last model."""
     table_rows: int = 10
     """Rows of the table query | reference | policy; always the first held-out prompts."""
 
@@ -287,3 +291,14 @@ class SftConfig:
     model: SftModelConfig = field(default_factory=SftModelConfig)
     data: SftDataConfig
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of a configuration as nested dictionaries."""
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    return {
+        key: value
+        for name, part in settings.items()
+        for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()
+    }

@@ -6,7 +6,7 @@ colour so that it can be read in light and in dark.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +46,13 @@ class Point:
     """One model between score and KL."""
 
     label: str
+    """Written beside the point; may be empty."""
     kl: Interval
     """KL(policy || reference), nats a sequence."""
     score: Interval
 
 
-def losses_and_margins(runs: dict[str, Sequence[Line]]) -> Figure:
+def losses_and_margins(runs: Mapping[str, Sequence[Line]]) -> Figure:
     """Loss and reward margin over optimizer steps, in training and on held-out data.
 
     Args:
@@ -114,7 +115,7 @@ def histogram_before_and_after(
         return figure
 
 
-def score_against_kl(curves: dict[str, Sequence[Point]], score: str, *, joined: bool = True) -> Figure:
+def score_against_kl(curves: Mapping[str, Sequence[Point]], score: str, *, joined: bool = True) -> Figure:
     """What was won against what it cost, as in Figure 2 of arXiv 2305.18290; bars are 95 % intervals.
 
     Args:
@@ -145,6 +146,9 @@ def score_against_kl(curves: dict[str, Sequence[Point]], score: str, *, joined: 
                 elinewidth=0.7,
                 capsize=2,
             )
+            for point in points:
+                where = (point.kl.mean, point.score.mean)
+                axes.annotate(point.label, where, textcoords="offset points", xytext=(5, -10), fontsize=7)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
         _finish(axes, "Score against KL", "KL(policy || reference), nats a sequence", score)
         return figure

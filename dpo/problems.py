@@ -70,6 +70,7 @@ _NO_SUCH_KEY = object()
 
 def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
     zero = "warmup_steps", "weight_decay", "max_grad_norm", "seed", "evaluate_every", "checkpoint_every"
+    yield from _below(train, "train", 0, "snapshot_every")
     yield from _below(train, "train", 0, *zero, "max_skipped_steps")
     yield from _below(train, "train", 1, "num_epochs", "keep_last")
     if not train.learning_rate > 0:

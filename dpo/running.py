@@ -126,13 +126,16 @@ def base_fingerprint(config: Config | SftConfig, memory: Path) -> dict[str, str]
     return {"model.name_or_path": identity.digest}
 
 
-def check_space(config: Config | SftConfig, num_parameters: int, accelerator: Accelerator) -> None:
+def check_space(
+    config: Config | SftConfig, num_parameters: int, accelerator: Accelerator, num_steps: int
+) -> None:
     """Raises UserError on all ranks if the disk cannot hold the checkpoints.
 
     Args:
         config: The resolved configuration.
         num_parameters: Of the whole model.
         accelerator: From `engine.start`.
+        num_steps: Optimizer steps of the whole run.
     """
     sharded = engine.kind_here().startswith("DeepSpeed")
 
@@ -143,7 +146,7 @@ def check_space(config: Config | SftConfig, num_parameters: int, accelerator: Ac
                 trained = num_adapter_parameters(config.model)
         one = checkpoint_bytes(trained, DTYPES[config.model.dtype], config.train, sharded=sharded)
         model = exported_bytes(config.model, num_parameters, trained)
-        require_space(Path(config.run_dir), one, model, config.train)
+        require_space(Path(config.run_dir), one, model, config.train, num_steps)
 
     distributed.on_main(check)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import yaml
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed
@@ -123,10 +124,34 @@ def compose(
         essentials=_essentials(config, data),
         provenance=identity | _environment(Path(config.run_dir)),
         commands=_commands(config),
-        figures=_figures(read_history(Path(config.run_dir)), scores, compared, summary),
+        figures=_figures(_history(config), scores, compared, summary),
         worst_pairs=_worst_pairs(scores, data, tokenizer),
         worst_samples=_worst_samples(compared.rows),
     )
+
+
+def model_folder(config: Config) -> Path:
+    """The model that is evaluated: the last one, or a snapshot."""
+    step = config.evaluate.snapshot
+    return Path(config.run_dir) / ("model" if step is None else f"snapshots/step_{step:08d}")
+
+
+def report_folder(config: Config) -> Path:
+    """Where its report belongs: a snapshot's is in its own folder."""
+    return (Path(config.run_dir) if config.evaluate.snapshot is None else model_folder(config)) / "report"
+
+
+def learned_preferences(run_dir: Path) -> bool:
+    """Whether `train` made the run, and not `sft`; a folder without a configuration counts as that."""
+    file = run_dir / "config.yaml"
+    return not file.is_file() or "loss" in yaml.safe_load(file.read_text())
+
+
+def _history(config: Config) -> list[Line]:
+    """Of the run, up to the model that is evaluated."""
+    last = config.evaluate.snapshot
+    lines = read_history(Path(config.run_dir))
+    return [line for line in lines if last is None or line["step"] <= last]
 
 
 def _figures(
@@ -174,7 +199,7 @@ def _figures(
     ]
     kl = Interval(summary["kl/sequence"], summary["kl/sequence/low"], summary["kl/sequence/high"])
     ends = [("reference", Interval(0.0, 0.0, 0.0)), ("policy", kl)]
-    points = [Point(label=name, kl=kl, score=_interval(summary, f"score/{name}")) for name, kl in ends]
+    points = {name: [Point(label="", kl=kl, score=_interval(summary, f"score/{name}"))] for name, kl in ends}
     return [
         *made,
         Captioned(
@@ -189,7 +214,7 @@ def _figures(
             name="score_kl",
             title="Score against KL",
             caption="What was won and what it cost. dpo frontier draws several betas into one such figure.",
-            figure=score_against_kl({point.label: [point] for point in points}, "mean score", joined=False),
+            figure=score_against_kl(points, "mean score", joined=False),
         ),
     ]
 
@@ -231,12 +256,17 @@ def _worst_samples(rows: Sequence[SampleRow]) -> list[SampleRow]:
 
 def _essentials(config: Config, data: TokenizedDataset) -> dict[str, str]:
     evaluate, train, loss = config.evaluate, config.train, config.loss
-    return {
-        "policy": f"{config.run_dir}/model, from {config.model.name_or_path}",
-        "reference": config.reference.model or config.model.name_or_path,
+    trained = {
         "loss": f"{loss.type}, beta {loss.beta}, label smoothing {loss.label_smoothing}",
         "training": f"learning rate {train.learning_rate}, {train.pairs_per_step} pairs a step, "
         f"{train.num_epochs} epoch(s), {train.optimizer}, seed {train.seed}",
+    }
+    if not learned_preferences(Path(config.run_dir)):
+        trained = {"training": "next tokens; the loss and the rewards here are those of its use as a policy"}
+    return {
+        "policy": f"{model_folder(config)}, from {config.model.name_or_path}",
+        "reference": config.reference.model or config.model.name_or_path,
+        **trained,
         "held-out data": f"{data.counts['pairs']} pairs of {data.counts['groups']} prompts",
         "samples": f"{evaluate.num_prompts} prompts, temperature {evaluate.temperature}, up to "
         f"{evaluate.completion_tokens} tokens, seed {evaluate.seed}, scorer {evaluate.scorer or 'none'}",

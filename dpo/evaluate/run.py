@@ -8,7 +8,6 @@ import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from dpo import distributed, terminal
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.trees import Layout, sequence_batch
-from dpo.evaluate.compose import Compared, Samples, compare, compose, headline
+from dpo.evaluate.compose import Compared, Samples, compare, compose, headline, report_folder
 from dpo.evaluate.divergence import kl_summary
 from dpo.evaluate.page import html_page
 from dpo.evaluate.report import terminal_table, write_report, write_text
@@ -63,7 +62,7 @@ def evaluate_run(
     compared = compare(samples, config.evaluate, tokenizer) if samples is not None else Compared()
     if not distributed.is_main():
         return {}
-    folder = Path(config.run_dir) / "report"
+    folder = report_folder(config)
     report = compose(config, test_data, tokenizer, scores, compared, identity)
     write_report(report, folder)
     write_text(folder / "report.html", html_page(report, config.run_dir))

@@ -129,6 +129,8 @@ def train(
                 evaluated = _evaluate(run.evaluate, progress, run, keep_best=options.keep_best)
             except Stopping:
                 stopping = True
+        if progress.step and _due(progress.step, options.snapshot_every) and not stopping:
+            _keep_snapshot(run, progress.step)
         keep = options.checkpoint_every and (last or _due(progress.step, options.checkpoint_every))
         # Weights that stopped giving finite numbers must not push out the last good ones.
         if saved < progress.step and (stopping or (keep and (last or not progress.skipped_in_a_row))):
@@ -163,6 +165,12 @@ def _evaluate(
         progress.best_loss = values["eval/loss"]
         run.export(run.folder / "best")
     return values
+
+
+def _keep_snapshot(run: Run, step: int) -> None:
+    folder = run.folder / "snapshots" / f"step_{step:08d}"
+    if not distributed.on_main(folder.exists):  # a resumed run makes the same weights again
+        run.export(folder)
 
 
 def _advance(

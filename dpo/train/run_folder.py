@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from dpo import distributed
-from dpo.config import Config, SftConfig
+from dpo.config import Config, SftConfig, flat
 from dpo.errors import UserError
 from dpo.history import read_history
 from dpo.train.checkpoint import complete_checkpoints
@@ -43,6 +43,7 @@ FREE_TO_CHANGE = (  # between a run and its continuation: they change no weight
     "train.keep_best",
     "train.checkpoint_every",
     "train.evaluate_every",
+    "train.snapshot_every",
     "train.max_tokens_per_micro_batch",
     "model.gradient_checkpointing",
     "model.attention",
@@ -153,7 +154,7 @@ def config_text(config: Config | SftConfig) -> str:
 
 def flat_settings(config: Config | SftConfig) -> dict[str, Any]:
     """Dotted key -> value of the resolved configuration."""
-    return _flat(json.loads(json.dumps(asdict(config))))
+    return flat(json.loads(json.dumps(asdict(config))))
 
 
 def _look_into(run_dir: Path, resume: str) -> tuple[int, list[Path]]:
@@ -210,7 +211,7 @@ def _refuse_other_settings(config: Config | SftConfig, run_dir: Path) -> None:
     file = run_dir / CONFIG_FILE
     if not file.is_file():
         return
-    then, now = _flat(yaml.safe_load(file.read_text())), flat_settings(config)
+    then, now = flat(yaml.safe_load(file.read_text())), flat_settings(config)
     free = (*FREE_TO_CHANGE, *filter(None, config.train.resume_allow.split(",")))
     changed = {
         key: f"{key}: {then.get(key)} -> {now.get(key)}"
@@ -224,16 +225,6 @@ def _refuse_other_settings(config: Config | SftConfig, run_dir: Path) -> None:
             f"{'; '.join(changed.values())}. Put them back, choose another run_dir, or let them through: "
             f"--train.resume_allow {','.join(changed)}"
         )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, part in tree.items()
-        for key, value in _flat(part, f"{prefix}.{name}".strip(".")).items()
-    }
 
 
 def _recorded_steps(run_dir: Path) -> int:

@@ -43,7 +43,7 @@ def exported_bytes(model: ModelConfig, num_parameters: int, num_trained: int) ->
     return num_parameters * DTYPES[model.dtype].itemsize
 
 
-def require_space(run_dir: Path, one: int, model: int, options: OptimizationConfig) -> None:
+def require_space(run_dir: Path, one: int, model: int, options: OptimizationConfig, num_steps: int) -> None:
     """Raises UserError if checkpoints and model will not fit beside what the run has written already.
 
     While one is written, `keep_last` others are there.
@@ -53,9 +53,11 @@ def require_space(run_dir: Path, one: int, model: int, options: OptimizationConf
         one: Bytes of a checkpoint.
         model: Bytes of what is exported.
         options: How many are kept.
+        num_steps: Optimizer steps of the whole run.
     """
     number = options.keep_last + 1 if options.checkpoint_every else 0
-    models = (2 if options.keep_best else 1) * model
+    snapshots = num_steps // options.snapshot_every if options.snapshot_every else 0
+    models = ((2 if options.keep_best else 1) + snapshots) * model
     files = (path for path in run_dir.rglob("*") if path.is_file()) if run_dir.is_dir() else ()
     written = sum(path.stat().st_size for path in files)
     place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
@@ -63,7 +65,7 @@ def require_space(run_dir: Path, one: int, model: int, options: OptimizationConf
     if number * one + models > free + written:
         raise UserError(
             f"run_dir: {run_dir} needs about {(number * one + models) / 1e9:,.2f} GB ({number} checkpoints "
-            f"of {one / 1e9:,.2f} GB while one is written, and the model), and the disk has "
+            f"of {one / 1e9:,.2f} GB while one is written, and the models), and the disk has "
             f"{(free + written) / 1e9:,.2f} GB for it: make room, choose another run_dir, or lower "
             "train.keep_last"
         )

@@ -44,7 +44,7 @@ def space(folder: Path, monkeypatch: pytest.MonkeyPatch, free: int, **options: o
     monkeypatch.setattr("shutil.disk_usage", lambda place: Usage(0, 0, free))
     config = OptimizationConfig(**options)  # type: ignore[arg-type]
     one = checkpoint_bytes(1000, torch.float32, config, sharded=True)
-    require_space(folder, one, 4000, config)
+    require_space(folder, one, 4000, config, 10)
 
 
 def test_room_for_one_more_than_are_kept_and_the_model_is_enough(
@@ -81,6 +81,6 @@ def test_what_the_run_has_written_is_room_that_it_may_write_again(
 
 def test_the_disk_of_a_folder_that_is_not_there_yet_is_asked(tmp_path: Path) -> None:
     options = OptimizationConfig(checkpoint_every=5)
-    require_space(tmp_path / "a" / "b", ONE, 4000, options)
+    require_space(tmp_path / "a" / "b", ONE, 4000, options, 10)
     with pytest.raises(UserError):
-        require_space(tmp_path / "a" / "b", ONE, 10**18, options)
+        require_space(tmp_path / "a" / "b", ONE, 10**18, options, 10)

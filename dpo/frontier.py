@@ -1,0 +1,231 @@
+"""dpo frontier: one experiment with several betas and a baseline, evaluated between score and KL.
+
+Each part is a stage that a person could start: `precompute-ref` once, then `train` or `sft`, then `evaluate`.
+A part that is done is not done again: done.json remembers by what command and configuration it was made.
+"""
+
+import hashlib
+import json
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dpo import terminal
+from dpo.config import Config
+from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.evaluate.statistics import Interval
+from dpo.figures import Point, save_png, score_against_kl
+
+JOURNAL = "done.json"
+SFT = "preferred-completion SFT"
+COLUMNS = {
+    "kl/sequence": "KL, nats a sequence",
+    "score/policy": "mean score",
+    "positive_share/policy": "scored positive",
+    "win_rate": "win rate",
+    "eval/rewards/accuracies": "reward accuracy",
+    "distinct_2/policy": "distinct word pairs",
+    "perplexity/policy_samples": "perplexity under the reference",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """What to draw."""
+
+    config: Config
+    keys: Sequence[str]
+    """The arguments that gave it: every stage gets them again."""
+    betas: Sequence[float]
+    snapshot_every: int
+    """Optimizer steps between the models that are evaluated; 0: only the last."""
+    sft_learning_rate: float | None
+    """None: no baseline."""
+    launcher: Sequence[str]
+    """What starts a stage, before its name."""
+    output: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """One model of the frontier."""
+
+    curve: str
+    """Which run it belongs to: `beta 0.1`, or the baseline."""
+    step: int | None
+    """Its optimizer step, or None for the last."""
+    summary: dict[str, float]
+
+
+def run_frontier(sweep: Sweep) -> None:
+    """Does what is not done yet, and writes frontier.md, frontier.json and frontier.png.
+
+    Raises:
+        UserError: The configuration has no scorer or no prompts, or a stage found something wrong.
+        StoppedBySignal: A stage was stopped; what is done stays done.
+        RunFailed: A stage failed.
+    """
+    _check(sweep)
+    sweep.output.mkdir(parents=True, exist_ok=True)
+    _start(sweep, "precompute-ref", [*sweep.keys])
+    models: list[Evaluated] = []
+    for beta in sweep.betas:
+        run_dir = sweep.output / f"beta_{beta:g}"
+        keys = [*sweep.keys, "--run_dir", str(run_dir), "--loss.beta", f"{beta:g}"]
+        snapshots = ["--train.snapshot_every", str(sweep.snapshot_every)] if sweep.snapshot_every else []
+        _once(sweep, "train", [*keys, *snapshots], run_dir / "model" / "config.json")
+        models += _evaluated(sweep, f"beta {beta:g}", run_dir, keys)
+    if sweep.sft_learning_rate is not None:
+        run_dir = sweep.output / "preferred_sft"
+        _once(sweep, "sft", _sft_keys(sweep, run_dir), run_dir / "model" / "config.json")
+        models += _evaluated(sweep, SFT, run_dir, [*sweep.keys, "--run_dir", str(run_dir)])
+    _write(sweep, models)
+
+
+def _check(sweep: Sweep) -> None:
+    config, problems = sweep.config, list[str]()
+    if config.evaluate.scorer is None:
+        problems.append("evaluate.scorer: nothing; expected vader or hf:MODEL: the frontier needs scores")
+    if config.evaluate.num_prompts < 1:
+        problems.append("evaluate.num_prompts: 0; expected at least 1: the frontier needs samples")
+    if sweep.sft_learning_rate is not None and not isinstance(config.data.train, str):
+        problems.append("data.train: a mixture; the SFT baseline takes one source: give --no_sft")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _sft_keys(sweep: Sweep, run_dir: Path) -> list[str]:
+    """The baseline sees what DPO sees: the same model and data, as many examples a step, the same seed."""
+    model, data, train = sweep.config.model, sweep.config.data, sweep.config.train
+    given: dict[str, Any] = {
+        "run_dir": run_dir,
+        "model.name_or_path": model.name_or_path,
+        "model.revision": model.revision,
+        "model.dtype": model.dtype,
+        "model.attention": model.attention,
+        "data.train": data.train,
+        "data.test": data.test if isinstance(data.test, str) else None,
+        "data.max_length": data.max_length,
+        "data.append_eos": data.append_eos,
+        "data.cache_dir": data.cache_dir,
+        "train.learning_rate": sweep.sft_learning_rate,
+        "train.schedule": train.schedule,
+        "train.warmup_steps": train.warmup_steps,
+        "train.sequences_per_step": train.pairs_per_step,
+        "train.max_tokens_per_micro_batch": train.max_tokens_per_micro_batch,
+        "train.num_epochs": train.num_epochs,
+        "train.seed": train.seed,
+        "train.checkpoint_every": train.checkpoint_every,
+        "train.snapshot_every": sweep.snapshot_every,
+    }
+    return [part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))]
+
+
+def _evaluated(sweep: Sweep, curve: str, run_dir: Path, keys: list[str]) -> list[Evaluated]:
+    """Evaluates the snapshots of a run and its last model, and reads what was found."""
+    folders = sorted((run_dir / "snapshots").glob("step_*")) if sweep.snapshot_every else []
+    found = []
+    for folder in folders:
+        step = int(folder.name.removeprefix("step_"))
+        summary = folder / "report" / "summary.json"
+        _once(sweep, "evaluate", [*keys, "--evaluate.snapshot", str(step)], summary)
+        found.append(Evaluated(curve=curve, step=step, summary=json.loads(summary.read_text())))
+    summary = run_dir / "report" / "summary.json"
+    _once(sweep, "evaluate", keys, summary)
+    return [*found, Evaluated(curve=curve, step=None, summary=json.loads(summary.read_text()))]
+
+
+def _once(sweep: Sweep, stage: str, keys: list[str], product: Path) -> None:
+    """Starts a stage unless it was done by the same command and configuration, and left its product."""
+    journal = sweep.output / JOURNAL
+    done: dict[str, str] = json.loads(journal.read_text()) if journal.is_file() else {}
+    settings = json.dumps([asdict(sweep.config), stage, keys], sort_keys=True, default=str)
+    digest = hashlib.sha256(settings.encode()).hexdigest()
+    if done.get(str(product)) == digest and product.is_file():
+        terminal.note(f"{product.parent}: {stage} is done")
+        return
+    _start(sweep, stage, keys)
+    if not product.is_file():
+        raise RunFailed(f"{stage} ended well and left no {product}")
+    done[str(product)] = digest
+    replacing = journal.with_name(f".{JOURNAL}.replacing")
+    replacing.write_text(json.dumps(done, indent=2))
+    replacing.rename(journal)
+
+
+def _start(sweep: Sweep, stage: str, keys: list[str]) -> None:
+    """Runs a stage; a signal goes on to it, and its status becomes ours."""
+    terminal.note(f"\n== {stage} {' '.join(keys)}")
+    # A group of its own: a terminal's Ctrl-C reaches it once, through here.
+    with subprocess.Popen([*sweep.launcher, stage, *keys], start_new_session=True) as child:
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            child.send_signal(number)
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, pass_on) for number in numbers}
+        try:
+            status = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    said = f"{stage} ended with status {status}; what is done stays done, and the same command goes on"
+    if status == 2:
+        raise UserError(said)
+    if status == 3:
+        raise StoppedBySignal(said)
+    if status:
+        raise RunFailed(said)
+
+
+def _write(sweep: Sweep, models: Sequence[Evaluated]) -> None:
+    points = [{"curve": model.curve, "step": model.step, **model.summary} for model in models]
+    (sweep.output / "frontier.json").write_text(json.dumps(points, indent=2))
+    (sweep.output / "frontier.md").write_text(frontier_table(models))
+    save_png(score_against_kl(frontier_curves(models), "mean score"), sweep.output / "frontier.png")
+    print(frontier_table(models))
+    terminal.summary(
+        "frontier",
+        {
+            "models": str(len(models)),
+            "figure": str(sweep.output / "frontier.png"),
+            "table": f"{sweep.output / 'frontier.md'}\nall numbers are in frontier.json",
+            "next": f"dpo compare {sweep.output}/beta_*",
+        },
+    )
+
+
+def frontier_curves(models: Sequence[Evaluated]) -> dict[str, list[Point]]:
+    """Label -> points, the reference first; a run without snapshots is a point of a common curve of DPO."""
+    first = models[0].summary
+    start = Point(label="", kl=Interval(0.0, 0.0, 0.0), score=_interval(first, "score/reference"))
+    curves: dict[str, list[Point]] = {"reference": [start]}
+    has_snapshots = any(model.step is not None for model in models)
+    for model in models:
+        point = Point(
+            label="" if has_snapshots else model.curve.removeprefix("beta "),
+            kl=_interval(model.summary, "kl/sequence"),
+            score=_interval(model.summary, "score/policy"),
+        )
+        curves.setdefault(model.curve if has_snapshots or model.curve == SFT else "DPO, by beta", []).append(
+            point
+        )
+    return {label: sorted(points, key=lambda p: p.kl.mean) for label, points in curves.items()}
+
+
+def frontier_table(models: Sequence[Evaluated]) -> str:
+    """A row a model, in Markdown."""
+    lines = ["| run | step | " + " | ".join(COLUMNS.values()) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for model in models:
+        cells = [model.curve, "last" if model.step is None else str(model.step)]
+        cells += [f"{model.summary[name]:.3f}" if name in model.summary else "" for name in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _interval(summary: dict[str, float], name: str) -> Interval:
+    return Interval(summary[name], summary[f"{name}/low"], summary[f"{name}/high"])
