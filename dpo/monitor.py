@@ -22,6 +22,7 @@ from dpo import distributed, terminal
 from dpo.history import HISTORY_FILE, complete_lines
 
 FLUSH_SECONDS = 3
+MARGINS = "eval/rewards/distribution_of_margins"  # a name of its own: TensorBoard shows one kind a name
 BESIDE = {
     "Training beside held-out": {
         name.rpartition("/")[2]: ["Multiline", [f"train/{name}", f"eval/{name}"]]
@@ -171,7 +172,7 @@ class Monitor:
         if not self._enabled:
             return
         if evaluation.margins is not None:
-            self._writer.add_histogram("eval/rewards/margins", evaluation.margins, step)
+            self._writer.add_histogram(MARGINS, evaluation.margins, step)
         if evaluation.samples is not None:
             self._writer.add_text("eval/samples", evaluation.samples, step)
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from dpo import distributed
-from dpo.monitor import Evaluation, MetricSums, Monitor
+from dpo.monitor import MARGINS, Evaluation, MetricSums, Monitor
 
 
 def write_steps(run_dir: Path, steps: Mapping[int, Mapping[str, float]], first_step: int = 0) -> None:
@@ -160,5 +160,5 @@ def test_an_evaluation_leaves_numbers_a_histogram_and_samples_and_a_resumed_run_
         (e.step, e.tensor_proto.string_val[0].decode()) for e in shown.Tensors("eval/samples/text_summary")
     ]
     assert texts == [(0, "first"), (2, "second"), (4, "third")]
-    assert [event.step for event in shown.Tensors("eval/rewards/margins")] == [0, 2, 4]
+    assert [event.step for event in shown.Tensors(MARGINS)] == [0, 2, 4]
     assert [line["step"] for line in lines(tmp_path)] == [0, 2, 4]
