@@ -4,6 +4,7 @@ made.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -304,6 +305,8 @@ def _watched_samples(
     if not options.watched_prompts:
         return None
     positions = max_positions(config.model)
+    if positions is not None:  # a training does not fail for lack of room to watch it
+        options = replace(options, completion_tokens=min(options.completion_tokens, positions // 2))
     prompts = held_out_prompts(test_data, options.watched_prompts, options.completion_tokens, positions)
     with policy.sampling_model() as model:
         return watched_samples(model, prompts, tokenizer, options, sharded=policy.is_sharded)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -113,6 +115,63 @@ def test_tensorboard_has_what_metrics_jsonl_has(pipeline: tuple[Path, str]) -> N
         written = {line["step"]: line[tag] for line in lines if tag in line}
         shown = {event.step: event.value for event in events.Scalars(tag)}
         assert shown == pytest.approx(written, rel=1e-6)
+
+
+def test_the_report_is_one_page_and_the_policy_was_watched_while_it_learned(
+    pipeline: tuple[Path, str],
+) -> None:
+    folder, _ = pipeline
+    report = folder / "run" / "report"
+    page = (report / "report.html").read_text()
+    assert page.count("<svg ") == 5
+    assert {path.stem for path in (report / "figures").iterdir()} == {
+        "training",
+        "rewards",
+        "margins",
+        "scores",
+        "score_kl",
+    }
+    for said in ("identity ", "torch ", "deepspeed ", "git commit", "DeepSpeed ZeRO-2, 2 rank(s)"):
+        assert said in page
+    shown = plugin_event_accumulator.EventAccumulator(
+        str(folder / "run" / "tensorboard"), tensor_size_guidance={"text": 0}
+    )
+    shown.Reload()
+    texts = shown.Tensors("eval/samples/text_summary")
+    assert [event.step for event in texts][:3] == [0, 2, 4]
+    tables = [event.tensor_proto.string_val[0].decode() for event in texts]
+    queries = [[line.split("|")[1] for line in table.splitlines()] for table in tables]
+    assert all(asked == queries[0] and len(asked) == 2 + 4 for asked in queries)
+    assert tables[0] != tables[-1]
+
+
+def test_the_model_card_has_what_the_report_found(pipeline: tuple[Path, str]) -> None:
+    folder, _ = pipeline
+    card = (folder / "run" / "model" / "README.md").read_text()
+    summary = json.loads((folder / "run" / "report" / "summary.json").read_text())
+    (model,) = yaml.safe_load(card.split("---")[1])["model-index"]
+    found = {metric["type"]: metric["value"] for metric in model["results"][0]["metrics"]}
+    assert found["win_rate"] == pytest.approx(summary["win_rate"], abs=1e-6)
+    assert found["kl/sequence"] == pytest.approx(summary["kl/sequence"], abs=1e-6)
+
+
+def test_a_frontier_of_one_beta_and_the_baseline_reuses_the_cache(pipeline: tuple[Path, str]) -> None:
+    folder, _ = pipeline
+    keys = ["--config", str(ROOT / "configs" / "demo.yaml"), *EXPERIMENT.split(), "--train.max_steps", "2"]
+    command = ["frontier", *keys, "--betas", "0.5", "--snapshot_every", "1", "--launcher"]
+    command += [f"{sys.executable} -m dpo", "--sft_learning_rate", "1e-3", "--output", "frontier"]
+    said = shell(sys.executable, "-m", "dpo", *command, "--evaluate.num_prompts", "4", folder=folder)
+    assert " 0 computed" in said
+    points = json.loads((folder / "frontier" / "frontier.json").read_text())
+    assert [(point["curve"], point["step"]) for point in points][:3] == [
+        ("beta 0.5", 1),
+        ("beta 0.5", 2),
+        ("beta 0.5", None),
+    ]
+    assert points[1]["kl/sequence"] == points[2]["kl/sequence"]  # step 2 is the last
+    assert points[1]["eval/loss"] == points[2]["eval/loss"] != points[0]["eval/loss"]
+    report = (folder / "frontier" / "preferred_sft" / "report" / "report.md").read_text()
+    assert "- training: next tokens" in report
 
 
 def test_model_and_best_load_as_plain_transformers_models(pipeline: tuple[Path, str]) -> None:

@@ -293,6 +293,17 @@ def test_a_resumed_run_remembers_its_best(experiment: Config, run: Trained) -> N
     assert run(config, evaluation=losses.__getitem__).exported == [5]
 
 
+def test_models_are_kept_along_the_way_and_not_again_after_a_resume(experiment: Config, run: Trained) -> None:
+    config = changed(experiment, "snapshots", snapshot_every=2, checkpoint_every=3)
+    with pytest.raises(KilledError):
+        run(config, evaluation=float, die_at=6)
+    folders = [config.run_dir + f"/snapshots/step_{step:08d}" for step in (2, 4)]
+    for folder in folders:
+        Path(folder).mkdir(parents=True)  # as the export leaves it
+    again = run(config, evaluation=float)
+    assert again.exported == [6]
+
+
 def test_checkpoints_are_written_every_so_often_and_at_the_end(experiment: Config, run: Trained) -> None:
     trained = run(changed(experiment, "often", checkpoint_every=4, keep_last=9))
     names = sorted(path.name for path in (trained.folder / "checkpoints").iterdir())
