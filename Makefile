@@ -18,7 +18,7 @@ launch := PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/run
 model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
 ready := .venv/.ready
 
-.PHONY: help setup demo data sft plan precompute-ref train eval sentiment tensorboard
+.PHONY: help setup demo data sft plan precompute-ref train eval frontier compare sentiment tensorboard
 .PHONY: test test-unit test-distributed test-e2e test-faults bench bench-peers bench-cache lint format clean
 
 help: ## list the targets
@@ -54,6 +54,12 @@ train: precompute-ref ## optimize the policy with CONFIG, after precompute-ref
 
 eval: $(ready) ## held-out metrics, samples side by side and the report of CONFIG's run
 	$(launch) evaluate --config $(CONFIG) $(model_key) $(ARGS)
+
+frontier: $(ready) ## CONFIG with several betas and the SFT baseline on one cache: score against KL (ARGS="--betas 0.1,1")
+	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) $(py) -m dpo frontier --config $(CONFIG) $(model_key) $(ARGS)
+
+compare: $(ready) ## runs side by side: make compare ARGS="runs/a runs/b"
+	$(py) -m dpo compare $(ARGS)
 
 sentiment: $(ready) ## the founding experiment: MODEL (default gpt2, or a folder), LABELS (a task of OpenAI's, or a file)
 	PYTHON=$(py) MODEL="$(MODEL)" LABELS="$(LABELS)" $(if $(NPROC),NPROC=$(NPROC)) launch/sentiment $(ARGS)

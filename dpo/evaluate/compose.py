@@ -39,6 +39,8 @@ class Samples:
     prompts: list[TokenIds]
     reference: list[str]
     policy: list[str]
+    tokens: dict[str, list[int]]
+    """reference, policy -> tokens of each continuation."""
     kl: dict[str, float]
 
 
@@ -82,6 +84,7 @@ def compare(samples: Samples, options: EvaluateConfig, tokenizer: PreTrainedToke
     for name, texts in both.items():
         summary[f"distinct_2/{name}"] = distinct_n([text.split() for text in texts], 2)
         summary[f"distinct_texts/{name}"] = len(set(texts)) / len(texts)
+        summary |= mean_interval(samples.tokens[name], clusters).under(f"sample_tokens/{name}")
         summary[f"repetition/{name}"] = repetition([text.split() for text in texts], 2)
     rows = [
         SampleRow(

@@ -39,6 +39,8 @@ LABELS = {
     "repetition/reference": "word pairs said before in the same text, reference",
     "repetition/policy": "word pairs said before in the same text, policy",
     "perplexity/policy_samples": "perplexity of the policy's samples under the reference",
+    "sample_tokens/reference": "tokens of a continuation, reference",
+    "sample_tokens/policy": "tokens of a continuation, policy",
     "length/longer_chosen": "the label prefers the longer completion",
     "length/longer_rewarded": "the policy's reward prefers the longer completion",
     "length/accuracy/longer_chosen": "held-out accuracy where the longer is chosen",

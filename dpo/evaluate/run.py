@@ -129,6 +129,10 @@ def _use_models(
         prompts=prompts,
         reference=_texts(by_reference, tokenizer),
         policy=_texts(by_policy, tokenizer),
+        tokens={
+            "reference": [len(drawn.ids) for drawn in by_reference],
+            "policy": [len(drawn.ids) for drawn in by_policy],
+        },
         kl=kl_summary(policy_logps, kl_reference, lengths, np.arange(len(prompts))),
     )
 
