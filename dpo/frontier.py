@@ -19,6 +19,7 @@ from dpo.config import Config
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.evaluate.statistics import Interval
 from dpo.figures import Point, save_png, score_against_kl
+from dpo.history import read_history
 
 JOURNAL = "done.json"
 SFT = "preferred-completion SFT"
@@ -118,6 +119,7 @@ def _sft_keys(sweep: Sweep, run_dir: Path) -> list[str]:
         "train.sequences_per_step": train.pairs_per_step,
         "train.max_tokens_per_micro_batch": train.max_tokens_per_micro_batch,
         "train.num_epochs": train.num_epochs,
+        "train.max_steps": train.max_steps,
         "train.seed": train.seed,
         "train.checkpoint_every": train.checkpoint_every,
         "train.snapshot_every": sweep.snapshot_every,
@@ -127,10 +129,13 @@ def _sft_keys(sweep: Sweep, run_dir: Path) -> list[str]:
 
 def _evaluated(sweep: Sweep, curve: str, run_dir: Path, keys: list[str]) -> list[Evaluated]:
     """Evaluates the snapshots of a run and its last model, and reads what was found."""
+    last = max((line["step"] for line in read_history(run_dir)), default=0)
     folders = sorted((run_dir / "snapshots").glob("step_*")) if sweep.snapshot_every else []
     found = []
     for folder in folders:
         step = int(folder.name.removeprefix("step_"))
+        if step == last:  # the same weights as the last model's
+            break
         summary = folder / "report" / "summary.json"
         _once(sweep, "evaluate", [*keys, "--evaluate.snapshot", str(step)], summary)
         found.append(Evaluated(curve=curve, step=step, summary=json.loads(summary.read_text())))

@@ -54,7 +54,8 @@ def event(kind: str, values: Mapping[str, Any]) -> None:
 
 
 def summary(title: str, rows: Mapping[str, str]) -> None:
-    """The box at the end of a command: what was made, where, what next, and how long it took.
+    """The box at the end of a command: what was made, where, what next, and how long it took. Into a file it
+    has no frame.
 
     Args:
         title: The command.
@@ -67,8 +68,21 @@ def summary(title: str, rows: Mapping[str, str]) -> None:
     if mode() == "json":
         event("summary", {"command": title, **rows, "seconds": round(seconds, 1)})
         return
-    width = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
-    print(box(title, rows, width, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ), flush=True)
+    if sys.stdout.isatty():
+        width = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
+        print(box(title, rows, width, colour="NO_COLOR" not in os.environ), flush=True)
+    else:
+        print(listing(title, rows), flush=True)
+
+
+def listing(title: str, rows: Mapping[str, str]) -> str:
+    """`box` for files: without a frame, and no line is broken, so that it can be searched."""
+    width = max(map(len, rows))
+    lines = [title]
+    for label, text in rows.items():
+        heads = [label, *[""] * text.count("\n")]
+        lines += [f"  {head:<{width}}  {line}" for head, line in zip(heads, text.splitlines(), strict=True)]
+    return "\n".join(lines)
 
 
 def box(title: str, rows: Mapping[str, str], width: int, *, colour: bool = False) -> str:
@@ -142,6 +156,7 @@ def _appearance() -> dict[str, Any]:
         found |= {
             "file": _Lines(sys.stderr),
             "mininterval": FILE_SECONDS,
+            "delay": FILE_SECONDS,  # a stage that is over by then needs no line
             "bar_format": "{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         }
     return found

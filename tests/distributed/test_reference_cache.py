@@ -120,7 +120,7 @@ def test_killed_again_and_again_it_ends_with_the_same_rows(
     assert inside >= KILLS // 3, f"only {inside} of {KILLS} kills hit a build that was writing"
     statuses, text = run_ranks(2, arguments, tmp_path / "logs")
     assert statuses == [0, 0], text
-    summary = f"reference cache: {before} sequences were there, {len(whole) - before} computed"
+    summary = f"reference  {before} sequences were there, {len(whole) - before} computed"
     assert summary in text
     same_rows(store_in(tmp_path).load(), whole)
 

@@ -24,10 +24,8 @@ def speak() -> None:
 def test_plain_output_has_notes_warnings_and_the_box(capsys: pytest.CaptureFixture[str]) -> None:
     speak()
     printed = capsys.readouterr().out
-    assert printed.startswith("a note\nof two lines\na warning\n╭─ train ─")
-    assert "│ model  runs/a/model " in printed
+    assert printed.startswith("a note\nof two lines\na warning\ntrain\n  model  runs/a/model\n  took   ")
     assert "next" not in printed  # there is nothing to say
-    assert "│ took " in printed
     assert "\033" not in printed  # no colour into a file
     assert "train/loss" not in printed
 
@@ -39,7 +37,7 @@ def test_quiet_leaves_warnings_and_the_box(
     speak()
     assert list(terminal.progress([1, 2], description="walk", unit="steps")) == [1, 2]
     captured = capsys.readouterr()
-    assert captured.out.startswith("a warning\n╭─ train ─")
+    assert captured.out.startswith("a warning\ntrain\n  model  runs/a/model\n")
     assert captured.err == ""
 
 
@@ -87,7 +85,29 @@ def test_a_bar_into_a_file_does_not_write_a_line_a_step(monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "stderr", file)
     for _ in terminal.progress(range(10_000), description="walk", unit="steps"):
         pass
-    assert len(file.getvalue().splitlines()) <= 2
+    assert file.getvalue() == ""  # it is over before the first line is due
+
+
+def test_a_terminal_gets_a_box_in_colour_unless_it_asks_for_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    terminal.summary("train", {"model": "runs/a/model"})
+    assert capsys.readouterr().out.startswith("╭─ \033[1;32mtrain\033[0m ─")
+    monkeypatch.setenv("NO_COLOR", "1")
+    terminal.summary("train", {"model": "runs/a/model"})
+    assert capsys.readouterr().out.startswith("╭─ train ─")
+
+
+def test_a_file_gets_lines_that_are_not_broken() -> None:
+    text = "word " * 60 + "\nsecond line"
+    assert terminal.listing("train", {"result": text, "took": "1 s"}).splitlines() == [
+        "train",
+        f"  result  {'word ' * 60}",
+        "          second line",
+        "  took    1 s",
+    ]
 
 
 def test_every_line_of_the_box_is_as_wide_as_the_frame() -> None:
