@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.monitor import MARGINS, Evaluation, MetricSums, Monitor
 
 
@@ -115,8 +115,9 @@ def test_only_the_main_process_writes(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_bar_shows_loss_accuracy_margin_and_rate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(terminal, "FILE_SECONDS", 0.0)
     values = {
         "train/loss": 0.61234,
         "train/rewards/accuracies": 0.755,
