@@ -29,7 +29,7 @@ from benchmarks.speed import PAIRS_PER_PROMPT, Measurement, Settings
 from dpo import distributed
 from dpo.arguments import parse
 from dpo.cli import run
-from dpo.commands import open_data, reference_store
+from dpo.commands import open_data
 from dpo.config import Config, DataConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.load import group_from_row, open_source, read_groups
@@ -40,6 +40,7 @@ from dpo.errors import UserError
 from dpo.flops import forward_flops, work_of
 from dpo.records import PreferenceGroup
 from dpo.reference.precompute import precompute
+from dpo.reference.use import reference_store
 from dpo.train import loop
 
 POSITIONS = 1024

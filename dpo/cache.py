@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo import distributed
-from dpo.commands import open_data, reference_store
+from dpo.commands import open_data
 from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset
 from dpo.errors import UserError
@@ -18,6 +18,7 @@ from dpo.reference.lookup import reference_logps
 from dpo.reference.maintenance import cache_info, prune, verify
 from dpo.reference.store import IDENTITY_FILE, ReferenceStore
 from dpo.reference.table import index_keys
+from dpo.reference.use import reference_store
 
 
 def show_info(target: Path | Config) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from dpo.config import Config, DataSource, ModelConfig, SftConfig
+from dpo.loss.options import needs_reference, title_of
 
 MEASURES = {
     "eval/loss": "held-out loss, nats",
@@ -26,15 +27,15 @@ def policy_card(config: Config, results: dict[str, float]) -> str:
         config: The resolved configuration.
         results: Numbers as in metrics.jsonl or summary.json; those that `MEASURES` names are shown.
     """
-    train, loss = config.train, config.loss
-    beta = f"beta {loss.beta}" + (f", label smoothing {loss.label_smoothing}" if loss.label_smoothing else "")
+    train = config.train
+    reference = f", with reference {_code(config.reference.model or config.model.name_or_path)}"
     method = (
-        f"Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)) from "
-        f"{_code(config.model.name_or_path)}, with reference "
-        f"{_code(config.reference.model or config.model.name_or_path)}, on {_names(config.data.train)}."
+        "Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290); the loss is "
+        f"named below) from {_code(config.model.name_or_path)}"
+        f"{reference if needs_reference(config.loss) else ''}, on {_names(config.data.train)}."
     )
     settings = {
-        "loss": f"{loss.type}, {beta}",
+        "loss": title_of(config.loss),
         "learning rate": f"{train.learning_rate}, {train.schedule}, {train.warmup_steps} warm-up steps",
         "optimizer": f"{train.optimizer}, gradient norm clipped to {train.max_grad_norm}",
         "pairs a step": str(train.pairs_per_step),

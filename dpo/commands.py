@@ -3,14 +3,11 @@ made.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo import distributed, engine, terminal
@@ -20,14 +17,15 @@ from dpo.config import Config, ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.opening import open_datasets
 from dpo.data.plan import BatchPlan
-from dpo.data.trees import TreeBatch
+from dpo.data.preference import PreferenceData, preference_data
 from dpo.engine import Engine
 from dpo.errors import UserError
 from dpo.evaluate.compose import learned_preferences
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.run import evaluate_run, held_out_prompts
 from dpo.evaluate.watch import watched_samples
-from dpo.frozen import frozen_scorer, is_sharded, token_budget
+from dpo.frozen import token_budget
+from dpo.loss.options import averaged_over_groups, needs_reference, title_of
 from dpo.model.load import (
     load_tokenizer,
     max_positions,
@@ -39,11 +37,9 @@ from dpo.monitor import Evaluation
 from dpo.planning.fit import Machine
 from dpo.planning.report import page
 from dpo.planning.run import as_json, make_plan
-from dpo.reference.audit import audit, check_rows, record_rows
-from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
-from dpo.reference.lookup import reference_logps
+from dpo.reference.identity import reference_model
 from dpo.reference.precompute import precompute
-from dpo.reference.store import ReferenceStore
+from dpo.reference.use import ReferenceUse, open_reference, reference_store
 from dpo.running import (
     Guard,
     Work,
@@ -64,6 +60,10 @@ def precompute_ref(config: Config) -> None:
     """Fills the reference cache with every sequence of the training and held-out data."""
     quiet()
     distributed.start()
+    if not needs_reference(config.loss):
+        used = title_of(config.loss)
+        terminal.summary("precompute-ref", {"reference": f"not needed: {used}", "next": "dpo train"})
+        return
     distributed.require_shared(Path(config.reference.cache_dir), "reference.cache_dir")
     train_data, test_data, _ = open_data(config)
     store = reference_store(config)
@@ -96,18 +96,19 @@ def _train(config: Config, guard: Guard) -> None:
     engine.make_repeatable(config.train)
     start = start_of(config)
     train_data, test_data, tokenizer = open_data(config)
-    store = reference_store(config)
     datasets = [data for data in (train_data, test_data) if data is not None]
     names = ["data.train", "data.test"][: len(datasets)]
     fingerprints = {name: data.content_digest() for name, data in zip(names, datasets, strict=True)}
-    fingerprints |= base_fingerprint(config, store.cache_dir)
+    fingerprints |= base_fingerprint(config, Path(config.reference.cache_dir))
+    if config.loss.pair_weights == "score_margin":
+        fingerprints["scores of data.train"] = train_data.margins_digest()
     universal = check_start(config, start, fingerprints)
     command = (
         f"make precompute-ref CONFIG=... (or: dpo precompute-ref with the same keys as {config.run_dir})"
     )
-    references = reference_logps(datasets, store, command)
-    reference, test_reference = references[0], references[-1]
-    objective = PreferenceObjective(dataset=train_data, reference=reference, loss_config=config.loss)
+    reference = _open_reference(config, datasets, command)
+    parts = _preference_data(config, datasets, reference)
+    objective = PreferenceObjective(data=parts[0], loss_config=config.loss)
     plan = BatchPlan(
         train_data.pairs_per_group,
         seed=config.train.seed,
@@ -116,35 +117,23 @@ def _train(config: Config, guard: Guard) -> None:
         max_steps=config.train.max_steps,
     )
     check_space(config, num_parameters(config.model), accelerator, plan.num_steps)
-    audited = start is None and config.reference.audit_rows > 0
-    starts_as_reference = distributed.on_main(
-        lambda: policy_is_reference(config, store.identity, store.cache_dir)
-    )
-    if audited and not starts_as_reference:
-        with frozen_scorer(
-            reference_model(config), sharded=is_sharded(config.reference.sharding, reference_model(config))
-        ) as scorer:
-            _audit(scorer, datasets, references, store, config)
+    audited_with_policy = start is None and reference.audit_apart(config)
     dtype = engine.weight_dtype(accelerator, config.model)
     model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
     policy = Engine(accelerator, model, config.model, config.train, universal=universal)
     _settle_layout(policy, datasets)
-    if audited and starts_as_reference:
-        _audit(policy.score_only, datasets, references, store, config)
+    if audited_with_policy:
+        reference.audit_with(policy.score_only, config)
     if start is None:
         claim_run(config)
-        record_rows(Path(config.run_dir), store, datasets, references)
-    elif config.reference.audit_rows > 0:
-        check_rows(start.absolute().parents[1], store, datasets, references)
-        record_rows(Path(config.run_dir), store, datasets, references)  # it may branch off another run
+    reference.record(config, start)
 
     def evaluate_policy() -> Evaluation:
         assert test_data is not None
         samples = _watched_samples(policy, config, test_data, tokenizer)
         scores = score_pairs(
             guard.score_only(policy),
-            test_data,
-            test_reference,
+            parts[-1],
             config.loss,
             layout=policy.layout,
             budget=token_budget(config.train.max_tokens_per_micro_batch),
@@ -177,19 +166,18 @@ def evaluate(config: Config) -> None:
         raise UserError(
             "data.test: none given and none beside data.train; evaluate needs held-out preferences"
         )
-    store = reference_store(config)
     command = "make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)"
+    reference = _open_reference(config, [test_data], command)
     found = evaluate_run(
         config,
         policy,
         reference_model(config),
-        test_data,
-        reference_logps([test_data], store, command)[0],
+        _preference_data(config, [test_data], reference)[0],
         tokenizer,
         {
             "training data": f"{config.data.train}, content {train_data.content_digest()[:16]}",
             "held-out data": f"content {test_data.content_digest()[:16]}",
-            "reference cache": f"{store.path}, identity {store.identity.digest}",
+            "reference cache": reference.description,
         },
     )
     if distributed.is_main() and learned_preferences(Path(config.run_dir)):
@@ -290,11 +278,26 @@ def open_data(config: Config) -> tuple[TokenizedDataset, TokenizedDataset | None
     return train_data, test_data, tokenizer
 
 
-def reference_store(config: Config) -> ReferenceStore:
-    """The cache of the reference model; rank 0 hashes the files, the others are told."""
-    cache_dir = Path(config.reference.cache_dir)
-    identity = distributed.on_main(lambda: reference_identity(reference_model(config), cache_dir))
-    return ReferenceStore(cache_dir, identity)
+def _open_reference(config: Config, datasets: Sequence[TokenizedDataset], command: str) -> ReferenceUse:
+    needed, per_token = needs_reference(config.loss), config.loss.ld_alpha is not None
+    return open_reference(config, datasets, needed=needed, per_token=per_token, command=command)
+
+
+def _preference_data(
+    config: Config, datasets: Sequence[TokenizedDataset], reference: ReferenceUse
+) -> list[PreferenceData]:
+    """Each data set with what the loss reads of it."""
+    by_margin, over_groups = config.loss.pair_weights == "score_margin", averaged_over_groups(config.loss)
+    try:
+        return [
+            preference_data(data, values, by_margin=by_margin, over_groups=over_groups)
+            for data, values in zip(datasets, reference.values, strict=True)
+        ]
+    except ValueError as error:
+        raise UserError(
+            f"loss.pair_weights: score_margin; the data has {error}: give data with prompt, completions and "
+            "scores, or set equal"
+        ) from error
 
 
 def _watched_samples(
@@ -315,20 +318,6 @@ def _watched_samples(
 def _settle_layout(policy: Engine, datasets: Sequence[TokenizedDataset]) -> None:
     if notes := policy.settle_layout(longest_tree(datasets)).notes:
         terminal.warning(*notes)
-
-
-def _audit(
-    score: Callable[[TreeBatch], Tensor],
-    datasets: Sequence[TokenizedDataset],
-    references: Sequence[npt.NDArray[np.float64]],
-    store: ReferenceStore,
-    config: Config,
-) -> None:
-    result = audit(score, datasets, references, store, num_rows=config.reference.audit_rows)
-    terminal.note(
-        f"audit: {result.rows} cached rows recomputed, largest difference {result.largest:.2g} nats, "
-        f"{result.share:.0%} of what rounding may do"
-    )
 
 
 def _sft_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, int | None]:

@@ -112,12 +112,29 @@ class ReferenceConfig:
 class LossConfig:
     """The preference loss."""
 
-    type: Literal["sigmoid"] = "sigmoid"
-    """sigmoid: DPO, Eq. 7 of the paper."""
+    type: list[str] | str = "sigmoid"
+    """sigmoid (DPO), robust, exo_pair, ipo, hinge, nca_pair, sppo_hard, apo_zero, apo_down, discopop,
+    sigmoid_norm, plackett_luce (over rankings), simpo and orpo (no reference); or a list of them, which add
+    up. docs/losses.md has equations and advice."""
+    weights: list[float] | None = None
+    """Weight of each loss of a list. Default: 1 for each."""
     beta: float = 0.1
-    """Strength of the pull towards the reference, > 0. Smaller drifts further."""
+    """Strength of the pull towards the reference, > 0. Smaller drifts further. What else a loss calls by
+    another name (tau, lambda, 1 / eta) is this one, too."""
     label_smoothing: float = 0.0
-    """Assumed share of flipped labels, in [0, 0.5): conservative DPO."""
+    """Assumed share of flipped labels, in [0, 0.5), for sigmoid (conservative DPO), robust, exo_pair and
+    sigmoid_norm."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop's mixing, in (0, 1)."""
+    simpo_gamma: float = 0.5
+    """Target margin of simpo, at least 0."""
+    sft_weight: float = 0.0
+    """Weight of the chosen completion's negative log-likelihood a token, added to any loss over pairs."""
+    ld_alpha: float | None = None
+    """Weight, in [0, 1], of the tokens by which a completion is longer than the other one of its pair
+    (arXiv 2409.06411); needs a cache with reference.store_token_logps. Default: all tokens count."""
+    pair_weights: Literal["equal", "score_margin"] = "equal"
+    """score_margin: each pair counts by how far the scores of its completions are apart."""
 
 
 @dataclass(frozen=True, kw_only=True)

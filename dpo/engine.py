@@ -184,25 +184,26 @@ class Engine:
     def _stage(self) -> int:
         return int(self._accelerator.deepspeed_plugin.zero_stage)
 
-    def score(self, batch: TreeBatch, *, last: bool = True) -> Tensor:
+    def score(self, batch: TreeBatch, *, last: bool = True, per_token: bool = False) -> Tensor:
         """(S,) float64 log-probs of the batch's completions under the policy; see
         `SequenceScorer.forward`.
 
         Args:
             batch: What to score.
             last: Whether it is the step's last micro-batch, after which gradients are averaged over ranks.
+            per_token: Give (N,) float32 log-probs of the completion tokens instead.
         """
         if last or self._zero:
-            logps: Tensor = self._scorer(batch)
+            logps: Tensor = self._scorer(batch, per_token=per_token)
             return logps
         with self._accelerator.no_sync(self._scorer):  # DDP decides in the forward pass
-            logps = self._scorer(batch)
+            logps = self._scorer(batch, per_token=per_token)
             return logps
 
     @torch.no_grad()
-    def score_only(self, batch: TreeBatch) -> Tensor:
+    def score_only(self, batch: TreeBatch, *, per_token: bool = False) -> Tensor:
         """`score` without gradients. Every rank must make the same number of calls."""
-        return self.score(batch)
+        return self.score(batch, per_token=per_token)
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient to the step's.

@@ -65,14 +65,14 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
-        self._waiting: list[tuple[list[str], Tensor, int]] = []
+        self._waiting: list[tuple[list[str], Tensor, float]] = []
 
-    def add_values(self, values: Mapping[str, Tensor], count: int) -> None:
+    def add_values(self, values: Mapping[str, Tensor], count: float) -> None:
         """Adds sums of `count` values each without waiting for the device: they are read by `means`.
 
         Args:
             values: Single numbers on one device, without gradient.
-            count: Values in each sum.
+            count: Values in each sum, by their weights.
         """
         self._waiting.append(
             (list(values), torch.stack([value.double() for value in values.values()]), count)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig, SftModelConfig
+from dpo.loss.options import loss_problems, names_of
 
 
 def problems(config: Config | SftConfig) -> list[str]:
@@ -106,10 +107,9 @@ def _preference_problems(config: Config) -> Iterator[str]:
         bound = "data.max_length" if longest is None else longest
         yield f"data.max_prompt_length: {longest_prompt}; expected at least 1 and less than {bound}"
     yield from _below(config.data, "data", 0, "min_margin")
-    if not config.loss.beta > 0:
-        yield f"loss.beta: {config.loss.beta}; expected a number above 0"
-    if not 0 <= config.loss.label_smoothing < 0.5:
-        yield f"loss.label_smoothing: {config.loss.label_smoothing}; expected a number in [0, 0.5)"
+    yield from loss_problems(config.loss)
+    if "plackett_luce" in names_of(config.loss) and not config.data.group_pairs:
+        yield "data.group_pairs: false; plackett_luce ranks the completions of a group: set true"
     yield from _below(config.train, "train", 1, "pairs_per_step")
     budget = config.reference.max_tokens_per_batch
     yield from _budget_problems("reference.max_tokens_per_batch", budget, config.data.max_length)

@@ -56,6 +56,8 @@ class TokenizedGroup:
     prompt: TokenIds
     completions: tuple[TokenIds, ...]
     pairs: tuple[Pair, ...]
+    margins: tuple[float, ...] | None = None
+    """Score of the chosen less that of the rejected completion, one a pair, where the data has scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +72,8 @@ class PairLogProbs:
     """(B,) int64, tokens of the chosen completion."""
     rejected_tokens: "Tensor"
     """(B,) int64."""
+    chosen_sequences: "Tensor | None" = None
+    """(B,) int64: number of the chosen completion, equal in pairs that share it; for losses over rankings."""
 
 
 def sequence_key(prompt: TokenIds, completion: TokenIds) -> bytes:

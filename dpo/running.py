@@ -60,14 +60,14 @@ class Guard:
     stop: StopRequests
     watchdog: Watchdog
 
-    def score_only(self, policy: Engine) -> Callable[[TreeBatch], Tensor]:
+    def score_only(self, policy: Engine) -> Callable[..., Tensor]:
         """`Engine.score_only` for an evaluation that a signal may end: raises `Stopping` on all ranks."""
 
-        def score(batch: TreeBatch) -> Tensor:
+        def score(batch: TreeBatch, *, per_token: bool = False) -> Tensor:
             self.watchdog.progress("evaluation")
             if distributed.any_rank(self.stop.requested):
                 raise Stopping
-            return policy.score_only(batch)
+            return policy.score_only(batch, per_token=per_token)
 
         return score
 

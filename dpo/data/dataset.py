@@ -6,6 +6,7 @@ can be deleted at any time and never be stale. It holds flat arrays; a group is 
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from array import array
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +60,8 @@ class TokenizedDataset:
     """(P, 2) completion indices within the group."""
     group_pairs: npt.NDArray[np.int64]
     """(G + 1,) first pair of each group."""
+    margins: npt.NDArray[np.float64]
+    """(P,) score of the chosen less that of the rejected completion; NaN where the data has no scores."""
     keys: npt.NDArray[np.void]
     """(S,) content key of each sequence, dtype V16."""
 
@@ -85,6 +88,10 @@ class TokenizedDataset:
             content.update(np.ascontiguousarray(part).tobytes())
         return content.hexdigest()
 
+    def margins_digest(self) -> str:
+        """SHA-256 (hex) of the pairs' score margins, for losses that weigh by them."""
+        return hashlib.sha256(np.ascontiguousarray(self.margins).tobytes()).hexdigest()
+
     @cached_property
     def pairs_per_group(self) -> npt.NDArray[np.int64]:
         """(G,)."""
@@ -106,6 +113,24 @@ class TokenizedDataset:
     def completion_tokens(self) -> npt.NDArray[np.int64]:
         """(S,) tokens of each sequence's completion."""
         return np.delete(np.diff(self.segment_offsets), self.group_segments[:-1])
+
+    def values_of(self, values: npt.NDArray[Any], groups: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """The values of these groups' sequences, or of their completion tokens, one group after the other.
+
+        Args:
+            values: (S,) one a sequence, or (N,) one a completion token, of the whole data set.
+            groups: Which groups, in which order.
+        """
+        first, end = self.first_sequence[groups], (self.first_sequence + self.sequences_per_group)[groups]
+        if len(values) != len(self.keys):
+            first, end = self.completion_offsets[first], self.completion_offsets[end]
+        parts = [values[start:stop] for start, stop in zip(first, end, strict=True)]
+        return np.concatenate(parts).astype(np.float64) if parts else np.zeros(0)
+
+    @cached_property
+    def completion_offsets(self) -> npt.NDArray[np.int64]:
+        """(S + 1,) completion token number at which each sequence begins."""
+        return np.concatenate([[0], np.cumsum(self.completion_tokens)])
 
     @cached_property
     def sequence_tokens(self) -> npt.NDArray[np.int64]:
@@ -171,7 +196,7 @@ def write_dataset(
 
 
 def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Counter[str]) -> None:
-    segment_offsets, group_segments = array("q", [0]), array("q", [0])
+    segment_offsets, group_segments, margins = array("q", [0]), array("q", [0]), array("d")
     pairs, group_pairs, keys = array("i"), array("q", [0]), bytearray()
     with (building / "tokens.bin").open("wb") as file:
         for group in groups:
@@ -182,12 +207,14 @@ def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Coun
                 keys += sequence_key(group.prompt, completion)
             for pair in group.pairs:
                 pairs.extend(pair)
+            margins.extend(group.margins or [math.nan] * len(group.pairs))
             group_segments.append(len(segment_offsets) - 1)
             group_pairs.append(len(pairs) // 2)
     np.save(building / "segment_offsets.npy", np.frombuffer(segment_offsets, dtype=np.int64))
     np.save(building / "group_segments.npy", np.frombuffer(group_segments, dtype=np.int64))
     np.save(building / "pairs.npy", np.asarray(pairs, dtype=np.int32).reshape(-1, 2))
     np.save(building / "group_pairs.npy", np.frombuffer(group_pairs, dtype=np.int64))
+    np.save(building / "margins.npy", np.frombuffer(margins, dtype=np.float64))
     np.save(building / "keys.npy", np.frombuffer(bytes(keys), dtype=f"V{KEY_BYTES}"))
     counts.update(groups=len(group_segments) - 1, pairs=len(pairs) // 2, tokens=segment_offsets[-1])
     (building / "counts.json").write_text(json.dumps(dict(sorted(counts.items())), indent=2))
@@ -196,7 +223,7 @@ def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Coun
 def map_dataset(folder: Path, digest: str) -> TokenizedDataset:
     """Maps the arrays of a folder that `write_dataset` made."""
     tokens = folder / "tokens.bin"
-    names = ("segment_offsets", "group_segments", "pairs", "group_pairs", "keys")
+    names = ("segment_offsets", "group_segments", "pairs", "group_pairs", "margins", "keys")
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
     return TokenizedDataset(
         path=folder,

@@ -62,7 +62,7 @@ def tokenize_groups(
         ):
             if isinstance(completions, str):
                 counts[f"dropped/{completions}"] += 1
-            elif (fitted := _fit(prompt, completions, group.pairs, tokenizer, options, counts)) is not None:
+            elif (fitted := _fit(prompt, completions, group, tokenizer, options, counts)) is not None:
                 yield fitted
 
 
@@ -166,7 +166,7 @@ def _encode_chat(
 def _fit(
     prompt: list[int],
     completions: list[list[int]],
-    pairs: tuple[Pair, ...],
+    source: PreferenceGroup,
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     counts: Counter[str],
@@ -185,29 +185,33 @@ def _fit(
             prompt = bos + prompt[len(prompt) - limit + len(bos) :]
         counts["truncated/completions"] += sum(len(ids) > room for ids in completions)
         completions = [ids[:room] for ids in completions]
-    kept = tuple(pair for pair in pairs if completions[pair.chosen] != completions[pair.rejected])
-    counts["dropped/pairs_identical_in_tokens"] += len(pairs) - len(kept)
+    kept = tuple(pair for pair in source.pairs if completions[pair.chosen] != completions[pair.rejected])
+    counts["dropped/pairs_identical_in_tokens"] += len(source.pairs) - len(kept)
     if any(not ids for ids in completions) or not kept:
         counts["dropped/nothing_left_after_tokenization"] += 1
         return None
-    group = _without_unused(np.asarray(prompt, dtype=np.int32), completions, kept)
+    group = _without_unused(np.asarray(prompt, dtype=np.int32), completions, kept, source.scores)
     counts["dropped/pairs_repeated"] += len(kept) - len(group.pairs)
     return group
 
 
 def _without_unused(
-    prompt: TokenIds, completions: list[list[int]], pairs: tuple[Pair, ...]
+    prompt: TokenIds,
+    completions: list[list[int]],
+    pairs: tuple[Pair, ...],
+    scores: tuple[float, ...] | None,
 ) -> TokenizedGroup:
     """Keeps each different completion that some pair names once: nothing is computed for the others."""
     position: dict[tuple[int, ...], int] = {}
     for index in sorted({index for pair in pairs for index in pair}):
         position.setdefault(tuple(completions[index]), len(position))
-    renamed = tuple(
-        dict.fromkeys(
-            Pair(position[tuple(completions[chosen])], position[tuple(completions[rejected])])
-            for chosen, rejected in pairs
-        )
-    )
+    margins: dict[Pair, float] = {}  # of pairs that became the same the first counts
+    for chosen, rejected in pairs:
+        renamed = Pair(position[tuple(completions[chosen])], position[tuple(completions[rejected])])
+        margins.setdefault(renamed, scores[chosen] - scores[rejected] if scores else 0.0)
     return TokenizedGroup(
-        prompt=prompt, completions=tuple(np.asarray(ids, dtype=np.int32) for ids in position), pairs=renamed
+        prompt=prompt,
+        completions=tuple(np.asarray(ids, dtype=np.int32) for ids in position),
+        pairs=tuple(margins),
+        margins=tuple(margins.values()) if scores else None,
     )

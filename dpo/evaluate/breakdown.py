@@ -6,7 +6,7 @@ import numpy as np
 
 from dpo.data.dataset import SourceGroups
 from dpo.evaluate.rewards import PairScores
-from dpo.evaluate.statistics import mean_interval
+from dpo.evaluate.statistics import mean_interval, ratio_interval
 
 
 def length_summary(scores: PairScores) -> dict[str, float]:
@@ -55,6 +55,7 @@ def source_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[
         mine = names[scores.groups] == name
         groups = scores.groups[mine]
         found |= mean_interval(scores.correct[mine], groups).under(f"source/{name}/accuracy")
-        found |= mean_interval(scores.losses[mine], groups).under(f"source/{name}/loss")
+        loss = ratio_interval(scores.losses[mine], scores.units[mine], groups)
+        found |= loss.under(f"source/{name}/loss")
         found[f"source/{name}/pairs"] = float(mine.sum())
     return found

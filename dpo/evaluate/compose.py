@@ -16,7 +16,7 @@ from dpo.evaluate.breakdown import length_summary, source_summary
 from dpo.evaluate.report import PairRow, Report, SampleRow
 from dpo.evaluate.rewards import PairScores
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
-from dpo.evaluate.statistics import Interval, distinct_n, mean_interval, repetition, win_rate
+from dpo.evaluate.statistics import Interval, distinct_n, mean_interval, ratio_interval, repetition, win_rate
 from dpo.figures import (
     Captioned,
     Point,
@@ -26,6 +26,7 @@ from dpo.figures import (
     score_against_kl,
 )
 from dpo.history import Line, read_history
+from dpo.loss.options import title_of
 from dpo.records import TokenIds
 
 WORST = 3
@@ -54,12 +55,9 @@ class Compared:
 
 def pair_summary(scores: PairScores, data: TokenizedDataset) -> dict[str, float]:
     """Held-out metrics with intervals, by length and by source."""
-    intervals = {
-        "eval/loss": scores.losses,
-        "eval/rewards/accuracies": scores.correct,
-        "eval/rewards/margins": scores.margins,
-    }
+    intervals = {"eval/rewards/accuracies": scores.correct, "eval/rewards/margins": scores.margins}
     found = scores.means()
+    found |= ratio_interval(scores.losses, scores.units, scores.groups).under("eval/loss")
     for name, values in intervals.items():
         found |= mean_interval(values, scores.groups).under(name)
     return found | length_summary(scores) | source_summary(scores, data.sources)
@@ -160,22 +158,7 @@ def _history(config: Config) -> list[Line]:
 def _figures(
     history: Sequence[Line], scores: PairScores, compared: Compared, summary: dict[str, float]
 ) -> list[Captioned]:
-    before = scores.reference_logps[:, 0] - scores.reference_logps[:, 1]
-    made = [
-        Captioned(
-            name="margins",
-            title="Held-out pairs before and after",
-            caption="Log-probability of the chosen less that of the rejected completion, for every held-out "
-            "pair. Training should move it to the right; beta times the shift is the reward margin.",
-            figure=histogram_before_and_after(
-                before,
-                scores.chosen_logps - scores.rejected_logps,
-                title="Chosen against rejected, before and after",
-                unit="log p(chosen) - log p(rejected), nats",
-                counted="held-out pairs",
-            ),
-        )
-    ]
+    made = [_margins(scores)] if np.isfinite(scores.reference_logps).all() else []
     if history:
         made = [
             Captioned(
@@ -222,6 +205,23 @@ def _figures(
     ]
 
 
+def _margins(scores: PairScores) -> Captioned:
+    before = scores.reference_logps[:, 0] - scores.reference_logps[:, 1]
+    return Captioned(
+        name="margins",
+        title="Held-out pairs before and after",
+        caption="Log-probability of the chosen less that of the rejected completion, for every held-out "
+        "pair. Training should move it to the right; beta times the shift is DPO's reward margin.",
+        figure=histogram_before_and_after(
+            before,
+            scores.chosen_logps - scores.rejected_logps,
+            title="Chosen against rejected, before and after",
+            unit="log p(chosen) - log p(rejected), nats",
+            counted="held-out pairs",
+        ),
+    )
+
+
 def _interval(summary: dict[str, float], name: str) -> Interval:
     return Interval(summary[name], summary[f"{name}/low"], summary[f"{name}/high"])
 
@@ -260,7 +260,7 @@ def _worst_samples(rows: Sequence[SampleRow]) -> list[SampleRow]:
 def _essentials(config: Config, data: TokenizedDataset) -> dict[str, str]:
     evaluate, train, loss = config.evaluate, config.train, config.loss
     trained = {
-        "loss": f"{loss.type}, beta {loss.beta}, label smoothing {loss.label_smoothing}",
+        "loss": title_of(loss),
         "training": f"learning rate {train.learning_rate}, {train.pairs_per_step} pairs a step, "
         f"{train.num_epochs} epoch(s), {train.optimizer}, seed {train.seed}",
     }

@@ -16,9 +16,10 @@ from dpo import distributed
 from dpo.config import LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import share
+from dpo.data.preference import PreferenceData
 from dpo.data.prefetch import prefetch
-from dpo.data.trees import Layout, TreeBatch, group_batch
-from dpo.loss import preference_loss
+from dpo.data.trees import Layout, TreeBatch
+from dpo.loss.preference import preference_loss
 
 Float64s = npt.NDArray[np.float64]
 
@@ -30,6 +31,9 @@ class PairScores:
     groups: npt.NDArray[np.int64]
     """(P,) the pair's group: pairs of one prompt are not independent."""
     losses: Float64s
+    """(P,) by the pairs' weights."""
+    units: Float64s
+    """(P,) what each pair adds to what the mean loss is over; 1 where nothing is weighted."""
     chosen_rewards: Float64s
     """(P,) beta * log(policy / reference) of the chosen completion."""
     rejected_rewards: Float64s
@@ -37,7 +41,8 @@ class PairScores:
     """(P,) summed log-prob under the policy, in nats."""
     rejected_logps: Float64s
     reference_logps: Float64s
-    """(P, 2) summed log-probs of chosen and rejected under the reference, in nats."""
+    """(P, 2) summed log-probs of chosen and rejected under the reference, in nats; NaN where the loss needs
+    none."""
     chosen_tokens: npt.NDArray[np.int64]
     """(P,) tokens of the chosen completion."""
     rejected_tokens: npt.NDArray[np.int64]
@@ -55,7 +60,7 @@ class PairScores:
     def means(self) -> dict[str, float]:
         """The metrics under the names that training logs."""
         return {
-            "eval/loss": float(self.losses.mean()),
+            "eval/loss": float(self.losses.sum() / self.units.sum()),
             "eval/rewards/chosen": float(self.chosen_rewards.mean()),
             "eval/rewards/rejected": float(self.rejected_rewards.mean()),
             "eval/rewards/margins": float(self.margins.mean()),
@@ -66,9 +71,8 @@ class PairScores:
 
 
 def score_pairs(
-    score: Callable[[TreeBatch], Tensor],
-    dataset: TokenizedDataset,
-    reference: Float64s,
+    score: Callable[..., Tensor],
+    data: PreferenceData,
     loss: LossConfig,
     *,
     layout: Layout,
@@ -78,42 +82,48 @@ def score_pairs(
     """Scores every pair of a data set, spread over the ranks. All ranks must call it.
 
     Args:
-        score: The policy: a batch of S rows on `device` -> (S,) log-probs in nats.
-        dataset: Held-out groups.
-        reference: (S,) reference log-probs of the data set's sequences, in nats.
+        score: The policy: a batch of S rows on `device` -> (S,) log-probs in nats, or those of tokens with
+            `per_token`.
+        data: Held-out groups and their reference log-probs.
         loss: The training loss.
         layout: How the policy takes its batches.
         budget: Most tokens of a batch, padding included.
         device: Where batches belong.
     """
+    dataset, alpha = data.dataset, loss.ld_alpha
     sizes = dataset.sizes(np.arange(len(dataset)), layout)
     shares = share(sizes, world_size=distributed.world_size(), budget=budget)
     columns: list[list[npt.NDArray[np.float64]]] = []
     mine = shares[distributed.rank()]
 
     def build(positions: list[int]) -> TreeBatch:
-        return group_batch([dataset[position] for position in positions], layout).to(device)
+        return data.batch(np.asarray(positions, dtype=np.int64), layout).to(device)
 
     for positions, batch in zip(mine, prefetch(build, mine), strict=True):
         with torch.no_grad():
-            logps = score(batch)  # also without groups: ranks make the same number of calls
+            logps = score(
+                batch, per_token=alpha is not None
+            )  # also without groups: ranks make the same number of calls
         if not positions:
             continue
-        rows = [_rows(dataset, reference, position) for position in positions]
-        reference_pairs = batch.pair_logps(torch.from_numpy(np.concatenate(rows)).to(logps.device))
-        policy_pairs = batch.pair_logps(logps)
-        result = preference_loss(policy_pairs, reference_pairs, loss)
+        policy = batch.pair_logps(logps, alpha)
+        reference = None if batch.reference is None else batch.pair_logps(batch.reference, alpha)
+        result = preference_loss(policy, reference, loss)
+        assert batch.pair_weights is not None
+        unknown = torch.full_like(policy.chosen, torch.nan)
         pairs = np.concatenate([_pairs(dataset, position) for position in positions])
         values = (
-            result.losses,
+            batch.pair_weights * result.losses,
             result.chosen_rewards,
             result.rejected_rewards,
-            policy_pairs.chosen,
-            policy_pairs.rejected,
+            policy.chosen,
+            policy.rejected,
+            reference.chosen if reference else unknown,
+            reference.rejected if reference else unknown,
         )
         columns.append([pairs, *(value.double().cpu().numpy() for value in values)])
     values_here = (
-        np.concatenate([np.stack(part) for part in columns], axis=1) if columns else np.zeros((6, 0))
+        np.concatenate([np.stack(part) for part in columns], axis=1) if columns else np.zeros((8, 0))
     )
     everything = np.concatenate(distributed.gather_objects(values_here), axis=1)
     everything = everything[:, np.argsort(everything[0], kind="stable")]
@@ -123,19 +133,15 @@ def score_pairs(
     return PairScores(
         groups=np.repeat(np.arange(len(dataset)), dataset.pairs_per_group),
         losses=everything[1],
+        units=data.units,
         chosen_rewards=everything[2],
         rejected_rewards=everything[3],
         chosen_logps=everything[4],
         rejected_logps=everything[5],
-        reference_logps=reference[sequences],
+        reference_logps=everything[6:].T,
         chosen_tokens=tokens[:, 0],
         rejected_tokens=tokens[:, 1],
     )
-
-
-def _rows(dataset: TokenizedDataset, reference: Float64s, group: int) -> Float64s:
-    first = int(dataset.first_sequence[group])
-    return reference[first : first + int(dataset.sequences_per_group[group])]
 
 
 def _pairs(dataset: TokenizedDataset, group: int) -> Float64s:

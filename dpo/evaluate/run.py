@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo import distributed, terminal
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.preference import PreferenceData
 from dpo.data.trees import Layout, sequence_batch
 from dpo.evaluate.compose import Compared, Samples, compare, compose, headline, report_folder
 from dpo.evaluate.divergence import kl_summary
@@ -39,8 +40,7 @@ def evaluate_run(
     config: Config,
     policy: ModelConfig,
     reference: ModelConfig,
-    test_data: TokenizedDataset,
-    reference_logps: Float64s,
+    data: PreferenceData,
     tokenizer: PreTrainedTokenizerBase,
     identity: dict[str, str],
 ) -> dict[str, float]:
@@ -50,20 +50,19 @@ def evaluate_run(
         config: The experiment.
         policy: The trained model.
         reference: The model that the samples are compared with.
-        test_data: Held-out groups.
-        reference_logps: (S,) their reference log-probs from the cache, in nats.
+        data: Held-out groups with what the loss reads of the cache.
         tokenizer: The policy's.
         identity: Digests of data and cache, by name, for the report.
 
     Returns:
         What summary.json holds; empty on ranks other than the main one.
     """
-    scores, samples = _use_models(config, policy, reference, test_data, reference_logps, tokenizer)
+    scores, samples = _use_models(config, policy, reference, data, tokenizer)
     compared = compare(samples, config.evaluate, tokenizer) if samples is not None else Compared()
     if not distributed.is_main():
         return {}
     folder = report_folder(config)
-    report = compose(config, test_data, tokenizer, scores, compared, identity)
+    report = compose(config, data.dataset, tokenizer, scores, compared, identity)
     write_report(report, folder)
     write_text(folder / "report.html", html_page(report, config.run_dir))
     if report.rows:
@@ -84,8 +83,7 @@ def _use_models(
     config: Config,
     policy: ModelConfig,
     reference: ModelConfig,
-    test_data: TokenizedDataset,
-    reference_logps: Float64s,
+    data: PreferenceData,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[PairScores, Samples | None]:
     """Everything that needs a model, one model in memory at a time."""
@@ -93,17 +91,16 @@ def _use_models(
     prompts = []
     if options.num_prompts:
         prompts = held_out_prompts(
-            test_data, options.num_prompts, options.completion_tokens, max_positions(policy)
+            data.dataset, options.num_prompts, options.completion_tokens, max_positions(policy)
         )
 
-    budget, longest = token_budget(config.train.max_tokens_per_micro_batch), longest_tree([test_data])
+    budget, longest = token_budget(config.train.max_tokens_per_micro_batch), longest_tree([data.dataset])
     sharded = is_sharded(options.sharding, policy)
     with frozen_scorer(policy, sharded=sharded) as scorer:
         layout = settle_layout(scorer, longest, DTYPES[policy.dtype]).layout
         scores = score_pairs(
             scorer,
-            test_data,
-            reference_logps,
+            data,
             config.loss,
             layout=layout,
             budget=budget,

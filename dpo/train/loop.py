@@ -46,8 +46,12 @@ class Objective(Protocol):
     def unit(self) -> str:
         """What a step is made of, for the bar: pairs or sequences."""
 
-    def count(self, groups: Int64s) -> int:
-        """What the step's loss is divided by: its pairs, or its completion tokens."""
+    @property
+    def per_token(self) -> bool:
+        """Whether `loss` wants log-probs of tokens instead of sequences."""
+
+    def count(self, groups: Int64s) -> float:
+        """What the step's loss is divided by: its pairs, say, or its completion tokens."""
 
     def num_units(self, groups: Int64s) -> int:
         """Pairs or sequences of these groups, for throughput."""
@@ -59,7 +63,7 @@ class Objective(Protocol):
         """The sum (not the mean) of the losses of a micro-batch, in nats.
 
         Args:
-            logps: (S,) the policy's log-probs, with gradient.
+            logps: (S,) the policy's log-probs, or (N,) those of tokens, with gradient.
             batch: What was scored.
             sums: Receives loss and metrics of the real samples, under names without prefix.
         """
@@ -238,7 +242,7 @@ def train_step(
         tokens += batch.num_real_tokens, batch.num_row_tokens, batch.input_ids.numel()
         last = index == len(micro_batches) - 1
         with forward.running():
-            logps = engine.score(batch, last=last)
+            logps = engine.score(batch, last=last, per_token=objective.per_token)
         loss = objective.loss(logps, batch, sums)
         engine.accumulate(loss / count, last=last)
         losses.append(loss.detach())

@@ -1,67 +1,66 @@
-"""Preference optimization as an objective: pairs, their reference log-probs from the cache, and the DPO
-loss.
-"""
+"""Preference optimization as an objective: pairs, their reference log-probs from the cache, and the loss."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import Int64s
-from dpo.data.trees import Layout, TreeBatch, group_batch
-from dpo.loss import preference_loss
+from dpo.data.preference import PreferenceData
+from dpo.data.trees import Layout, TreeBatch
+from dpo.loss.preference import preference_loss
 from dpo.monitor import MetricSums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceObjective:
-    """Minimizes the preference loss, averaged over the pairs of a step."""
+    """Minimizes the preference loss, averaged over the pairs of a step, or over its groups."""
 
-    dataset: TokenizedDataset
-    reference: npt.NDArray[np.float64]
-    """(S,) reference log-probs of the data set's sequences, in nats."""
+    data: PreferenceData
     loss_config: LossConfig
     unit: str = "pairs"
 
-    def count(self, groups: Int64s) -> int:
-        """Pairs of these groups."""
-        return int(self.dataset.pairs_per_group[groups].sum())
+    @property
+    def dataset(self) -> TokenizedDataset:
+        """Where the groups are."""
+        return self.data.dataset
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the loss weighs tokens."""
+        return self.loss_config.ld_alpha is not None
+
+    def count(self, groups: Int64s) -> float:
+        """Pairs of these groups, by their weights; or how many groups, where the loss is one of groups."""
+        return self.data.count(groups)
 
     def num_units(self, groups: Int64s) -> int:
         """Pairs of these groups."""
-        return self.count(groups)
+        return int(self.dataset.pairs_per_group[groups].sum())
 
     def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
         """Trees of these groups with the reference log-probs of all completions."""
-        batch = group_batch([self.dataset[int(group)] for group in groups], layout)
-        return replace(batch, reference=reference_rows(self.dataset, self.reference, groups))
+        return self.data.batch(groups, layout)
 
     def loss(self, logps: Tensor, batch: TreeBatch, sums: MetricSums) -> Tensor:
         """Sum of the pairs' losses; see `Objective.loss`."""
-        assert batch.reference is not None
-        policy_pairs = batch.pair_logps(logps)
-        result = preference_loss(policy_pairs, batch.pair_logps(batch.reference), self.loss_config)
+        alpha = self.loss_config.ld_alpha
+        assert batch.pair_weights is not None
+        policy = batch.pair_logps(logps, alpha)
+        reference = None if batch.reference is None else batch.pair_logps(batch.reference, alpha)
+        result = preference_loss(policy, reference, self.loss_config)
         chosen, rejected = result.chosen_rewards, result.rejected_rewards
+        losses = batch.pair_weights * result.losses
         recorded = {
-            "loss": result.losses.detach(),
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": (chosen > rejected).double(),
-            "logps/chosen": policy_pairs.chosen.detach(),
-            "logps/rejected": policy_pairs.rejected.detach(),
+            "logps/chosen": policy.chosen.detach(),
+            "logps/rejected": policy.rejected.detach(),
         }
         sums.add_values({name: values.sum() for name, values in recorded.items()}, len(chosen))
+        sums.add_values({"loss": losses.detach().sum()}, batch.loss_count)
         # A batch without pairs still depends on the policy, so that its backward pass runs on every rank.
-        return result.losses.sum() + 0.0 * logps.sum()
-
-
-def reference_rows(dataset: TokenizedDataset, reference: npt.NDArray[np.float64], groups: Int64s) -> Tensor:
-    """(S,) reference values of these groups' sequences, in `group_batch`'s order; one 0 for no groups."""
-    first, number = dataset.first_sequence[groups], dataset.sequences_per_group[groups]
-    values = [reference[start : start + count] for start, count in zip(first, number, strict=True)]
-    return torch.from_numpy(np.concatenate(values) if values else np.zeros(1))
+        return losses.sum() + 0.0 * logps.sum()

@@ -45,6 +45,7 @@ class NextTokenObjective:
 
     dataset: TokenizedDataset
     unit: str = "sequences"
+    per_token: bool = False
 
     def trees(self, groups: Int64s) -> list[Tree]:
         """The prompts of these groups with their chosen completions, or the one there is."""

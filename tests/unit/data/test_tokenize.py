@@ -200,7 +200,8 @@ def test_whatever_the_lengths_a_group_fits_and_keeps_prompts_end_and_completions
         max_length=max_length, max_prompt_length=max_prompt, drop_too_long=drop, append_eos=False
     )
     counts: Counter[str] = Counter()
-    found = _fit(prompt, completions, pairs, _NoBos(), options, counts)  # type: ignore[arg-type]
+    group = PreferenceGroup(prompt="", completions=("",) * len(lengths), pairs=pairs)
+    found = _fit(prompt, completions, group, _NoBos(), options, counts)  # type: ignore[arg-type]
     fits = prompt_length + max(lengths) <= max_length and prompt_length <= (max_prompt or max_length)
     assert (found is None) == (drop and not fits)
     if found is None:

@@ -12,6 +12,7 @@ def scores(chosen_tokens: list[int], rejected_tokens: list[int], margins: list[f
     return PairScores(
         groups=np.arange(len(margins)),
         losses=zeros,
+        units=np.ones(len(margins)),
         chosen_rewards=np.array(margins),
         rejected_rewards=zeros,
         chosen_logps=zeros,

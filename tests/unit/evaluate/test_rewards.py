@@ -14,6 +14,7 @@ from torch import Tensor
 from dpo import distributed
 from dpo.config import Config, LossConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.preference import preference_data
 from dpo.data.trees import TreeBatch, sequence_batch
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.model.load import load_model
@@ -45,7 +46,7 @@ POLICY = {1: -1.0, 2: -4.0, 3: -2.0, 4: -9.0, 5: -3.0, 6: -5.0, 7: -6.0}
 REFERENCE = np.array([-2.0, -3.0, -4.0, -5.0, -6.0, -5.0, -6.0])  # of the completions 1 to 7
 
 
-def by_name(batch: TreeBatch) -> Tensor:
+def by_name(batch: TreeBatch, *, per_token: bool = False) -> Tensor:
     """The policy's log-prob of each sequence, from the table."""
     sums = torch.zeros(len(batch.num_tokens), dtype=torch.float64)
     values = torch.tensor([POLICY[int(name)] for name in batch.targets], dtype=torch.float64)
@@ -54,7 +55,12 @@ def by_name(batch: TreeBatch) -> Tensor:
 
 def scored(data: TokenizedDataset, *, budget: int = 1000, beta: float = 1.0) -> PairScores:
     return score_pairs(
-        by_name, data, REFERENCE, LossConfig(beta=beta), layout="packed", budget=budget, device=CPU
+        by_name,
+        preference_data(data, REFERENCE),
+        LossConfig(beta=beta),
+        layout="packed",
+        budget=budget,
+        device=CPU,
     )
 
 
@@ -67,9 +73,8 @@ def test_lengths_are_those_of_the_pairs(tmp_path: Path) -> None:
     ]
     write_dataset(groups, tmp_path / "lengths", Counter())
     scores = score_pairs(
-        lambda batch: torch.zeros(len(batch.num_tokens)),
-        map_dataset(tmp_path / "lengths", "digest"),
-        np.zeros(5),
+        lambda batch, per_token: torch.zeros(len(batch.num_tokens)),
+        preference_data(map_dataset(tmp_path / "lengths", "digest"), np.zeros(5)),
         LossConfig(),
         layout="packed",
         budget=1000,
@@ -136,16 +141,17 @@ def test_ranks_score_every_pair_once_and_call_the_policy_equally_often(
 
         def collect(mine: Any) -> Any:
             parts.append(mine)
-            return [np.array([[0.0, 1, 2, 3]] * 6)]  # one value a pair, so that the rest goes on
+            return [np.array([[0.0, 1, 2, 3]] * 8)]  # one value a pair, so that the rest goes on
 
         monkeypatch.setattr(distributed, "gather_objects", collect)
         counted = Counter[str]()
 
-        def counting(batch: TreeBatch, counted: Counter[str] = counted) -> Tensor:
+        def counting(batch: TreeBatch, counted: Counter[str] = counted, **_: bool) -> Tensor:
             counted["calls"] += 1
             return by_name(batch) if len(batch.targets) else torch.zeros(1, dtype=torch.float64)
 
-        score_pairs(counting, data, REFERENCE, LossConfig(beta=1.0), layout="packed", budget=8, device=CPU)
+        both = preference_data(data, REFERENCE)
+        score_pairs(counting, both, LossConfig(beta=1.0), layout="packed", budget=8, device=CPU)
         calls.append(counted["calls"])
     assert len(set(calls)) == 1
     together = np.concatenate(parts, axis=1)
@@ -165,7 +171,9 @@ def test_a_real_model_scores_as_one_sequence_at_a_time_does(
     data = open_data(make_config(write_jsonl(preference_rows(10))))
     scorer = SequenceScorer(load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")))
     reference = np.random.default_rng(0).normal(-30, 5, len(data.keys))
-    found = score_pairs(scorer, data, reference, LossConfig(), layout="packed", budget=100, device=CPU)
+    found = score_pairs(
+        scorer, preference_data(data, reference), LossConfig(), layout="packed", budget=100, device=CPU
+    )
     row, pair = 0, 0
     for group in (data[index] for index in range(len(data))):
         with torch.no_grad():

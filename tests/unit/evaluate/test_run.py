@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo import frozen
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.preference import preference_data
 from dpo.data.trees import sequence_batch
 from dpo.evaluate import run as run_module
 from dpo.evaluate.run import _log_probs, evaluate_run, held_out_prompts
@@ -104,7 +105,12 @@ def summarize(
         precompute(config, [data], store)
         logps = reference_logps([data], store, "")[0]
         evaluate_run(
-            config, policy, config.model, data, logps, tokenizer, {"reference cache": "identity 1234"}
+            config,
+            policy,
+            config.model,
+            preference_data(data, logps),
+            tokenizer,
+            {"reference cache": "identity 1234"},
         )
         summary: dict[str, float] = json.loads(Path(config.run_dir, "report", "summary.json").read_text())
         return summary

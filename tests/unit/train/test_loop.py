@@ -21,9 +21,11 @@ from dpo import engine as engine_module
 from dpo.config import Config, LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
+from dpo.data.preference import preference_data
 from dpo.data.trees import sequence_batch
 from dpo.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal
+from dpo.loss.options import averaged_over_groups
 from dpo.model.load import load_model
 from dpo.monitor import Evaluation, MetricSums, Monitor
 from dpo.reference.identity import reference_identity
@@ -112,7 +114,15 @@ def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
         if reference is None:
             store = ReferenceStore(root, reference_identity(config.model, root))
             reference = reference_logps([data], store, "command")[0]
-        objective = PreferenceObjective(dataset=data, reference=reference, loss_config=config.loss)
+        objective = PreferenceObjective(
+            data=preference_data(
+                data,
+                reference,
+                by_margin=config.loss.pair_weights == "score_margin",
+                over_groups=averaged_over_groups(config.loss),
+            ),
+            loss_config=config.loss,
+        )
         plan = BatchPlan(
             data.pairs_per_group,
             seed=config.train.seed,
@@ -411,7 +421,7 @@ def test_nothing_waits_for_the_device_between_micro_batches(
 ) -> None:
     data = open_data(experiment)
     objective = PreferenceObjective(
-        dataset=data, reference=np.zeros(len(data.keys)), loss_config=experiment.loss
+        data=preference_data(data, np.zeros(len(data.keys))), loss_config=experiment.loss
     )
     batch, sums = objective.batch(np.array([0, 1]), "packed"), MetricSums()
     logps = torch.zeros(len(batch.num_tokens), dtype=torch.float64, requires_grad=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.loss import PairLosses, preference_loss
+from dpo.loss.preference import PairLosses, preference_loss
 from dpo.records import PairLogProbs
 
 

@@ -1,0 +1,71 @@
+"""Batches of groups with what a preference loss reads besides: reference values, and weights of pairs."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dpo.data.dataset import TokenizedDataset
+from dpo.data.plan import Int64s
+from dpo.data.trees import Layout, TreeBatch, group_batch
+
+Float64s = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceData:
+    """A data set, and what belongs to its sequences and pairs."""
+
+    dataset: TokenizedDataset
+    reference: npt.NDArray[np.float64] | npt.NDArray[np.float32] | None
+    """(S,) reference log-probs of the sequences in nats, or (N,) of the completion tokens; None for losses
+    that need none."""
+    weights: Float64s
+    """(P,) how much each pair counts."""
+    units: Float64s
+    """(P,) what each pair adds to what a mean is over: its weight, or its share of its group."""
+
+    def count(self, groups: Int64s) -> float:
+        """What the summed losses of these groups are divided by."""
+        return float(self._of_pairs(self.units, groups).sum())
+
+    def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
+        """Trees of these groups with reference values of all completions and weights of all pairs."""
+        made = group_batch([self.dataset[int(group)] for group in groups], layout)
+        weights = torch.from_numpy(self._of_pairs(self.weights, groups))
+        made = replace(made, pair_weights=weights, loss_count=self.count(groups))
+        if self.reference is None:
+            return made
+        return replace(made, reference=torch.from_numpy(self.dataset.values_of(self.reference, groups)))
+
+    def _of_pairs(self, values: Float64s, groups: Int64s) -> Float64s:
+        first, end = self.dataset.group_pairs[groups], self.dataset.group_pairs[np.asarray(groups) + 1]
+        parts = [values[start:stop] for start, stop in zip(first, end, strict=True)]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def preference_data(
+    dataset: TokenizedDataset,
+    reference: npt.NDArray[np.float64] | npt.NDArray[np.float32] | None,
+    *,
+    by_margin: bool = False,
+    over_groups: bool = False,
+) -> PreferenceData:
+    """Puts a data set and its values together.
+
+    Args:
+        dataset: Tokenized groups.
+        reference: As in `PreferenceData`.
+        by_margin: Weigh pairs by how far their scores are apart.
+        over_groups: Means are over groups: all pairs of a group count as much as one pair of a group of two.
+
+    Raises:
+        ValueError: By margin, and the data has no scores.
+    """
+    ones = np.ones(len(dataset.pairs))
+    weights = np.asarray(dataset.margins, dtype=np.float64) if by_margin else ones
+    if not np.isfinite(weights).all():
+        raise ValueError("pairs without scores")
+    units = np.repeat(1 / dataset.pairs_per_group, dataset.pairs_per_group) if over_groups else weights
+    return PreferenceData(dataset=dataset, reference=reference, weights=weights, units=units)

@@ -1,0 +1,134 @@
+"""Which losses there are, what each needs and which options it uses: the table that everything else reads.
+
+It knows no tensors, so that a configuration is checked without them. The functions of the same names are in
+`dpo.loss.paired`, `dpo.loss.reference_free` and `dpo.loss.ranking`; `dpo.loss.preference` puts them together.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from dpo.config import LossConfig
+
+SIGMOID_LIKE = frozenset({"beta", "label_smoothing"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossKind:
+    """What a loss needs."""
+
+    uses: frozenset[str] = frozenset({"beta"})
+    """Options of `LossConfig` that it reads, besides those that any loss may be combined with."""
+    needs_reference: bool = True
+    """Whether it compares with a reference, and training therefore needs the cache."""
+    averaged_over: str = "pairs"
+    """pairs: its mean is over pairs; groups: over groups, each a ranking of its completions."""
+    shortens: bool = True
+    """Whether `ld_alpha` makes sense: it sums log-probs over the completion."""
+
+
+LOSSES = {
+    "sigmoid": LossKind(uses=SIGMOID_LIKE),
+    "robust": LossKind(uses=SIGMOID_LIKE),
+    "exo_pair": LossKind(uses=SIGMOID_LIKE),
+    "ipo": LossKind(),
+    "hinge": LossKind(),
+    "nca_pair": LossKind(),
+    "sppo_hard": LossKind(),
+    "apo_zero": LossKind(),
+    "apo_down": LossKind(),
+    "discopop": LossKind(uses=frozenset({"beta", "discopop_tau"})),
+    "sigmoid_norm": LossKind(uses=SIGMOID_LIKE, shortens=False),
+    "plackett_luce": LossKind(averaged_over="groups"),
+    "simpo": LossKind(uses=frozenset({"beta", "simpo_gamma"}), needs_reference=False, shortens=False),
+    "orpo": LossKind(needs_reference=False, shortens=False),
+}
+"""Name -> what it needs."""
+
+NEEDS_SMOOTHING = ("exo_pair", "robust")  # without, one is infinite and the other is sigmoid
+ANY_LOSS = {"type", "weights", "sft_weight", "ld_alpha", "pair_weights"}
+
+
+def names_of(loss: LossConfig) -> list[str]:
+    """The losses of a configuration: one, or those of a mixture."""
+    return [loss.type] if isinstance(loss.type, str) else list(loss.type)
+
+
+def needs_reference(loss: LossConfig) -> bool:
+    """Whether training and held-out rewards need reference log-probs."""
+    return any(LOSSES[name].needs_reference for name in names_of(loss))
+
+
+def averaged_over_groups(loss: LossConfig) -> bool:
+    """Whether the mean is over groups instead of pairs."""
+    return any(LOSSES[name].averaged_over == "groups" for name in names_of(loss))
+
+
+def title_of(loss: LossConfig) -> str:
+    """The loss and every option that it uses, for people."""
+    names = names_of(loss)
+    weights = loss.weights or [1.0] * len(names)
+    mixed = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))
+    used = sorted(set().union(*(LOSSES[name].uses for name in names)))
+    said = [f"{name.replace('_', ' ')} {getattr(loss, name):g}" for name in used]
+    plain = LossConfig()
+    said += [
+        f"{name.replace('_', ' ')} {getattr(loss, name)}"
+        for name in sorted(ANY_LOSS - {"type", "weights"})
+        if getattr(loss, name) != getattr(plain, name)
+    ]
+    return ", ".join([names[0] if len(names) == 1 else mixed, *said])
+
+
+def loss_problems(loss: LossConfig) -> Iterator[str]:
+    """Everything wrong with the values, each as `key: value; expected what`."""
+    names = names_of(loss)
+    unknown = [name for name in names if name not in LOSSES]
+    for name in unknown:
+        yield f"loss.type: {name}; expected one of {', '.join(LOSSES)}, or a list of them"
+    if not names:
+        yield "loss.type: an empty list; expected at least one loss"
+    if len({*names}) < len(names):
+        yield f"loss.type: {names}; expected each loss once"
+    if not 0 < loss.beta < math.inf:
+        yield f"loss.beta: {loss.beta}; expected a number above 0"
+    if not 0 <= loss.label_smoothing < 0.5:
+        yield f"loss.label_smoothing: {loss.label_smoothing}; expected a number in [0, 0.5)"
+    if not 0 < loss.discopop_tau < 1:
+        yield f"loss.discopop_tau: {loss.discopop_tau}; expected a number in (0, 1)"
+    if not 0 <= loss.simpo_gamma < math.inf:
+        yield f"loss.simpo_gamma: {loss.simpo_gamma}; expected a number of at least 0"
+    if not 0 <= loss.sft_weight < math.inf:
+        yield f"loss.sft_weight: {loss.sft_weight}; expected a number of at least 0"
+    if loss.ld_alpha is not None and not 0 <= loss.ld_alpha <= 1:
+        yield f"loss.ld_alpha: {loss.ld_alpha}; expected a number in [0, 1], or nothing"
+    if loss.weights is not None and len(loss.weights) != len(names):
+        yield f"loss.weights: {len(loss.weights)} of them for {len(names)} losses; expected one for each"
+    if loss.weights is not None and not all(0 < weight < math.inf for weight in loss.weights):
+        yield f"loss.weights: {loss.weights}; expected numbers above 0"
+    if not unknown and names:
+        yield from _problems_of_use(loss, names)
+
+
+def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
+    """Options that nothing would read, and combinations that mean nothing."""
+    plain, said = LossConfig(), ", ".join(names)
+    used = ANY_LOSS.union(*(LOSSES[name].uses for name in names))
+    for option in (field.name for field in fields(loss)):
+        if option not in used and getattr(loss, option) != getattr(plain, option):
+            yield f"loss.{option}: {getattr(loss, option)}; {said} does not use it: leave it out"
+    if loss.label_smoothing == 0:
+        for name in names:
+            if name in NEEDS_SMOOTHING:
+                yield f"loss.label_smoothing: 0; {name} needs a number above 0, such as 0.001"
+    if loss.ld_alpha is not None:
+        for name in names:
+            if not LOSSES[name].shortens:
+                yield f"loss.ld_alpha: {loss.ld_alpha}; {name} divides by the length already: leave it out"
+    if averaged_over_groups(loss):
+        if len(names) > 1:
+            yield f"loss.type: {names}; a loss over rankings does not mix with losses over pairs"
+        if loss.pair_weights != "equal":
+            yield f"loss.pair_weights: {loss.pair_weights}; {said} is over rankings: leave it out"
+        if loss.sft_weight:
+            yield f"loss.sft_weight: {loss.sft_weight}; {said} is over rankings: leave it out"

@@ -1,0 +1,123 @@
+"""Two steps of training with each loss, on real ranks in one process group: what test_losses.py compares."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpo import distributed, engine
+from dpo.config import Config, DataConfig, LossConfig, ModelConfig, ReferenceConfig, TrainConfig
+from dpo.data.opening import open_datasets
+from dpo.data.plan import BatchPlan
+from dpo.data.preference import preference_data
+from dpo.engine import Engine
+from dpo.loss.options import LOSSES, averaged_over_groups, needs_reference
+from dpo.model.load import load_model, load_tokenizer
+from dpo.monitor import Monitor
+from dpo.reference.precompute import precompute
+from dpo.reference.use import open_reference, reference_store
+from dpo.signals import StopRequests
+from dpo.train.loop import Run, train_step
+from dpo.train.preference import PreferenceObjective
+from dpo.watchdog import Watchdog
+
+STEPS = 2
+BUDGETS = (48, 512)
+SWEEP: dict[str, dict[str, Any]] = {
+    **{name: {"type": name} for name in LOSSES},
+    "exo_pair": {"type": "exo_pair", "label_smoothing": 0.1},
+    "robust": {"type": "robust", "label_smoothing": 0.1},
+    "conservative": {"label_smoothing": 0.2},
+    "mixture": {"type": ["sigmoid", "ipo", "simpo"], "weights": [1.0, 0.1, 0.5], "sft_weight": 0.3},
+    "lengths": {"ld_alpha": 0.5},
+    "lengths and likelihood": {"type": "ipo", "ld_alpha": 0.0, "sft_weight": 1.0},
+    "by scores": {"pair_weights": "score_margin"},
+}
+
+
+def experiment(folder: Path, model: Path) -> Config:
+    """Groups of two to four scored completions, so that rankings, ties and weights are there."""
+    return Config(
+        run_dir=str(folder / "run"),
+        model=ModelConfig(name_or_path=str(model), dtype="float32"),
+        data=DataConfig(
+            train=str(folder / "scored.jsonl"), pairing="all", cache_dir=str(folder / "tokenized")
+        ),
+        reference=ReferenceConfig(cache_dir=str(folder / "reference"), store_token_logps=True),
+        train=TrainConfig(learning_rate=1e-3, warmup_steps=0, pairs_per_step=24),
+    )
+
+
+def write_scored(folder: Path) -> None:
+    """The data of `experiment`."""
+    rows = [
+        {
+            "prompt": f"{n} the cat " + "sat " * (n % 5),
+            "completions": [
+                f" {word} {n}" + " day" * ((n + k) % 4) for k, word in enumerate("abcd"[: 2 + n % 3])
+            ],
+            "scores": [0.5 * ((3 * n + 2 * k) % 5) for k in range(2 + n % 3)],
+        }
+        for n in range(24)
+    ]
+    (folder / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) -> None:
+    """One rank: fills the cache, then trains with every loss and budget; rank 0 writes what was measured."""
+    os.environ.update(environment)
+    distributed.start()
+    base = experiment(folder, model)
+    accelerator = engine.start(base.model)
+    tokenizer = load_tokenizer(base.model)
+    data, _ = open_datasets(base.data, tokenizer, 64)
+    precompute(base, [data], reference_store(base))
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, options in SWEEP.items():
+        loss = LossConfig(**options)
+        config = replace(base, loss=loss)
+        again = precompute(config, [data], reference_store(config))
+        assert again.misses == 0, f"{name}: the reference was computed again"
+        needed, per_token = needs_reference(loss), loss.ld_alpha is not None
+        reference = open_reference(config, [data], needed=needed, per_token=per_token, command="")
+        objective = PreferenceObjective(
+            data=preference_data(
+                data,
+                reference.values[0],
+                by_margin=loss.pair_weights == "score_margin",
+                over_groups=averaged_over_groups(loss),
+            ),
+            loss_config=loss,
+        )
+        for budget in BUDGETS:
+            train = replace(config.train, max_tokens_per_micro_batch=budget)
+            policy = Engine(accelerator, load_model(config.model), config.model, train)
+            policy.settle_layout((data[0].prompt, data[0].completions))
+            run_dir = folder / out.stem / f"{name}_{budget}"
+            if distributed.is_main():
+                run_dir.mkdir(parents=True)
+            distributed.barrier()
+            plan = BatchPlan(data.pairs_per_group, seed=0, num_epochs=1, pairs_per_step=24, max_steps=STEPS)
+            with (
+                Monitor(run_dir, num_steps=STEPS, first_step=0, unit="pairs") as monitor,
+                StopRequests() as stop,
+                Watchdog(run_dir, "train", 600) as watchdog,
+            ):
+                around = Run(
+                    folder=run_dir,
+                    monitor=monitor,
+                    stop=stop,
+                    watchdog=watchdog,
+                    fingerprints={},
+                    evaluate=None,
+                    export=lambda folder: None,
+                    describe=str,
+                )
+                found[f"{name}, {budget}"] = [
+                    train_step(policy, objective, plan.step(number), train, 1e-3, around)[0]
+                    for number in range(1, STEPS + 1)
+                ]
+    if distributed.is_main():
+        out.write_text(json.dumps(found))

@@ -1,0 +1,238 @@
+"""Each loss: by hand, its gradient by finite differences, and what holds whatever the numbers."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo.config import LossConfig
+from dpo.loss.options import LOSSES, loss_problems
+from dpo.loss.preference import FUNCTIONS, preference_loss
+from dpo.records import PairLogProbs
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    name: {"type": name, "beta": 0.5}
+    | ({"label_smoothing": 0.25} if "label_smoothing" in kind.uses else {})
+    | ({"simpo_gamma": 0.75} if "simpo_gamma" in kind.uses else {})
+    for name, kind in LOSSES.items()
+}
+NAMES = sorted(LOSSES)
+LN2 = math.log(2)
+
+
+def config(name: str, **changed: Any) -> LossConfig:
+    made = LossConfig(**{**OPTIONS[name], **changed})
+    assert list(loss_problems(made)) == []
+    return made
+
+
+def logps(chosen: list[float], rejected: list[float], dtype: torch.dtype = torch.float64) -> PairLogProbs:
+    """Completions of 4 and 2 tokens; every pair has a chosen completion of its own."""
+    return PairLogProbs(
+        chosen=torch.tensor(chosen, dtype=dtype),
+        rejected=torch.tensor(rejected, dtype=dtype),
+        chosen_tokens=torch.full((len(chosen),), 4),
+        rejected_tokens=torch.full((len(chosen),), 2),
+        chosen_sequences=torch.arange(len(chosen)),
+    )
+
+
+def value(name: str, *, h_w: float, h_l: float, **changed: Any) -> float:
+    """The loss of one pair: reference -8 and -6 nats, so means of -2 + h_w / 4 and -3 + h_l / 2."""
+    policy, reference = logps([-8 + h_w], [-6 + h_l]), logps([-8.0], [-6.0])
+    return preference_loss(policy, reference, config(name, **changed)).losses.item()
+
+
+def log_sigmoid(z: float) -> float:
+    return -math.log1p(math.exp(-z))
+
+
+def s(z: float) -> float:
+    return 1 / (1 + math.exp(-z))
+
+
+def odds(mean: float) -> float:
+    return mean - math.log(1 - math.exp(mean))
+
+
+# h_w = 1, h_l = -0.6: h = 1.6, beta h = 0.8; a token 0.25 and -0.3: 0.275 with beta; eps = 0.25
+BY_HAND = {
+    "sigmoid": -0.75 * log_sigmoid(0.8) - 0.25 * log_sigmoid(-0.8),
+    "robust": (-0.75 * log_sigmoid(0.8) + 0.25 * log_sigmoid(-0.8)) / 0.5,
+    "exo_pair": s(0.8) * (math.log(s(0.8)) - math.log(0.75)) + s(-0.8) * (math.log(s(-0.8)) - math.log(0.25)),
+    "ipo": (1.6 - 1.0) ** 2,
+    "hinge": 1 - 0.8,
+    "nca_pair": -log_sigmoid(0.5) - 0.5 * log_sigmoid(-0.5) - 0.5 * log_sigmoid(0.3),
+    "sppo_hard": (1 - 1.0) ** 2 + (-0.6 + 1.0) ** 2,
+    "apo_zero": 1 - s(0.5) + s(-0.3),
+    "apo_down": s(0.5) + 1 - s(0.8),
+    "discopop": (1 - s(16)) * -log_sigmoid(0.8) + s(16) * math.exp(-0.8),
+    "sigmoid_norm": -0.75 * log_sigmoid(0.275) - 0.25 * log_sigmoid(-0.275),
+    "plackett_luce": -log_sigmoid(0.8),
+    "simpo": -log_sigmoid(0.5 * (-1.75 + 3.3) - 0.75),
+    "orpo": 1.75 - 0.5 * log_sigmoid(odds(-1.75) - odds(-3.3)),
+}
+AT_REFERENCE = {
+    "sigmoid": LN2,
+    "robust": LN2,
+    "exo_pair": math.log(0.5) - (math.log(0.75) + math.log(0.25)) / 2,
+    "ipo": 1.0,
+    "hinge": 1.0,
+    "nca_pair": 2 * LN2,
+    "sppo_hard": 2.0,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "discopop": (LN2 + 1) / 2,
+    "sigmoid_norm": LN2,
+    "plackett_luce": LN2,
+    "simpo": -log_sigmoid(0.5 * (-2.0 + 3.0) - 0.75),
+    "orpo": 2.0 - 0.5 * log_sigmoid(odds(-2.0) - odds(-3.0)),
+}
+
+
+def test_every_name_has_its_function_and_its_numbers() -> None:
+    assert set(FUNCTIONS) == set(LOSSES) == set(BY_HAND) == set(AT_REFERENCE)
+    assert all(function.__doc__ and "arXiv" in function.__doc__ for function in FUNCTIONS.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_by_hand(name: str) -> None:
+    assert value(name, h_w=1.0, h_l=-0.6) == pytest.approx(BY_HAND[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_policy_that_is_the_reference_gives_the_constant_of_the_docstring(name: str) -> None:
+    assert value(name, h_w=0.0, h_l=0.0) == pytest.approx(AT_REFERENCE[name], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference = logps([-8.0, -5.0, -9.0, -7.0], [-6.0, -8.0, -4.0, -7.5])
+    start = -12 * torch.rand(8, dtype=torch.float64, generator=generator) - 0.5
+
+    def losses(values: Tensor) -> Tensor:
+        policy = PairLogProbs(
+            chosen=values[:4],
+            rejected=values[4:],
+            chosen_tokens=reference.chosen_tokens,
+            rejected_tokens=reference.rejected_tokens,
+            chosen_sequences=reference.chosen_sequences,
+        )
+        return preference_loss(policy, reference, config(name)).losses
+
+    assert torch.autograd.gradcheck(losses, start.requires_grad_())
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"nca_pair", "sppo_hard", "apo_zero", "apo_down"}))
+def test_the_loss_falls_as_the_margin_rises(name: str) -> None:
+    if name in ("ipo", "sigmoid", "sigmoid_norm", "exo_pair"):  # up to where they are least
+        margins = [-6.0, -3.0, 0.0, 0.5]
+    else:
+        margins = [-6.0, -3.0, 0.0, 1.5]
+    found = [value(name, h_w=margin / 2, h_l=-margin / 2) for margin in margins]
+    assert found == sorted(found, reverse=True)
+
+
+MIRRORED: dict[str, Callable[[float, float], float]] = {
+    # the loss of a pair and of the same pair with its labels exchanged
+    "ipo": lambda kept, swapped: swapped - kept - 4 * 1.6 * 1.0,  # (h + 1)^2 - (h - 1)^2 = 4 h / (2 beta)
+    "robust": lambda kept, swapped: swapped - kept - 0.8 / 0.5,  # (1 - eps + eps) beta h / (1 - 2 eps)
+    "apo_zero": lambda kept, swapped: kept + swapped - 2,
+}
+
+
+@pytest.mark.parametrize("name", sorted(MIRRORED))
+def test_exchanged_labels_mirror_the_loss(name: str) -> None:
+    policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
+    kept = preference_loss(policy, reference, config(name)).losses.item()
+
+    def exchanged(of: PairLogProbs) -> PairLogProbs:
+        return PairLogProbs(
+            chosen=of.rejected,
+            rejected=of.chosen,
+            chosen_tokens=of.rejected_tokens,
+            rejected_tokens=of.chosen_tokens,
+            chosen_sequences=of.chosen_sequences,
+        )
+
+    swapped = preference_loss(exchanged(policy), exchanged(reference), config(name)).losses.item()
+    assert MIRRORED[name](kept, swapped) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "plackett_luce"])
+def test_exchanged_labels_differ_by_the_margin(name: str) -> None:
+    """-log sigma(-z) - -log sigma(z) = z: what a Bradley-Terry likelihood must do."""
+    changed = {"label_smoothing": 0.0} if "label_smoothing" in OPTIONS[name] else {}
+    one, other = (
+        preference_loss(
+            logps([-8.0 + sign], [-8.0 - sign]), logps([-8.0], [-8.0]), config(name, **changed)
+        ).losses.item()
+        for sign in (1, -1)
+    )
+    expected = 0.5 * (1 / 4 + 1 / 2) if name == "sigmoid_norm" else 0.5 * 2
+    assert other - one == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("margin", [-5e3, -300.0, 300.0, 5e3])
+def test_extreme_margins_stay_finite_with_their_gradients(
+    name: str, dtype: torch.dtype, margin: float
+) -> None:
+    low = min(margin, -margin) - 10
+    policy = logps([low + max(margin, 0)], [low + max(-margin, 0)], dtype)
+    policy.chosen.requires_grad_()
+    policy.rejected.requires_grad_()
+    losses = preference_loss(policy, logps([-10.0], [-10.0], dtype), config(name, beta=1.0)).losses
+    assert losses.isfinite().all()
+    gradients = torch.autograd.grad(losses.sum(), [policy.chosen, policy.rejected])
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_completion_of_certain_tokens_has_finite_odds() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        policy = logps([0.0], [-3.0], dtype)
+        assert preference_loss(policy, None, config("orpo")).losses.isfinite().all()
+
+
+def test_a_mixture_adds_weighted_losses_and_shows_the_first_ones_rewards() -> None:
+    policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
+    mixed = LossConfig(
+        type=["sigmoid", "hinge", "simpo"], weights=[1.0, 0.5, 2.0], beta=0.5, simpo_gamma=0.75
+    )
+    alone = [
+        LossConfig(type=name, beta=0.5, **({"simpo_gamma": 0.75} if name == "simpo" else {}))
+        for name in mixed.type
+    ]
+    parts = [preference_loss(policy, reference, one) for one in alone]
+    found = preference_loss(policy, reference, mixed)
+    expected = parts[0].losses + 0.5 * parts[1].losses + 2.0 * parts[2].losses
+    assert torch.allclose(found.losses, expected, rtol=1e-14)
+    assert torch.equal(found.chosen_rewards, parts[0].chosen_rewards)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"plackett_luce"}))
+def test_the_likelihood_of_the_chosen_can_be_added_to_any(name: str) -> None:
+    policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
+    plain = preference_loss(policy, reference, config(name)).losses
+    added = preference_loss(policy, reference, config(name, sft_weight=0.5)).losses
+    assert (added - plain).item() == pytest.approx(0.5 * 7.0 / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["simpo", "orpo"])
+def test_losses_without_a_reference_run_without_one(name: str) -> None:
+    policy = logps([-7.0], [-6.6])
+    found = preference_loss(policy, None, config(name))
+    assert found.losses.isfinite().all()
+    assert found.chosen_rewards.item() == pytest.approx(0.5 * -7 / 4)
+
+
+def test_rewards_count_as_the_loss_does() -> None:
+    policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
+    for name, chosen in (("sigmoid", 1.0), ("ipo", 1.0), ("sigmoid_norm", 1 / 4)):
+        found = preference_loss(policy, reference, config(name))
+        assert found.chosen_rewards.item() == pytest.approx(0.5 * chosen)
