@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from loss_ranks import BUDGETS, STEPS, SWEEP, sweep, write_scored
 from ranks import FORKS, wait
+from rig import Rig, make_rig
 
 Steps = list[dict[str, float]]
 Both = tuple[dict[str, Steps], dict[str, Steps]]
@@ -72,3 +73,62 @@ def test_the_losses_are_not_the_same(both: Both) -> None:
     alone, _ = both
     first = {name: alone[f"{name}, {BUDGETS[0]}"][1]["grad_norm"] for name in SWEEP}
     assert len({round(norm, 6) for norm in first.values()}) == len(SWEEP)
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Rig:
+    return make_rig(tmp_path_factory.mktemp("rig"), tiny_model, checkpoint_every=2, max_steps=4)
+
+
+def test_a_loss_without_a_reference_needs_no_cache_from_start_to_report(rig: Rig, tmp_path: Path) -> None:
+    keys = ("--loss.type", "simpo", "--loss.beta", "2", "--reference.cache_dir", str(tmp_path / "none"))
+    keys += ("--evaluate.num_prompts", "4", "--evaluate.completion_tokens", "4")
+    assert (
+        "not needed: simpo"
+        in rig.run("simpo", *keys, command="precompute-ref", world_size=1, stage=None).said
+    )
+    run_dir = rig.completed("simpo", *keys, world_size=1, stage=None)
+    assert not (tmp_path / "none").exists()
+    assert not (run_dir / "reference.json").exists()
+    assert rig.run("simpo", *keys, command="evaluate", world_size=1, stage=None).statuses == [0]
+    report = (run_dir / "report" / "report.md").read_text()
+    assert "- loss: simpo, beta 2, simpo gamma 0.5" in report
+    assert "- reference cache: none: the loss needs no reference" in report
+    assert "with reference" not in (run_dir / "model" / "README.md").read_text()
+
+
+def test_a_loss_that_weighs_tokens_says_what_adds_them_and_then_trains(rig: Rig) -> None:
+    keys = ("--loss.ld_alpha", "0.5")
+    ended = rig.run("lengths", *keys, world_size=1, stage=None)
+    assert ended.statuses == [2]
+    assert "dpo precompute-ref" in ended.message
+    assert "reference.store_token_logps: true" in ended.message
+    assert not (rig.folder / "lengths" / "metrics.jsonl").exists()
+    added = rig.run(
+        "lengths",
+        *keys,
+        "--reference.store_token_logps",
+        "true",
+        command="precompute-ref",
+        world_size=1,
+        stage=None,
+    )
+    assert added.statuses == [0]
+    run_dir = rig.completed("lengths", *keys, world_size=1, stage=None)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)  # law 1, token by token
+    assert lines[-1]["eval/loss"] < math.log(2)
+
+
+def test_weights_by_scores_need_scores(rig: Rig) -> None:
+    ended = rig.run("weights", "--loss.pair_weights", "score_margin", world_size=1, stage=None)
+    assert ended.statuses == [2]
+    assert "loss.pair_weights: score_margin; the data has pairs without scores" in ended.message
+
+
+def test_a_run_does_not_go_on_with_another_loss(rig: Rig) -> None:
+    rig.completed("resumed", "--train.max_steps", "2", world_size=1, stage=None)
+    more = ("--train.resume_allow", "train.max_steps")
+    ended = rig.run("resumed", *more, "--loss.type", "[ipo,hinge]", world_size=1, stage=None)
+    assert ended.statuses == [2]
+    assert "loss.type: sigmoid -> " in ended.message

@@ -1,6 +1,7 @@
 """BOS, EOS, the prompt's boundary and truncation: the ids of a group, and the reasons of what is dropped."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -225,3 +226,21 @@ class _NoBos:
 
     def __call__(self, text: str, **_: Any) -> Any:
         return type("Encoded", (), {"input_ids": []})
+
+
+def test_pairs_keep_how_far_their_scores_are_apart() -> None:
+    completions = [[1], [2], [1], [3]]  # the first and the third become one
+    group = PreferenceGroup(
+        prompt="",
+        completions=("a", "b", "c", "d"),
+        pairs=(Pair(0, 1), Pair(2, 1), Pair(3, 0)),
+        scores=(2.0, 0.5, 1.5, 3.0),
+    )
+    options = TokenizeOptions(max_length=9, max_prompt_length=None, drop_too_long=False, append_eos=False)
+    found = _fit([7], completions, group, _NoBos(), options, Counter())  # type: ignore[arg-type]
+    assert found is not None
+    assert found.pairs == (Pair(0, 1), Pair(2, 0))
+    assert found.margins == (1.5, 1.0)
+    unscored = _fit([7], completions, replace(group, scores=None), _NoBos(), options, Counter())  # type: ignore[arg-type]
+    assert unscored is not None
+    assert unscored.margins is None

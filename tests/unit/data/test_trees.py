@@ -125,3 +125,29 @@ def test_what_a_token_sees_is_its_own_sequence_up_to_itself(
             assert batch.targets[target] == whole[place]
             target += 1
     assert target == len(batch.targets)
+
+
+def test_tokens_beyond_the_shorter_completion_count_by_alpha() -> None:
+    trees = [(ids(9), [ids(1), ids(2, 3, 4), ids(5, 6)])]
+    batch = tree_batch(trees, "packed", [(1, 0), (0, 2), (1, 2)])
+    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0], requires_grad=True)  # of the six tokens
+    found = batch.pair_logps(logps, 0.25)
+    assert found.chosen.tolist() == [-2 + 0.25 * (-3 - 4), -1, -2 - 3 + 0.25 * -4]
+    assert found.rejected.tolist() == [-1, -5 + 0.25 * -6, -5 - 6]
+    found.chosen.sum().backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == [1, 2, 1.25, 0.5, 0, 0]
+    plain = torch.tensor([-1.0, -9.0, -11.0])
+    for alpha, summed in ((1.0, plain), (0.0, None)):
+        pairs = batch.pair_logps(logps.detach(), alpha)
+        if summed is not None:
+            assert torch.equal(pairs.chosen, batch.pair_logps(summed).chosen.double())
+        else:
+            assert pairs.chosen.tolist() == [-2, -1, -5]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_without_groups_has_no_pairs_with_or_without_alpha(layout: Layout) -> None:
+    batch = tree_batch([], layout)
+    assert len(batch.pair_logps(torch.zeros(len(batch.targets)), 0.5).chosen) == 0
+    assert len(batch.pair_logps(torch.zeros(1)).chosen) == 0

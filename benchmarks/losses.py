@@ -1,0 +1,157 @@
+"""The figure of docs/losses.md, and our losses against TRL's on random log-probs.
+
+    python -m benchmarks.losses --figure docs/figures/losses.png
+    python -m benchmarks.losses --peer .venv-peers/bin/python      # after make bench-peers
+
+The second runs TRL's own trainer code in its environment (benchmarks/peers/trl_losses.py) on log-probs that
+are drawn here, and prints the difference of each loss that both have.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dpo.config import LossConfig
+from dpo.figures import PALETTE, save_png
+from dpo.loss.options import LOSSES
+from dpo.loss.preference import preference_loss
+from dpo.records import PairLogProbs
+
+BETA, SMOOTHING = 0.5, 0.1
+PEERS = [name for name, kind in LOSSES.items() if kind.needs_reference and name != "plackett_luce"]
+"""Types that TRL's DPOTrainer has, too."""
+
+
+SMOOTHED_BY_PEERS = ("robust", "exo_pair")
+"""Types in which TRL reads label_smoothing, too."""
+
+
+def options(name: str, *, smoothed: bool = True) -> LossConfig:
+    """The loss with options that show it."""
+    given: dict[str, Any] = {"type": name, "beta": BETA}
+    if smoothed and "label_smoothing" in LOSSES[name].uses:
+        given["label_smoothing"] = SMOOTHING
+    return LossConfig(**given)
+
+
+def along(name: str, margins: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and its derivative where half of the margin (nats) is the chosen completion's, half the other's.
+
+    Completions have ten tokens; without a reference the log-probs themselves differ by the margin.
+    """
+    margins = margins.clone().requires_grad_()
+    tokens = torch.full_like(margins, 10, dtype=torch.int64)
+
+    def pairs(chosen: Tensor, rejected: Tensor) -> PairLogProbs:
+        return PairLogProbs(
+            chosen=chosen,
+            rejected=rejected,
+            chosen_tokens=tokens,
+            rejected_tokens=tokens,
+            chosen_sequences=torch.arange(len(margins)),
+        )
+
+    base = torch.full_like(margins, -20.0)
+    losses = preference_loss(
+        pairs(base + margins / 2, base - margins / 2), pairs(base, base), options(name)
+    ).losses
+    (gradient,) = torch.autograd.grad(losses.sum(), margins)
+    return losses.detach(), gradient
+
+
+def draw() -> Figure:
+    """Each loss, and its gradient, against the margin; in four panels so that the lines can be told apart."""
+    panels = [
+        ("Logistic and its kin", ["sigmoid", "robust", "exo_pair", "sigmoid_norm", "discopop"]),
+        ("Targets and hinges", ["ipo", "sppo_hard", "hinge"]),
+        ("Each completion by itself", ["nca_pair", "apo_zero", "apo_down"]),
+        ("Rankings, and no reference", ["plackett_luce", "simpo", "orpo"]),
+    ]
+    margins = torch.linspace(-8, 8, 321, dtype=torch.float64)
+    figure = Figure(figsize=(13, 6.4), layout="constrained")
+    axes = figure.subplots(2, 4, sharex=True)
+    for column, (title, names) in enumerate(panels):
+        for index, name in enumerate(names):
+            losses, gradient = along(name, margins)
+            for row, values in enumerate((losses, gradient)):
+                axes[row][column].plot(
+                    margins.numpy(),
+                    values.numpy(),
+                    color=PALETTE[index],
+                    linestyle=("-", "--", "-.", ":", (0, (5, 1)))[index],
+                    label=name,
+                )
+        axes[0][column].set_title(title)
+        axes[0][column].legend(frameon=False, fontsize=8)
+        axes[1][column].set_xlabel("margin h, nats")
+        for row in (0, 1):
+            axes[row][column].grid(alpha=0.25)
+            axes[row][column].axvline(0, color="black", linewidth=0.5)
+    axes[0][0].set_ylabel("loss")
+    axes[1][0].set_ylabel("gradient to the margin")
+    figure.suptitle(
+        f"Losses at beta {BETA}, label smoothing {SMOOTHING} where it is used, 10 tokens a completion"
+    )
+    return figure
+
+
+def compare(peer: str) -> None:
+    """Prints the largest difference to TRL of each type; exits with 1 if one is beyond 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        name: (-30 * torch.rand(64, dtype=torch.float64, generator=generator) - 1).tolist()
+        for name in ("chosen", "rejected", "reference_chosen", "reference_rejected")
+    }
+    tokens = {
+        name: torch.randint(1, 30, (64,), generator=generator).tolist() for name in ("chosen", "rejected")
+    }
+    given = {"logps": drawn, "tokens": tokens, "types": PEERS, "beta": BETA, "label_smoothing": SMOOTHING}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "given.json"
+        file.write_text(json.dumps(given))
+        script = str(Path(__file__).parent / "peers" / "trl_losses.py")
+        found = subprocess.run([peer, script, str(file)], capture_output=True, text=True, check=True)
+    theirs = json.loads(found.stdout.splitlines()[-1])
+    worst = 0.0
+    for name in PEERS:
+        policy, reference = (
+            PairLogProbs(
+                chosen=torch.tensor(drawn[f"{which}chosen"], dtype=torch.float64),
+                rejected=torch.tensor(drawn[f"{which}rejected"], dtype=torch.float64),
+                chosen_tokens=torch.tensor(tokens["chosen"]),
+                rejected_tokens=torch.tensor(tokens["rejected"]),
+            )
+            for which in ("", "reference_")
+        )
+        loss = options(name, smoothed=name in SMOOTHED_BY_PEERS)
+        ours = preference_loss(policy, reference, loss).losses.mean().item()
+        difference = abs(ours - theirs[name]) / max(1.0, abs(theirs[name]))
+        by_definition = name == "ipo"
+        worst = worst if by_definition else max(worst, difference)
+        note = "another definition: TRL divides by the length" if by_definition else ""
+        print(
+            f"{name:<14} ours {ours:12.8f}   TRL {theirs[name]:12.8f}   difference {difference:.1e}  {note}"
+        )
+    if worst > 1e-6:
+        sys.exit(f"a loss differs by {worst:.1e}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--peer", help="Python of an environment with TRL")
+    arguments = parser.parse_args()
+    if arguments.figure:
+        save_png(draw(), arguments.figure)
+    if arguments.peer:
+        compare(arguments.peer)
