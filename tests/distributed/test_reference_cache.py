@@ -162,8 +162,9 @@ def test_a_signal_writes_what_was_computed_and_ends_with_status_3(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     arguments = ["precompute-ref", *experiment(tmp_path, reference__flush_every_seconds=3600)]
-    (process,) = start_ranks(1, arguments, tmp_path / "logs")
-    wait_for(lambda: re.search(r"[1-9]\d*%", said(tmp_path / "logs")) is not None)
+    often = "from dpo import terminal; terminal.FILE_SECONDS = 0.0"
+    (process,) = start_ranks(1, arguments, tmp_path / "logs", before=often)
+    wait_for(lambda: re.search(r"to compute: [1-9][\d.]*[kM]?/", said(tmp_path / "logs")) is not None)
     os.kill(pid_of(process), signal.SIGTERM)
     assert wait([process]) == [3], said(tmp_path / "logs")
     assert "the same command goes on from there" in said(tmp_path / "logs")

@@ -27,7 +27,7 @@ SAMPLE = (
 EXPERIMENT = (
     "--run_dir run --model.name_or_path base/model --data.train data --data.cache_dir cache "
     "--reference.cache_dir cache/reference --train.learning_rate 3e-4 --train.pairs_per_step 32 "
-    "--train.evaluate_every 2 --train.keep_best true "
+    "--train.evaluate_every 2 --train.snapshot_every 2 --train.keep_best true "
     "--evaluate.num_prompts 16 --evaluate.completion_tokens 16"
 )
 KEYS_WITH_INTERVALS = (
@@ -145,6 +145,17 @@ def test_the_report_is_one_page_and_the_policy_was_watched_while_it_learned(
     assert tables[0] != tables[-1]
 
 
+def test_a_model_along_the_way_is_evaluated_into_its_own_folder(pipeline: tuple[Path, str]) -> None:
+    folder, _ = pipeline
+    arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), *EXPERIMENT.split()]
+    arguments += ["--evaluate.snapshot", "2", "--evaluate.num_prompts", "0"]
+    shell(sys.executable, "-m", "dpo", "evaluate", *arguments, folder=folder)
+    found = json.loads((folder / "run/snapshots/step_00000002/report/summary.json").read_text())
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    (then,) = (line["eval/loss"] for line in lines if line["step"] == 2 and "eval/loss" in line)
+    assert found["eval/loss"] == pytest.approx(then, rel=1e-5)
+
+
 def test_the_model_card_has_what_the_report_found(pipeline: tuple[Path, str]) -> None:
     folder, _ = pipeline
     card = (folder / "run" / "model" / "README.md").read_text()
@@ -158,19 +169,17 @@ def test_the_model_card_has_what_the_report_found(pipeline: tuple[Path, str]) ->
 def test_a_frontier_of_one_beta_and_the_baseline_reuses_the_cache(pipeline: tuple[Path, str]) -> None:
     folder, _ = pipeline
     keys = ["--config", str(ROOT / "configs" / "demo.yaml"), *EXPERIMENT.split(), "--train.max_steps", "2"]
-    command = ["frontier", *keys, "--betas", "0.5", "--snapshot_every", "1", "--launcher"]
+    command = ["frontier", *keys, "--betas", "0.5", "--launcher"]
     command += [f"{sys.executable} -m dpo", "--sft_learning_rate", "1e-3", "--output", "frontier"]
     said = shell(sys.executable, "-m", "dpo", *command, "--evaluate.num_prompts", "4", folder=folder)
     assert " 0 computed" in said
     points = json.loads((folder / "frontier" / "frontier.json").read_text())
     baseline = "preferred-completion SFT"
     assert [(point["curve"], point["step"]) for point in points] == [
-        ("beta 0.5", 1),
-        ("beta 0.5", None),  # which is step 2
-        (baseline, 1),
+        ("beta 0.5", None),
         (baseline, None),
     ]
-    assert len({point["eval/loss"] for point in points}) == 4
+    assert points[0]["eval/loss"] != points[1]["eval/loss"]
     report = (folder / "frontier" / "preferred_sft" / "report" / "report.md").read_text()
     assert "- training: next tokens" in report
 

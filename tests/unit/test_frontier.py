@@ -9,14 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from dpo.arguments import parse
 from dpo.cli import run
-from dpo.config import Config, DataConfig, DataSource, EvaluateConfig, ModelConfig
+from dpo.config import Config, DataConfig, DataSource, EvaluateConfig, ModelConfig, SftConfig
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.frontier import SFT, Evaluated, Sweep, frontier_curves, frontier_table, run_frontier
+from dpo.frontier import SFT, Evaluated, Sweep, _sft_keys, frontier_curves, frontier_table, run_frontier
 
 STAND_IN = """
 import json, os, sys, time
@@ -106,6 +107,14 @@ def test_each_beta_and_the_baseline_are_trained_and_evaluated_on_one_cache(rig: 
     ]
     assert (out / "frontier.png").is_file()
     assert "| beta 0.5 | last | 2.000 | 0.500 |" in (out / "frontier.md").read_text()
+
+
+def test_the_baseline_is_given_keys_that_sft_knows(rig: Rig, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    sweep = rig.sweep(snapshot_every=20)
+    config = cast(SftConfig, parse("sft", _sft_keys(sweep, tmp_path / "run")))
+    assert (config.train.sequences_per_step, config.train.learning_rate) == (64, 1e-4)
+    assert (config.train.snapshot_every, config.model.name_or_path) == (20, "m")
 
 
 def test_what_is_done_is_not_done_again_and_a_change_is(rig: Rig) -> None:
