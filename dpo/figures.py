@@ -67,7 +67,7 @@ def losses_and_margins(runs: Mapping[str, Sequence[Line]]) -> Figure:
             _dots(left, history, "eval/loss", f"{prefix}held-out", colour)
             _curve(right, history, "train/rewards/margins", f"{prefix}training", colour)
             _dots(right, history, "eval/rewards/margins", f"{prefix}held-out", colour)
-        _finish(left, "Loss", "optimizer step", "nats a pair")
+        _finish(left, "Loss", "optimizer step", "a pair")
         _finish(right, "Reward margin", "optimizer step", "chosen - rejected, with beta")
         return figure
 
@@ -81,7 +81,7 @@ def rewards_over_steps(history: Sequence[Line]) -> Figure:
             _curve(axes, history, f"train/rewards/{name}", f"{name}, training", colour)
             _dots(axes, history, f"eval/rewards/{name}", f"{name}, held-out", colour)
         axes.axhline(0, color=INK, linewidth=0.6, alpha=0.5)
-        _finish(axes, "Rewards", "optimizer step", "beta x log(policy / reference)")
+        _finish(axes, "Rewards", "optimizer step", "implicit reward, with beta")
         return figure
 
 

@@ -78,11 +78,11 @@ def run_frontier(sweep: Sweep) -> None:
         run_dir = sweep.output / f"beta_{beta:g}"
         keys = [*sweep.keys, "--run_dir", str(run_dir), "--loss.beta", f"{beta:g}"]
         snapshots = ["--train.snapshot_every", str(sweep.snapshot_every)] if sweep.snapshot_every else []
-        _once(sweep, "train", [*keys, *snapshots], run_dir / "model" / "config.json")
+        _once(sweep, "train", [*keys, *snapshots], run_dir / "model" / "README.md")
         models += _evaluated(sweep, f"beta {beta:g}", run_dir, keys)
     if sweep.sft_learning_rate is not None:
         run_dir = sweep.output / "preferred_sft"
-        _once(sweep, "sft", _sft_keys(sweep, run_dir), run_dir / "model" / "config.json")
+        _once(sweep, "sft", _sft_keys(sweep, run_dir), run_dir / "model" / "README.md")
         models += _evaluated(sweep, SFT, run_dir, [*sweep.keys, "--run_dir", str(run_dir)])
     _write(sweep, models)
 
@@ -124,6 +124,8 @@ def _sft_keys(sweep: Sweep, run_dir: Path) -> list[str]:
         "train.checkpoint_every": train.checkpoint_every,
         "train.snapshot_every": sweep.snapshot_every,
     }
+    if model.lora is not None:
+        given |= {f"model.lora.{name}": value for name, value in asdict(model.lora).items()}
     return [part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))]
 
 

@@ -36,26 +36,36 @@ def start_ranks(
         before: Code that each of them runs first, to break something.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(world_size):
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-        }
         folder = folders[rank] if folders else None
         alone = world_size == 1 and not variables
-        environment = {} if alone else environment | dict(variables or {})
+        environment = {} if alone else rank_environment(rank, world_size, port) | dict(variables or {})
         given = (environment, list(arguments), logs / f"rank{rank}.log", folder, before)
         processes.append(FORKS.Process(target=_work, args=given))
         processes[-1].start()
     return processes
+
+
+def free_port() -> int:
+    """A port that nobody listens at right now."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What the launcher would give a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
 
 
 def run_ranks(

@@ -149,9 +149,9 @@ def learned_preferences(run_dir: Path) -> bool:
 
 
 def _history(config: Config) -> list[Line]:
-    """Of the run, up to the model that is evaluated."""
+    """Of the run, up to the model that is evaluated; none of one that learned next tokens."""
     last = config.evaluate.snapshot
-    lines = read_history(Path(config.run_dir))
+    lines = read_history(Path(config.run_dir)) if learned_preferences(Path(config.run_dir)) else []
     return [line for line in lines if last is None or line["step"] <= last]
 
 
@@ -164,8 +164,8 @@ def _figures(
             Captioned(
                 name="training",
                 title="Loss and margin",
-                caption="A loss starts at ln 2 = 0.693. Held-out loss that rises while training loss falls "
-                "is overfitting.",
+                caption="Held-out loss that rises while training loss falls is overfitting. The loss of DPO "
+                "starts at ln 2 = 0.693.",
                 figure=losses_and_margins({"": history}),
             ),
             Captioned(

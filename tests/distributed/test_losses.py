@@ -2,12 +2,11 @@
 
 import json
 import math
-import socket
 from pathlib import Path
 
 import pytest
 from loss_ranks import BUDGETS, STEPS, SWEEP, sweep, write_scored
-from ranks import FORKS, wait
+from ranks import FORKS, free_port, rank_environment, wait
 from rig import Rig, make_rig
 
 Steps = list[dict[str, float]]
@@ -18,22 +17,11 @@ COMPARED = ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/cho
 
 def measured(folder: Path, model: Path, world_size: int) -> dict[str, Steps]:
     """Loss and budget -> the metrics of its steps, on real ranks."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    out = folder / f"ranks{world_size}.json"
+    out, port = folder / f"ranks{world_size}.json", free_port()
     processes = []
     for rank in range(world_size):
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-        }
-        given = (environment if world_size > 1 else {}, folder, model, out)
-        processes.append(FORKS.Process(target=sweep, args=given))
+        environment = rank_environment(rank, world_size, port) if world_size > 1 else {}
+        processes.append(FORKS.Process(target=sweep, args=(environment, folder, model, out)))
         processes[-1].start()
     assert wait(processes, 240) == [0] * world_size
     found: dict[str, Steps] = json.loads(out.read_text())

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ import pytest
 
 from dpo.arguments import parse
 from dpo.cli import run
-from dpo.config import Config, DataConfig, DataSource, EvaluateConfig, ModelConfig, SftConfig
+from dpo.config import Config, DataConfig, DataSource, EvaluateConfig, LoraConfig, ModelConfig, SftConfig
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.frontier import SFT, Evaluated, Sweep, _sft_keys, frontier_curves, frontier_table, run_frontier
 
@@ -38,7 +39,7 @@ if stage in ("train", "sft"):
     steps = int(options.get("--train.snapshot_every", 0))
     for place in ["model", *(f"snapshots/step_{n * steps:08d}" for n in (1, 2) if steps)]:
         (folder / place).mkdir(parents=True, exist_ok=True)
-        (folder / place / "config.json").write_text("{}")
+        (folder / place / "README.md").write_text("a card")
 if stage == "evaluate":
     step = options.get("--evaluate.snapshot")
     report = folder / (f"snapshots/step_{int(step):08d}/report" if step else "report")
@@ -112,9 +113,12 @@ def test_each_beta_and_the_baseline_are_trained_and_evaluated_on_one_cache(rig: 
 def test_the_baseline_is_given_keys_that_sft_knows(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     sweep = rig.sweep(snapshot_every=20)
+    lora = LoraConfig(rank=4, target_modules=["a", "b"])
+    sweep = replace(sweep, config=replace(sweep.config, model=ModelConfig(name_or_path="m", lora=lora)))
     config = cast(SftConfig, parse("sft", _sft_keys(sweep, tmp_path / "run")))
     assert (config.train.sequences_per_step, config.train.learning_rate) == (64, 1e-4)
     assert (config.train.snapshot_every, config.model.name_or_path) == (20, "m")
+    assert config.model.lora == lora
 
 
 def test_what_is_done_is_not_done_again_and_a_change_is(rig: Rig) -> None:

@@ -1,0 +1,73 @@
+"""Every loss on the demo, on one reference cache: the table of docs/losses.md.
+
+    make demo && python -m benchmarks.loss_sweep
+
+Trains and evaluates the demo's experiment with each loss into runs/losses/NAME (what is there is not done
+again), checks that no reference log-prob is computed after the demo's own, and prints the table. The betas
+are those that each loss wants, not tuned further.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from dpo.loss.options import LOSSES
+
+CONFIG = "configs/demo.yaml"
+OPTIONS = {
+    "robust": ["--loss.label_smoothing", "0.1"],
+    "exo_pair": ["--loss.label_smoothing", "0.001"],
+    "sigmoid_norm": ["--loss.beta", "5"],
+    "simpo": ["--loss.beta", "2"],
+}
+COLUMNS = {
+    "positive_share/policy": "scored positive",
+    "win_rate": "win rate",
+    "eval/rewards/accuracies": "held-out accuracy",
+    "kl/sequence": "KL, nats",
+    "distinct_2/policy": "distinct word pairs",
+}
+
+
+def stage(command: str, *keys: str) -> str:
+    """Runs a stage on the CPU, as launch/demo does; returns what it printed."""
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "ACCELERATE_CONFIG": "launch/cpu.yaml",
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    run = ["launch/run", command, "--config", CONFIG, *keys, "--quiet"]
+    return subprocess.run(run, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def main() -> None:
+    """Runs what is missing, and prints a row a loss."""
+    print("| loss | options | " + " | ".join(COLUMNS.values()) + " |")
+    print("|---" * (2 + len(COLUMNS)) + "|")
+    for name in LOSSES:
+        run_dir = Path("runs/losses") / name
+        options = OPTIONS.get(name, [])
+        keys = ["--run_dir", str(run_dir), "--loss.type", name, *options]
+        summary = run_dir / "report" / "summary.json"
+        if not summary.is_file():
+            said = stage("precompute-ref", *keys)
+            if " 0 computed" not in said and "not needed" not in said:
+                sys.exit(f"{name}: the reference was computed again:\n{said}")
+            stage("train", *keys)
+            stage("evaluate", *keys)
+        found = json.loads(summary.read_text())
+        shown = ", ".join(
+            f"{key.removeprefix('--loss.').replace('_', ' ')} {value}"
+            for key, value in zip(options[::2], options[1::2], strict=True)
+        )
+        cells = [f"{found[column]:.3f}" for column in COLUMNS]
+        print(f"| `{name}` | {shown} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
