@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
 from dpo.config import DataConfig, SftDataConfig
-from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.dataset import FORMAT_VERSION, TokenizedDataset, map_dataset, write_dataset
 from dpo.data.opening import open_datasets, resolve_max_length
 from dpo.data.plan import Int64s, share
 from dpo.data.prefetch import prefetch
@@ -36,7 +36,6 @@ from dpo.records import TokenizedGroup
 
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.xz")
 LINES_PER_CALL = 4096
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

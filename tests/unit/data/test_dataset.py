@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo.config import DataConfig, DataSource
 from dpo.data import dataset as dataset_module
-from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.dataset import FORMAT_VERSION, TokenizedDataset, map_dataset, write_dataset
 from dpo.data.opening import check_sources, open_datasets, resolve_max_length
 from dpo.errors import UserError
 from dpo.records import Pair, TokenizedGroup, sequence_key
@@ -312,3 +312,11 @@ def test_a_prompt_length_that_leaves_no_room_under_the_models_limit_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"data\.max_prompt_length: 64; expected less than 64"):
         open_with(numbered(write_jsonl, 3, "x"), max_prompt_length=64)
+
+
+def test_other_files_are_another_format(tmp_path: Path) -> None:
+    """A change of what is written needs a new FORMAT_VERSION, or folders of yesterday cannot be read."""
+    written(tmp_path / "data")
+    arrays = {"group_pairs", "group_segments", "keys", "margins", "pairs", "segment_offsets"}
+    files = {"counts.json", "sources.json", "tokens.bin", *(f"{name}.npy" for name in arrays)}
+    assert (FORMAT_VERSION, {path.name for path in (tmp_path / "data").iterdir()}) == (3, files)
