@@ -1,4 +1,4 @@
-"""Every loss on the demo, on one reference cache: the table of docs/losses.md.
+"""Every loss on the demo, on one reference cache: the last table of docs/losses.md.
 
     make demo && python -m benchmarks.loss_sweep
 
