@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data_prep.splits import Fold
 from dpo.errors import UserError
 
 
@@ -83,12 +84,19 @@ def _add_common_arguments(parser: argparse.ArgumentParser, *, has_input: bool) -
         common.add_argument(
             "--max_rows", type=_positive, metavar="N", help="read at most N rows of each input split"
         )
-        common.add_argument(
+        split = common.add_mutually_exclusive_group()
+        split.add_argument(
             "--test_fraction",
             type=_fraction,
             default=0.1,
             metavar="F",
             help="share of the prompts held out, where the input has no test split of its own (default: 0.1)",
+        )
+        split.add_argument(
+            "--fold",
+            type=_fold,
+            metavar="K/N",
+            help="hold out the K-th of N equal parts of the prompts instead: 1/5 to 5/5 hold out each once",
         )
 
 
@@ -102,6 +110,15 @@ def _fraction(text: str) -> float:
     if not 0 <= (value := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text}; expected at least 0 and less than 1")
     return value
+
+
+def _fold(text: str) -> Fold:
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) and int(of) >= 2):
+        raise argparse.ArgumentTypeError(
+            f"{text}; expected K/N with 1 <= K <= N and N at least 2, such as 1/5"
+        )
+    return Fold(int(number), int(of))
 
 
 def _summary(output: Path) -> str:

@@ -8,6 +8,7 @@ import argparse
 from functools import partial
 
 from data_prep.files import PreferenceWriter, describe_arguments
+from data_prep.relabel import LABELS, relabel
 from data_prep.splits import open_inputs, prompt_key, read_inputs
 from dpo.data.load import group_from_row
 from dpo.data.pairing import PAIRING_RULES
@@ -54,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether completions end where their writer ended or were cut (default: what the input's "
         "manifest says, else complete)",
     )
+    parser.add_argument(
+        "--labels",
+        choices=LABELS,
+        default="given",
+        help="controls: flipped turns every training pair round, shuffled deals the ranks of each training "
+        "prompt's completions anew; held-out pairs stay as they are (default: given)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -79,7 +87,11 @@ def run(args: argparse.Namespace) -> None:
         source=describe_arguments(args),
     ) as writer:
         writer.sources.extend(inputs.describe())
-        writer.write_all(read_inputs(inputs, convert, prompt_key, args=args, drops=writer.drops))
+        groups = read_inputs(inputs, convert, prompt_key, args=args, drops=writer.drops)
+        writer.write_all(
+            (split, relabel(group, args.labels, args.seed) if split == "train" else group)
+            for split, group in groups
+        )
 
 
 def _columns(mappings: list[str]) -> dict[str, str]:

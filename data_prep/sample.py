@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value >= minimum:
             raise UserError(f"--{name}: {value}; expected at least {minimum}")
+    if args.fold and not is_preference_folder(args.input):
+        raise UserError("--fold: train and test prompts are of different documents; give --num_test_prompts")
     check_model_path(args.model, "--model")
     distributed.start()
     model = ModelConfig(name_or_path=args.model, dtype=args.dtype)

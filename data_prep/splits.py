@@ -1,4 +1,5 @@
-"""Which groups train and which are held out: by the input's own test split, or by a hash of the prompt.
+"""Which groups train and which are held out: by the input's own test split, or by a hash of the prompt
+(a share of all, or a fold of several).
 
 Either way no key (a prompt, a dialogue's first turn) is in both, and a hashed choice depends on nothing but
 key and seed: not on the order, not on other rows.
@@ -11,14 +12,27 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.files import describe_file
 from dpo.data.load import PreferenceSource, Split, convert_rows, has_split, open_source, read_rows
+from dpo.errors import UserError
 from dpo.records import PreferenceGroup
 
 Rows = Iterable[tuple[str, Any]]
 """Raw rows, each with its place for messages."""
+
+
+class Fold(NamedTuple):
+    """One of several equal parts of the keys, held out in turn for cross-validation."""
+
+    number: int
+    """From 1 to `of`."""
+    of: int
+
+    def part(self) -> tuple[float, float]:
+        """What `split_of` holds out. The folds of one seed share no key and leave none out."""
+        return (self.number - 1) / self.of, self.number / self.of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,17 +99,23 @@ def split_groups(
         rows: The raw rows, "train" and "test"; without "test" the training rows are split.
         convert: Makes a group of a raw row, or raises `RowError`.
         key: What the splits must not share.
-        args: The command line: strict, max_rows, seed, test_fraction.
+        args: The command line: strict, max_rows, seed, fold or test_fraction.
         drops: Counts what is dropped, by reason.
+
+    Raises:
+        UserError: A fold of data that has test rows.
     """
 
     def groups(split: Split) -> Iterator[PreferenceGroup]:
         return convert_rows(islice(rows[split], args.max_rows), convert, strict=args.strict, drops=drops)
 
     if "test" not in rows:
+        held_out = args.fold.part() if args.fold else (0.0, args.test_fraction)
         for group in groups("train"):
-            yield split_of(key(group), seed=args.seed, test_fraction=args.test_fraction), group
+            yield split_of(key(group), seed=args.seed, held_out=held_out), group
         return
+    if args.fold:
+        raise UserError("--fold: the input has a test split of its own; give the training part alone")
     seen = set()
     for group in groups("train"):
         seen.add(_digest(key(group)))
@@ -107,10 +127,17 @@ def split_groups(
             yield "test", group
 
 
-def split_of(key: str, *, seed: int, test_fraction: float) -> Split:
-    """The split of a key: test for about `test_fraction` of all keys; key and seed alone decide."""
-    value = int.from_bytes(_digest(f"{seed}\0{key}")[:8], "big")
-    return "test" if value < test_fraction * 2**64 else "train"
+def split_of(key: str, *, seed: int, held_out: tuple[float, float]) -> Split:
+    """The split of a key; key and seed alone decide.
+
+    Args:
+        key: Any.
+        seed: Places the keys evenly over [0, 1).
+        held_out: From where to where, in [0, 1], a key's place makes it a test key; the end is outside.
+    """
+    start, end = held_out
+    place = int.from_bytes(_digest(f"{seed}\0{key}")[:8], "big")
+    return "test" if start * 2**64 <= place < end * 2**64 else "train"
 
 
 def prompt_key(group: PreferenceGroup) -> str:

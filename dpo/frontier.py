@@ -4,22 +4,19 @@ Each part is a stage that a person could start: `precompute-ref` once, then `tra
 A part that is done is not done again: done.json remembers by what command and configuration it was made.
 """
 
-import hashlib
 import json
-import signal
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from dpo import terminal
 from dpo.config import Config
-from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.errors import UserError
 from dpo.evaluate.statistics import Interval
 from dpo.figures import Point, save_png, score_against_kl
 from dpo.history import read_history
+from dpo.stages import Journal, start
 
 JOURNAL = "done.json"
 SFT = "preferred-completion SFT"
@@ -72,7 +69,7 @@ def run_frontier(sweep: Sweep) -> None:
     """
     _check(sweep)
     sweep.output.mkdir(parents=True, exist_ok=True)
-    _start(sweep, "precompute-ref", [*sweep.keys])
+    start("precompute-ref", [*sweep.launcher, "precompute-ref", *sweep.keys])
     models: list[Evaluated] = []
     for beta in sweep.betas:
         run_dir = sweep.output / f"beta_{beta:g}"
@@ -148,45 +145,8 @@ def _evaluated(sweep: Sweep, curve: str, run_dir: Path, keys: list[str]) -> list
 
 def _once(sweep: Sweep, stage: str, keys: list[str], product: Path) -> None:
     """Starts a stage unless it was done by the same command and configuration, and left its product."""
-    journal = sweep.output / JOURNAL
-    done: dict[str, str] = json.loads(journal.read_text()) if journal.is_file() else {}
-    settings = json.dumps([asdict(sweep.config), stage, keys], sort_keys=True, default=str)
-    digest = hashlib.sha256(settings.encode()).hexdigest()
-    if done.get(str(product)) == digest and product.is_file():
-        terminal.note(f"{product.parent}: {stage} is done")
-        return
-    _start(sweep, stage, keys)
-    if not product.is_file():
-        raise RunFailed(f"{stage} ended well and left no {product}")
-    done[str(product)] = digest
-    replacing = journal.with_name(f".{JOURNAL}.replacing")
-    replacing.write_text(json.dumps(done, indent=2))
-    replacing.rename(journal)
-
-
-def _start(sweep: Sweep, stage: str, keys: list[str]) -> None:
-    """Runs a stage; a signal goes on to it, and its status becomes ours."""
-    terminal.note(f"\n== {stage} {' '.join(keys)}")
-    # A group of its own: a terminal's Ctrl-C reaches it once, through here.
-    with subprocess.Popen([*sweep.launcher, stage, *keys], start_new_session=True) as child:
-
-        def pass_on(number: int, _: FrameType | None) -> None:
-            child.send_signal(number)
-
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, pass_on) for number in numbers}
-        try:
-            status = child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    said = f"{stage} ended with status {status}; what is done stays done, and the same command goes on"
-    if status == 2:
-        raise UserError(said)
-    if status == 3:
-        raise StoppedBySignal(said)
-    if status:
-        raise RunFailed(said)
+    journal = Journal(file=sweep.output / JOURNAL)
+    journal.once(stage, [*sweep.launcher, stage, *keys], product, asdict(sweep.config))
 
 
 def _write(sweep: Sweep, models: Sequence[Evaluated]) -> None:

@@ -53,7 +53,9 @@ MAY_IMPORT = {  # a module or package -> what it may import of ours, besides dpo
     "dpo.cli": {"dpo.arguments", "dpo.config", "dpo.ending", "dpo.subcommands", "dpo.terminal"},
     "dpo.subcommands": {"dpo.arguments", "dpo.config"},
     "dpo.compare": {"dpo.config", "dpo.figures", "dpo.history", "dpo.terminal", "dpo.evaluate.statistics"},
-    "dpo.frontier": {"dpo.config", "dpo.figures", "dpo.history", "dpo.terminal", "dpo.evaluate.statistics"},
+    "dpo.stages": {"dpo.terminal"},
+    "dpo.frontier": {"dpo.config", "dpo.figures", "dpo.history", "dpo.terminal", "dpo.evaluate.statistics"}
+    | {"dpo.stages"},
     "dpo.commands": {"dpo"},
     "dpo.checking": {"dpo"},
     "dpo.cache": {"dpo"},

@@ -51,8 +51,8 @@ def test_only_the_chosen_source_is_imported() -> None:
         f"*(name for name in {HEAVY} if name in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    modules = ["data_prep.cli", "data_prep.files", "data_prep.preferences", "data_prep.splits"]
-    assert sorted(done.stdout.split()) == modules
+    modules = ["cli", "files", "preferences", "relabel", "splits"]
+    assert sorted(done.stdout.split()) == [f"data_prep.{module}" for module in modules]
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,8 @@ def test_only_the_chosen_source_is_imported() -> None:
         ["labels", "--task", "joy", "--output", "out"],
         ["hh", "x.jsonl", "--output", "out", "--test_fraction", "1"],
         ["hh", "x.jsonl", "--output", "out", "--max_rows", "0"],
+        *(["hh", "x.jsonl", "--output", "out", "--fold", fold] for fold in ("0/5", "6/5", "1/1", "2", "a/b")),
+        ["hh", "x.jsonl", "--output", "out", "--fold", "1/5", "--test_fraction", "0.2"],
         ["stories", "--output", "out", "--strict"],  # it reads no rows
     ],
 )

@@ -61,3 +61,35 @@ def test_strict_stops_at_a_faulty_row_and_writes_nothing(
     out = capsys.readouterr().out
     assert "1 train and 0 test groups, 1 pairs" in out
     assert "identical_completions 1" in out
+
+
+def _prepared(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"p{n}", "completions": ["a", "b", "c"], "scores": [1, 3, 2]} for n in range(40)]
+    folder = tmp_path / "given"
+    assert main(["preferences", _lines(tmp_path / "data.jsonl", rows), "--output", str(folder)]) == 0
+    return folder
+
+
+def _tables(folder: Path) -> list[list[dict[str, Any]]]:
+    return [pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "test")]
+
+
+def test_flipped_labels_turn_training_pairs_round_and_leave_held_out_ones(tmp_path: Path) -> None:
+    given, flipped = _prepared(tmp_path), tmp_path / "flipped"
+    assert main(["preferences", str(given), "--labels", "flipped", "--output", str(flipped)]) == 0
+    (train, test), (train_flipped, test_flipped) = _tables(given), _tables(flipped)
+    assert test_flipped == test
+    assert [row["prompt"] for row in train_flipped] == [row["prompt"] for row in train]
+    assert train[0]["pairs"] == [{"chosen": 1, "rejected": 0}, {"chosen": 1, "rejected": 2}]
+    assert train_flipped[0]["pairs"] == [{"chosen": 0, "rejected": 1}, {"chosen": 2, "rejected": 1}]
+    assert train_flipped[0]["scores"] == [-1, -3, -2]
+
+
+def test_fold_and_a_test_split_of_the_inputs_own_do_not_go_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = _prepared(tmp_path)
+    command = ["preferences", str(given), "--fold", "1/5", "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "--fold: the input has a test split" in capsys.readouterr().err
+    assert main([*command[:1], str(given / "train.parquet"), *command[2:]]) == 0

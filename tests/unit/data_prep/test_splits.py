@@ -2,7 +2,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from data_prep.splits import prompt_key, split_groups, split_of
+from data_prep.splits import Fold, prompt_key, split_groups, split_of
 from dpo.data.load import Split, group_from_row
 from dpo.records import Message, Pair, PreferenceGroup
 
@@ -12,9 +12,9 @@ def _rows(*prompts: str) -> list[tuple[str, Any]]:
 
 
 def _split(
-    rows: dict[Split, Any], drops: Counter[str], max_rows: int | None = None
+    rows: dict[Split, Any], drops: Counter[str], max_rows: int | None = None, fold: Fold | None = None
 ) -> list[tuple[Split, str | tuple[Message, ...]]]:
-    args = argparse.Namespace(strict=False, max_rows=max_rows, seed=0, test_fraction=0.3)
+    args = argparse.Namespace(strict=False, max_rows=max_rows, seed=0, test_fraction=0.3, fold=fold)
     groups = split_groups(rows, group_from_row, prompt_key, args=args, drops=drops)
     return [(split, group.prompt) for split, group in groups]
 
@@ -39,13 +39,27 @@ def test_the_split_of_a_prompt_does_not_depend_on_the_other_rows() -> None:
 
 def test_another_seed_holds_out_other_prompts() -> None:
     first, second = (
-        [split_of(str(number), seed=seed, test_fraction=0.5) for number in range(64)] for seed in (0, 1)
+        [split_of(str(number), seed=seed, held_out=(0.0, 0.5)) for number in range(64)] for seed in (0, 1)
     )
     assert first != second
 
 
 def test_no_fraction_holds_out_nothing() -> None:
-    assert {split_of(str(number), seed=0, test_fraction=0.0) for number in range(100)} == {"train"}
+    assert {split_of(str(number), seed=0, held_out=(0.0, 0.0)) for number in range(100)} == {"train"}
+
+
+def test_folds_hold_out_every_prompt_once_and_all_about_equally_many() -> None:
+    prompts = [str(number) for number in range(1000)]
+    held_out = [
+        [
+            prompt
+            for split, prompt in _split({"train": _rows(*prompts)}, Counter(), fold=Fold(number, 5))
+            if split == "test"
+        ]
+        for number in range(1, 6)
+    ]
+    assert sorted(prompt for fold in held_out for prompt in fold) == sorted(prompts)
+    assert all(150 < len(fold) < 250 for fold in held_out)  # 200 expected, standard deviation 12.6
 
 
 def test_test_rows_with_a_training_prompt_are_dropped_and_counted() -> None:
