@@ -19,6 +19,7 @@ model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
 ready := .venv/.ready
 
 .PHONY: help setup demo data sft plan precompute-ref train eval frontier compare sentiment tensorboard
+.PHONY: study study-harmless
 .PHONY: test test-unit test-distributed test-e2e test-faults bench bench-peers bench-cache lint format clean
 
 help: ## list the targets
@@ -57,6 +58,14 @@ eval: $(ready) ## held-out metrics, samples side by side and the report of CONFI
 
 frontier: $(ready) ## CONFIG with several betas and the SFT baseline on one cache: score against KL (ARGS="--betas 0.1,1")
 	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) $(py) -m dpo frontier --config $(CONFIG) $(model_key) $(ARGS)
+
+study: $(ready) ## the founding experiment in kind: make study MODEL=path/to/model BOOKS=books.txt (two hours of CPU)
+	$(py) -m benchmarks.study_sentiment --model $(MODEL) --books $(BOOKS) $(ARGS)
+	$(py) -m benchmarks.study_report
+
+study-harmless: $(ready) ## HH-RLHF in 5 folds: make study-harmless MODEL=path/to/model HH=test.jsonl.gz
+	$(py) -m benchmarks.study_harmless --model $(MODEL) --hh $(HH) $(ARGS)
+	$(py) -m benchmarks.study_report
 
 compare: $(ready) ## runs side by side: make compare ARGS="runs/a runs/b"
 	$(py) -m dpo compare $(ARGS)

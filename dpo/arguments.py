@@ -22,6 +22,7 @@ COMMANDS = {
     "precompute-ref": "fill the cache of reference log-probabilities",
     "train": "optimize the policy on preferences, reading the cache",
     "evaluate": "held-out metrics, samples side by side, and the report",
+    "best-of": "the reference's best of n continuations, and the score that no policy exceeds at a KL",
 }
 
 

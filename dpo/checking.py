@@ -7,6 +7,7 @@ from dpo import distributed, terminal
 from dpo.config import Config, DataConfig, ModelConfig, SftConfig
 from dpo.data.opening import check_sources
 from dpo.errors import UserError
+from dpo.evaluate.baseline import check_baseline
 from dpo.evaluate.compose import model_folder
 from dpo.model.load import check_model_path
 from dpo.model.lora import check_policy
@@ -41,6 +42,8 @@ def check(command: str, config: Config | SftConfig) -> None:
             find_start(config, thorough=False)
         if command == "evaluate":
             finished_model(config)
+        if command == "best-of":
+            check_baseline(config.evaluate)
     if command in ("train", "sft"):
         distributed.require_shared(Path(config.run_dir), "run_dir")  # or it cannot be written to
     if terminal.mode() == "plain":

@@ -95,9 +95,12 @@ def _execute(command: str, config: Config | SftConfig, *, only_check: bool) -> N
     elif isinstance(config, SftConfig):
         commands.sft(config)
     else:
-        {"precompute-ref": commands.precompute_ref, "train": commands.train, "evaluate": commands.evaluate}[
-            command
-        ](config)
+        {
+            "precompute-ref": commands.precompute_ref,
+            "train": commands.train,
+            "evaluate": commands.evaluate,
+            "best-of": commands.best_of,
+        }[command](config)
 
 
 def _finish(run_dir: Path | None, command: str, status: int, message: str, started: float) -> int:

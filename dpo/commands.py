@@ -20,6 +20,7 @@ from dpo.data.plan import BatchPlan
 from dpo.data.preference import PreferenceData, preference_data
 from dpo.engine import Engine
 from dpo.errors import UserError
+from dpo.evaluate.baseline import best_of_reference, check_baseline
 from dpo.evaluate.compose import learned_preferences
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.run import evaluate_run, held_out_prompts
@@ -161,11 +162,7 @@ def evaluate(config: Config) -> None:
     quiet()
     distributed.start()
     policy = finished_model(config)
-    train_data, test_data, tokenizer = open_data(config)
-    if test_data is None:
-        raise UserError(
-            "data.test: none given and none beside data.train; evaluate needs held-out preferences"
-        )
+    train_data, test_data, tokenizer = _open_held_out(config, "evaluate")
     command = "make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)"
     reference = _open_reference(config, [test_data], command)
     found = evaluate_run(
@@ -182,6 +179,15 @@ def evaluate(config: Config) -> None:
     )
     if distributed.is_main() and learned_preferences(Path(config.run_dir)):
         (Path(policy.name_or_path) / "README.md").write_text(policy_card(config, found))
+
+
+def best_of(config: Config) -> None:
+    """Many continuations by the reference alone: best of n, and what no policy can exceed."""
+    quiet()
+    check_baseline(config.evaluate)
+    distributed.start()
+    _, test_data, tokenizer = _open_held_out(config, "best-of")
+    best_of_reference(config, reference_model(config), test_data, tokenizer)
 
 
 def plan(
@@ -275,6 +281,18 @@ def open_data(config: Config) -> tuple[TokenizedDataset, TokenizedDataset | None
     distributed.require_shared(Path(config.data.cache_dir), "data.cache_dir")
     tokenizer = load_tokenizer(config.model)
     train_data, test_data = open_datasets(config.data, tokenizer, max_positions(config.model))
+    return train_data, test_data, tokenizer
+
+
+def _open_held_out(
+    config: Config, command: str
+) -> tuple[TokenizedDataset, TokenizedDataset, PreTrainedTokenizerBase]:
+    """As `open_data`, for a command that needs held-out data."""
+    train_data, test_data, tokenizer = open_data(config)
+    if test_data is None:
+        raise UserError(
+            f"data.test: none given and none beside data.train; {command} needs held-out preferences"
+        )
     return train_data, test_data, tokenizer
 
 

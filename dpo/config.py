@@ -226,6 +226,8 @@ class EvaluateConfig:
     watched_prompts: int = 4
     """Held-out prompts that the policy continues at each evaluation of a training, for TensorBoard; 0:
     none."""
+    reference_samples: int = 64
+    """Continuations of each prompt that `best-of` draws from the reference, at temperature 1; at least 8."""
     snapshot: int | None = None
     """Evaluate the model of this step, which train.snapshot_every kept. Default: the last model."""
     table_rows: int = 10

@@ -115,17 +115,26 @@ def histogram_before_and_after(
         return figure
 
 
-def score_against_kl(curves: Mapping[str, Sequence[Point]], score: str, *, joined: bool = True) -> Figure:
+def score_against_kl(
+    curves: Mapping[str, Sequence[Point]], score: str, *, joined: bool = True, limit: Sequence[Point] = ()
+) -> Figure:
     """What was won against what it cost, as in Figure 2 of arXiv 2305.18290; bars are 95 % intervals.
 
     Args:
         curves: Label -> points in the order in which they are joined.
         score: Label of the score's axis.
         joined: Whether a line joins the points of a curve.
+        limit: The highest score at each KL, whatever the policy; drawn where it is known.
     """
     with _style():
         figure = Figure(figsize=(6.5, 4.2), layout="constrained")
         axes = figure.subplots()
+        if limit:
+            known = [point.kl.mean for point in limit]
+            low, high = [point.score.low for point in limit], [point.score.high for point in limit]
+            axes.fill_between(known, low, high, color=REFERENCE, alpha=0.25, linewidth=0)
+            most = [point.score.mean for point in limit]
+            axes.plot(known, most, color=REFERENCE, linestyle="--", label="limit of any policy")
         colours = iter(PALETTE * (1 + len(curves) // len(PALETTE)))
         for index, (label, points) in enumerate(curves.items()):
             kl, value = [point.kl.mean for point in points], [point.score.mean for point in points]

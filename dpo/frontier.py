@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo import terminal
 from dpo.config import Config
 from dpo.errors import UserError
@@ -20,6 +22,7 @@ from dpo.stages import Journal, start
 
 JOURNAL = "done.json"
 SFT = "preferred-completion SFT"
+BEST_OF = "best of n from the reference"
 COLUMNS = {
     "kl/sequence": "KL, nats a sequence",
     "score/policy": "mean score",
@@ -43,6 +46,8 @@ class Sweep:
     """Optimizer steps between the models that are evaluated; 0: only the last."""
     sft_learning_rate: float | None
     """None: no baseline."""
+    best_of: bool
+    """Whether to sample the reference for best of n, and for the limit of any policy."""
     launcher: Sequence[str]
     """What starts a stage, before its name."""
     output: Path
@@ -53,10 +58,12 @@ class Evaluated:
     """One model of the frontier."""
 
     curve: str
-    """Which run it belongs to: `beta 0.1`, or the baseline."""
+    """Which run it belongs to: `beta 0.1`, or a baseline."""
     step: int | None
     """Its optimizer step, or None for the last."""
     summary: dict[str, float]
+    label: str = ""
+    """Written beside its point, where it is not told by the curve."""
 
 
 def run_frontier(sweep: Sweep) -> None:
@@ -81,7 +88,18 @@ def run_frontier(sweep: Sweep) -> None:
         run_dir = sweep.output / "preferred_sft"
         _once(sweep, "sft", _sft_keys(sweep, run_dir), run_dir / "model" / "README.md")
         models += _evaluated(sweep, SFT, run_dir, [*sweep.keys, "--run_dir", str(run_dir)])
-    _write(sweep, models)
+    limit: list[Point] = []
+    if sweep.best_of:
+        run_dir = sweep.output / "reference"
+        product = run_dir / "best_of" / "best_of.json"
+        _once(sweep, "best-of", [*sweep.keys, "--run_dir", str(run_dir)], product)
+        found = json.loads(product.read_text())
+        models += [
+            Evaluated(curve=BEST_OF, step=None, summary=summary, label=n)
+            for n, summary in found["best_of"].items()
+        ]
+        limit = limit_points(found["limit"])
+    _write(sweep, models, limit)
 
 
 def _check(sweep: Sweep) -> None:
@@ -90,6 +108,11 @@ def _check(sweep: Sweep) -> None:
         problems.append("evaluate.scorer: nothing; expected vader or hf:MODEL: the frontier needs scores")
     if config.evaluate.num_prompts < 1:
         problems.append("evaluate.num_prompts: 0; expected at least 1: the frontier needs samples")
+    if sweep.best_of and config.evaluate.temperature != 1:
+        problems.append(
+            f"evaluate.temperature: {config.evaluate.temperature}; expected 1 with --best_of: KL and limit "
+            "are those of samples at temperature 1"
+        )
     if sweep.sft_learning_rate is not None and not isinstance(config.data.train, str):
         problems.append("data.train: a mixture; the SFT baseline takes one source: give --no_sft")
     if problems:
@@ -149,11 +172,46 @@ def _once(sweep: Sweep, stage: str, keys: list[str], product: Path) -> None:
     journal.once(stage, [*sweep.launcher, stage, *keys], product, asdict(sweep.config))
 
 
-def _write(sweep: Sweep, models: Sequence[Evaluated]) -> None:
-    points = [{"curve": model.curve, "step": model.step, **model.summary} for model in models]
+def limit_points(limit: dict[str, Any]) -> list[Point]:
+    """The limit of any policy, as best_of.json has it."""
+    return [
+        Point(label="", kl=Interval(kl, kl, kl), score=Interval(*score))
+        for kl, score in zip(limit["kl"], limit["score"], strict=True)
+    ]
+
+
+def beyond_limit(models: Sequence[Evaluated], limit: Sequence[Point]) -> list[Evaluated]:
+    """Models that score more than any policy can at their KL, by more than both intervals: a bug somewhere.
+
+    Args:
+        models: Any.
+        limit: By ascending KL; of models beyond its end nothing is said.
+    """
+    return [
+        model
+        for model in models
+        if limit
+        and (kl := model.summary["kl/sequence/high"]) <= limit[-1].kl.mean
+        and model.summary["score/policy/low"]
+        > np.interp(kl, [point.kl.mean for point in limit], [point.score.high for point in limit])
+    ]
+
+
+def _write(sweep: Sweep, models: Sequence[Evaluated], limit: Sequence[Point]) -> None:
+    for model in beyond_limit(models, limit):
+        which = f"{model.curve} {model.label}".strip() + f", step {model.step or 'last'}"
+        score, kl = model.summary["score/policy"], model.summary["kl/sequence"]
+        terminal.warning(
+            f"{which}: scores {score:.3f} at a KL of {kl:.2f} nats, more than any policy can: something is "
+            "wrong, in the scores, the samples or the KL"
+        )
+    points = [
+        {"curve": model.curve, "step": model.step, "label": model.label, **model.summary} for model in models
+    ]
     (sweep.output / "frontier.json").write_text(json.dumps(points, indent=2))
     (sweep.output / "frontier.md").write_text(frontier_table(models))
-    save_png(score_against_kl(frontier_curves(models), "mean score"), sweep.output / "frontier.png")
+    figure = score_against_kl(frontier_curves(models), "mean score", limit=limit)
+    save_png(figure, sweep.output / "frontier.png")
     print(frontier_table(models))
     terminal.summary(
         "frontier",
@@ -174,13 +232,12 @@ def frontier_curves(models: Sequence[Evaluated]) -> dict[str, list[Point]]:
     has_snapshots = any(model.step is not None for model in models)
     for model in models:
         point = Point(
-            label="" if has_snapshots else model.curve.removeprefix("beta "),
+            label=model.label or ("" if has_snapshots else model.curve.removeprefix("beta ")),
             kl=_interval(model.summary, "kl/sequence"),
             score=_interval(model.summary, "score/policy"),
         )
-        curves.setdefault(model.curve if has_snapshots or model.curve == SFT else "DPO, by beta", []).append(
-            point
-        )
+        own = has_snapshots or model.curve in (SFT, BEST_OF)
+        curves.setdefault(model.curve if own else "DPO, by beta", []).append(point)
     return {label: sorted(points, key=lambda p: p.kl.mean) for label, points in curves.items()}
 
 
@@ -188,7 +245,8 @@ def frontier_table(models: Sequence[Evaluated]) -> str:
     """A row a model, in Markdown."""
     lines = ["| run | step | " + " | ".join(COLUMNS.values()) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     for model in models:
-        cells = [model.curve, "last" if model.step is None else str(model.step)]
+        step = "last" if model.step is None else str(model.step)
+        cells = [model.curve, f"n = {model.label}" if model.label else step]
         cells += [f"{model.summary[name]:.3f}" if name in model.summary else "" for name in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -118,5 +118,6 @@ def _preference_problems(config: Config) -> Iterator[str]:
     yield from _below(evaluate, "evaluate", 0, "num_prompts", "temperature", "seed", "table_rows")
     yield from _below(evaluate, "evaluate", 0, "watched_prompts")
     yield from _below(evaluate, "evaluate", 1, "completion_tokens", "batch_size")
+    yield from _below(evaluate, "evaluate", 8, "reference_samples")
     if evaluate.scorer is not None and evaluate.scorer != "vader" and not evaluate.scorer.startswith("hf:"):
         yield f"evaluate.scorer: {evaluate.scorer}; expected vader, hf:MODEL, or nothing"

@@ -49,7 +49,8 @@ one figure. Reads run folders; a run without a report is compared by its curves 
 
 
 FRONTIER_USAGE = """usage: dpo frontier --config FILE [--betas 0.05,0.1,0.3,1] [--snapshot_every N] [--no_sft]
-                    [--sft_learning_rate 1e-5] [--launcher COMMAND] [--output FOLDER] [--KEY VALUE ...]
+                    [--sft_learning_rate 1e-5] [--best_of] [--launcher COMMAND] [--output FOLDER]
+                    [--KEY VALUE ...]
 
 Trains FILE with several betas on one reference cache, and fine-tunes on the chosen completions as a baseline;
 evaluates each, and draws score against KL. Finished parts are not done again: the same command goes on.
@@ -58,6 +59,8 @@ evaluates each, and draws score against KL. Finished parts are not done again: t
 --snapshot_every     also evaluate each run every N optimizer steps
 --no_sft             leave the baseline out
 --sft_learning_rate  of the baseline; default: 1e-5
+--best_of            also draw best of n samples of the reference, and the score that no policy exceeds at
+                     a KL, from evaluate.reference_samples of each prompt; evaluate.temperature must be 1
 --launcher           what starts a stage, before its name; default: launch/run where there is one, else this
                      interpreter alone
 --output             default: the configuration's run_dir with _frontier behind it
@@ -181,6 +184,7 @@ def _frontier(arguments: list[str]) -> int:
     parser.add_argument("--snapshot_every", type=int, default=0)
     parser.add_argument("--no_sft", action="store_true")
     parser.add_argument("--sft_learning_rate", type=float, default=1e-5)
+    parser.add_argument("--best_of", action="store_true")
     parser.add_argument("--launcher")
     parser.add_argument("--output")
     options, keys = parser.parse_known_args(arguments)
@@ -219,6 +223,7 @@ def _frontier(arguments: list[str]) -> int:
             betas=betas,
             snapshot_every=options.snapshot_every,
             sft_learning_rate=None if options.no_sft else options.sft_learning_rate,
+            best_of=options.best_of,
             launcher=shlex.split(options.launcher) if options.launcher else default,
             output=Path(options.output or f"{config.run_dir}_frontier"),
         )

@@ -112,7 +112,7 @@ def _use_models(
         by_policy = model.sample(prompts, "policy samples")
         drawn = model.sample(prompts, "samples for the KL", for_kl=True)
         kl_sequences = [(prompt, c.sampled_ids(eos)) for prompt, c in zip(prompts, drawn, strict=True)]
-        policy_logps = _log_probs(scorer, kl_sequences, layout, budget)
+        policy_logps = log_probs(scorer, kl_sequences, layout, budget)
     del model, scorer
     gc.collect()
 
@@ -120,7 +120,7 @@ def _use_models(
         layout = settle_layout(scorer, longest, DTYPES[reference.dtype]).layout
         model = _Sampler(bare_scorer(scorer).model, options, eos, sharded=sharded)
         by_reference = model.sample(prompts, "reference samples")
-        kl_reference = _log_probs(scorer, kl_sequences, layout, budget)
+        kl_reference = log_probs(scorer, kl_sequences, layout, budget)
     lengths = [len(completion) for _, completion in kl_sequences]
     return scores, Samples(
         prompts=prompts,
@@ -185,8 +185,15 @@ class _Sampler:
         return [continuations[0] for continuations in drawn]
 
 
-def _log_probs(scorer: nn.Module, sequences: Sequences, layout: Layout, budget: int) -> Float64s:
-    """(N,) summed log-probs in nats of all sequences, computed over the ranks, in order, on every rank."""
+def log_probs(scorer: nn.Module, sequences: Sequences, layout: Layout, budget: int) -> Float64s:
+    """(N,) summed log-probs in nats of N sequences, computed over the ranks, in order, on every rank.
+
+    Args:
+        scorer: A `SequenceScorer`, sharded or not.
+        sequences: Prompt and completion of each, in token ids.
+        layout: How the scorer takes its batches.
+        budget: Most tokens of a batch, padding included.
+    """
     width = max(len(prompt) + len(completion) for prompt, completion in sequences)
     size = max(1, budget // width)
     starts = range(0, len(sequences), size)

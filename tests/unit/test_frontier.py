@@ -18,7 +18,18 @@ from dpo.arguments import parse
 from dpo.cli import run
 from dpo.config import Config, DataConfig, DataSource, EvaluateConfig, LoraConfig, ModelConfig, SftConfig
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.frontier import SFT, Evaluated, Sweep, _sft_keys, frontier_curves, frontier_table, run_frontier
+from dpo.frontier import (
+    BEST_OF,
+    SFT,
+    Evaluated,
+    Sweep,
+    _sft_keys,
+    beyond_limit,
+    frontier_curves,
+    frontier_table,
+    limit_points,
+    run_frontier,
+)
 
 STAND_IN = """
 import json, os, sys, time
@@ -48,6 +59,12 @@ if stage == "evaluate":
     numbers = {"kl/sequence": kl, "score/policy": 0.5, "score/reference": 0.1}
     numbers |= {f"{k}/{e}": v for k, v in numbers.items() for e in ("low", "high")}
     (report / "summary.json").write_text(json.dumps(numbers))
+if stage == "best-of":
+    (folder / "best_of").mkdir(parents=True)
+    numbers = {"kl/sequence": 0.6, "score/policy": 0.45, "score/reference": 0.1}
+    numbers |= {f"{k}/{e}": v for k, v in numbers.items() for e in ("low", "high")}
+    limit = {"kl": [0.0, 1.0, 3.0], "score": [[0.1, 0.1, 0.1], [0.3, 0.29, 0.31], [0.6, 0.59, 0.61]]}
+    (folder / "best_of" / "best_of.json").write_text(json.dumps({"best_of": {"4": numbers}, "limit": limit}))
 """
 
 
@@ -70,6 +87,7 @@ class Rig:
             "betas": [0.1, 0.5],
             "snapshot_every": 0,
             "sft_learning_rate": 1e-4,
+            "best_of": False,
             "launcher": self.launcher,
             "output": self.folder / "out",
         }
@@ -147,6 +165,39 @@ def test_snapshots_are_points_of_their_runs_curve(rig: Rig) -> None:
         ("beta 0.1", 60),
         ("beta 0.1", None),
     ]
+
+
+def test_best_of_n_is_drawn_and_what_no_policy_can_reach_is_called_wrong(
+    rig: Rig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = rig.sweep(betas=[0.5, 1.0], best_of=True)
+    with pytest.raises(UserError, match=r"evaluate.temperature: 0.7; expected 1 with --best_of"):
+        run_frontier(sweep)
+    config = replace(sweep.config, evaluate=replace(sweep.config.evaluate, temperature=1.0))
+    run_frontier(replace(sweep, config=config))
+    stage, options = rig.called()[-1]
+    assert (stage, options["--run_dir"]) == ("best-of", str(rig.folder / "out" / "reference"))
+    # Between 1 and 3 nats the limit goes from 0.3 to 0.6: beta 0.5 has 0.5 at 2, beta 1 and SFT at 1.
+    said = [line for line in capsys.readouterr().out.splitlines() if "more than any policy can" in line]
+    assert [line.partition(", step")[0].split("warning: ")[-1].strip() for line in said] == [
+        "beta 0.5",
+        "beta 1",
+        SFT,
+        f"{BEST_OF} 4",
+    ]
+    assert f"| {BEST_OF} | n = 4 | 0.600 | 0.450 |" in (rig.folder / "out" / "frontier.md").read_text()
+    assert (rig.folder / "out" / "frontier.png").is_file()
+
+
+def test_a_model_is_beyond_the_limit_only_where_its_interval_is() -> None:
+    def model(kl: float, low: float) -> Evaluated:
+        numbers = {"kl/sequence/high": kl, "score/policy/low": low}
+        return Evaluated(curve="x", step=None, summary=numbers)
+
+    limit = limit_points({"kl": [0.0, 2.0], "score": [[0.0, 0.0, 0.1], [1.0, 0.9, 1.1]]})
+    models = [model(1.0, 0.59), model(1.0, 0.61), model(2.5, 5.0)]
+    assert beyond_limit(models, limit) == [models[1]]
+    assert beyond_limit(models, []) == []
 
 
 @pytest.mark.parametrize(("status", "error"), [(2, UserError), (3, StoppedBySignal), (1, RunFailed)])

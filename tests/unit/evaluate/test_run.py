@@ -21,7 +21,7 @@ from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.preference import preference_data
 from dpo.data.trees import sequence_batch
 from dpo.evaluate import run as run_module
-from dpo.evaluate.run import _log_probs, evaluate_run, held_out_prompts
+from dpo.evaluate.run import evaluate_run, held_out_prompts, log_probs
 from dpo.model.load import load_model
 from dpo.model.logprobs import SequenceScorer
 from dpo.records import Pair, TokenizedGroup
@@ -62,7 +62,7 @@ def test_a_prompt_gives_way_to_its_continuation_on_the_left(prompts_data: Tokeni
 
 
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_log_probs_come_in_order_whatever_the_budget(tiny_model: Path, budget: int) -> None:
+def testlog_probs_come_in_order_whatever_the_budget(tiny_model: Path, budget: int) -> None:
     rng = np.random.default_rng(0)
     sequences = [
         (rng.integers(0, 280, n % 5 + 1).astype(np.int32), rng.integers(0, 280, n % 7 + 1).astype(np.int32))
@@ -71,7 +71,7 @@ def test_log_probs_come_in_order_whatever_the_budget(tiny_model: Path, budget: i
     scorer = SequenceScorer(load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")))
     with torch.no_grad():
         expected = [float(scorer(sequence_batch([sequence]))) for sequence in sequences]
-    assert _log_probs(scorer, sequences, scorer.layout, budget) == pytest.approx(expected, abs=1e-4)
+    assert log_probs(scorer, sequences, scorer.layout, budget) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.fixture

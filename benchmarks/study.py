@@ -1,0 +1,42 @@
+"""What the studies share: public commands, each started once, and their products."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dpo.stages import Journal
+
+
+@dataclass(slots=True, kw_only=True)
+class Study:
+    """A configuration, the model it starts from, and the folder of its runs."""
+
+    model: str
+    config: str
+    runs: Path
+    journal: Journal = field(init=False)
+
+    def __post_init__(self) -> None:
+        os.environ.setdefault("PYTHON", sys.executable)
+        self.runs.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(file=self.runs / "done.json")
+
+    def once(self, name: str, command: list[str], product: Path) -> None:
+        """Starts a command unless it was done with the same words and the same configuration file."""
+        self.journal.once(name, command, product, Path(self.config).read_text())
+
+    def stage(self, name: str, *keys: str, product: Path) -> None:
+        """One of dpo's stages on this study's model."""
+        given = ["--config", self.config, "--model.name_or_path", self.model, *keys]
+        self.once(name, ["launch/run", name, *given], product)
+
+    def train(self, run: str, *keys: str) -> None:
+        """A run in RUNS/run; the cache must have what it needs."""
+        folder = self.runs / run
+        self.stage("train", *keys, "--run_dir", str(folder), product=folder / "model" / "README.md")
+
+    def evaluate(self, run: str, *keys: str) -> None:
+        """The evaluation of a run, given the keys that it was trained with."""
+        folder = self.runs / run
+        self.stage("evaluate", *keys, "--run_dir", str(folder), product=folder / "report" / "summary.json")

@@ -1,0 +1,57 @@
+"""Harmless dialogues in 5 folds: accuracy against training pairs, and losses by paired differences.
+
+    make study-harmless MODEL=path/to/model HH=test.jsonl.gz
+
+One fold of some 230 pairs says little (6 points either way); five hold out every pair once, and losses are
+compared on the same folds. Folds are of first turns: no dialogue's beginning is in both parts. Each run is a
+public command, started once: stop it and start it again, and it goes on.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.study import Study
+from dpo.stages import start
+
+CONFIG = "configs/hh.yaml"
+DATA, RUNS = Path("data/study_hh"), Path("runs/study_hh")
+FOLDS = 5
+CURVE_STEPS = (4, 8, 16)
+"""Optimizer steps of the learning curve, of 32 pairs each; whole runs are its last point."""
+LOSSES = {"ipo": ("--loss.type", "ipo"), "simpo": ("--loss.type", "simpo", "--loss.beta", "2")}
+"""Compared with DPO at the configuration's beta; with the beta that each wants, not tuned further."""
+
+
+def main() -> None:
+    """Runs what is missing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True, help="the reference: a folder or a hub name")
+    parser.add_argument("--hh", required=True, help="dialogues of HH-RLHF: a file or a hub name")
+    parser.add_argument("--max_length", default="192", help="longer dialogues are left out (default: 192)")
+    args = parser.parse_args()
+    study = Study(model=args.model, config=CONFIG, runs=RUNS)
+    folds = {number: DATA / f"fold_{number}" for number in range(1, FOLDS + 1)}
+    for number, folder in folds.items():
+        prepare = ["hh", args.hh, "--fold", f"{number}/{FOLDS}", "--output", str(folder)]
+        study.once("hh", [sys.executable, "-m", "data_prep", *prepare], folder / "manifest.json")
+
+    def keys(number: int) -> list[str]:
+        data = ["--data.train", str(folds[number]), "--data.max_length", args.max_length]
+        return [*data, "--train.evaluate_every", "0", "--evaluate.watched_prompts", "0"]
+
+    if not (RUNS / "fold_1" / "dpo" / "model").is_dir():  # every fold has all pairs, in one part or the other
+        base = ["--config", CONFIG, "--model.name_or_path", args.model]
+        start("precompute-ref", ["launch/run", "precompute-ref", *base, *keys(1)])
+    for number in folds:
+        study.train(f"fold_{number}/dpo", *keys(number))
+    for number in folds:
+        for steps in CURVE_STEPS:
+            study.train(f"fold_{number}/steps_{steps}", *keys(number), "--train.max_steps", str(steps))
+    for loss, options in LOSSES.items():
+        for number in folds:
+            study.train(f"fold_{number}/{loss}", *keys(number), *options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The founding experiment, reproduced in kind: sentiment continuation on books; docs/results.md tells it.
+
+    make study MODEL=path/to/model BOOKS=books.txt
+
+Every part is a public command, started once: stop it and start it again, and it goes on. Data go to
+data/study, runs to runs/study; benchmarks.study_report makes tables and figures of what is there.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.study import Study
+
+CONFIG = "configs/books.yaml"
+DATA, RUNS = Path("data/study"), Path("runs/study")
+BETAS = "0.05,0.1,0.3,1"
+SNAPSHOT_EVERY = 35
+FRONTIER_SFT_RATE = "1e-4"
+SFT_RATES = ("3e-5", "3e-4")
+"""Learning rates of preferred-FT besides the frontier's."""
+CURVE_STEPS = (3, 6, 12, 25, 50)
+"""Optimizer steps of the learning curve, of 64 pairs each; the main run is its last point."""
+
+
+def main() -> None:
+    """Runs what is missing."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True, help="the reference: a folder or a hub name")
+    parser.add_argument("--books", required=True, help="text it was not trained on: as of data_prep sample")
+    parser.add_argument("--dtype", default="float32", help="of sampling the data (default: float32)")
+    args = parser.parse_args()
+    study = Study(model=args.model, config=CONFIG, runs=RUNS)
+
+    books = DATA / "books"
+    sample = ["sample", args.books, "--model", args.model, "--dtype", args.dtype, "--scorer", "vader"]
+    sample += ["--num_prompts", "2200", "--num_test_prompts", "520", "--prompt_tokens", "64"]
+    sample += ["--num_samples", "4", "--completion_tokens", "24", "--temperature", "1", "--batch_size", "128"]
+    command = launched("data_prep", *sample, "--output", str(books))
+    study.once("sample", command, books / "manifest.json")
+    data = ["--data.train", str(books), "--train.evaluate_every", "0"]
+
+    # Four betas along their way, fine-tuning on the chosen, and best of n from the reference.
+    frontier = [sys.executable, "-m", "dpo", "frontier", "--config", CONFIG]
+    frontier += ["--model.name_or_path", args.model, *data, "--betas", BETAS]
+    frontier += ["--snapshot_every", str(SNAPSHOT_EVERY), "--sft_learning_rate", FRONTIER_SFT_RATE]
+    frontier += ["--best_of", "--output", str(RUNS / "frontier")]
+    study.once("frontier", frontier, RUNS / "frontier" / "frontier.json")
+
+    # Controls: labels turned round, and labels dealt at random.
+    for labels in ("flipped", "shuffled"):
+        folder = DATA / labels
+        prepare = ["preferences", str(books), "--labels", labels, "--output", str(folder)]
+        study.once(labels, [sys.executable, "-m", "data_prep", *prepare], folder / "manifest.json")
+        keys = ["--data.train", str(folder), "--train.evaluate_every", "0"]
+        study.train(labels, *keys)
+        study.evaluate(labels, *keys)
+
+    # Fine-tuning on the chosen at other learning rates.
+    for rate in SFT_RATES:
+        folder = RUNS / f"sft_{rate}"
+        keys = ["--model.name_or_path", args.model, "--model.dtype", "float32", "--run_dir", str(folder)]
+        keys += ["--data.train", str(books), "--data.max_length", "128", "--train.learning_rate", rate]
+        keys += ["--train.schedule", "constant", "--train.warmup_steps", "150"]
+        keys += ["--train.max_tokens_per_micro_batch", "4096"]
+        study.once("sft", ["launch/run", "sft", *keys], folder / "model" / "README.md")
+        study.evaluate(folder.name, *data)
+
+    # What varies with the seed, and with groups cut into independent pairs.
+    for run, keys in {
+        "seed_1": ["--train.seed", "1"],
+        "independent_pairs": ["--data.group_pairs", "false"],
+    }.items():
+        study.train(run, *data, *keys)
+        study.evaluate(run, *data, *keys)
+
+    # Held-out accuracy against training pairs: each point is a run of its own.
+    for steps in CURVE_STEPS:
+        study.train(f"steps_{steps}", *data, "--train.max_steps", str(steps))
+
+
+def launched(module: str, *arguments: str) -> list[str]:
+    """A module of ours on all ranks of this machine."""
+    config = os.environ.get("ACCELERATE_CONFIG", "launch/cpu.yaml")
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "-m",
+        module,
+        *arguments,
+    ]
+
+
+if __name__ == "__main__":
+    main()
