@@ -2,9 +2,11 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.stages import Journal
 
 
@@ -40,3 +42,12 @@ class Study:
         """The evaluation of a run, given the keys that it was trained with."""
         folder = self.runs / run
         self.stage("evaluate", *keys, "--run_dir", str(folder), product=folder / "report" / "summary.json")
+
+
+def run_to_its_end(main: Callable[[], None]) -> None:
+    """Runs a study's main; a part that ended otherwise ends it in one line, with that part's status."""
+    try:
+        main()
+    except (UserError, StoppedBySignal, RunFailed) as ended:
+        print(f"study: {ended}", file=sys.stderr)
+        sys.exit({UserError: 2, StoppedBySignal: 3}.get(type(ended), 1))

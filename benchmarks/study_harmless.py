@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.study import Study
+from benchmarks.study import Study, run_to_its_end
 from dpo.stages import start
 
 CONFIG = "configs/hh.yaml"
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_its_end(main)

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.study import Study
+from benchmarks.study import Study, run_to_its_end
 
 CONFIG = "configs/books.yaml"
 DATA, RUNS = Path("data/study"), Path("runs/study")
@@ -96,4 +96,4 @@ def launched(module: str, *arguments: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_to_its_end(main)

@@ -166,11 +166,12 @@ def test_the_model_card_has_what_the_report_found(pipeline: tuple[Path, str]) ->
     assert found["kl/sequence"] == pytest.approx(summary["kl/sequence"], abs=1e-6)
 
 
-def test_a_frontier_of_one_beta_and_the_baseline_reuses_the_cache(pipeline: tuple[Path, str]) -> None:
+def test_a_frontier_of_one_beta_and_the_baselines_reuses_the_cache(pipeline: tuple[Path, str]) -> None:
     folder, _ = pipeline
     keys = ["--config", str(ROOT / "configs" / "demo.yaml"), *EXPERIMENT.split(), "--train.max_steps", "2"]
     command = ["frontier", *keys, "--betas", "0.5", "--launcher"]
     command += [f"{sys.executable} -m dpo", "--sft_learning_rate", "1e-3", "--output", "frontier"]
+    command += ["--best_of", "--evaluate.temperature", "1", "--evaluate.reference_samples", "8"]
     said = shell(sys.executable, "-m", "dpo", *command, "--evaluate.num_prompts", "4", folder=folder)
     assert " 0 computed" in said
     points = json.loads((folder / "frontier" / "frontier.json").read_text())
@@ -178,7 +179,11 @@ def test_a_frontier_of_one_beta_and_the_baseline_reuses_the_cache(pipeline: tupl
     assert [(point["curve"], point["step"]) for point in points] == [
         ("beta 0.5", None),
         (baseline, None),
+        ("best of n from the reference", None),
+        ("best of n from the reference", None),
     ]
+    assert [point["label"] for point in points[2:]] == ["1", "2"]
+    assert points[3]["score/policy"] > points[2]["score/policy"]
     assert points[0]["eval/loss"] != points[1]["eval/loss"]
     report = (folder / "frontier" / "preferred_sft" / "report" / "report.md").read_text()
     assert "- training: next tokens" in report

@@ -1,0 +1,307 @@
+"""Tables and figures of the studies, from the files that they left: runs/study and runs/study_hh.
+
+    python -m benchmarks.study_report
+
+Writes tables.md, numbers.json and the figures into runs/study_report; what has not been run is left out.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median, stdev
+
+from matplotlib.figure import Figure
+
+from benchmarks import study_harmless, study_sentiment
+from dpo.evaluate.report import escape, tail
+from dpo.evaluate.statistics import Interval
+from dpo.figures import PALETTE, Point, save_png, score_against_kl
+from dpo.frontier import BEST_OF, limit_points
+from dpo.history import read_history
+
+OUTPUT = Path("runs/study_report")
+FRONTIER = study_sentiment.RUNS / "frontier"
+MAIN = FRONTIER / "beta_0.1"
+SFT = "preferred-FT"
+QUERIES = 12
+STUDENT_T = 2.776
+"""97.5 % quantile of Student's t with 4 degrees of freedom: of 5 folds."""
+
+Summary = dict[str, float]
+
+
+def sentiment_runs() -> dict[str, Summary]:
+    """Name in the table -> summary.json of every finished run, the last model of each."""
+    runs = study_sentiment.RUNS
+    folders = {f"DPO, beta {beta}": FRONTIER / f"beta_{beta}" for beta in study_sentiment.BETAS.split(",")}
+    folders |= {
+        "DPO, beta 0.1, seed 1": runs / "seed_1",
+        "DPO, beta 0.1, independent pairs": runs / "independent_pairs",
+    }
+    rates = {study_sentiment.FRONTIER_SFT_RATE: FRONTIER / "preferred_sft"}
+    rates |= {rate: runs / f"sft_{rate}" for rate in study_sentiment.SFT_RATES}
+    folders |= {f"{SFT}, rate {rate}": rates[rate] for rate in sorted(rates, key=float)}
+    folders |= {"DPO on flipped labels": runs / "flipped", "DPO on shuffled labels": runs / "shuffled"}
+    files = {name: folder / "report" / "summary.json" for name, folder in folders.items()}
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    if (best := _best_of()) is not None:
+        found |= {f"best of {n}": summary for n, summary in best["best_of"].items() if n != "1"}
+    return found
+
+
+def main_table(runs: Mapping[str, Summary]) -> str:
+    """A row a policy, all measures with their intervals."""
+    head = "| policy | KL, nats | mean score | positive | win rate | word pairs | perplexity | accuracy |"
+    lines = [head, "|---" * 8 + "|"]
+    if (best := _best_of()) is not None:
+        one = best["best_of"]["1"]
+        cells = [
+            "reference",
+            "0",
+            _with_ends(one, "score/policy"),
+            _share(one, "positive_share/policy"),
+            "50 %",
+        ]
+        cells += [f"{one['distinct_2/policy']:.3f}", f"{one['perplexity/policy_samples']:.0f}", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, summary in runs.items():
+        cells = [name, _with_ends(summary, "kl/sequence", 2), _with_ends(summary, "score/policy")]
+        cells += [_share(summary, "positive_share/policy"), _share(summary, "win_rate")]
+        cells.append(f"{summary['distinct_2/policy']:.3f}")
+        cells.append(f"{summary['perplexity/policy_samples']:.0f}")
+        cells.append(
+            _with_ends(summary, "eval/rewards/accuracies") if "eval/rewards/accuracies" in summary else ""
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def dpo_curves() -> dict[str, list[Summary]]:
+    """Beta -> summaries along its training, by ascending KL."""
+    found = {}
+    for beta in study_sentiment.BETAS.split(","):
+        files = sorted((FRONTIER / f"beta_{beta}").glob("**/report/summary.json"))
+        found[beta] = sorted((json.loads(file.read_text()) for file in files), key=lambda s: s["kl/sequence"])
+    return {beta: summaries for beta, summaries in found.items() if summaries}
+
+
+def equal_kl_table(runs: Mapping[str, Summary]) -> str:
+    """Each baseline beside DPO's curves at its own KL; between two models of a curve by a straight line.
+
+    A curve of score over KL is concave where training is done well, so that the line does not flatter DPO.
+    """
+    curves = dpo_curves()
+    lines = ["| baseline | its KL | its score | " + " | ".join(f"DPO, beta {beta}" for beta in curves) + " |"]
+    lines.append("|---" * (3 + len(curves)) + "|")
+    for name, summary in runs.items():
+        if not name.startswith((SFT, "best of")):
+            continue
+        kl = summary["kl/sequence"]
+        cells = [name, f"{kl:.2f}", _with_ends(summary, "score/policy")]
+        cells += [_between(points, kl) for points in curves.values()]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _between(points: Sequence[Summary], kl: float) -> str:
+    """The score of a curve at a KL, with the ends of its interval; nothing beyond the curve's end."""
+    start = {f"score/policy{end}": points[0][f"score/reference{end}"] for end in ("", "/low", "/high")}
+    line = [{"kl/sequence": 0.0, **start}, *points]
+    for left, right in pairwise(line):
+        if left["kl/sequence"] <= kl <= right["kl/sequence"]:
+            part = (kl - left["kl/sequence"]) / (right["kl/sequence"] - left["kl/sequence"])
+            mixed = {name: left[name] + part * (right[name] - left[name]) for name in start}
+            return _with_ends(mixed, "score/policy")
+    return ""
+
+
+def sentiment_figure(runs: Mapping[str, Summary]) -> Figure:
+    """Score against KL of everything, under the limit of any policy."""
+    curves = {
+        f"DPO, beta {beta}": [_point(summary) for summary in points] for beta, points in dpo_curves().items()
+    }
+    by_kl = sorted(runs.items(), key=lambda item: item[1]["kl/sequence"])
+    curves[SFT] = [_point(s, name.split()[-1]) for name, s in by_kl if name.startswith(SFT)]
+    best = _best_of()
+    if best is not None:
+        curves[BEST_OF] = [_point(summary, n) for n, summary in best["best_of"].items()]
+    for labels in ("flipped", "shuffled"):
+        curves[f"{labels} labels"] = [_point(s) for name, s in runs.items() if labels in name]
+    drawn = {name: points for name, points in curves.items() if points}
+    return score_against_kl(drawn, "mean score", limit=limit_points(best["limit"]) if best else ())
+
+
+def books_curve() -> list[tuple[float, float]]:
+    """(training pairs, held-out accuracy) of the runs of the learning curve."""
+    runs = [study_sentiment.RUNS / f"steps_{steps}" for steps in study_sentiment.CURVE_STEPS]
+    return [point for run in (*runs, MAIN) if (point := _pairs_and_accuracy(run)) is not None]
+
+
+def harmless_folds() -> dict[str, list[float]]:
+    """Run -> held-out accuracy of each fold; only what is there for all of them."""
+    names = [f"steps_{steps}" for steps in study_harmless.CURVE_STEPS]
+    found = {}
+    for name in [*names, "dpo", *study_harmless.LOSSES]:
+        folds = [
+            _pairs_and_accuracy(study_harmless.RUNS / f"fold_{number}" / name)
+            for number in range(1, study_harmless.FOLDS + 1)
+        ]
+        if all(fold is not None for fold in folds):
+            found[name] = [fold[1] for fold in folds if fold is not None]
+    return found
+
+
+def harmless_curve(folds: Mapping[str, Sequence[float]]) -> list[tuple[float, Interval]]:
+    """(mean training pairs, mean accuracy of the folds with its interval)."""
+    points = []
+    for name in [f"steps_{steps}" for steps in study_harmless.CURVE_STEPS] + ["dpo"]:
+        if name in folds:
+            runs = [study_harmless.RUNS / f"fold_{n}" / name for n in range(1, study_harmless.FOLDS + 1)]
+            pairs = mean(point[0] for run in runs if (point := _pairs_and_accuracy(run)) is not None)
+            points.append((pairs, fold_interval(folds[name])))
+    return points
+
+
+def fold_interval(values: Sequence[float]) -> Interval:
+    """Mean of 5 folds and its interval by Student's t; a little narrow, since folds share training pairs."""
+    half = STUDENT_T * stdev(values) / len(values) ** 0.5
+    return Interval(mean(values), mean(values) - half, mean(values) + half)
+
+
+def losses_table(folds: Mapping[str, Sequence[float]]) -> str:
+    """Each loss, fold by fold, and what it differs from DPO by."""
+    lines = ["| loss | folds | mean accuracy | less DPO's, paired |", "|---|---|---|---|"]
+    for name in ("dpo", *study_harmless.LOSSES):
+        if name not in folds:
+            continue
+        differences = [a - b for a, b in zip(folds[name], folds["dpo"], strict=True)]
+        cells = [name, " ".join(f"{value:.3f}" for value in folds[name]), _ends(fold_interval(folds[name]))]
+        cells.append("" if name == "dpo" else _ends(fold_interval(differences), sign="+"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def curves_figure() -> Figure:
+    """Held-out accuracy against training pairs, of both studies."""
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    if books := books_curve():
+        axes.plot(
+            *zip(*books, strict=True), "o-", color=PALETTE[0], label="books, vader's choice; one run a point"
+        )
+    if harmless := harmless_curve(harmless_folds()):
+        pairs = [point for point, _ in harmless]
+        middle = [value.mean for _, value in harmless]
+        spread = [[v.mean - v.low for _, v in harmless], [v.high - v.mean for _, v in harmless]]
+        label = "HH harmless; 5 folds, 95 % of their mean"
+        axes.errorbar(pairs, middle, yerr=spread, fmt="s--", color=PALETTE[1], capsize=3, label=label)
+    axes.axhline(0.5, color="#8a8f98", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("training pairs")
+    axes.set_ylabel("held-out reward accuracy")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def trees_table() -> str:
+    """Group trees beside independent pairs: what a step costs, from the second step on."""
+    lines = [
+        "| pairs of a prompt | steps | tokens, epoch | s a step, median | pairs a second |",
+        "|---|---|---|---|---|",
+    ]
+    runs = {"in one step, one tree": "seed_1", "independent": "independent_pairs"}
+    for name, run in runs.items():
+        steps = [line for line in read_history(study_sentiment.RUNS / run) if "train/loss" in line]
+        if not steps:
+            continue
+        rate = median(line["perf/pairs_per_second"] for line in steps[1:])
+        tokens = steps[-1]["train/num_tokens"]
+        seconds = median(
+            (now["train/num_tokens"] - before["train/num_tokens"]) / now["perf/tokens_per_second"]
+            for before, now in pairwise(steps)
+        )
+        lines.append(f"| {name} | {len(steps)} | {tokens:,} | {seconds:.2f} | {rate:.1f} |")
+    return "\n".join(lines)
+
+
+def founding_table() -> str:
+    """The first held-out queries, unpicked, continued by both models with one seed."""
+    file = MAIN / "report" / "samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()[:QUERIES]] if file.is_file() else []
+    lines = ["| query | reference policy | DPO-trained policy |", "|---|---|---|"]
+    for row in rows:
+        both = [f"**{row[f'{m}_score']:+.2f}**<br>{escape(row[m])}" for m in ("reference", "policy")]
+        lines.append(f"| {escape(tail(row['prompt']))} | {' | '.join(both)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Writes everything."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    runs, folds = sentiment_runs(), harmless_folds()
+    books = [f"| {pairs:,.0f} | {accuracy:.3f} |" for pairs, accuracy in books_curve()]
+    curve = [f"| {pairs:,.0f} | {_ends(accuracy)} |" for pairs, accuracy in harmless_curve(folds)]
+    head = "| training pairs | held-out accuracy |\n|---|---|\n"
+    sections = {
+        "Every policy": main_table(runs),
+        "At equal KL": equal_kl_table(runs),
+        "Books: accuracy against training pairs": head + "\n".join(books),
+        "Groups in one step, or independent pairs": trees_table(),
+        "HH: accuracy against training pairs": head + "\n".join(curve),
+        "HH: losses": losses_table(folds),
+        "The founding table": founding_table(),
+    }
+    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())
+    (OUTPUT / "tables.md").write_text(text + "\n")
+    numbers = {"books": runs, "books_curve": books_curve(), "harmless": folds, "best_of": _best_of()}
+    (OUTPUT / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    save_png(curves_figure(), OUTPUT / "accuracy_against_pairs.png")
+    if runs:
+        save_png(sentiment_figure(runs), OUTPUT / "sentiment_frontier.png")
+    print(f"{OUTPUT}: tables.md, numbers.json, figures: {len(runs)} policies, {len(folds)} runs in folds")
+
+
+def _best_of() -> dict[str, dict[str, Summary]] | None:
+    file = FRONTIER / "reference" / "best_of" / "best_of.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _pairs_and_accuracy(run: Path) -> tuple[float, float] | None:
+    """Training pairs of a finished run, and its last held-out accuracy; None where it is not finished."""
+    if not (run / "model" / "README.md").is_file():
+        return None
+    history = read_history(run)
+    steps = [line for line in history if "train/loss" in line]
+    totals = [0.0, *(line["train/num_tokens"] for line in steps)]
+    pairs = sum(  # of a step: pairs a token, times its tokens
+        line["perf/pairs_per_second"] / line["perf/tokens_per_second"] * (now - before)
+        for line, (before, now) in zip(steps, pairwise(totals), strict=True)
+    )
+    return round(pairs), history[-1]["eval/rewards/accuracies"]
+
+
+def _point(summary: Summary, label: str = "") -> Point:
+    return Point(label=label, kl=_interval(summary, "kl/sequence"), score=_interval(summary, "score/policy"))
+
+
+def _interval(summary: Summary, name: str) -> Interval:
+    return Interval(summary[name], summary[f"{name}/low"], summary[f"{name}/high"])
+
+
+def _with_ends(summary: Summary, name: str, digits: int = 3) -> str:
+    return _ends(_interval(summary, name), digits)
+
+
+def _ends(value: Interval, digits: int = 3, sign: str = "") -> str:
+    return f"{value.mean:{sign}.{digits}f} [{value.low:{sign}.{digits}f}, {value.high:{sign}.{digits}f}]"
+
+
+def _share(summary: Summary, name: str) -> str:
+    low, high = summary[f"{name}/low"], summary[f"{name}/high"]
+    return f"{100 * summary[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}] %"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The studies' tables and figures from made-up run folders."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import study_harmless, study_report, study_sentiment
+from benchmarks.study_report import fold_interval
+
+
+def _run(folder: Path, accuracy: float, steps: int = 2) -> None:
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "README.md").touch()
+    lines = [
+        # 10 pairs and 100 tokens a step
+        {"step": step, "train/loss": 0.5, "train/num_tokens": 100 * step}
+        | {"perf/pairs_per_second": 5.0, "perf/tokens_per_second": 50.0}
+        for step in range(1, steps + 1)
+    ]
+    lines.append({"step": steps, "eval/rewards/accuracies": accuracy})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _report(folder: Path, kl: float, score: float) -> None:
+    numbers = {"kl/sequence": kl, "score/policy": score, "score/reference": 0.1, "win_rate": 0.6}
+    numbers |= {"positive_share/policy": 0.7, "eval/rewards/accuracies": 0.6}
+    numbers |= {f"{name}/{end}": value for name, value in numbers.items() for end in ("low", "high")}
+    numbers |= {"distinct_2/policy": 0.8, "perplexity/policy_samples": 90.0}
+    (folder / "report").mkdir(parents=True)
+    (folder / "report" / "summary.json").write_text(json.dumps(numbers))
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(study_sentiment, "RUNS", tmp_path)
+    monkeypatch.setattr(study_report, "FRONTIER", tmp_path / "frontier")
+    monkeypatch.setattr(study_report, "MAIN", tmp_path / "frontier" / "beta_0.1")
+    monkeypatch.setattr(study_report, "OUTPUT", tmp_path / "out")
+    monkeypatch.setattr(study_harmless, "RUNS", tmp_path / "hh")
+    return tmp_path
+
+
+def test_a_baseline_is_compared_at_its_own_kl(runs: Path) -> None:
+    _report(runs / "frontier" / "beta_0.1" / "snapshots" / "step_00000035", 1.0, 0.3)
+    _report(runs / "frontier" / "beta_0.1", 3.0, 0.5)
+    _report(runs / "sft_3e-5", 0.5, 0.15)
+    _report(runs / "sft_3e-4", 2.0, 0.2)
+    table = study_report.equal_kl_table(study_report.sentiment_runs()).splitlines()
+    assert table[0].endswith("| its score | DPO, beta 0.1 |")
+    # From the reference (0 nats, 0.1) to (1, 0.3) at 0.5 nats: 0.2; from (1, 0.3) to (3, 0.5) at 2: 0.4.
+    assert [line.split(" | ")[-1] for line in table[2:]] == [
+        "0.200 [0.200, 0.200] |",
+        "0.400 [0.400, 0.400] |",
+    ]
+
+
+def test_what_is_not_there_is_left_out_and_the_rest_is_written(runs: Path) -> None:
+    _run(runs / "frontier" / "beta_0.1", 0.62, steps=4)
+    _report(runs / "frontier" / "beta_0.1", 3.0, 0.5)
+    _run(runs / "steps_3", 0.55)
+    for number in range(1, 6):
+        _run(runs / "hh" / f"fold_{number}" / "dpo", 0.6 + number / 100)
+        _run(runs / "hh" / f"fold_{number}" / "ipo", 0.61 + number / 100)
+    _run(runs / "hh" / "fold_1" / "simpo", 0.9)  # of one fold only
+    study_report.main()
+    text = (runs / "out" / "tables.md").read_text()
+    assert "| 20 | 0.550 |\n| 40 | 0.620 |" in text
+    assert "| ipo | 0.620 0.630 0.640 0.650 0.660 | 0.640" in text
+    assert "+0.010 [+0.010, +0.010]" in text
+    assert "simpo" not in text
+    assert {file.name for file in (runs / "out").iterdir()} == {
+        "tables.md",
+        "numbers.json",
+        "accuracy_against_pairs.png",
+        "sentiment_frontier.png",
+    }
+
+
+def test_the_interval_of_five_folds_is_students() -> None:
+    # Deviations -2, -1, 0, 1, 2: standard deviation sqrt(10 / 4), over sqrt(5), times 2.776.
+    interval = fold_interval([1, 2, 3, 4, 5])
+    assert interval == pytest.approx((3, 3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5))
