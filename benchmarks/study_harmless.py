@@ -2,7 +2,7 @@
 
     make study-harmless MODEL=path/to/model HH=test.jsonl.gz
 
-One fold of some 230 pairs says little (6 points either way); five hold out every pair once, and losses are
+One fold of some 190 pairs says little (7 points either way); five hold out every pair once, and losses are
 compared on the same folds. Folds are of first turns: no dialogue's beginning is in both parts. Each run is a
 public command, started once: stop it and start it again, and it goes on.
 """
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="the reference: a folder or a hub name")
     parser.add_argument("--hh", required=True, help="dialogues of HH-RLHF: a file or a hub name")
-    parser.add_argument("--max_length", default="192", help="longer dialogues are left out (default: 192)")
+    parser.add_argument("--max_length", default="160", help="longer dialogues are left out (default: 160)")
     args = parser.parse_args()
     study = Study(model=args.model, config=CONFIG, runs=RUNS)
     folds = {number: DATA / f"fold_{number}" for number in range(1, FOLDS + 1)}

@@ -91,7 +91,7 @@ def score_limit(scores: npt.ArrayLike, *, num_points: int = 41, seed: int = 0) -
     spread = float(values.std(axis=1).mean())
     if spread == 0.0:
         return Limit(kl=np.zeros(1), score=[_interval(means, means[None, :].mean(axis=1), seed)])
-    strengths = np.geomspace(0.02, 50, 120) / spread
+    strengths = np.geomspace(1e-3, 50, 160) / spread
     tilted = [_log_mean_exp(values, strength) for strength in strengths]
     effective = np.asarray([part[2] for part in tilted])
     known = effective >= min(FEWEST_EFFECTIVE, values.shape[1] / 2)
