@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.stages import Journal
+from dpo.stages import Journal, start
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,6 +32,12 @@ class Study:
         """One of dpo's stages on this study's model."""
         given = ["--config", self.config, "--model.name_or_path", self.model, *keys]
         self.once(name, ["launch/run", name, *given], product)
+
+    def precompute(self, run: str, *keys: str) -> None:
+        """Fills the cache with the data of a run that is not finished; what is there is not computed again."""
+        if not (self.runs / run / "model" / "README.md").is_file():
+            given = ["--config", self.config, "--model.name_or_path", self.model, *keys]
+            start("precompute-ref", ["launch/run", "precompute-ref", *given])
 
     def train(self, run: str, *keys: str) -> None:
         """A run in RUNS/run; the cache must have what it needs."""

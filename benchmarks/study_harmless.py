@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 from benchmarks.study import Study, run_to_its_end
-from dpo.stages import start
 
 CONFIG = "configs/hh.yaml"
 DATA, RUNS = Path("data/study_hh"), Path("runs/study_hh")
@@ -40,9 +39,7 @@ def main() -> None:
         data = ["--data.train", str(folds[number]), "--data.max_length", args.max_length]
         return [*data, "--train.evaluate_every", "0", "--evaluate.watched_prompts", "0"]
 
-    if not (RUNS / "fold_1" / "dpo" / "model").is_dir():  # every fold has all pairs, in one part or the other
-        base = ["--config", CONFIG, "--model.name_or_path", args.model]
-        start("precompute-ref", ["launch/run", "precompute-ref", *base, *keys(1)])
+    study.precompute("fold_1/dpo", *keys(1))  # every fold has all pairs, in one part or the other
     for number in folds:
         study.train(f"fold_{number}/dpo", *keys(number))
     for number in folds:
