@@ -34,7 +34,7 @@ class Study:
         self.once(name, ["launch/run", name, *given], product)
 
     def precompute(self, run: str, *keys: str) -> None:
-        """Fills the cache with the data of a run that is not finished; what is there is not computed again."""
+        """Fills the cache with the data of a run that is not finished; computes only what is missing."""
         if not (self.runs / run / "model" / "README.md").is_file():
             given = ["--config", self.config, "--model.name_or_path", self.model, *keys]
             start("precompute-ref", ["launch/run", "precompute-ref", *given])
