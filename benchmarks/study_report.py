@@ -14,6 +14,7 @@ from statistics import mean, median, stdev
 from matplotlib.figure import Figure
 
 from benchmarks import study_harmless, study_sentiment
+from benchmarks.study_reward import Known
 from dpo.evaluate.report import escape, tail
 from dpo.evaluate.statistics import Interval
 from dpo.figures import PALETTE, Point, save_png, score_against_kl
@@ -116,6 +117,20 @@ def _between(points: Sequence[Summary], kl: float) -> str:
     return ""
 
 
+def rewards_table() -> str:
+    """What each policy's reward knows of the score, and what that predicts."""
+    lines = ["| policy | correlation with the score | gain it predicts | gain |", "|---|---|---|---|"]
+    for name, values in _rewards().items():
+        known = Known(*values)
+        lines.append(f"| {name} | {known.rho:.2f} | {known.predicted_gain:.3f} | {known.gain:.3f} |")
+    return "\n".join(lines)
+
+
+def _rewards() -> dict[str, list[float]]:
+    file = study_sentiment.RUNS / study_sentiment.REWARDS
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
 def sentiment_figure(runs: Mapping[str, Summary]) -> Figure:
     """Score against KL of everything, under the limit of any policy."""
     curves = {
@@ -211,7 +226,7 @@ def trees_table() -> str:
         "| pairs of a prompt | steps | tokens, epoch | s a step, median | pairs a second |",
         "|---|---|---|---|---|",
     ]
-    runs = {"in one step, one tree": "seed_1", "independent": "independent_pairs"}
+    runs = {"in one step, one tree": "flipped", "independent": "independent_pairs"}
     for name, run in runs.items():
         steps = [line for line in read_history(study_sentiment.RUNS / run) if "train/loss" in line]
         if not steps:
@@ -247,6 +262,7 @@ def main() -> None:
     sections = {
         "Every policy": main_table(runs),
         "At equal KL": equal_kl_table(runs),
+        "What the rewards know": rewards_table(),
         "Books: accuracy against training pairs": head + "\n".join(books),
         "Groups in one step, or independent pairs": trees_table(),
         "HH: accuracy against training pairs": head + "\n".join(curve),
@@ -256,6 +272,7 @@ def main() -> None:
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())
     (OUTPUT / "tables.md").write_text(text + "\n")
     numbers = {"books": runs, "books_curve": books_curve(), "harmless": folds, "best_of": _best_of()}
+    numbers["rewards"] = _rewards()
     (OUTPUT / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
     save_png(curves_figure(), OUTPUT / "accuracy_against_pairs.png")
     if runs:

@@ -7,11 +7,13 @@ data/study, runs to runs/study; benchmarks.study_report makes tables and figures
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
 
 from benchmarks.study import Study, run_to_its_end
+from benchmarks.study_reward import rewards_of_samples
 
 CONFIG = "configs/books.yaml"
 DATA, RUNS = Path("data/study"), Path("runs/study")
@@ -20,6 +22,8 @@ SNAPSHOT_EVERY = 35
 FRONTIER_SFT_RATE = "1e-4"
 SFT_RATES = ("3e-5", "3e-4")
 """Learning rates of preferred-FT besides the frontier's."""
+REWARDS = "rewards.json"
+"""What the policies' rewards know of the score, in RUNS."""
 CURVE_STEPS = (3, 6, 12, 25, 50)
 """Optimizer steps of the learning curve, of 64 pairs each; the main run is its last point."""
 
@@ -79,6 +83,12 @@ def main() -> None:
     # Held-out accuracy against training pairs: each point is a run of its own.
     for steps in CURVE_STEPS:
         study.train(f"steps_{steps}", *data, "--train.max_steps", str(steps))
+
+    if not (RUNS / REWARDS).is_file():
+        policies = {f"DPO, beta {beta}": RUNS / "frontier" / f"beta_{beta}" for beta in BETAS.split(",")}
+        samples = RUNS / "frontier" / "reference" / "best_of" / "samples.jsonl"
+        found = rewards_of_samples(args.model, policies, samples)
+        (RUNS / REWARDS).write_text(json.dumps(found, indent=1))
 
 
 def launched(module: str, *arguments: str) -> list[str]:

@@ -1,0 +1,81 @@
+"""How well a policy's implicit reward knows the score: what explains where DPO lies under the limit.
+
+Over the reference's own samples of a query the implicit reward log policy / reference has a correlation rho
+with the score, whose standard deviation is sigma. The reference tilted by a reward gains, for
+small tilts, rho sigma sqrt(2 KL) where the best gains sigma sqrt(2 KL): it pays 1 / rho^2 times the KL.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpo.config import ModelConfig
+from dpo.evaluate.run import log_probs
+from dpo.frozen import frozen_scorer, settle_layout
+from dpo.model.load import load_tokenizer
+from dpo.records import TokenIds
+
+SAMPLES_PER_QUERY = 4
+BUDGET = 4096
+
+
+class Known(NamedTuple):
+    """What a policy's reward knows of the score, over reference samples."""
+
+    rho: float
+    """Correlation within queries."""
+    predicted_gain: float
+    """rho sigma sqrt(2 KL): what this reward should win at the policy's KL, for small tilts."""
+    gain: float
+    """What the policy's samples score above the reference's."""
+
+
+def correlation(rewards: np.ndarray, scores: np.ndarray) -> float:
+    """Correlation of two (P, M) arrays, each less its mean over the M samples of a query."""
+    first, second = (values - values.mean(axis=1, keepdims=True) for values in (rewards, scores))
+    return float((first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum()))
+
+
+def rewards_of_samples(reference: str, runs: dict[str, Path], samples: Path) -> dict[str, Known]:
+    """Run -> what its last model's reward knows of the score.
+
+    Args:
+        reference: Its model.
+        runs: Name -> folder of an evaluated run.
+        samples: samples.jsonl of `dpo best-of`.
+    """
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=reference))
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    scores = np.asarray([row["reference_scores"] for row in rows])
+    sequences: list[tuple[TokenIds, TokenIds]] = [
+        (_ids(tokenizer, row["prompt"]), _ids(tokenizer, text))
+        for row in rows
+        for text in row["reference"][:SAMPLES_PER_QUERY]
+    ]
+
+    def logps(model: str) -> np.ndarray:
+        config = ModelConfig(name_or_path=model, dtype="float32")
+        with frozen_scorer(config, sharded=False) as scorer:
+            longest = max(sequences, key=lambda sequence: len(sequence[0]) + len(sequence[1]))
+            layout = settle_layout(scorer, (longest[0], [longest[1]]), torch.float32).layout
+            return log_probs(scorer, sequences, layout, BUDGET).reshape(len(rows), -1)
+
+    base = logps(reference)
+    sigma = float(np.sqrt(scores.var(axis=1, ddof=1).mean()))
+    found = {}
+    for name, folder in runs.items():
+        summary = json.loads((folder / "report" / "summary.json").read_text())
+        rho = correlation(logps(str(folder / "model")) - base, scores[:, :SAMPLES_PER_QUERY])
+        gain = summary["score/policy"] - float(scores.mean())
+        found[name] = Known(rho, rho * sigma * float(np.sqrt(2 * summary["kl/sequence"])), gain)
+    return found
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> TokenIds:
+    """(T,) ids, T >= 1: an empty continuation was ended by EOS at once."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
+    return np.asarray(ids, dtype=np.int32)
