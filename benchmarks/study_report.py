@@ -213,10 +213,13 @@ def curves_figure() -> Figure:
         axes.errorbar(pairs, middle, yerr=spread, fmt="s--", color=PALETTE[1], capsize=3, label=label)
     axes.axhline(0.5, color="#8a8f98", linewidth=0.8)
     axes.set_xscale("log")
+    ticks = [100, 200, 500, 1000, 2000, 5000]
+    axes.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("training pairs")
     axes.set_ylabel("held-out reward accuracy")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
