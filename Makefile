@@ -59,7 +59,7 @@ eval: $(ready) ## held-out metrics, samples side by side and the report of CONFI
 frontier: $(ready) ## CONFIG with several betas and the SFT baseline on one cache: score against KL (ARGS="--betas 0.1,1")
 	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) $(py) -m dpo frontier --config $(CONFIG) $(model_key) $(ARGS)
 
-study: $(ready) ## the founding experiment in kind: make study MODEL=path/to/model BOOKS=books.txt (80 minutes of CPU at 14M)
+study: $(ready) ## the founding experiment in kind: make study MODEL=path/to/model BOOKS=books.txt (90 minutes of CPU at 14M)
 	$(py) -m benchmarks.study_sentiment --model $(MODEL) --books $(BOOKS) $(ARGS)
 	$(py) -m benchmarks.study_report
 
