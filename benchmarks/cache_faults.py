@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from dpo.cli import run
+from dpo.cli.main import run
 from dpo.reference.shards import read_shard, write_shard
 from dpo.reference.store import ReferenceStore
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.cache_faults import WORDS, Bench, make_bench
-from dpo.model.logprobs import SequenceScorer
+from dpo.model.scorer import SequenceScorer
 
 NUM_PAIRS, NUM_NEW = 10_000, 1_000
 CUT = 40  # tokens: some sequences are longer

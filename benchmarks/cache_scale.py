@@ -24,7 +24,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from dpo.records import KEY_BYTES
+from dpo.data.records import KEY_BYTES
 from dpo.reference.identity import IDENTITY_VERSION, ReferenceIdentity
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import Keys, ReferenceRows
@@ -183,7 +183,7 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def measure(folder: Path) -> Measurement:
-    """Loads and joins as `dpo.reference.lookup` does, in this process, and checks every value.
+    """Loads and joins as `dpo.reference.values` does, in this process, and checks every value.
 
     Raises:
         RuntimeError: A sequence was not found, or got another's log-prob.

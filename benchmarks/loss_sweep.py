@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dpo.loss.options import LOSSES
+from dpo.loss.catalog import LOSSES
 
 CONFIG = "configs/demo.yaml"
 OPTIONS = {

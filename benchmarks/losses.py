@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.figures import PALETTE, save_png
-from dpo.loss.options import LOSSES
-from dpo.loss.preference import preference_loss
-from dpo.records import PairLogProbs
+from dpo.loss.catalog import LOSSES
+from dpo.loss.pairs import PairLogProbs
+from dpo.loss.preference_loss import preference_loss
+from dpo.report.figures import PALETTE, save_png
 
 BETA, SMOOTHING = 0.5, 0.1
 PEERS = [name for name, kind in LOSSES.items() if kind.needs_reference and name != "plackett_luce"]

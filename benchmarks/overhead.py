@@ -26,11 +26,12 @@ import torch
 from benchmarks.speed import SHARED, Settings, child, worker
 from benchmarks.speed_work import config_of
 from dpo import distributed
-from dpo.cli import run
+from dpo.cli.main import run
 from dpo.errors import UserError
-from dpo.monitor import MetricSums, Monitor
+from dpo.guards.watchdog import Watchdog
+from dpo.tracking.metrics import MetricSums
+from dpo.tracking.monitor import Monitor
 from dpo.train import loop
-from dpo.watchdog import Watchdog
 
 WORK = "hh"
 RANKS = 2

@@ -18,13 +18,14 @@ import torch
 from accelerate.state import AcceleratorState
 from deepspeed.comm.comm import comms_logger
 
-from dpo import distributed, engine
+from dpo import distributed
 from dpo.config import LoraConfig, ModelConfig, OptimizationConfig
 from dpo.data.trees import Tree, tree_batch
-from dpo.engine import Engine
+from dpo.engine import engine
+from dpo.engine.engine import Engine
 from dpo.model.load import DTYPES, load_config
 from dpo.model.lora import empty_policy, load_policy
-from dpo.planning.live import LiveBytes
+from dpo.planning.live_bytes import LiveBytes
 from dpo.planning.memory import Name, Shape, rank_memory, shape_of, weight_dtype
 from dpo.planning.rehearsal import rehearse
 from dpo.planning.traffic import Traffic, traffic

@@ -23,8 +23,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from benchmarks.rank_memory import predict, predict_traffic, some_trees
 from dpo.config import DataConfig, ModelConfig
+from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
-from dpo.data.opening import open_datasets
 from dpo.data.plan import plan_steps, share
 from dpo.data.trees import Tree
 from dpo.model.load import empty_model, remove_dropout

@@ -27,20 +27,20 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 import data_prep.cli
 from benchmarks.speed import PAIRS_PER_PROMPT, Measurement, Settings
 from dpo import distributed
-from dpo.arguments import parse
-from dpo.cli import run
-from dpo.commands import open_data
+from dpo.cli.main import run
+from dpo.cli.parse import parse
+from dpo.commands.inputs import open_data
 from dpo.config import Config, DataConfig
+from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
-from dpo.data.load import group_from_row, open_source, read_groups
-from dpo.data.opening import open_datasets
 from dpo.data.plan import BatchPlan
+from dpo.data.records import PreferenceGroup
+from dpo.data.rows import group_from_row, open_source, read_groups
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.errors import UserError
-from dpo.flops import forward_flops, work_of
-from dpo.records import PreferenceGroup
+from dpo.model.flops import forward_flops, work_of
 from dpo.reference.precompute import precompute
-from dpo.reference.use import reference_store
+from dpo.reference.values import reference_store
 from dpo.train import loop
 
 POSITIONS = 1024

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dpo.commands.journal import Journal, start
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.stages import Journal, start
 
 
 @dataclass(slots=True, kw_only=True)

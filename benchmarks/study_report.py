@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 
 from benchmarks import study_harmless, study_sentiment
 from benchmarks.study_reward import Known
-from dpo.evaluate.report import escape, tail
+from dpo.commands.frontier import BEST_OF, limit_points
 from dpo.evaluate.statistics import Interval
-from dpo.figures import PALETTE, Point, save_png, score_against_kl
-from dpo.frontier import BEST_OF, limit_points
-from dpo.history import read_history
+from dpo.report.figures import PALETTE, Point, save_png, score_against_kl
+from dpo.report.markdown import escape, tail
+from dpo.tracking.history import read_history
 
 OUTPUT = Path("runs/study_report")
 FRONTIER = study_sentiment.RUNS / "frontier"

@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo.config import ModelConfig
-from dpo.evaluate.run import log_probs
-from dpo.frozen import frozen_scorer, settle_layout
+from dpo.data.records import TokenIds
+from dpo.engine.frozen import frozen_scorer
+from dpo.engine.scoring import settle_layout
+from dpo.evaluate.samples import log_probs
 from dpo.model.load import load_tokenizer
-from dpo.records import TokenIds
 
 SAMPLES_PER_QUERY = 4
 BUDGET = 4096

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo import terminal
-from dpo.data.load import Split
+from dpo.data.records import PreferenceGroup
+from dpo.data.rows import Split
 from dpo.errors import UserError
-from dpo.records import PreferenceGroup
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -11,8 +11,8 @@ from typing import Any
 
 from data_prep.files import PreferenceWriter, describe_arguments
 from data_prep.splits import open_inputs, read_inputs
-from dpo.data.load import RowError, group_from_row
-from dpo.records import Message, PreferenceGroup
+from dpo.data.records import Message, PreferenceGroup
+from dpo.data.rows import RowError, group_from_row
 
 SUMMARY = "Anthropic's HH-RLHF dialogues; train and test never share the human's first turn."
 

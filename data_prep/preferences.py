@@ -10,8 +10,8 @@ from functools import partial
 from data_prep.files import PreferenceWriter, describe_arguments
 from data_prep.relabel import LABELS, relabel
 from data_prep.splits import open_inputs, prompt_key, read_inputs
-from dpo.data.load import group_from_row
 from dpo.data.pairing import PAIRING_RULES
+from dpo.data.rows import group_from_row
 from dpo.errors import UserError
 
 SUMMARY = (

@@ -17,9 +17,9 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 
 from data_prep.splits import open_inputs, prompt_key, read_inputs
 from dpo import terminal
-from dpo.data.load import Split, group_from_row, open_source, read_rows
+from dpo.data.records import Message
+from dpo.data.rows import Split, group_from_row, open_source, read_rows
 from dpo.errors import UserError
-from dpo.records import Message
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and `--help` must not
     from transformers import PreTrainedTokenizerBase

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from data_prep.splits import prompt_key
-from dpo.records import Pair, PreferenceGroup
+from dpo.data.records import Pair, PreferenceGroup
 
 Labels = Literal["given", "flipped", "shuffled"]
 LABELS: tuple[Labels, ...] = get_args(Labels)

@@ -23,8 +23,8 @@ from data_prep.prompts import (
 )
 from dpo.config import ModelConfig
 from dpo.data.pairing import PAIRING_RULES, pairs_from_scores
+from dpo.data.records import PreferenceGroup, TokenIds
 from dpo.errors import UserError
-from dpo.records import PreferenceGroup, TokenIds
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and `--help` must not
     from transformers import PreTrainedTokenizerBase
@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> None:
     """Samples and scores on every rank; rank 0 writes the preference files. Raises UserError."""
     from dpo import distributed
     from dpo.evaluate.scoring import load_scorer, score_over_ranks
-    from dpo.model.load import check_model_path, load_tokenizer
+    from dpo.model.files import check_model_path
+    from dpo.model.load import load_tokenizer
 
     for name, minimum in MINIMA.items():
         value = getattr(args, name)
@@ -136,7 +137,7 @@ def _prepare(
     writer: PreferenceWriter,
 ) -> list[PromptIds]:
     """The prompts with their token ids, those left out that leave no room for a continuation."""
-    from dpo.model.load import max_positions
+    from dpo.model.files import max_positions
 
     if is_preference_folder(args.input):
         prompts = ready_prompts(args, writer.drops)

@@ -15,9 +15,9 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from data_prep.files import describe_file
-from dpo.data.load import PreferenceSource, Split, convert_rows, has_split, open_source, read_rows
+from dpo.data.records import PreferenceGroup
+from dpo.data.rows import PreferenceSource, Split, convert_rows, has_split, open_source, read_rows
 from dpo.errors import UserError
-from dpo.records import PreferenceGroup
 
 Rows = Iterable[tuple[str, Any]]
 """Raw rows, each with its place for messages."""

@@ -13,8 +13,8 @@ from data_prep.files import PreferenceWriter, describe_arguments
 from data_prep.grammar import MOODS, Mood, continuation, opening
 from dpo import terminal
 from dpo.data.pairing import pairs_from_scores
+from dpo.data.records import PreferenceGroup
 from dpo.errors import UserError
-from dpo.records import PreferenceGroup
 
 SUMMARY = "Tiny stories from a built-in grammar that end happy, neutral or sad; needs no input."
 

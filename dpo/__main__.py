@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 
-from dpo.cli import run
+from dpo.cli.main import run
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dpo.config import Config, DataConfig, ModelConfig, ReferenceConfig, TrainConfig
+from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
-from dpo.data.opening import open_datasets
 from dpo.model.load import load_tokenizer
 
 END = "<|endoftext|>"

@@ -7,21 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo import distributed, engine
+from dpo import distributed
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, ReferenceConfig, TrainConfig
-from dpo.data.opening import open_datasets
+from dpo.data.build import open_datasets
 from dpo.data.plan import BatchPlan
-from dpo.data.preference import preference_data
-from dpo.engine import Engine
-from dpo.loss.options import LOSSES, averaged_over_groups, needs_reference
+from dpo.data.preference_data import preference_data
+from dpo.engine import engine
+from dpo.engine.engine import Engine
+from dpo.guards.signals import StopRequests
+from dpo.guards.watchdog import Watchdog
+from dpo.loss.catalog import LOSSES, averaged_over_groups, needs_reference
 from dpo.model.load import load_model, load_tokenizer
-from dpo.monitor import Monitor
 from dpo.reference.precompute import precompute
-from dpo.reference.use import open_reference, reference_store
-from dpo.signals import StopRequests
+from dpo.reference.values import open_reference, reference_store
+from dpo.tracking.monitor import Monitor
 from dpo.train.loop import Run, train_step
-from dpo.train.preference import PreferenceObjective
-from dpo.watchdog import Watchdog
+from dpo.train.preference_objective import PreferenceObjective
 
 STEPS = 2
 BUDGETS = (48, 512)

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from dpo.evaluate.report import PairRow, Report, SampleRow
 from dpo.evaluate.statistics import Interval
-from dpo.figures import (
+from dpo.report.content import PairRow, Report, SampleRow
+from dpo.report.figures import (
     Captioned,
     Point,
     histogram_before_and_after,

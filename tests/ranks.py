@@ -12,7 +12,10 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["dpo.cli", "dpo.commands", "ranks", "deepspeed"])
+FORKS.set_forkserver_preload(
+    [f"dpo.commands.{name}" for name in ("train", "sft", "evaluate", "precompute_ref")]
+    + ["dpo.cli.main", "ranks", "deepspeed"]
+)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for others when it is imported
 
 
@@ -105,7 +108,7 @@ def _work(
     import torch
 
     torch.set_num_threads(1)
-    from dpo.cli import run
+    from dpo.cli.main import run
 
     exec(before, {})
     sys.exit(run(arguments))

@@ -21,7 +21,7 @@ from ranks import start_ranks
 
 from dpo.config import Config
 from dpo.errors import UserError
-from dpo.train.run_folder import find_start
+from dpo.train.resume import find_start
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = os.environ.get("TEST_LAUNCHER") == "1"

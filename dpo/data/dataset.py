@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo.data.plan import Sizes
+from dpo.data.records import KEY_BYTES, Pair, TokenIds, TokenizedGroup, sequence_key
 from dpo.data.trees import Layout, Tree
-from dpo.records import KEY_BYTES, Pair, TokenIds, TokenizedGroup, sequence_key
 
 FORMAT_VERSION = 3
 """Of the files in a folder; part of every digest that names one, so that none of another form is read."""

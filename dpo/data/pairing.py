@@ -6,7 +6,7 @@ Used where data has scores and no pairs, by training and by data_prep alike. Tie
 from collections.abc import Sequence
 from typing import Literal, get_args
 
-from dpo.records import Pair
+from dpo.data.records import Pair
 
 PairingRule = Literal["best-vs-rest", "best-vs-worst", "all"]
 PAIRING_RULES: tuple[PairingRule, ...] = get_args(PairingRule)

@@ -1,21 +1,22 @@
-"""The next batch is built while the device works on this one."""
+"""The next batch is built by a thread while the device works on this one."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
-Built = TypeVar("Built")
 
 
-def prefetch(build: Callable[[Item], Built], items: Iterable[Item]) -> Iterator[Built]:
-    """`map(build, items)` with one item built ahead by a thread; an error of `build` is raised here."""
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, with one made ahead by a thread; an error in making one is raised here.
+
+    Args:
+        items: Made lazily, such as `map(build, positions)`; only the thread iterates over them.
+    """
+    end = object()
+    source = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
-        ahead: Future[Built] | None = None
-        for item in items:
-            building = worker.submit(build, item)
-            if ahead is not None:
-                yield ahead.result()
-            ahead = building
-        if ahead is not None:
-            yield ahead.result()
+        ahead = worker.submit(next, source, end)
+        while (item := ahead.result()) is not end:
+            ahead = worker.submit(next, source, end)
+            yield item  # type: ignore[misc]  # `end` is no item

@@ -17,8 +17,8 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.records import Pair, PreferenceGroup, TokenIds, TokenizedGroup
 from dpo.errors import UserError
-from dpo.records import Pair, PreferenceGroup, TokenIds, TokenizedGroup
 
 GROUPS_PER_CALL = 512  # the fast tokenizers work in parallel inside one call
 

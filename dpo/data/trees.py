@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo.records import PairLogProbs, TokenIds, TokenizedGroup
+from dpo.data.records import TokenIds, TokenizedGroup
 
 Layout = Literal["flex", "packed", "trees", "rows"]
 """How trees lie in a batch. flex and packed: all in one row, for attention that skips what a tree does not
@@ -79,41 +79,6 @@ class TreeBatch:
             tensors = {name: v.pin_memory() for name, v in tensors.items()}
         moved: dict[str, Any] = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
         return replace(self, **moved)
-
-    def pair_logps(self, logps: Tensor, ld_alpha: float | None = None) -> PairLogProbs:
-        """Picks the pairs' values out of one value a sequence.
-
-        With `ld_alpha` (LD-DPO, arXiv 2409.06411) out of one a token: log-probs of as many tokens as
-        both completions of a pair have count once, those of the longer one's rest `ld_alpha` times.
-
-        Args:
-            logps: (S,) summed log-probs in nats; (N,) log-probs of tokens with `ld_alpha`.
-            ld_alpha: Weight of the rest, in [0, 1].
-        """
-        chosen, rejected = self.pairs[:, 0], self.pairs[:, 1]
-        tokens = self.num_tokens[chosen], self.num_tokens[rejected]
-        if ld_alpha is None:
-            of_chosen, of_rejected = logps[chosen], logps[rejected]
-        else:
-            ends = self.num_tokens.cumsum(0)
-            before = torch.cat(
-                [logps.new_zeros(1, dtype=torch.float64), logps.double().cumsum(0)]
-            )  # (N + 1,)
-
-            def weighted(sequences: Tensor) -> Tensor:
-                end = ends[sequences]
-                start = end - self.num_tokens[sequences]
-                shared = start + torch.minimum(*tokens)
-                return before[shared] - before[start] + ld_alpha * (before[end] - before[shared])
-
-            of_chosen, of_rejected = weighted(chosen), weighted(rejected)
-        return PairLogProbs(
-            chosen=of_chosen,
-            rejected=of_rejected,
-            chosen_tokens=tokens[0],
-            rejected_tokens=tokens[1],
-            chosen_sequences=chosen,
-        )
 
 
 def group_batch(groups: Sequence[TokenizedGroup], layout: Layout) -> TreeBatch:

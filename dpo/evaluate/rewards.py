@@ -16,10 +16,11 @@ from dpo import distributed
 from dpo.config import LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import share
-from dpo.data.preference import PreferenceData
+from dpo.data.preference_data import PreferenceData
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
-from dpo.loss.preference import preference_loss
+from dpo.loss.pairs import pair_logps
+from dpo.loss.preference_loss import preference_loss
 
 Float64s = npt.NDArray[np.float64]
 
@@ -99,15 +100,19 @@ def score_pairs(
     def build(positions: list[int]) -> TreeBatch:
         return data.batch(np.asarray(positions, dtype=np.int64), layout).to(device)
 
-    for positions, batch in zip(mine, prefetch(build, mine), strict=True):
+    for positions, batch in zip(mine, prefetch(map(build, mine)), strict=True):
         with torch.no_grad():
             logps = score(
                 batch, per_token=alpha is not None
             )  # also without groups: ranks make the same number of calls
         if not positions:
             continue
-        policy = batch.pair_logps(logps, alpha)
-        reference = None if batch.reference is None else batch.pair_logps(batch.reference, alpha)
+        policy = pair_logps(logps, batch.pairs, batch.num_tokens, alpha)
+        reference = (
+            None
+            if batch.reference is None
+            else pair_logps(batch.reference, batch.pairs, batch.num_tokens, alpha)
+        )
         result = preference_loss(policy, reference, loss)
         assert batch.pair_weights is not None
         unknown = torch.full_like(policy.chosen, torch.nan)

@@ -17,9 +17,9 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from dpo import terminal
+from dpo.data.records import TokenIds
 from dpo.distributed import device, gather_objects, turns_of
 from dpo.errors import UserError
-from dpo.records import TokenIds
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,24 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dpo.records import PairLogProbs
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairLogProbs:
+    """Summed log-probabilities in nats and completion lengths of B pairs."""
+
+    chosen: Tensor
+    """(B,) log p(chosen | prompt), float32 or float64."""
+    rejected: Tensor
+    """(B,) log p(rejected | prompt)."""
+    chosen_tokens: Tensor
+    """(B,) int64, tokens of the chosen completion."""
+    rejected_tokens: Tensor
+    """(B,) int64."""
+    chosen_sequences: Tensor | None = None
+    """(B,) int64: number of the chosen completion, equal in pairs that share it; for losses over rankings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +57,41 @@ class Pairs:
     def rejected_means(self) -> Tensor:
         """(B,) the same of the rejected completion."""
         return self.policy.rejected / self.policy.rejected_tokens
+
+
+def pair_logps(
+    logps: Tensor, pairs: Tensor, num_tokens: Tensor, ld_alpha: float | None = None
+) -> PairLogProbs:
+    """Picks the pairs' values out of one value per sequence.
+
+    With `ld_alpha` (LD-DPO, arXiv 2409.06411), out of one value per token: as many tokens as both completions
+    of a pair have count once, the rest of the longer one counts `ld_alpha` times.
+
+    Args:
+        logps: (S,) summed log-probs in nats; (N,) log-probs of tokens with `ld_alpha`.
+        pairs: (B, 2) int64, sequences of the chosen and the rejected completion.
+        num_tokens: (S,) int64, completion tokens of each sequence.
+        ld_alpha: Weight of the rest, in [0, 1].
+    """
+    chosen, rejected = pairs[:, 0], pairs[:, 1]
+    tokens = num_tokens[chosen], num_tokens[rejected]
+    if ld_alpha is None:
+        of_chosen, of_rejected = logps[chosen], logps[rejected]
+    else:
+        ends = num_tokens.cumsum(0)
+        before = torch.cat([logps.new_zeros(1, dtype=torch.float64), logps.double().cumsum(0)])  # (N + 1,)
+
+        def weighted(sequences: Tensor) -> Tensor:
+            end = ends[sequences]
+            start = end - num_tokens[sequences]
+            shared = start + torch.minimum(*tokens)
+            return before[shared] - before[start] + ld_alpha * (before[end] - before[shared])
+
+        of_chosen, of_rejected = weighted(chosen), weighted(rejected)
+    return PairLogProbs(
+        chosen=of_chosen,
+        rejected=of_rejected,
+        chosen_tokens=tokens[0],
+        rejected_tokens=tokens[1],
+        chosen_sequences=chosen,
+    )

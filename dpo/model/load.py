@@ -4,15 +4,12 @@ Law 0: policy and reference run without dropout; every key of the model's config
 is set to 0, so that training, precompute and evaluation see the same function.
 """
 
-import json
-import math
-from dataclasses import replace
+import ctypes
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,21 +20,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
-from transformers.dynamic_module_utils import get_relative_imports
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
-from dpo.model.heap import return_large_blocks
+from dpo.model.files import adapter_config, base_of, check_model_path, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
 """What transformers is asked for; None: SDPA where the model has it. FlexAttention comes with the trees."""
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-CODE_KINDS = ("AutoConfig", "AutoModelForCausalLM")
 NOISE_SUFFIXES = (
     "dropout",
     "pdrop",
@@ -49,38 +41,6 @@ NOISE_SUFFIXES = (
 )
 
 
-def check_model_path(name_or_path: str, key: str) -> None:
-    """Raises UserError if `name_or_path` looks like a local path and is not a folder with a config.json.
-
-    A hub name (`gpt2`, `org/name`) passes: only the hub can tell.
-
-    Args:
-        name_or_path: What the user gave.
-        key: The option's name, for the message.
-    """
-    path = Path(name_or_path)
-    if path.is_dir():
-        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-            raise UserError(
-                f"{key}: {name_or_path} has no config.json; expected a folder written by save_pretrained"
-            )
-        return
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists()
-    if looks_local:
-        raise UserError(
-            f"{key}: {name_or_path} does not exist or is not a folder; expected a model folder or a hub name"
-        )
-
-
-def raw_config(model: ModelConfig) -> dict[str, Any]:
-    """The model's config.json as written, before transformers fills in the defaults of its version."""
-    path = Path(_resolve(model, "config.json"))
-    try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise UserError(f"model.name_or_path: {path}: not a config.json ({error}); fetch it again") from error
-
-
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with EOS as padding where it has none (padding is always masked)."""
     try:
@@ -89,7 +49,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.name_or_path: no tokenizer in {model.name_or_path}: {_first_line(error)}"
+            f"model.name_or_path: no tokenizer in {model.name_or_path}: {first_line(error)}"
         ) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up that knows no text
         raise UserError(
@@ -102,21 +62,6 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def max_positions(model: ModelConfig) -> int | None:
-    """Longest sequence the model's config allows, in tokens, or None where it names no limit."""
-    check_model_path(model.name_or_path, "model.name_or_path")
-    return positions_of(raw_config(base_of(model)))
-
-
-def positions_of(config: dict[str, Any]) -> int | None:
-    """Longest sequence of a raw config.json, in tokens, or None where it names no limit."""
-    config = config.get("text_config", config)
-    for key in ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return None
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:
@@ -154,7 +99,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
         UserError: The folder or hub repository is missing, has no safetensors, or lacks weights of the model.
     """
     check_model_path(model.name_or_path, "model.name_or_path")
-    if _adapter_config(model) is not None and find_spec("peft") is None:
+    if adapter_config(model) is not None and find_spec("peft") is None:
         raise UserError(
             f"model.name_or_path: {model.name_or_path} is a PEFT adapter; pip install peft to load it, or "
             "merge it into its base and give the merged model"
@@ -176,7 +121,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"model.name_or_path: cannot load {model.name_or_path}: {_first_line(error)}"
+            f"model.name_or_path: cannot load {model.name_or_path}: {first_line(error)}"
         ) from error
     loaded, report = found
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
@@ -215,117 +160,19 @@ def remove_dropout(config: Any) -> None:
             setattr(config, key, 0.0)
 
 
-def weight_files(model: ModelConfig) -> list[Path]:
-    """The safetensors files that hold the model's weights, in name order; downloaded if they are on the
-    hub.
+LARGE_BLOCK = 2**20
+"""Bytes from which a block is mapped apart, and given back to the system when it is freed."""
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def return_large_blocks() -> None:
+    """From now on this process gives large blocks back when they are freed; without glibc it does nothing.
+
+    A large block then costs a system call and its pages' first touch each time: little beside the collective
+    that fills it, and the reason why processes that shard nothing stay as they are.
     """
-    try:
-        single = cached_file(
-            model.name_or_path,
-            "model.safetensors",
-            revision=model.revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        if single is not None:
-            return [Path(single)]
-        index = json.loads(Path(_resolve(model, "model.safetensors.index.json")).read_text())
-    except OSError as error:
-        raise UserError(
-            f"model.name_or_path: {model.name_or_path} has no model.safetensors; expected safetensors: "
-            f"{_first_line(error)}"
-        ) from error
-    return [Path(_resolve(model, name)) for name in sorted(set(index["weight_map"].values()))]
-
-
-def weights_at_hand(model: ModelConfig) -> bool:
-    """Whether all weight files are on this machine: reading their headers downloads nothing."""
-
-    def local(name: str) -> str | None:
-        found: str | None = cached_file(
-            model.name_or_path,
-            name,
-            revision=model.revision,
-            local_files_only=True,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return found
-
-    if local("model.safetensors") is not None:
-        return True
-    index = local("model.safetensors.index.json")
-    names = set(json.loads(Path(index).read_text())["weight_map"].values()) if index is not None else set()
-    return bool(names) and all(local(name) is not None for name in names)
-
-
-def num_parameters(model: ModelConfig) -> int:
-    """Parameters of the model, counted in the headers of its weight files: nothing is loaded."""
-    total = 0
-    for path in weight_files(base_of(model)):
-        with safe_open(path, framework="np") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return total
-
-
-def base_of(model: ModelConfig) -> ModelConfig:
-    """The model itself, or the base model that its PEFT adapter names."""
-    found = _adapter_config(model)
-    if found is None or (Path(model.name_or_path) / "config.json").is_file():
-        return model
-    try:
-        base = json.loads(found.read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{found}: names no base model ({error!r}); expected base_model_name_or_path"
-        ) from error
-    return replace(model, name_or_path=base, revision=None)
-
-
-def adapter_files(model: ModelConfig) -> list[Path]:
-    """Configuration and weights of a PEFT adapter; empty for a model without one."""
-    found = _adapter_config(model)
-    return [] if found is None else [found, Path(_resolve(model, ADAPTER_WEIGHTS))]
-
-
-def code_files(model: ModelConfig) -> list[Path]:
-    """The code that a model brings along (`auto_map` in its config.json), if it may run; else empty.
-
-    Of a local folder every .py file; of a hub repository the modules of configuration and model, and what
-    they import from beside them, as transformers fetches them.
-    """
-    mapped = raw_config(model).get("auto_map", {}) if model.trust_remote_code else {}
-    entries = [mapped[kind] for kind in CODE_KINDS if isinstance(mapped.get(kind), str)]
-    folder = Path(model.name_or_path)
-    files = set(folder.rglob("*.py")) if entries and folder.is_dir() else set()
-    for entry in entries:
-        repository, _, name = entry.rpartition("--")
-        if folder.is_dir() and not repository:
-            continue
-        home = replace(model, name_or_path=repository, revision=None) if repository else model
-        names, seen = {name.partition(".")[0]}, set[str]()
-        while names - seen:
-            seen.add(name := min(names - seen))
-            files.add(Path(_resolve(home, f"{name}.py")))
-            names |= set(get_relative_imports(_resolve(home, f"{name}.py")))
-    return sorted(files)
-
-
-def _adapter_config(model: ModelConfig) -> Path | None:
-    check_model_path(model.name_or_path, "model.name_or_path")
-    found = find_adapter_config_file(model.name_or_path, revision=model.revision)
-    return None if found is None else Path(found)
-
-
-def _resolve(model: ModelConfig, name: str) -> str:
-    reason = "no such file"  # a folder without config.json is not an error to transformers
-    try:
-        path = cached_file(model.name_or_path, name, revision=model.revision)
-    except OSError as error:
-        path, reason = None, _first_line(error)
-    if path is None:
-        raise UserError(f"model.name_or_path: no {name} in {model.name_or_path}: {reason}")
-    return str(path)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from dpo.config import LoraConfig, ModelConfig
 from dpo.errors import UserError
 from dpo.model.export import complete_folder, export_model
-from dpo.model.load import ADAPTER_WEIGHTS, DTYPES, adapter_files, empty_model, load_config, load_model
+from dpo.model.files import ADAPTER_WEIGHTS, adapter_files
+from dpo.model.load import DTYPES, empty_model, load_config, load_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 NAME = "default"

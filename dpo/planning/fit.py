@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from dpo.config import Config
-from dpo.frozen import GPU_TOKENS
+from dpo.engine.scoring import GPU_TOKENS
 from dpo.model.load import DTYPES
+from dpo.planning.data_sample import SampledData
 from dpo.planning.memory import (
     SHARDINGS,
     Memory,
@@ -19,8 +20,7 @@ from dpo.planning.memory import (
     weight_dtype,
 )
 from dpo.planning.rehearsal import Rehearsal, rehearse
-from dpo.planning.sample import SampledData
-from dpo.train.space import MOMENTS
+from dpo.train.disk_space import MOMENTS
 
 USABLE = 0.9
 """Of a GPU's memory: the rest is the CUDA context, workspaces of libraries and what the allocator cannot

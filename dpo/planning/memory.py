@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from dpo.engine.deepspeed_config import blocks_of, bucket_elements
 from dpo.planning.rehearsal import Rehearsal
-from dpo.sharding import blocks_of, bucket_elements
 
 SINGLE = 4
 """Bytes of a float32: masters, moments, accumulated gradients."""

@@ -20,10 +20,10 @@ from transformers.masking_utils import sdpa_mask
 
 from dpo.config import ModelConfig
 from dpo.data.trees import Tree, TreeBatch, tree_batch
-from dpo.model.logprobs import SequenceScorer
 from dpo.model.lora import empty_policy
 from dpo.model.projection import SLICE_ELEMENTS
-from dpo.planning.live import LiveBytes
+from dpo.model.scorer import SequenceScorer
+from dpo.planning.live_bytes import LiveBytes
 
 ONE_KERNEL = "rehearsed_one_kernel"
 """Attention of a whole row by one kernel, as FlexAttention does it on GPUs: what it keeps is its inputs, its

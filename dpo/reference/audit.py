@@ -18,9 +18,8 @@ from dpo import distributed
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.trees import TreeBatch, sequence_batch
 from dpo.errors import UserError
-from dpo.reference.lookup import Float64s
 from dpo.reference.store import ReferenceStore
-from dpo.reference.table import tolerance
+from dpo.reference.table import Float64s, tolerance
 
 RECORD_FILE = "reference.json"
 SAMPLE_SEED = 0

@@ -18,7 +18,7 @@ from typing import Any
 
 from dpo.config import Config, ModelConfig
 from dpo.errors import UserError
-from dpo.model.load import adapter_files, base_of, code_files, raw_config, weight_files
+from dpo.model.files import adapter_files, base_of, code_files, raw_config, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -26,10 +26,11 @@ from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.plan import Int64s, deal
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
+from dpo.engine.frozen import frozen_scorer, is_sharded
+from dpo.engine.scoring import settle_layout, token_budget
 from dpo.errors import StoppedBySignal, UserError
-from dpo.frozen import frozen_scorer, is_sharded, settle_layout, token_budget
 from dpo.model.load import DTYPES
-from dpo.model.logprobs import sequence_sums
+from dpo.model.scorer import sequence_sums
 from dpo.reference.identity import reference_model
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import Keys, ReferenceRows, halves, index_keys
@@ -204,7 +205,7 @@ def _compute(
             with _bar(plan, missing) as bar:
                 try:
                     mine = _my_batches(plan, sharded=sharded)
-                    batches = prefetch(partial(_lay_out, datasets, plan, probed.layout), mine)
+                    batches = prefetch(map(partial(_lay_out, datasets, plan, probed.layout), mine))
                     for number, (batch, keys) in zip(mine, batches, strict=True):
                         rows = _score(scorer, batch, keys, per_token=config.reference.store_token_logps)
                         pending.extend([rows] if len(rows) else [])

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo.data.records import KEY_BYTES
 from dpo.errors import UserError
-from dpo.records import KEY_BYTES
 from dpo.reference.table import Keys, ReferenceRows
 
 SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("logp", pa.float64()), ("num_tokens", pa.int32())])

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dpo.data.records import KEY_BYTES
 from dpo.errors import UserError
-from dpo.records import KEY_BYTES
 
 Keys = npt.NDArray[np.void]
 Int64s = npt.NDArray[np.int64]
+Float64s = npt.NDArray[np.float64]
 UInt64s = npt.NDArray[np.uint64]
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.25}

@@ -17,17 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpo import distributed
-from dpo.engine import ENGINE_TAG, Engine
+from dpo.engine.engine import ENGINE_TAG, Engine
 from dpo.errors import UserError
-from dpo.train.manifest import (
-    MANIFEST,
-    FileDigests,
-    Manifest,
-    digest_of,
-    read_manifest,
-    sync,
-    write_manifest,
-)
+from dpo.train.manifest import MANIFEST, FileDigests, Manifest, digest_of, read_manifest, sync, write_manifest
 
 T = TypeVar("T")
 

@@ -24,15 +24,16 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan, Int64s, Step, share
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
-from dpo.engine import Engine
+from dpo.engine.engine import Engine
+from dpo.engine.optimizer import learning_rate
+from dpo.engine.scoring import token_budget
 from dpo.errors import RunFailed, StoppedBySignal
-from dpo.frozen import token_budget
-from dpo.monitor import Evaluation, MetricSums, Monitor
-from dpo.optimizer import learning_rate
-from dpo.signals import StopRequests
-from dpo.stopwatch import Stopwatch
+from dpo.guards.signals import StopRequestedError, StopRequests
+from dpo.guards.watchdog import Watchdog
+from dpo.tracking.metrics import Evaluation, MetricSums
+from dpo.tracking.monitor import Monitor
 from dpo.train.checkpoint import Progress, save_checkpoint
-from dpo.watchdog import Watchdog
+from dpo.train.stopwatch import Stopwatch
 
 
 class Objective(Protocol):
@@ -84,7 +85,7 @@ class Run:
     fingerprints: dict[str, str]
     """Name -> digest of data and model; for the checkpoints."""
     evaluate: Callable[[], Evaluation] | None
-    """Of the current policy on held-out data, or None without; raises `Stopping`."""
+    """Of the current policy on held-out data, or None without; raises `StopRequestedError`."""
     export: Callable[[Path], None]
     """Writes the current weights to a folder, for `keep_best`; called on all ranks."""
     describe: Callable[[list[int]], str]
@@ -93,10 +94,6 @@ class Run:
     """(G,) operations of each group's forward and backward pass; None where they cannot be counted."""
     peak_flops: float | None = None
     """What one device can do of them a second, or None where that is not known."""
-
-
-class Stopping(Exception):  # noqa: N818  (a wish)
-    """A rank has been asked to stop in the middle of an evaluation; raised on all ranks."""
 
 
 def train(
@@ -131,7 +128,7 @@ def train(
         if run.evaluate and due and progress.evaluated_step < progress.step and not stopping:
             try:
                 evaluated = _evaluate(run.evaluate, progress, run, keep_best=options.keep_best)
-            except Stopping:
+            except StopRequestedError:
                 stopping = True
         if progress.step and _due(progress.step, options.snapshot_every) and not stopping:
             _keep_snapshot(run, progress.step)
@@ -233,7 +230,7 @@ def train_step(
 
     count = objective.count(step.groups)
     sums, waited, tokens, losses = MetricSums(), 0.0, np.zeros(3), list[Tensor]()
-    batches, forward = prefetch(build, micro_batches), Stopwatch()
+    batches, forward = prefetch(map(build, micro_batches)), Stopwatch()
     for index in range(len(micro_batches)):
         run.watchdog.progress(f"step {step.number}, micro-batch {index + 1} of {len(micro_batches)}")
         fetching = time.perf_counter()

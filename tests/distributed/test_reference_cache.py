@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from ranks import run_ranks, said, start_ranks, wait
 
-from dpo.cli import run
+from dpo.cli.main import run
 from dpo.reference.shards import read_shard, write_shard
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import ReferenceTable, tolerance

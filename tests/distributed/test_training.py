@@ -92,7 +92,7 @@ def test_training_from_the_cache_equals_a_textbook_loop_with_the_live_reference(
         logps = torch.log_softmax(model(input_ids=ids).logits[0, :-1], dim=-1)
         return logps.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum()
 
-    from dpo.data.plan import plan_steps  # the order of the data is the one thing both must share
+    from dpo.data.plan import plan_steps
 
     recorded = training(metrics(trained / "run"))
     for epoch in range(2):
@@ -131,7 +131,7 @@ def test_training_from_the_cache_equals_a_textbook_loop_with_the_live_reference(
 def launch_script(script: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Starts `dpo ARGUMENTS` on two ranks after `code` has changed something in each of them."""
     script.write_text(
-        f"import os, sys\nfrom dpo.cli import run\n{code}\nstatus = run(sys.argv[1:])\nafter(status)\n"
+        f"import os, sys\nfrom dpo.cli.main import run\n{code}\nstatus = run(sys.argv[1:])\nafter(status)\n"
     )
     command = [
         sys.executable,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main as data_prep
-from dpo.cli import run
+from dpo.cli.main import run
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from nasty import nasty_report
 
-from dpo.evaluate.page import html_page
+from dpo.report.html import html_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -15,7 +15,8 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
-from dpo.monitor import MARGINS, Evaluation, Monitor
+from dpo.tracking.metrics import Evaluation
+from dpo.tracking.monitor import MARGINS, Monitor
 
 NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 

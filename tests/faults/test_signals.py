@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rig import RUN, SLOWLY, STEPS, Rig, at_step, metrics, wait_for, weights
 
-from dpo.signals import REPEATS_WITHIN_SECONDS
+from dpo.guards.signals import REPEATS_WITHIN_SECONDS
 
 EARLY = """
 import os, signal

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dpo.cli.validate import problems
 from dpo.config import (
     Config,
     DataConfig,
@@ -18,7 +19,6 @@ from dpo.config import (
     SftModelConfig,
     SftTrainConfig,
 )
-from dpo.problems import problems
 
 CONFIG = Config(model=ModelConfig(name_or_path="m"), data=DataConfig(train="d"))
 SFT = SftConfig(model=SftModelConfig(name_or_path="m"), data=SftDataConfig(train="d"))

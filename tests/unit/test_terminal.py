@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from dpo import cli, terminal
+from dpo import terminal
+from dpo.cli import main as cli
 
 
 @pytest.fixture(autouse=True)

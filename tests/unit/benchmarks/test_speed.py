@@ -10,7 +10,7 @@ from benchmarks import speed, textbook
 from dpo.data.trees import sequence_batch
 from dpo.errors import UserError
 from dpo.model.load import ready
-from dpo.model.logprobs import SequenceScorer
+from dpo.model.scorer import SequenceScorer
 
 
 def measurement(system: str, pairs: int, seconds: float, memory: int) -> speed.Measurement:

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo.config import DataConfig, DataSource
 from dpo.data import dataset as dataset_module
+from dpo.data.build import check_sources, open_datasets, resolve_max_length
 from dpo.data.dataset import FORMAT_VERSION, TokenizedDataset, map_dataset, write_dataset
-from dpo.data.opening import check_sources, open_datasets, resolve_max_length
+from dpo.data.records import Pair, TokenizedGroup, sequence_key
 from dpo.errors import UserError
-from dpo.records import Pair, TokenizedGroup, sequence_key
 
 Open = Callable[..., tuple[TokenizedDataset, TokenizedDataset | None]]
 

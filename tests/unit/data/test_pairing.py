@@ -1,7 +1,7 @@
 import pytest
 
 from dpo.data.pairing import pairs_from_scores
-from dpo.records import Pair
+from dpo.data.records import Pair
 
 
 def test_best_vs_rest_pairs_the_best_with_every_lower_one() -> None:

@@ -8,8 +8,8 @@ from dpo.data.prefetch import prefetch
 
 
 def test_everything_is_built_in_order() -> None:
-    assert list(prefetch(lambda number: number**2, range(5))) == [0, 1, 4, 9, 16]
-    assert list(prefetch(str, [])) == []
+    assert list(prefetch(number**2 for number in range(5))) == [0, 1, 4, 9, 16]
+    assert list(prefetch([])) == []
 
 
 def test_the_next_item_is_built_while_this_one_is_used() -> None:
@@ -19,7 +19,7 @@ def test_the_next_item_is_built_while_this_one_is_used() -> None:
         built[number].set()
         return number
 
-    items = prefetch(build, range(3))
+    items = prefetch(map(build, range(3)))
     assert next(items) == 0
     assert built[1].wait(10)  # nobody has asked for it yet
     assert not built[2].is_set()  # one ahead, not all: memory stays bounded
@@ -27,7 +27,7 @@ def test_the_next_item_is_built_while_this_one_is_used() -> None:
 
 
 def test_an_error_comes_in_its_turn() -> None:
-    items = prefetch(lambda number: 1 // number, [1, 0, 1])
+    items = prefetch(1 // number for number in (1, 0, 1))
     assert next(items) == 1
     with pytest.raises(ZeroDivisionError):
         next(items)
@@ -35,7 +35,7 @@ def test_an_error_comes_in_its_turn() -> None:
 
 def test_the_thread_ends_with_the_loop() -> None:
     before = threading.active_count()
-    items = prefetch(lambda number: number, range(100))
+    items = prefetch(iter(range(100)))
     next(items)
     items.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before

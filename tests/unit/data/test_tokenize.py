@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from dpo.data.records import Pair, PreferenceGroup, TokenizedGroup
 from dpo.data.tokenize import TokenizeOptions, _fit, encode_text, tokenize_groups
-from dpo.records import Pair, PreferenceGroup, TokenizedGroup
 
 WIDE = TokenizeOptions(max_length=60, max_prompt_length=None, drop_too_long=False, append_eos=True)
 

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from dpo.data.records import Message, Pair, PreferenceGroup, TokenizedGroup
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups, tokenizer_digest
 from dpo.errors import UserError
-from dpo.records import Message, Pair, PreferenceGroup, TokenizedGroup
 
 OPTIONS = TokenizeOptions(max_length=64, max_prompt_length=None, drop_too_long=False, append_eos=True)
 

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo.data.records import Pair, TokenIds, TokenizedGroup
 from dpo.data.trees import Layout, TreeBatch, group_batch, sequence_batch, tree_batch
-from dpo.records import Pair, TokenIds, TokenizedGroup
+from dpo.loss.pairs import pair_logps
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
@@ -73,7 +74,8 @@ def test_sequences_and_pairs_are_the_same_in_every_layout(layout: Layout) -> Non
 
 
 def test_pair_values_are_picked_by_sequence() -> None:
-    picked = two_groups("packed").pair_logps(torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]))
+    batch = two_groups("packed")
+    picked = pair_logps(torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]), batch.pairs, batch.num_tokens)
     assert picked.chosen.tolist() == [-1.0, -5.0, -5.0]
     assert picked.rejected.tolist() == [-2.0, -3.0, -4.0]
     assert picked.chosen_tokens.tolist() == [1, 3, 3]
@@ -87,7 +89,7 @@ def test_a_batch_without_work_is_a_row_that_predicts_nothing(layout: Layout) -> 
         counts = (len(batch.predicts), len(batch.targets), len(batch.sequences), batch.num_real_tokens)
         assert counts == (0, 0, 0, 0)
         assert batch.num_tokens.tolist() == [0]
-        assert batch.pair_logps(torch.zeros(1)).chosen.shape == (0,)
+        assert pair_logps(torch.zeros(1), batch.pairs, batch.num_tokens).chosen.shape == (0,)
 
 
 def test_moving_a_batch_changes_nothing() -> None:
@@ -131,7 +133,7 @@ def test_tokens_beyond_the_shorter_completion_count_by_alpha() -> None:
     trees = [(ids(9), [ids(1), ids(2, 3, 4), ids(5, 6)])]
     batch = tree_batch(trees, "packed", [(1, 0), (0, 2), (1, 2)])
     logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0], requires_grad=True)  # of the six tokens
-    found = batch.pair_logps(logps, 0.25)
+    found = pair_logps(logps, batch.pairs, batch.num_tokens, 0.25)
     assert found.chosen.tolist() == [-2 + 0.25 * (-3 - 4), -1, -2 - 3 + 0.25 * -4]
     assert found.rejected.tolist() == [-1, -5 + 0.25 * -6, -5 - 6]
     found.chosen.sum().backward()
@@ -139,9 +141,11 @@ def test_tokens_beyond_the_shorter_completion_count_by_alpha() -> None:
     assert logps.grad.tolist() == [1, 2, 1.25, 0.5, 0, 0]
     plain = torch.tensor([-1.0, -9.0, -11.0])
     for alpha, summed in ((1.0, plain), (0.0, None)):
-        pairs = batch.pair_logps(logps.detach(), alpha)
+        pairs = pair_logps(logps.detach(), batch.pairs, batch.num_tokens, alpha)
         if summed is not None:
-            assert torch.equal(pairs.chosen, batch.pair_logps(summed).chosen.double())
+            assert torch.equal(
+                pairs.chosen, pair_logps(summed, batch.pairs, batch.num_tokens).chosen.double()
+            )
         else:
             assert pairs.chosen.tolist() == [-2, -1, -5]
 
@@ -149,5 +153,5 @@ def test_tokens_beyond_the_shorter_completion_count_by_alpha() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_without_groups_has_no_pairs_with_or_without_alpha(layout: Layout) -> None:
     batch = tree_batch([], layout)
-    assert len(batch.pair_logps(torch.zeros(len(batch.targets)), 0.5).chosen) == 0
-    assert len(batch.pair_logps(torch.zeros(1)).chosen) == 0
+    assert len(pair_logps(torch.zeros(len(batch.targets)), batch.pairs, batch.num_tokens, 0.5).chosen) == 0
+    assert len(pair_logps(torch.zeros(1), batch.pairs, batch.num_tokens).chosen) == 0

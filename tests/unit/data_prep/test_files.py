@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.files import PreferenceWriter, describe_arguments, describe_file
+from dpo.data.records import Message, Pair, PreferenceGroup
 from dpo.errors import UserError
-from dpo.records import Message, Pair, PreferenceGroup
 
 GROUP = PreferenceGroup(
     prompt="p", completions=(" a", " b", " c"), pairs=(Pair(0, 1), Pair(0, 2)), scores=(2.0, 1.0, 0.5), id="x"

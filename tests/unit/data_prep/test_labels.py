@@ -14,9 +14,9 @@ import pytest
 from data_prep import labels
 from data_prep.cli import main
 from data_prep.labels import Decoder, label_group
-from dpo.data.load import RowError
+from dpo.data.records import Pair
+from dpo.data.rows import RowError
 from dpo.errors import UserError
-from dpo.records import Pair
 
 GPT2 = Path(__file__).resolve().parents[3].parent / "shared" / "tokenizers" / "gpt2"
 TEXT = {

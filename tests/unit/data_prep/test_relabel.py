@@ -3,7 +3,7 @@ from itertools import permutations
 
 from data_prep.relabel import relabel
 from dpo.data.pairing import pairs_from_scores
-from dpo.records import Pair, PreferenceGroup
+from dpo.data.records import Pair, PreferenceGroup
 
 SCORES = (0.1, 0.9, 0.4)
 

@@ -16,7 +16,7 @@ from data_prep.cli import main
 from data_prep.files import PreferenceWriter
 from data_prep.prompts import Prompt
 from data_prep.sample import _groups
-from dpo.records import Pair, PreferenceGroup
+from dpo.data.records import Pair, PreferenceGroup
 
 WORDS = ("good", "bad", "happy", "sad", "awful", "lovely", "table", "chair", "love", "hate", "wonderful")
 

@@ -3,8 +3,8 @@ from collections import Counter
 from typing import Any
 
 from data_prep.splits import Fold, prompt_key, split_groups, split_of
-from dpo.data.load import Split, group_from_row
-from dpo.records import Message, Pair, PreferenceGroup
+from dpo.data.records import Message, Pair, PreferenceGroup
+from dpo.data.rows import Split, group_from_row
 
 
 def _rows(*prompts: str) -> list[tuple[str, Any]]:

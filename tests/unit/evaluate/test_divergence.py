@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from dpo.data.trees import sequence_batch
 from dpo.evaluate.divergence import kl_summary
 from dpo.evaluate.sampling import sample
-from dpo.model.logprobs import SequenceScorer
+from dpo.model.scorer import SequenceScorer
 
 VOCABULARY, EOS, LONGEST, SAMPLES = 6, 0, 3, 4000
 PROMPT = np.array([3, 1], dtype=np.int32)

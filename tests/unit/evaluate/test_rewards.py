@@ -14,12 +14,12 @@ from torch import Tensor
 from dpo import distributed
 from dpo.config import Config, LossConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
-from dpo.data.preference import preference_data
+from dpo.data.preference_data import preference_data
+from dpo.data.records import Pair, TokenizedGroup
 from dpo.data.trees import TreeBatch, sequence_batch
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.model.load import load_model
-from dpo.model.logprobs import SequenceScorer
-from dpo.records import Pair, TokenizedGroup
+from dpo.model.scorer import SequenceScorer
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
+from dpo.data.records import TokenIds
 from dpo.errors import UserError
 from dpo.evaluate.sampling import Continuation, sample
-from dpo.records import TokenIds
 
 EOS = 0
 VOCABULARY = 13

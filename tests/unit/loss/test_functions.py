@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.loss.options import LOSSES, loss_problems
-from dpo.loss.preference import FUNCTIONS, preference_loss
-from dpo.records import PairLogProbs
+from dpo.loss.catalog import LOSSES, loss_problems
+from dpo.loss.pairs import PairLogProbs
+from dpo.loss.preference_loss import FUNCTIONS, preference_loss
 
 OPTIONS: dict[str, dict[str, Any]] = {
     name: {"type": name, "beta": 0.5}

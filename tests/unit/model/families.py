@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from dpo.data.records import TokenIds
 from dpo.data.trees import Tree
 from dpo.model.load import ready, remove_dropout
-from dpo.records import TokenIds
 
 VOCABULARY = 97
 WINDOW = 7

@@ -14,7 +14,7 @@ from dpo.config import ModelConfig
 from dpo.data.trees import sequence_batch
 from dpo.model.export import export_model
 from dpo.model.load import load_model
-from dpo.model.logprobs import SequenceScorer
+from dpo.model.scorer import SequenceScorer
 
 
 def tiny(*, tied: bool) -> PreTrainedModel:

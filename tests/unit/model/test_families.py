@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo.data.trees import Layout, Tree, tree_batch
-from dpo.model.logprobs import SequenceScorer
 from dpo.model.probe import Probed, probe
+from dpo.model.scorer import SequenceScorer
 
 SHARED: tuple[Layout, ...] = ("packed", "trees")
 

@@ -14,20 +14,18 @@ from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
-from dpo.model.load import (
+from dpo.model.files import (
     adapter_files,
     base_of,
     check_model_path,
     code_files,
-    load_model,
-    load_tokenizer,
     max_positions,
     num_parameters,
     positions_of,
     raw_config,
-    remove_dropout,
     weight_files,
 )
+from dpo.model.load import load_model, load_tokenizer, remove_dropout
 
 Edited = Callable[[Callable[[Path], Any]], ModelConfig]
 

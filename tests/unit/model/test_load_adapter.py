@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from dpo.cli import run
+from dpo.cli.main import run
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.model import load as load_module
-from dpo.model.load import adapter_files, base_of, load_model, num_parameters
+from dpo.model.files import adapter_files, base_of, num_parameters
+from dpo.model.load import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft asks it by an old name
 IDS = torch.tensor([[5, 6, 7, 8]])

@@ -19,19 +19,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpo import engine as engine_module
-from dpo.arguments import parse
-from dpo.cli import run
+from dpo.cli.main import run
+from dpo.cli.parse import parse
 from dpo.config import Config, LoraConfig, ModelConfig, OptimizationConfig
 from dpo.data.trees import sequence_batch
-from dpo.engine import Engine
+from dpo.engine import engine as engine_module
+from dpo.engine.engine import Engine
 from dpo.errors import UserError
 from dpo.model import lora as lora_module
-from dpo.model.load import load_model, num_parameters
+from dpo.model.files import num_parameters
+from dpo.model.load import load_model
 from dpo.model.lora import check_policy, export_trained, load_policy, merged_model, num_adapter_parameters
 from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
 from dpo.train.checkpoint import Progress, load_checkpoint, save_checkpoint
-from dpo.train.space import checkpoint_bytes
+from dpo.train.disk_space import checkpoint_bytes
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 SEQUENCES = [

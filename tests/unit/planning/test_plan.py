@@ -10,7 +10,7 @@ import pytest
 import yaml
 from safetensors.torch import save_file
 
-from dpo.cli import run
+from dpo.cli.main import run
 from dpo.planning.fit import LAUNCHERS
 
 ROOT = Path(__file__).parents[3]

@@ -18,8 +18,8 @@ from transformers import (
 from dpo.config import ModelConfig
 from dpo.data.trees import Tree, tree_batch
 from dpo.model.load import empty_model, remove_dropout
-from dpo.model.logprobs import SequenceScorer
-from dpo.planning.live import LiveBytes
+from dpo.model.scorer import SequenceScorer
+from dpo.planning.live_bytes import LiveBytes
 from dpo.planning.rehearsal import rehearse
 
 MODEL = ModelConfig(name_or_path="", dtype="float32")

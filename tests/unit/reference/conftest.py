@@ -14,7 +14,7 @@ from torch import Tensor
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.trees import TreeBatch
-from dpo.frozen import frozen_scorer
+from dpo.engine.frozen import frozen_scorer
 from dpo.reference import precompute as precompute_module
 
 Score = Callable[[TreeBatch], Tensor]

@@ -17,17 +17,17 @@ from unit.reference.samples import IDENTITY
 from dpo import distributed
 from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.records import sequence_key
 from dpo.data.trees import TreeBatch
 from dpo.errors import UserError
 from dpo.model.load import load_model
-from dpo.model.logprobs import SequenceScorer
-from dpo.records import sequence_key
+from dpo.model.scorer import SequenceScorer
 from dpo.reference.audit import RECORD_FILE, AuditResult, audit, check_rows, record_rows
 from dpo.reference.identity import reference_identity
-from dpo.reference.lookup import Float64s, reference_logps
 from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import ReferenceRows
+from dpo.reference.values import Float64s, reference_logps
 
 Rows = list[dict[str, Any]]
 

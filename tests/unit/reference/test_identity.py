@@ -15,11 +15,7 @@ from safetensors.torch import load_file, save_file
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.model.load import load_model
-from dpo.reference.identity import (
-    HASHES_FILE,
-    ReferenceIdentity,
-    reference_identity,
-)
+from dpo.reference.identity import HASHES_FILE, ReferenceIdentity, reference_identity
 
 Identify = Callable[..., ReferenceIdentity]
 MakeAdapter = Callable[..., Path]

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from unit.reference.samples import content, raw, store_of, with_options
 
-from dpo import distributed, frozen
+from dpo import distributed
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import deal
 from dpo.data.trees import Layout, TreeBatch, sequence_batch
+from dpo.engine import frozen
 from dpo.model.load import load_model
-from dpo.model.logprobs import SequenceScorer
+from dpo.model.scorer import SequenceScorer
 from dpo.reference import precompute as precompute_module
 from dpo.reference.identity import reference_model
-from dpo.reference.lookup import reference_logps, reference_token_logps
 from dpo.reference.precompute import (
     MissingPlan,
     _missing,
@@ -32,6 +32,7 @@ from dpo.reference.precompute import (
     plan_batches,
     precompute,
 )
+from dpo.reference.values import reference_logps, reference_token_logps
 
 Rows = list[dict[str, Any]]
 Experiment = Callable[[Rows], tuple[Config, TokenizedDataset]]

@@ -9,12 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo.config import Config, DataConfig, ModelConfig, ReferenceConfig
-from dpo.reference.identity import (
-    ReferenceIdentity,
-    policy_is_reference,
-    reference_identity,
-    reference_model,
-)
+from dpo.reference.identity import ReferenceIdentity, policy_is_reference, reference_identity, reference_model
 
 Identify = Callable[[Path], ReferenceIdentity]
 MakeAdapter = Callable[..., Path]

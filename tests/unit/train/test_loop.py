@@ -17,28 +17,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo import engine as engine_module
 from dpo.config import Config, LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
-from dpo.data.preference import preference_data
+from dpo.data.preference_data import preference_data
 from dpo.data.trees import sequence_batch
-from dpo.engine import Engine
+from dpo.engine import engine as engine_module
+from dpo.engine.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal
-from dpo.loss.options import averaged_over_groups
+from dpo.guards.signals import StopRequestedError, StopRequests
+from dpo.guards.watchdog import Watchdog
+from dpo.loss.catalog import averaged_over_groups
 from dpo.model.load import load_model
-from dpo.monitor import Evaluation, MetricSums, Monitor
 from dpo.reference.identity import reference_identity
-from dpo.reference.lookup import reference_logps
 from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
-from dpo.signals import StopRequests
+from dpo.reference.values import reference_logps
+from dpo.tracking.metrics import Evaluation, MetricSums
+from dpo.tracking.monitor import Monitor
+from dpo.tracking.run_folder import describe_run
 from dpo.train import loop
 from dpo.train.checkpoint import Progress, load_checkpoint
-from dpo.train.loop import Stopping, train
-from dpo.train.preference import PreferenceObjective
-from dpo.train.run_folder import describe_run, find_start
-from dpo.watchdog import Watchdog
+from dpo.train.loop import train
+from dpo.train.preference_objective import PreferenceObjective
+from dpo.train.resume import find_start
 
 STEPS = 6
 OPTIONS: dict[str, Any] = {
@@ -141,7 +143,7 @@ def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
                 raise KilledError
             if stop_at is not None and progress.step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-                raise Stopping
+                raise StopRequestedError
             assert evaluation is not None
             return Evaluation(values={"eval/loss": evaluation(progress.step)})
 

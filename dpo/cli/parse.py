@@ -1,0 +1,192 @@
+"""Configuration from YAML and dotted arguments: jsonargparse is known here and nowhere else.
+
+All problems are found at once, each with its place and, for an unknown key, the nearest legal one.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+from dpo.cli.table import COMMANDS
+from dpo.cli.validate import problems
+from dpo.config import Config, SftConfig
+from dpo.errors import UserError
+
+
+class _Leaf(NamedTuple):
+    """One option of a configuration class."""
+
+    type: Any
+    required: bool
+    needed_with: str
+    """The optional branch it lies in, with its dot: a required option in it is, once anything of it is
+    given.
+    """
+
+
+def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
+    """The configuration of a command from its arguments.
+
+    Raises:
+        UserError: Everything that is wrong, one problem a line.
+        SystemExit: With status 0, after --help or --print_config.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    kind: type[Config] | type[SftConfig] = SftConfig if command == "sft" else Config
+    parser = ArgumentParser(prog=f"dpo {command}", description=COMMANDS[command], exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
+    parser.add_class_arguments(kind)
+    if any(word in ("-h", "--help") for word in arguments):
+        parser.print_help()
+        raise SystemExit(0)
+    found = [*_problems_of_keys(kind, arguments), *_problems_of_values(kind, arguments)]
+    namespace = Namespace()
+    if not found:
+        try:
+            namespace = parser.parse_args(list(arguments))
+        except (ArgumentError, TypeError, ValueError) as error:
+            found = [_short(str(error))]
+    if not found:
+        config: Config | SftConfig = kind(
+            **{k: v for k, v in _built(parser, namespace).items() if k != "config"}
+        )
+        found = problems(config)
+        if not found:
+            return config
+    noun = "problem" if len(found) == 1 else "problems"
+    listed = "".join(f"\n  {problem}" for problem in found)
+    raise UserError(f"{len(found)} {noun} in the configuration:{listed}")
+
+
+def _built(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
+    return dict(vars(parser.instantiate(namespace)))
+
+
+def _problems_of_keys(kind: type, arguments: Sequence[str]) -> Iterator[str]:
+    """Unreadable files and unknown keys, in files and among the arguments."""
+    leaves = _leaves(kind)
+    for place, key, value in _given(kind, arguments):
+        branch = any(known.startswith(f"{key}.") for known in leaves)
+        if key in leaves:
+            yield from _problems_of_items(f"{place}{key}", value, leaves[key].type)
+        elif branch and value is None and _branch_is_optional(key, leaves):
+            continue  # `scratch: null`, as --print_config writes it
+        elif branch:
+            yield f"{place}{key}: {value!r}; expected keys below it, such as {_nearest_below(key, leaves)}"
+        else:
+            yield f"{place}{key}: unknown key{nearest(key, set(leaves))}"
+
+
+def _problems_of_items(place: str, value: Any, expected: Any) -> Iterator[str]:
+    """Unknown keys of the items of a list, such as the {path, weight} of a mixture."""
+    parts = [inner for part in get_args(expected) for inner in (part, *get_args(part))]
+    names = {field.name for part in parts if is_dataclass(part) for field in fields(part)}
+    for index, item in enumerate(value if isinstance(value, list) and names else []):
+        for name in item if isinstance(item, dict) else []:
+            if name not in names:
+                yield f"{place}[{index}].{name}: unknown key{nearest(str(name), names)}"
+
+
+def _branch_is_optional(key: str, leaves: Mapping[str, _Leaf]) -> bool:
+    return all(
+        leaf.needed_with.startswith(f"{key}.") for name, leaf in leaves.items() if name.startswith(f"{key}.")
+    )
+
+
+def _nearest_below(key: str, leaves: Mapping[str, _Leaf]) -> str:
+    return next(name for name in leaves if name.startswith(f"{key}."))
+
+
+def _problems_of_values(kind: type, arguments: Sequence[str]) -> Iterator[str]:
+    """Each value that has the wrong type on its own, and each required key that is missing."""
+    leaves = _leaves(kind)
+    given: set[str] = set()
+    for place, key, value in _given(kind, arguments):
+        given.add(key)
+        if key not in leaves:
+            continue
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--value", type=leaves[key].type)
+        try:
+            parser.parse_object({"value": value}) if place else parser.parse_args([f"--value={value}"])
+        except (ArgumentError, TypeError, ValueError) as error:
+            yield f"{place}{key}: {value!r}: {_short(str(error))}"
+    for key, leaf in leaves.items():
+        branch_given = any(name.startswith(leaf.needed_with) for name in given)
+        if leaf.required and key not in given and branch_given | (leaf.needed_with == ""):
+            yield f"{key}: required"
+
+
+def _given(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
+    """(place, dotted key, value) of everything the user gave: config files flattened, then arguments."""
+    words = iter(arguments)
+    legal = set(_leaves(kind))
+    for word in words:
+        if not word.startswith("--"):
+            continue
+        key, separator, value = word[2:].partition("=")
+        if key in ("help", "print_config"):
+            continue
+        value = value if separator else next(words, "")
+        if key == "config":
+            yield from ((f"{value}: ", *entry) for entry in _flat(_read_yaml(value), "", legal))
+        else:
+            yield "", key, value
+
+
+def _read_yaml(name: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(name).read_text())
+    except OSError as error:
+        raise UserError(f"--config: {name}: {error.strerror}; expected a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {name}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"--config: {name}: expected keys and values, got {type(tree).__name__}")
+    return tree
+
+
+def _flat(tree: dict[str, Any], prefix: str, legal: set[str]) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in legal:
+            yield from _flat(value, f"{key}.", legal)
+        else:
+            yield key, value
+
+
+def _leaves(kind: type, prefix: str = "", optional_branch: str = "") -> dict[str, _Leaf]:
+    """Dotted key -> option, over all options of a configuration class."""
+    found: dict[str, _Leaf] = {}
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        hint, key = hints[field.name], f"{prefix}{field.name}"
+        nested = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
+        if nested:
+            branch = optional_branch if nested[0] is hint else f"{key}."
+            found |= _leaves(nested[0], f"{key}.", branch)  # type: ignore[arg-type]
+        else:
+            found[key] = _Leaf(hint, field.default is field.default_factory, optional_branch)
+    return found
+
+
+def nearest(key: str, legal: Sequence[str] | set[str]) -> str:
+    """`; did you mean X?` where a legal name is close to `key`, else nothing."""
+    close = difflib.get_close_matches(key, sorted(legal), n=1, cutoff=0.5) or [
+        known for known in sorted(legal) if known.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _short(message: str) -> str:
+    """Jsonargparse's explanation without its preamble and Python's way of naming types."""
+    lines = [
+        line.strip() for line in message.splitlines() if line.strip() and not line.startswith("Parser key")
+    ]
+    return re.sub(r"<class '(\w+)'>", r"\1", "; ".join(lines[:2])).replace("typing.", "") or message

@@ -1,0 +1,81 @@
+"""Commands started one after the other, each once: a journal remembers what was done, and by what command."""
+
+import hashlib
+import json
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dpo import terminal
+from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.guards.signals import signal_handler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Journal:
+    """done.json of a sweep or a study: product -> digest of what made it."""
+
+    file: Path
+    """Written after each command that is done; its folder exists."""
+
+    def once(self, name: str, command: Sequence[str], product: Path, settings: Any = None) -> bool:
+        """Starts a command unless it was done already, by the same words and settings, and left its product.
+
+        Args:
+            name: What messages call it.
+            command: Program and arguments.
+            product: A file that the command writes last.
+            settings: What else it depends on, as JSON; such as the contents of a configuration it reads.
+
+        Returns:
+            Whether it was started.
+
+        Raises:
+            UserError: It ended with status 2.
+            StoppedBySignal: It was stopped; what is done stays done.
+            RunFailed: It failed, or left no product.
+        """
+        done: dict[str, str] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        made_by = json.dumps([settings, list(command)], sort_keys=True, default=str)
+        digest = hashlib.sha256(made_by.encode()).hexdigest()
+        if done.get(str(product)) == digest and product.is_file():
+            terminal.note(f"{product.parent}: {name} is done")
+            return False
+        start(name, command)
+        if not product.is_file():
+            raise RunFailed(f"{name} ended well and left no {product}")
+        done[str(product)] = digest
+        replacing = self.file.with_name(f".{self.file.name}.replacing")
+        replacing.write_text(json.dumps(done, indent=2))
+        replacing.rename(self.file)
+        return True
+
+
+def start(name: str, command: Sequence[str]) -> None:
+    """Runs a command to its end; a signal goes on to it, and its status becomes ours.
+
+    Raises:
+        UserError: It ended with status 2.
+        StoppedBySignal: It ended with status 3.
+        RunFailed: It ended with another status than 0.
+    """
+    terminal.note(f"\n== {shlex.join(command)}")
+    # A group of its own: a terminal's Ctrl-C reaches it once, through here.
+    with subprocess.Popen(command, start_new_session=True) as child:
+
+        def pass_on(number: int, _: FrameType | None) -> None:
+            child.send_signal(number)
+
+        with signal_handler(pass_on):
+            status = child.wait()
+    said = f"{name} ended with status {status}; what is done stays done, and the same command goes on"
+    if status == 2:
+        raise UserError(said)
+    if status == 3:
+        raise StoppedBySignal(said)
+    if status:
+        raise RunFailed(said)

@@ -1,0 +1,77 @@
+"""The nouns that travel between stages: preference groups in text and token ids, and pair log-probabilities.
+
+Plain immutable records without behaviour of a stage; every stage reads what the one before wrote.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `--help` must not
+    pass
+
+TokenIds = npt.NDArray[np.int32]
+KEY_BYTES = 16
+_KEY_VERSION = 1
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+class Pair(NamedTuple):
+    """Indices into a group's completions."""
+
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceGroup:
+    """One prompt, its N >= 2 completions and the preferences between them. A plain pair is N = 2."""
+
+    prompt: str | tuple[Message, ...]
+    """Text, or the turns of a chat before the completion."""
+    completions: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    scores: tuple[float, ...] | None = None
+    """One score a completion, higher is better, where a scorer made the pairs."""
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedGroup:
+    """A preference group in token ids, after template, EOS and truncation.
+
+    `prompt` has at least one token (the first completion token needs a predictor); so has each completion.
+    """
+
+    prompt: TokenIds
+    completions: tuple[TokenIds, ...]
+    pairs: tuple[Pair, ...]
+    margins: tuple[float, ...] | None = None
+    """Score of the chosen less that of the rejected completion, one a pair, where the data has scores."""
+
+
+def sequence_key(prompt: TokenIds, completion: TokenIds) -> bytes:
+    """The 16-byte content key of one (prompt, completion): equal ids, equal key, whatever the file or row.
+
+    BLAKE2b over a version, both lengths and the ids as little-endian int32, so that ([1], [2, 3]) and
+    ([1, 2], [3]) differ.
+
+    Args:
+        prompt: (T_p,) token ids.
+        completion: (T_c,) token ids.
+    """
+    header = struct.pack("<Bqq", _KEY_VERSION, len(prompt), len(completion))
+    digest = hashlib.blake2b(header, digest_size=KEY_BYTES)
+    digest.update(np.ascontiguousarray(prompt, dtype="<i4").tobytes())
+    digest.update(np.ascontiguousarray(completion, dtype="<i4").tobytes())
+    return digest.digest()

@@ -1,0 +1,396 @@
+"""The one place that knows Accelerate and DeepSpeed.
+
+`start` joins the launcher's world; `Engine` holds the policy and its optimizer and offers the loop three
+calls: score a batch, accumulate a gradient, update the weights. The same loop so runs on ZeRO, on DDP and on
+one device. `dpo.frozen` is the same for models that only score.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from dpo import distributed
+from dpo.config import ModelConfig, OptimizationConfig
+from dpo.data.trees import Layout, Tree, TreeBatch
+from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, read_settings
+from dpo.engine.optimizer import make_optimizer
+from dpo.engine.scoring import make_scorer, register_head, settle_layout
+from dpo.errors import UserError
+from dpo.model.load import DTYPES
+from dpo.model.probe import Probed
+from dpo.model.scorer import SequenceScorer
+
+ENGINE_TAG = "engine"
+
+
+def start(model: ModelConfig) -> Accelerator:
+    """The Accelerator of this process; to be made before the model is loaded, so that ZeRO-3 can shard it
+    then.
+
+    Without an accelerator the gloo backend must be named, or Accelerate believes that every rank is alone.
+    """
+    if (file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
+        read_settings(Path(file))
+    distributed.start()
+    backend = None if torch.cuda.is_available() else "gloo"
+    handlers: list[KwargsHandler] = []
+    if distributed.is_distributed():
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=distributed.COLLECTIVE_TIMEOUT))
+    mixed_precision = "bf16" if model.dtype == "bfloat16" else "no"
+    cpu = distributed.is_distributed() and distributed.trains_on_cpu_alone()
+    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, cpu=cpu)
+
+
+def make_repeatable(options: OptimizationConfig) -> None:
+    """On GPUs, kernels whose sums have one order, where the config asks for them."""
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+
+
+def kind_here() -> str:
+    """How a policy of this process will be sharded, once `start` has been called: `DeepSpeed ZeRO-2`, `DDP`
+    or `one device`.
+    """
+    state = AcceleratorState()
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        offloaded = (
+            ", optimizer on the host" if offloads_optimizer(state.deepspeed_plugin.deepspeed_config) else ""
+        )
+        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}{offloaded}"
+    return "DDP" if distributed.is_distributed() else "one device"
+
+
+def weight_dtype(accelerator: Accelerator, model: ModelConfig) -> torch.dtype:
+    """Type in which the policy is loaded: DeepSpeed keeps float32 masters of its own, elsewhere the weights
+    are them.
+    """
+    return DTYPES[model.dtype] if accelerator.distributed_type == DistributedType.DEEPSPEED else torch.float32
+
+
+@contextmanager
+def unsharded(accelerator: Accelerator) -> Iterator[None]:
+    """Within the block ZeRO-3 shards no model while it is made, so that one rank may make one alone."""
+    plugin = accelerator.state.deepspeed_plugin
+    sharding = None if plugin is None else plugin.dschf
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if sharding is not None:
+            set_hf_deepspeed_config(sharding)
+
+
+class Engine:
+    """A policy and its optimizer, wrapped for this world."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
+        config: ModelConfig,
+        options: OptimizationConfig,
+        *,
+        universal: bool = False,
+    ) -> None:
+        """Wraps the model; from here on only the engine touches it.
+
+        Args:
+            accelerator: From `start`.
+            model: The loaded policy; what of it needs no gradient stays as it is and is never saved.
+            config: Its compute type and gradient checkpointing.
+            options: Optimizer and clipping.
+            universal: `load` will be given a state that another number of ranks wrote, made universal.
+
+        Raises:
+            UserError: FlexAttention is asked for where it cannot train, or an optimizer where it cannot be.
+        """
+        if config.attention == "flex" and not torch.cuda.is_available():
+            raise UserError("model.attention: flex; it has no backward pass on CPUs: set auto or sdpa")
+        self._zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if (
+            self._zero
+            and offloads_optimizer(accelerator.deepspeed_plugin.deepspeed_config)
+            and options.optimizer != "adamw"
+        ):
+            raise UserError(  # Accelerate would take another optimizer without a word
+                f"train.optimizer: {options.optimizer}; DeepSpeed knows only adamw on the host: set that, or "
+                "take a DeepSpeed configuration without offload_optimizer"
+            )
+        self._accelerator = accelerator
+        self._dtype = DTYPES[config.dtype]
+        self._max_grad_norm = options.max_grad_norm
+        if config.gradient_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()  # dropout is 0 everywhere; gradient checkpointing runs in training mode only
+        scorer = make_scorer(model, config)
+        self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        self.num_frozen = sum(
+            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad
+        )
+        named = scorer.named_parameters(remove_duplicate=False)  # tied weights have two names
+        self._frozen = {name for name, parameter in named if not parameter.requires_grad}
+        optimizer = make_optimizer(scorer, options)
+        if self._zero:
+            plugin = accelerator.deepspeed_plugin
+            fit_buckets(plugin.deepspeed_config, model)
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # tokens size our micro-batches
+            plugin.deepspeed_config["gradient_clipping"] = options.max_grad_norm
+            plugin.deepspeed_config["checkpoint"] = {"load_universal": universal}
+        self._scorer, self._optimizer = accelerator.prepare(scorer, optimizer)
+        if distributed.is_distributed() and self._scorer is scorer:
+            raise RuntimeError("Accelerate did not wrap the policy: every rank would train alone")
+        if self._zero and self._stage == 3:
+            register_head(scorer)
+
+    def settle_layout(self, longest: Tree) -> Probed:
+        """Finds out how this model may share prompts; see `settle_layout`. All ranks must call it."""
+        return settle_layout(self._scorer, longest, self._dtype)
+
+    @property
+    def layout(self) -> Layout:
+        """How batches for this policy are to be laid out."""
+        scorer: SequenceScorer = self._accelerator.unwrap_model(self._scorer)
+        return scorer.layout
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches belong."""
+        return torch.device(self._accelerator.device)
+
+    @property
+    def kind(self) -> str:
+        """How the policy is sharded; see `kind_here`."""
+        return kind_here()
+
+    @property
+    def description(self) -> str:
+        """Engine, world and compute type, for people."""
+        dtype = str(self._dtype).removeprefix("torch.")
+        return f"{self.kind}, {distributed.world_size()} rank(s), {self.device.type}, {dtype}"
+
+    @property
+    def _stage(self) -> int:
+        return int(self._accelerator.deepspeed_plugin.zero_stage)
+
+    def score(self, batch: TreeBatch, *, last: bool = True, per_token: bool = False) -> Tensor:
+        """(S,) float64 log-probs of the batch's completions under the policy; see
+        `SequenceScorer.forward`.
+
+        Args:
+            batch: What to score.
+            last: Whether it is the step's last micro-batch, after which gradients are averaged over ranks.
+            per_token: Give (N,) float32 log-probs of the completion tokens instead.
+        """
+        if last or self._zero:
+            logps: Tensor = self._scorer(batch, per_token=per_token)
+            return logps
+        with self._accelerator.no_sync(self._scorer):  # DDP decides in the forward pass
+            logps = self._scorer(batch, per_token=per_token)
+            return logps
+
+    @torch.no_grad()
+    def score_only(self, batch: TreeBatch, *, per_token: bool = False) -> Tensor:
+        """`score` without gradients. Every rank must make the same number of calls."""
+        return self.score(batch, per_token=per_token)
+
+    def accumulate(self, loss: Tensor, *, last: bool) -> None:
+        """Adds a micro-batch's gradient to the step's.
+
+        Args:
+            loss: This micro-batch's part of the step's loss, already divided by the step's global count, so
+                that the parts of all ranks and micro-batches add up to it.
+            last: Whether it is the step's last micro-batch. Every rank must make the same number of calls.
+        """
+        # A loss that is not finite must not leave a finite gradient: `update` goes by the gradient alone.
+        valid = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        scaled = loss * valid * distributed.world_size()  # DeepSpeed and DDP average over ranks
+        if self._zero:
+            self._scorer.set_gradient_accumulation_boundary(last)
+            self._scorer.backward(scaled)
+            if not last:
+                self._scorer.step()  # counts the micro-batch; weights change at the boundary only
+        else:
+            self._accelerator.backward(scaled)
+
+    def update(self, learning_rate: float) -> float:
+        """One optimizer step with the accumulated gradient.
+
+        Returns:
+            Its global norm before clipping. If that is not finite, weights and optimizer are as they were.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._zero and self._stage > 0:
+            self._scorer.step()  # skips the update by itself, and reports an infinite norm or -1
+            reported = float(self._scorer.get_global_grad_norm())
+            return reported if reported >= 0 else math.inf
+        parameters = [p for p in self._scorer.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if not norm.isfinite():
+            self._scorer.zero_grad()
+        elif self._zero:
+            self._scorer.step()
+        else:
+            if self._max_grad_norm:
+                nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        return float(norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The policy's full state dict in its compute type, on the main rank; of a policy that is frozen in
+        part what is trained, in float32. All ranks must call it.
+        """
+        if self._frozen:
+            return self._trained_weights()
+        gathered = self._accelerator.get_state_dict(self._scorer)
+        if not distributed.is_main():
+            return {}
+        prefix = "model."
+        return {
+            name.removeprefix(prefix): tensor.detach().to("cpu", self._dtype)
+            if tensor.is_floating_point()
+            else tensor
+            for name, tensor in gathered.items()
+        }
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            with _gathered(parameter):
+                if distributed.is_main():
+                    found[name] = parameter.detach().to("cpu", torch.float32, copy=True)
+        return found
+
+    def unsharded(self) -> AbstractContextManager[None]:
+        """See `unsharded`."""
+        return unsharded(self._accelerator)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The bare policy, for its config and `save_pretrained`."""
+        scorer: SequenceScorer = self._accelerator.unwrap_model(self._scorer)
+        return scorer.model
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks share one copy of the weights, so that all must take part in every pass."""
+        return self._zero and self._stage == 3 and distributed.is_distributed()
+
+    @contextmanager
+    def sampling_model(self) -> Iterator[PreTrainedModel]:
+        """The bare policy as it is, ready to generate: in evaluation mode, with its cache of keys."""
+        self.model.eval()  # in training mode recomputed blocks would ignore that cache
+        try:
+            with self._accelerator.autocast():
+                yield self.model
+        finally:
+            self.model.train()
+
+    def save(self, folder: Path) -> list[Path]:
+        """Writes what is trained, and the optimizer's state, into `folder`. All ranks must call it.
+
+        Returns:
+            The files that this rank wrote.
+
+        Raises:
+            OSError, RuntimeError: This rank could not write; after its part in the others' collectives.
+        """
+        if self._zero:
+            return self._save_sharded(folder)
+        if not distributed.is_main():
+            return []
+        bare = self._accelerator.unwrap_model(self._scorer)
+        state = {
+            "model": self._without_frozen(bare.state_dict()),
+            "optimizer": self._optimizer.state_dict(),
+        }
+        torch.save(state, folder / "engine.pt")
+        return [folder / "engine.pt"]
+
+    def _save_sharded(self, folder: Path) -> list[Path]:
+        """DeepSpeed's save has barriers in it: a rank whose disk is full may fail only behind them."""
+        writer, written, failures = self._scorer.checkpoint_engine, list[Path](), list[Exception]()
+
+        def save(state_dict: dict[str, Any], path: str) -> None:  # the names that DeepSpeed calls it by
+            if "module" in state_dict:  # DeepSpeed leaves one of two tied weights in it
+                state_dict = {**state_dict, "module": self._without_frozen(state_dict["module"])}
+            try:
+                type(writer).save(writer, state_dict, path)
+                written.append(Path(path))
+            except (OSError, RuntimeError) as error:
+                failures.append(error)
+
+        writer.save = save
+        self._scorer._copy_recovery_script = lambda folder: None  # no use to us, and it may fail on rank 0
+        try:
+            self._scorer.save_checkpoint(
+                str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=bool(self._frozen)
+            )
+        finally:
+            del writer.save
+        if failures:
+            raise failures[0]
+        return written
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote, on the same number of ranks and with the same engine."""
+        if self._zero:
+            self._load_sharded(folder)
+            return
+        state = torch.load(folder / "engine.pt", map_location="cpu", weights_only=True)
+        self._load_trained(state["model"], self._accelerator.unwrap_model(self._scorer))
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def _load_sharded(self, folder: Path) -> None:
+        """DeepSpeed's load, less two faults of its universal form: all groups get the hyperparameters of the
+        first, and all parameters one step counter, which each of them then advances.
+        """
+        optimizer = getattr(self._scorer.optimizer, "optimizer", self._scorer.optimizer)
+        own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        loaded, _ = self._scorer.load_checkpoint(
+            str(folder), tag=ENGINE_TAG, custom_load_fn=self._load_trained if self._frozen else None
+        )
+        if loaded is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint to load")
+        for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+            group.update(hyperparameters)
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+    def _without_frozen(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: weight for name, weight in weights.items() if name not in self._frozen}
+
+    def _load_trained(self, src: dict[str, Tensor], dst: nn.Module) -> None:  # DeepSpeed's names
+        """Weights into a module that has the frozen ones already; RuntimeError if any other is missing."""
+        outcome = dst.load_state_dict(src, strict=False)
+        wrong = [*(set(outcome.missing_keys) - self._frozen), *outcome.unexpected_keys]
+        if wrong:
+            raise RuntimeError(f"the checkpoint does not hold what is trained: {sorted(wrong)[0]}")
+
+
+def _gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """Within the block the parameter is whole, also under ZeRO-3; all ranks must enter."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import (
+        GatheredParameters,
+    )  # here, because it looks for devices when it is imported
+
+    gathered: AbstractContextManager[None] = GatheredParameters([parameter])
+    return gathered

@@ -1,0 +1,64 @@
+"""A model as a scorer: attention, layout and batch size that suit the device.
+
+Training and models that only score share it.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dpo import distributed
+from dpo.config import ModelConfig
+from dpo.data.trees import Tree
+from dpo.model.probe import Probed, probe
+from dpo.model.scorer import SequenceScorer
+
+CPU_TOKENS, GPU_TOKENS = 1024, 16384
+"""Of one pass where the config gives none: activations that stay in a CPU's cache, rows that fill a GPU."""
+
+
+def token_budget(given: int | None) -> int:
+    """Tokens of one pass: what the config says, or what was measured to be fast on this kind of device."""
+    return given or (GPU_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
+
+
+def make_scorer(model: PreTrainedModel, config: ModelConfig) -> SequenceScorer:
+    """The model as a scorer, with the attention that the config asks for."""
+    flex = config.attention == "flex" or (config.attention == "auto" and torch.cuda.is_available())
+    scorer = SequenceScorer(model, flex=flex)
+    if not config.share_prompts:
+        scorer.layouts, scorer.layout = ["rows"], "rows"
+    return scorer
+
+
+def settle_layout(scorer: nn.Module, longest: Tree, dtype: torch.dtype) -> Probed:
+    """Tries the layouts that a model may take and settles on the first that is exact, alike on all ranks.
+
+    Args:
+        scorer: From `make_scorer` or `frozen_scorer`, wrapped or not.
+        longest: The longest prompt with completions that it will meet.
+        dtype: The compute type.
+
+    Returns:
+        The layout, and what was turned down and why.
+    """
+    bare = bare_scorer(scorer)
+    probed = probe(scorer, bare.layouts, longest, dtype=dtype, device=distributed.device())
+    probed = distributed.from_main(probed)
+    bare.layout, bare.uses_projection = probed.layout, probed.uses_projection
+    return probed
+
+
+def register_head(scorer: SequenceScorer) -> None:
+    """Tells ZeRO-3 that the projection uses the output layer's weights outside that layer."""
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for parameter in scorer.projection.head.parameters():
+        register_external_parameter(scorer.projection, parameter)
+
+
+def bare_scorer(scorer: nn.Module) -> SequenceScorer:
+    """What `make_scorer` made, whatever is wrapped around it."""
+    bare = scorer if isinstance(scorer, SequenceScorer) else scorer.module
+    assert isinstance(bare, SequenceScorer)
+    return bare

@@ -1,0 +1,188 @@
+"""Where a model's files are: its config.json, weights, adapter and code, in a local folder or on the hub.
+
+Nothing here loads a weight; parameters are counted in the headers of the files.
+"""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import find_adapter_config_file
+from transformers.utils.hub import cached_file
+
+from dpo.config import ModelConfig
+from dpo.errors import UserError
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+CODE_KINDS = ("AutoConfig", "AutoModelForCausalLM")
+
+
+def check_model_path(name_or_path: str, key: str) -> None:
+    """Raises UserError if `name_or_path` looks like a local path and is not a folder with a config.json.
+
+    A hub name (`gpt2`, `org/name`) passes: only the hub can tell.
+
+    Args:
+        name_or_path: What the user gave.
+        key: The option's name, for the message.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise UserError(
+                f"{key}: {name_or_path} has no config.json; expected a folder written by save_pretrained"
+            )
+        return
+    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1 or path.exists()
+    if looks_local:
+        raise UserError(
+            f"{key}: {name_or_path} does not exist or is not a folder; expected a model folder or a hub name"
+        )
+
+
+def raw_config(model: ModelConfig) -> dict[str, Any]:
+    """The model's config.json as written, before transformers fills in the defaults of its version."""
+    path = Path(_resolve(model, "config.json"))
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise UserError(f"model.name_or_path: {path}: not a config.json ({error}); fetch it again") from error
+
+
+def max_positions(model: ModelConfig) -> int | None:
+    """Longest sequence the model's config allows, in tokens, or None where it names no limit."""
+    check_model_path(model.name_or_path, "model.name_or_path")
+    return positions_of(raw_config(base_of(model)))
+
+
+def positions_of(config: dict[str, Any]) -> int | None:
+    """Longest sequence of a raw config.json, in tokens, or None where it names no limit."""
+    config = config.get("text_config", config)
+    for key in ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
+
+
+def weight_files(model: ModelConfig) -> list[Path]:
+    """The safetensors files that hold the model's weights, in name order; downloaded if they are on the
+    hub.
+    """
+    try:
+        single = cached_file(
+            model.name_or_path,
+            "model.safetensors",
+            revision=model.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        if single is not None:
+            return [Path(single)]
+        index = json.loads(Path(_resolve(model, "model.safetensors.index.json")).read_text())
+    except OSError as error:
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path} has no model.safetensors; expected safetensors: "
+            f"{first_line(error)}"
+        ) from error
+    return [Path(_resolve(model, name)) for name in sorted(set(index["weight_map"].values()))]
+
+
+def weights_at_hand(model: ModelConfig) -> bool:
+    """Whether all weight files are on this machine: reading their headers downloads nothing."""
+
+    def local(name: str) -> str | None:
+        found: str | None = cached_file(
+            model.name_or_path,
+            name,
+            revision=model.revision,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return found
+
+    if local("model.safetensors") is not None:
+        return True
+    index = local("model.safetensors.index.json")
+    names = set(json.loads(Path(index).read_text())["weight_map"].values()) if index is not None else set()
+    return bool(names) and all(local(name) is not None for name in names)
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Parameters of the model, counted in the headers of its weight files: nothing is loaded."""
+    total = 0
+    for path in weight_files(base_of(model)):
+        with safe_open(path, framework="np") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def base_of(model: ModelConfig) -> ModelConfig:
+    """The model itself, or the base model that its PEFT adapter names."""
+    found = adapter_config(model)
+    if found is None or (Path(model.name_or_path) / "config.json").is_file():
+        return model
+    try:
+        base = json.loads(found.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{found}: names no base model ({error!r}); expected base_model_name_or_path"
+        ) from error
+    return replace(model, name_or_path=base, revision=None)
+
+
+def adapter_files(model: ModelConfig) -> list[Path]:
+    """Configuration and weights of a PEFT adapter; empty for a model without one."""
+    found = adapter_config(model)
+    return [] if found is None else [found, Path(_resolve(model, ADAPTER_WEIGHTS))]
+
+
+def code_files(model: ModelConfig) -> list[Path]:
+    """The code that a model brings along (`auto_map` in its config.json), if it may run; else empty.
+
+    Of a local folder every .py file; of a hub repository the modules of configuration and model, and what
+    they import from beside them, as transformers fetches them.
+    """
+    mapped = raw_config(model).get("auto_map", {}) if model.trust_remote_code else {}
+    entries = [mapped[kind] for kind in CODE_KINDS if isinstance(mapped.get(kind), str)]
+    folder = Path(model.name_or_path)
+    files = set(folder.rglob("*.py")) if entries and folder.is_dir() else set()
+    for entry in entries:
+        repository, _, name = entry.rpartition("--")
+        if folder.is_dir() and not repository:
+            continue
+        home = replace(model, name_or_path=repository, revision=None) if repository else model
+        names, seen = {name.partition(".")[0]}, set[str]()
+        while names - seen:
+            seen.add(name := min(names - seen))
+            files.add(Path(_resolve(home, f"{name}.py")))
+            names |= set(get_relative_imports(_resolve(home, f"{name}.py")))
+    return sorted(files)
+
+
+def adapter_config(model: ModelConfig) -> Path | None:
+    """The configuration file of a PEFT adapter, or None for a model without one."""
+    check_model_path(model.name_or_path, "model.name_or_path")
+    found = find_adapter_config_file(model.name_or_path, revision=model.revision)
+    return None if found is None else Path(found)
+
+
+def _resolve(model: ModelConfig, name: str) -> str:
+    reason = "no such file"  # a folder without config.json is not an error to transformers
+    try:
+        path = cached_file(model.name_or_path, name, revision=model.revision)
+    except OSError as error:
+        path, reason = None, first_line(error)
+    if path is None:
+        raise UserError(f"model.name_or_path: no {name} in {model.name_or_path}: {reason}")
+    return str(path)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,143 @@
+"""A plan as a page for people."""
+
+from collections.abc import Iterator
+
+from dpo.planning.data_sample import SampledData
+from dpo.planning.fit import USABLE, Way
+from dpo.planning.plan import Plan
+
+COLUMNS = {
+    name: 2 + max(len(name), 8)
+    for name in ("weights", "gradients", "optimizer", "activations", "projection", "buckets", "total", "host")
+}
+"""Of the table of memory, with their widths."""
+
+
+def page(plan: Plan) -> str:
+    """The whole plan, in lines of at most 110 columns."""
+    return "\n".join(
+        [
+            *_work(plan),
+            "",
+            *_memory(plan),
+            "",
+            *_advice(plan),
+            "",
+            *_time(plan),
+        ]
+    )
+
+
+def _work(plan: Plan) -> Iterator[str]:
+    model, shape = plan.config.model, plan.shape
+    lora = f", of which {_count(shape.trainable)} of an adapter are trained" if model.lora else ""
+    yield f"model      {model.name_or_path}: {_count(shape.parameters)} parameters{lora}, {model.dtype}"
+    for note in plan.notes:
+        yield f"           {note}"
+    for name, split in plan.data.items():
+        yield f"{name:<10} {split.pairs:,} pairs, {split.sequences:,} completions of {split.groups:,} prompts"
+        yield f"           {_tokens(split)}, longest group {split.longest:,}"
+        for reason, number in split.changed.items():
+            kind, _, what = reason.partition("/")
+            about = "" if split.exact else "about "
+            yield f"           {kind} {what.replace('_', ' ')}: {about}{number:,.0f}"
+    train = plan.config.train
+    yield (
+        f"steps      {plan.steps:,} of {train.pairs_per_step} pairs, {train.num_epochs} epoch(s); "
+        f"{plan.micro_batches:.1f} micro-batches of {plan.budget:,} tokens a rank"
+    )
+    yield (
+        f"balance    the slowest of {plan.machine.num_gpus} ranks has {plan.rank_excess:.1%} more work than "
+        "the mean"
+    )
+
+
+def _tokens(split: SampledData) -> str:
+    tokens = f"{_count(split.tokens.mean)} tokens"
+    if not split.exact:
+        half = (split.tokens.high - split.tokens.low) / 2 / split.tokens.mean
+        tokens += f" +- {half:.1%} ({len(split.sample):,} groups tokenized; --exact reads all)"
+    return tokens
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    machine = plan.machine
+    recomputed = "recomputed" if plan.advice.gradient_checkpointing else "kept"
+    yield (
+        f"memory of each of {machine.num_gpus} GPU(s) in GB at the worst moment of a step, activations "
+        f"{recomputed};"
+    )
+    yield f"{USABLE:.0%} of {machine.gpu_memory / 1e9:,.0f} GB is counted on"
+    yield (
+        "  "
+        + f"{'':<15}"
+        + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
+        + "   largest micro-batch"
+    )
+    for way in plan.ways:
+        yield (
+            "  "
+            + f"{way.sharding:<15}"
+            + "".join(f"{getattr(way.memory, name) / 1e9:>{width},.2f}" for name, width in COLUMNS.items())
+            + _largest(way)
+        )
+
+
+def _largest(way: Way) -> str:
+    return f"   {way.largest_micro_batch:,} tokens" if way.largest_micro_batch else "   does not fit"
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    advice = plan.advice
+    if advice.sharding is None:
+        yield f"advice     {advice.reason}"
+        return
+    yield f"advice     {advice.sharding}: {advice.launcher}"
+    yield f"           --train.max_tokens_per_micro_batch {advice.max_tokens_per_micro_batch}"
+    if advice.gradient_checkpointing:
+        yield "           --model.gradient_checkpointing true"
+    yield f"           {advice.reason}"
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    machine = plan.machine
+    rate = f"{machine.gpu_flops / 1e12:,.0f} TFLOP/s x {machine.mfu:.0%}"
+    yield (
+        f"reference  {plan.reference_hits:,} sequences are in the cache, {plan.reference_misses:,} are not: "
+        f"{_hours(plan.reference_hours)}, {_bytes(plan.reference_bytes)}"
+    )
+    yield (
+        f"training   {plan.step_flops / 1e12:,.1f} TFLOP a step, {_hours(plan.hours)} on {machine.num_gpus} "
+        f"GPU(s) at {rate}, communication not counted"
+    )
+    if plan.sent_bytes:
+        yield f"network    each rank sends about {_bytes(plan.sent_bytes)} a step"
+    train = plan.config.train
+    checkpoints = (
+        f"{train.keep_last} checkpoints of {_bytes(plan.checkpoint_bytes)}, one more while one is written"
+        if train.checkpoint_every
+        else "no checkpoints (train.checkpoint_every: 0)"
+    )
+    yield f"disk       {checkpoints}; the model {_bytes(plan.model_bytes)}"
+
+
+def _count(number: float) -> str:
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f}{name}"
+    return f"{number:,.0f}"
+
+
+def _bytes(number: float) -> str:
+    for size, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if number >= size:
+            return f"{number / size:.2f} {name}"
+    return f"{number / 1e3:.0f} kB"
+
+
+def _hours(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{hours * 60:.1f} minutes" if hours >= 1 / 60 else f"{hours * 3600:.0f} seconds"

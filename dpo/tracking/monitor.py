@@ -1,0 +1,164 @@
+"""What a run says: sums and counts become means, and go to the progress bar, metrics.jsonl and TensorBoard.
+
+Law 7: ranks add sums and counts over real samples; a mean of per-rank means appears nowhere. Only the main
+process writes; the others take part in the sum.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from dpo import distributed, terminal
+from dpo.tracking.history import HISTORY_FILE, complete_lines
+from dpo.tracking.metrics import Evaluation
+
+FLUSH_SECONDS = 3
+MARGINS = "eval/rewards/distribution_of_margins"  # a name of its own: TensorBoard shows one kind a name
+BESIDE = {
+    "Training beside held-out": {
+        name.rpartition("/")[2]: ["Multiline", [f"train/{name}", f"eval/{name}"]]
+        for name in ("loss", "rewards/accuracies", "rewards/margins")
+    },
+    "Chosen beside rejected": {
+        f"{kind}, {part}": ["Multiline", [f"{split}/{kind}/chosen", f"{split}/{kind}/rejected"]]
+        for kind in ("rewards", "logps")
+        for split, part in (("train", "training"), ("eval", "held-out"))
+    },
+}
+"""TensorBoard's Custom Scalars: category -> chart -> the curves that share it."""
+
+
+class Tracker(Protocol):
+    """Another place where curves go; Accelerate's trackers fit."""
+
+    def log(self, values: dict[str, Any], step: int | None) -> Any:
+        """Records the values of a step."""
+
+    def finish(self) -> Any:
+        """Closes it."""
+
+
+class Monitor:
+    """Progress bar, metrics.jsonl and TensorBoard of one run; does nothing on ranks other than the main
+    one.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        num_steps: int,
+        first_step: int,
+        unit: str,
+        evaluated: bool = True,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        """Opens the files; lines and curves after `first_step` (of an interrupted run) are cut off.
+
+        Args:
+            run_dir: The run folder.
+            num_steps: Optimizer steps of the whole run.
+            first_step: Steps already done when this process starts.
+            unit: What `perf/<unit>_per_second` counts, shown in the bar.
+            evaluated: Whether the evaluation of `first_step`, if it has one, is recorded and stays.
+            trackers: Receive the same numbers; used on the main process only.
+        """
+        self._unit = unit
+        self._enabled = distributed.is_main()
+        if not self._enabled:
+            return
+        path = run_dir / HISTORY_FILE
+        # A run without a step starts afresh: what it measured before its first step is measured again.
+        lines = [(line, json.loads(line)) for line in complete_lines(run_dir) if first_step]
+        kept = [
+            line
+            for line, values in lines
+            if values["step"] < first_step
+            or (values["step"] == first_step and (evaluated or "eval/loss" not in values))
+        ]
+        replacing = path.with_name(f".{path.name}.replacing")
+        replacing.write_text("".join(kept))
+        replacing.rename(path)
+        self._file = path.open("a", buffering=1)
+        self._writer = SummaryWriter(
+            str(run_dir / "tensorboard"),
+            purge_step=first_step + 1 if first_step else 0,
+            flush_secs=FLUSH_SECONDS,
+        )
+        self._writer.add_custom_scalars(BESIDE)
+        self._trackers = trackers
+        self._bar = terminal.bar(num_steps, description="train", unit="steps", initial=first_step)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one line and one point a curve.
+
+        Args:
+            step: Optimizer step, from 1; 0 for what is measured before the first.
+            values: Finite numbers under the names that the README lists.
+        """
+        if not self._enabled:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(dict(values), step)
+        terminal.event("metrics", {"step": step, **values})
+
+    def show(self, step: int, evaluation: Evaluation) -> None:
+        """An evaluation: its line and points, for TensorBoard also the distribution of margins, and
+        samples.
+        """
+        self.record(step, evaluation.values)
+        if not self._enabled:
+            return
+        if evaluation.margins is not None:
+            self._writer.add_histogram(MARGINS, evaluation.margins, step)
+        if evaluation.samples is not None:
+            self._writer.add_text("eval/samples", evaluation.samples, step)
+
+    def advance(self, values: Mapping[str, float]) -> None:
+        """Moves the bar by a step and shows the numbers that people follow."""
+        if not self._enabled:
+            return
+        shown = {
+            "loss": ("train/loss", ".4f"),
+            "acc": ("train/rewards/accuracies", ".2f"),
+            "margin": ("train/rewards/margins", ".3f"),
+            f"{self._unit}/s": (f"perf/{self._unit}_per_second", ".1f"),
+        }
+        self._bar.set_postfix(
+            {label: f"{values[name]:{form}}" for label, (name, form) in shown.items() if name in values},
+            refresh=False,
+        )
+        self._bar.update()
+
+    def sync(self) -> None:
+        """Waits until what was recorded is on the disk: a checkpoint must not know more than the metrics."""
+        if self._enabled:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def text(self, tag: str, content: str) -> None:
+        """A text for TensorBoard, in Markdown."""
+        if self._enabled:
+            self._writer.add_text(tag, content, 0)
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes and flushes the files, also when the run fails."""
+        if self._enabled:
+            self._bar.close()
+            self._writer.close()
+            for tracker in self._trackers:
+                tracker.finish()
+            self._file.close()

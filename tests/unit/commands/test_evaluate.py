@@ -1,0 +1,198 @@
+"""One evaluation on a tiny model: which prompts, whose log-probs, and what equal models look like."""
+
+import json
+import shutil
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
+
+from dpo.commands.evaluate import evaluate_run
+from dpo.config import Config, EvaluateConfig, ModelConfig
+from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.preference_data import preference_data
+from dpo.data.records import Pair, TokenizedGroup
+from dpo.data.trees import sequence_batch
+from dpo.engine import frozen
+from dpo.evaluate import samples as run_module
+from dpo.evaluate.samples import held_out_prompts, log_probs
+from dpo.model.load import load_model
+from dpo.model.scorer import SequenceScorer
+from dpo.reference.identity import reference_identity
+from dpo.reference.precompute import precompute
+from dpo.reference.store import ReferenceStore
+from dpo.reference.values import reference_logps
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+@pytest.fixture
+def prompts_data(tmp_path: Path) -> TokenizedDataset:
+    prompts = [(1, 2, 3, 4), (5,), (1, 2, 3, 4), (6, 3, 4), (7, 8)]
+    groups = [
+        TokenizedGroup(prompt=ids(*prompt), completions=(ids(1), ids(2)), pairs=(Pair(0, 1),))
+        for prompt in prompts
+    ]
+    write_dataset(groups, tmp_path / "prompts", Counter())
+    return map_dataset(tmp_path / "prompts", "digest")
+
+
+def selected(data: TokenizedDataset, number: int, positions: int | None) -> list[list[int]]:
+    return [prompt.tolist() for prompt in held_out_prompts(data, number, 10, positions)]
+
+
+def test_the_first_different_prompts_are_continued(prompts_data: TokenizedDataset) -> None:
+    assert selected(prompts_data, 3, None) == [[1, 2, 3, 4], [5], [6, 3, 4]]
+    assert selected(prompts_data, 99, None) == [[1, 2, 3, 4], [5], [6, 3, 4], [7, 8]]
+
+
+def test_a_prompt_gives_way_to_its_continuation_on_the_left(prompts_data: TokenizedDataset) -> None:
+    assert selected(prompts_data, 9, 13) == [[2, 3, 4], [5], [6, 3, 4], [7, 8]]
+    # With room for two tokens the first and the fourth become the same prompt.
+    assert selected(prompts_data, 9, 12) == [[3, 4], [5], [7, 8]]
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def testlog_probs_come_in_order_whatever_the_budget(tiny_model: Path, budget: int) -> None:
+    rng = np.random.default_rng(0)
+    sequences = [
+        (rng.integers(0, 280, n % 5 + 1).astype(np.int32), rng.integers(0, 280, n % 7 + 1).astype(np.int32))
+        for n in range(11)
+    ]
+    scorer = SequenceScorer(load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")))
+    with torch.no_grad():
+        expected = [float(scorer(sequence_batch([sequence]))) for sequence in sequences]
+    assert log_probs(scorer, sequences, scorer.layout, budget) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture
+def experiment(
+    make_config: Callable[..., Config],
+    write_jsonl: Callable[..., str],
+    preference_rows: Callable[..., list[dict[str, Any]]],
+) -> Config:
+    config = make_config(write_jsonl(preference_rows(8)))
+    options = EvaluateConfig(num_prompts=6, completion_tokens=8, scorer="vader", batch_size=4, table_rows=2)
+    return replace(config, evaluate=options)
+
+
+@pytest.fixture
+def other_model(tiny_model: Path, tmp_path: Path) -> ModelConfig:
+    """The tiny model with its output sharpened: another policy."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.ln_f.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return ModelConfig(name_or_path=str(folder), dtype="float32")
+
+
+@pytest.fixture
+def summarize(
+    open_data: Callable[[Config], TokenizedDataset], tokenizer: PreTrainedTokenizerFast
+) -> Callable[[Config, ModelConfig], dict[str, float]]:
+    def run(config: Config, policy: ModelConfig) -> dict[str, float]:
+        data, root = open_data(config), Path(config.reference.cache_dir)
+        store = ReferenceStore(root, reference_identity(config.model, root))
+        precompute(config, [data], store)
+        logps = reference_logps([data], store, "")[0]
+        evaluate_run(
+            config,
+            policy,
+            config.model,
+            preference_data(data, logps),
+            tokenizer,
+            {"reference cache": "identity 1234"},
+        )
+        summary: dict[str, float] = json.loads(Path(config.run_dir, "report", "summary.json").read_text())
+        return summary
+
+    return run
+
+
+Summarize = Callable[[Config, ModelConfig], dict[str, float]]
+
+
+def test_a_policy_that_is_the_reference_differs_in_nothing(
+    experiment: Config, summarize: Summarize, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = summarize(experiment, experiment.model)
+    assert summary["eval/loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert summary["eval/rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert (summary["kl/sequence"], summary["kl/token"]) == (0.0, 0.0)
+    assert summary["win_rate"] == 0.5  # every comparison is a tie
+    for name in ("score", "positive_share", "distinct_2"):
+        assert summary[f"{name}/policy"] == summary[f"{name}/reference"]
+    printed = capsys.readouterr().out
+    assert "report/report.html" in printed
+    assert "held-out loss 0.6931" in printed
+
+
+def test_the_summary_is_flat_and_has_the_promised_names_and_intervals(
+    experiment: Config, summarize: Summarize
+) -> None:
+    summary = summarize(experiment, experiment.model)
+    pairs = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
+    sampled = ("score/reference", "score/policy", "positive_share/reference", "positive_share/policy")
+    kl = ("win_rate", "kl/sequence", "kl/token")
+    assert summary.keys() >= {*pairs, *sampled, *kl, "distinct_2/reference", "distinct_2/policy"}
+    for name in (*pairs, *sampled, *kl):
+        assert summary[f"{name}/low"] <= summary[name] <= summary[f"{name}/high"]
+    assert all(isinstance(value, int | float) for value in summary.values())
+
+
+def test_another_policy_is_away_from_the_reference(
+    experiment: Config, summarize: Summarize, other_model: ModelConfig
+) -> None:
+    summary = summarize(experiment, other_model)
+    assert summary["kl/sequence"] > 0.1
+    assert summary["kl/token"] > 0.01
+    assert abs(summary["eval/rewards/margins"]) > 1e-3
+
+
+def test_one_model_is_in_memory_at_a_time_and_the_policy_comes_first(
+    experiment: Config, summarize: Summarize, other_model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, Any]] = []
+
+    def watched(model: ModelConfig) -> Any:
+        assert all(reference() is None for _, reference in loaded), "two models in memory"
+        made = load_model(model)
+        loaded.append((model.name_or_path, weakref.ref(made)))
+        return made
+
+    monkeypatch.setattr(frozen, "load_model", watched)
+    summarize(experiment, other_model)
+    reference = experiment.model.name_or_path  # which fills the cache, too
+    assert [name for name, _ in loaded] == [reference, other_model.name_or_path, reference]
+
+
+def test_without_prompts_nothing_is_sampled_and_the_pairs_are_still_scored(
+    experiment: Config, summarize: Summarize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr(run_module, "sample", never)
+    config = replace(experiment, evaluate=replace(experiment.evaluate, num_prompts=0))
+    summary = summarize(config, config.model)
+    assert "eval/loss" in summary
+    assert not any(name.startswith(("kl/", "score/", "win_rate")) for name in summary)
+
+
+def test_without_a_scorer_samples_are_compared_by_eye_alone(experiment: Config, summarize: Summarize) -> None:
+    config = replace(experiment, evaluate=replace(experiment.evaluate, scorer=None))
+    summary = summarize(config, config.model)
+    assert {"kl/sequence", "distinct_2/policy"} <= summary.keys()
+    assert not any(name.startswith(("score/", "positive_share/", "win_rate")) for name in summary)
+    samples = Path(config.run_dir, "report", "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 6

@@ -1,0 +1,155 @@
+"""One row of each of the field's forms, and one of each fault."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from dpo.data.records import Message, Pair
+from dpo.data.rows import RowError, convert_rows, group_from_row
+from dpo.errors import UserError
+
+USER = {"role": "user", "content": "Hi"}
+YES = {"role": "assistant", "content": "yes"}
+NO = {"role": "assistant", "content": "no"}
+
+
+def test_a_plain_pair_is_a_group_of_two() -> None:
+    group = group_from_row({"prompt": "p", "chosen": " good", "rejected": " bad", "id": 7})
+    assert (group.prompt, group.completions, group.pairs) == ("p", (" good", " bad"), (Pair(0, 1),))
+    assert (group.scores, group.id) == (None, "7")
+
+
+def test_an_empty_prompt_is_a_prompt() -> None:
+    assert group_from_row({"prompt": "", "chosen": "a", "rejected": "b"}).prompt == ""
+
+
+def test_the_prompt_of_two_dialogues_ends_at_the_last_assistant_marker_they_share() -> None:
+    shared = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    group = group_from_row({"chosen": f"{shared} The sun", "rejected": f"{shared} The sea"})
+    assert (group.prompt, group.completions) == (shared, (" The sun", " The sea"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt", "completions"),
+    [
+        ("The cat is good", "The cat is gone", "The cat is", (" good", " gone")),
+        ("Question?\nYes", "Question?\nNo", "Question?\n", ("Yes", "No")),
+        ("a b", "a b c", "a", (" b", " b c")),
+        ("good", "gone", "", ("good", "gone")),
+    ],
+)
+def test_other_texts_are_split_between_words(
+    chosen: str, rejected: str, prompt: str, completions: tuple[str, str]
+) -> None:
+    group = group_from_row({"chosen": chosen, "rejected": rejected})
+    assert (group.prompt, group.completions) == (prompt, completions)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+        {"prompt": [USER], "chosen": "yes", "rejected": "no"},
+        {"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": "Hi", "chosen": [YES], "rejected": [NO]},
+        {"chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": [USER], "completions": [[YES], [NO]], "pairs": [{"chosen": 0, "rejected": 1}]},
+        {"prompt": [{**USER, "name": "Ann"}], "completions": ["yes", "no"], "pairs": [[0, 1]]},
+    ],
+)
+def test_every_form_of_a_chat_gives_the_same_group(row: dict[str, Any]) -> None:
+    group = group_from_row(row)
+    assert group.prompt == (Message(role="user", content="Hi"),)
+    assert (group.completions, group.pairs) == (("yes", "no"), (Pair(0, 1),))
+
+
+def test_scores_become_pairs_by_the_rule_and_are_kept() -> None:
+    row = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 3, 2.5]}
+    assert group_from_row(row, pairing="all", min_margin=0.6).pairs == (Pair(1, 0), Pair(2, 0))
+    assert group_from_row(row).scores == (1.0, 3.0, 2.5)
+
+
+def test_given_pairs_win_over_scores() -> None:
+    row = {
+        "prompt": "p",
+        "completions": ["a", "b"],
+        "scores": [1, 3],
+        "pairs": [{"chosen": 0, "rejected": 1}],
+    }
+    assert group_from_row(row).pairs == (Pair(0, 1),)
+
+
+def test_columns_rename_the_fields() -> None:
+    row = {"question": "q", "good": "a", "rejected": "b"}
+    group = group_from_row(row, columns={"prompt": "question", "chosen": "good"})
+    assert (group.prompt, group.completions) == ("q", ("a", "b"))
+
+
+def _group(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "p", "completions": ["a", "b"], **fields}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ([1, 2], "not_an_object"),
+        ({"prompt": "p", "chosen": "a"}, "missing_field"),
+        ({"prompt": "p", "chosen": "a", "rejected": None}, "missing_field"),
+        ({"completions": ["a", "b"], "pairs": [[0, 1]]}, "missing_field"),
+        (_group(), "missing_field"),
+        ({"chosen": [YES], "rejected": [NO]}, "missing_field"),
+        ({"prompt": "p", "chosen": "a", "rejected": 3}, "not_text"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "not_text"),
+        ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, "not_text"),
+        ({"prompt": [USER], "chosen": [YES], "rejected": "b"}, "not_text"),
+        ({"prompt": "p", "chosen": "a", "rejected": " \n"}, "empty_completion"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, "identical_completions"),
+        ({"chosen": [USER, YES], "rejected": [YES, NO]}, "prompts_differ"),
+        ({"prompt": [USER], "chosen": [NO, YES], "rejected": [NO, NO]}, "prompts_differ"),
+        ({"chosen": [USER, YES], "rejected": [USER, USER]}, "last_turn_not_assistant"),
+        ({"prompt": "p", "completions": "ab", "pairs": [[0, 1]]}, "not_a_list"),
+        ({"prompt": "p", "completions": ["a"], "pairs": []}, "too_few_completions"),
+        (_group(pairs=[]), "no_pairs"),
+        (_group(scores=[1.0, 1.0]), "no_pairs"),
+        (_group(pairs=[[0, 2]]), "pair_out_of_range"),
+        (_group(pairs=[[-1, 0]]), "pair_out_of_range"),
+        (_group(pairs=[{"chosen": 0}]), "bad_pairs"),
+        (_group(pairs=[[0, True]]), "bad_pairs"),
+        (_group(pairs=[[0, 1], [1, 0]]), "pair_both_ways"),
+        (_group(completions=["a", "b", "a"], pairs=[[0, 1], [1, 2]]), "pair_both_ways"),
+        (_group(completions=["a", "a"], scores=[1, 2]), "identical_completions"),
+        (_group(scores=[1]), "bad_scores"),
+        (_group(scores=[1, "2"]), "bad_scores"),
+        (_group(scores=[1, math.nan]), "scores_not_finite"),
+        (_group(scores=[1, math.inf]), "scores_not_finite"),
+    ],
+)
+def test_a_faulty_row_is_refused_for_its_reason(row: Any, reason: str) -> None:
+    with pytest.raises(RowError) as error:
+        group_from_row(row)
+    assert error.value.reason == reason
+
+
+ROWS = [
+    ("f:1", {"prompt": "p", "chosen": "a", "rejected": "b"}),
+    ("f:2", {"prompt": "p", "chosen": "a", "rejected": ""}),
+    ("f:3", {"prompt": "p", "chosen": "", "rejected": "b"}),
+    ("f:4", {"prompt": "q", "chosen": "a", "rejected": "b"}),
+]
+
+
+def test_faulty_rows_are_dropped_and_counted() -> None:
+    drops: Counter[str] = Counter()
+    groups = convert_rows(ROWS, group_from_row, strict=False, drops=drops)
+    assert [group.prompt for group in groups] == ["p", "q"]
+    assert drops == {"empty_completion": 2}
+
+
+def test_strict_makes_the_first_faulty_row_an_error_with_its_place() -> None:
+    groups = convert_rows(ROWS, group_from_row, strict=True, drops=Counter())
+    assert next(groups).prompt == "p"
+    with pytest.raises(UserError, match=r"f:2: .*empty_completion"):
+        next(groups)

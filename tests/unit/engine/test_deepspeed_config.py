@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from dpo.engine.deepspeed_config import (
+    LARGEST_BUCKET,
+    SMALLEST_BUCKET,
+    fit_buckets,
+    offloads_optimizer,
+    problems,
+    read_settings,
+)
+from dpo.errors import UserError
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def gpt2(width: int, layers: int) -> nn.Module:
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64))
+
+
+def filled(name: str, model: nn.Module) -> dict[str, object]:
+    settings = json.loads((CONFIGS / name).read_text())
+    fit_buckets(settings, model)
+    return dict(settings["zero_optimization"])
+
+
+@pytest.mark.parametrize("name", ["ds_zero2.json", "ds_zero3.json", "ds_zero3_offload.json"])
+def test_a_bucket_holds_a_block_and_nothing_is_left_open(name: str) -> None:
+    zero = filled(name, gpt2(768, 12))
+    assert "auto" not in zero.values()
+    assert zero["reduce_bucket_size"] == 12 * 768 * 768 + 13 * 768  # matrices; biases and two norms
+
+
+def test_norms_and_biases_stay_whole_and_matrices_do_not() -> None:
+    threshold = filled("ds_zero3.json", gpt2(768, 12))["stage3_param_persistence_threshold"]
+    assert isinstance(threshold, int)
+    assert 4 * 768 <= threshold < 768 * 768
+
+
+def test_a_tiny_model_has_no_tiny_buckets_and_a_huge_one_no_huge_ones() -> None:
+    assert filled("ds_zero2.json", gpt2(64, 2))["reduce_bucket_size"] == SMALLEST_BUCKET
+    assert filled("ds_zero2.json", nn.Linear(2, 2))["reduce_bucket_size"] == SMALLEST_BUCKET
+    wide = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=1, num_attention_heads=64)
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(wide)
+    assert filled("ds_zero3.json", llama)["reduce_bucket_size"] == LARGEST_BUCKET
+
+
+def test_a_size_that_somebody_chose_stays() -> None:
+    settings = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 7, "allgather_bucket_size": "auto"}}
+    fit_buckets(settings, gpt2(64, 1))
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 7
+
+
+@pytest.mark.parametrize(
+    ("offload", "expected"),
+    [(None, False), ({"device": "none"}, False), ({"device": "cpu"}, True), ({"device": "nvme"}, True)],
+)
+def test_an_offloaded_optimizer_is_recognized(offload: dict[str, str] | None, expected: bool) -> None:
+    assert offloads_optimizer({"zero_optimization": {"stage": 3, "offload_optimizer": offload}}) is expected
+    assert not offloads_optimizer({"zero_optimization": {"stage": 3}})
+
+
+@pytest.mark.parametrize("name", ["ds_zero2.json", "ds_zero3.json", "ds_zero3_offload.json"])
+def test_our_configurations_have_no_problems(name: str) -> None:
+    assert problems(read_settings(CONFIGS / name)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train_batch_size": 64}, 'train_batch_size: 64; set "auto": train.pairs_per_step'),
+        ({"gradient_clipping": 1.0}, "gradient_clipping: 1.0"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled"),
+        ({"zero_optimization": 2}, "expected an object with a stage"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: 4"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "zero_optimization.overlap_com: True"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "removed it; use offload_optimizer"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs stage 3 or more"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs stage 1"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "offload_param.device"),
+    ],
+)
+def test_what_would_be_ignored_or_fail_late_is_said_at_once(
+    settings: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(UserError) as refused:
+        read_settings(file)
+    assert said in str(refused.value)
+    assert str(file) in str(refused.value)
+
+
+def test_all_problems_are_listed() -> None:
+    settings = {"train_batch_size": 8, "fp16": {"enabled": True}, "zero_optimization": {"stage": 9}}
+    assert len(problems(settings)) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_what_is_no_configuration_is_refused(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="not a DeepSpeed configuration"):
+        read_settings(file)
+    with pytest.raises(UserError, match="not a DeepSpeed configuration"):
+        read_settings(tmp_path / "none.json")

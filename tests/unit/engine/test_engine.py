@@ -1,0 +1,130 @@
+"""The engine on one device: a step is that of one big batch."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo.config import ModelConfig, OptimizationConfig
+from dpo.data.trees import sequence_batch
+from dpo.engine import engine as engine_module
+from dpo.engine.engine import Engine
+from dpo.errors import UserError
+from dpo.model.load import load_model
+
+
+def tiny_engine(folder: Path, **options: object) -> Engine:
+    model = ModelConfig(name_or_path=str(folder), dtype="float32")
+    accelerator = engine_module.start(model)
+    settings = OptimizationConfig(**options)  # type: ignore[arg-type]
+    return Engine(accelerator, load_model(model, dtype=torch.float32), model, settings)
+
+
+def test_the_engine_says_what_it_is(tiny_model: Path) -> None:
+    engine = tiny_engine(tiny_model)
+    assert engine.kind == "one device"
+    assert engine.description == "one device, 1 rank(s), cpu, float32"
+    assert engine.num_parameters == sum(p.numel() for p in engine.model.parameters())
+
+
+SEQUENCES = [
+    (torch.arange(3, dtype=torch.int32).numpy(), torch.arange(4, 4 + n, dtype=torch.int32).numpy())
+    for n in (2, 5, 3)
+]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_accumulated_micro_batches_make_the_step_of_one_big_batch(
+    tiny_model: Path, max_grad_norm: float
+) -> None:
+    engine = tiny_engine(tiny_model, max_grad_norm=max_grad_norm)
+    for index, sequence in enumerate(SEQUENCES):
+        loss = -engine.score(sequence_batch([sequence])).sum() / 10
+        engine.accumulate(loss, last=index == 2)
+    norm = engine.update(0.01)
+
+    model = load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    total = torch.zeros(())
+    for prompt, completion in SEQUENCES:
+        ids = torch.cat([torch.from_numpy(prompt), torch.from_numpy(completion)]).long()
+        logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        at = torch.arange(len(prompt) - 1, len(ids) - 1)
+        total = total - logps[at, ids[at + 1]].sum() / 10
+    total.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    expected_norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+    assert expected_norm > 1  # so that clipping matters
+    if max_grad_norm:
+        for gradient in gradients:
+            gradient /= expected_norm
+    optimizer.step()
+    assert norm == pytest.approx(expected_norm, rel=1e-5)  # before clipping
+    expected = model.state_dict()
+    ids = torch.arange(20)[None]
+    assert engine.weights().keys() == expected.keys()
+    # Through the logits: Adam makes rounding errors of a gradient that is zero as large as any other step.
+    with torch.no_grad():
+        found, wanted = engine.model(ids).logits, model(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_an_update_leaves_no_gradient_for_the_next_step(tiny_model: Path) -> None:
+    norms = []
+    engine = tiny_engine(tiny_model)
+    for _ in range(2):
+        engine.accumulate(-engine.score(sequence_batch(SEQUENCES)).sum(), last=True)
+        norms.append(engine.update(0.0))  # a learning rate of 0: the same gradient again
+    assert norms[0] == norms[1]
+
+
+def test_scoring_alone_builds_no_graph(tiny_model: Path) -> None:
+    engine = tiny_engine(tiny_model)
+    batch = sequence_batch(SEQUENCES)
+    assert engine.score(batch).requires_grad
+    assert not engine.score_only(batch).requires_grad
+    assert torch.equal(engine.score_only(batch), engine.score(batch).detach())
+
+
+def test_exported_weights_have_the_models_own_names_and_the_compute_type(tiny_model: Path) -> None:
+    engine = tiny_engine(tiny_model)
+    bare = load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")).state_dict()
+    found = engine.weights()
+    assert found.keys() == bare.keys()
+    assert all(torch.equal(found[name], bare[name]) for name in bare)
+
+
+def test_saved_state_comes_back(tiny_model: Path, tmp_path: Path) -> None:
+    def step(engine: Engine) -> float:
+        engine.accumulate(-engine.score(sequence_batch(SEQUENCES)).sum(), last=True)
+        return engine.update(0.01)
+
+    first = tiny_engine(tiny_model)
+    step(first)
+    first.save(tmp_path)
+    second = tiny_engine(tiny_model)
+    second.load(tmp_path)
+    # Two more steps: the second of them shows whether the optimizer's state came along.
+    assert [step(first), step(first)] == [step(second), step(second)]
+    for name, weight in first.weights().items():
+        assert torch.equal(weight, second.weights()[name])
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
+    norms = []
+    for checkpointing in (False, True):
+        model = ModelConfig(
+            name_or_path=str(tiny_model), dtype="float32", gradient_checkpointing=checkpointing
+        )
+        engine = Engine(engine_module.start(model), load_model(model), model, OptimizationConfig())
+        engine.accumulate(-engine.score(sequence_batch(SEQUENCES)).sum(), last=True)
+        norms.append(engine.update(0.01))
+        assert engine.model.is_activation_checkpointing is checkpointing
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+
+
+def test_flex_attention_cannot_train_on_a_cpu_and_says_what_to_do(tiny_model: Path) -> None:
+    config = ModelConfig(name_or_path=str(tiny_model), dtype="float32", attention="flex")
+    with pytest.raises(UserError, match=r"model\.attention: flex; .* no backward pass on CPUs"):
+        Engine(engine_module.start(config), load_model(config), config, OptimizationConfig())

@@ -1,0 +1,108 @@
+"""What is wrong with the options of a loss, all of it at once; and what a loss is called."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dpo.cli.validate import problems
+from dpo.config import Config, DataConfig, LossConfig, ModelConfig
+from dpo.loss.catalog import LOSSES, averaged_over_groups, loss_problems, needs_reference, title_of
+
+CONFIG = Config(model=ModelConfig(name_or_path="m"), data=DataConfig(train="d"))
+
+
+def keys(**options: Any) -> list[str]:
+    return [problem.split(":")[0] for problem in loss_problems(LossConfig(**options))]
+
+
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"exo_pair", "robust"}))
+def test_every_loss_is_legal_with_the_defaults(name: str) -> None:
+    assert keys(type=name) == []
+
+
+@pytest.mark.parametrize("name", ["exo_pair", "robust"])
+def test_some_losses_need_smoothing_and_say_so(name: str) -> None:
+    (said,) = loss_problems(LossConfig(type=name))
+    assert said == f"loss.label_smoothing: 0; {name} needs a number above 0, such as 0.001"
+    assert keys(type=name, label_smoothing=0.001) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"type": "dpo"}, "loss.type"),
+        ({"type": []}, "loss.type"),
+        ({"type": ["ipo", "ipo"]}, "loss.type"),
+        ({"beta": 0.0}, "loss.beta"),
+        ({"beta": float("nan")}, "loss.beta"),
+        ({"label_smoothing": 0.5}, "loss.label_smoothing"),
+        ({"label_smoothing": -0.1}, "loss.label_smoothing"),
+        ({"type": "discopop", "discopop_tau": 1.0}, "loss.discopop_tau"),
+        ({"type": "simpo", "simpo_gamma": -1.0}, "loss.simpo_gamma"),
+        ({"sft_weight": -1.0}, "loss.sft_weight"),
+        ({"ld_alpha": 1.5}, "loss.ld_alpha"),
+        ({"type": ["ipo", "hinge"], "weights": [1.0]}, "loss.weights"),
+        ({"type": ["ipo", "hinge"], "weights": [1.0, 0.0]}, "loss.weights"),
+        ({"weights": [1.0, 2.0]}, "loss.weights"),
+        ({"type": "ipo", "label_smoothing": 0.1}, "loss.label_smoothing"),
+        ({"type": "sigmoid", "simpo_gamma": 1.0}, "loss.simpo_gamma"),
+        ({"type": "hinge", "discopop_tau": 0.1}, "loss.discopop_tau"),
+        ({"type": "simpo", "ld_alpha": 0.5}, "loss.ld_alpha"),
+        ({"type": "sigmoid_norm", "ld_alpha": 0.5}, "loss.ld_alpha"),
+        ({"type": ["plackett_luce", "sigmoid"]}, "loss.type"),
+        ({"type": "plackett_luce", "pair_weights": "score_margin"}, "loss.pair_weights"),
+        ({"type": "plackett_luce", "sft_weight": 0.5}, "loss.sft_weight"),
+    ],
+)
+def test_an_illegal_or_unused_option_is_named(options: dict[str, Any], key: str) -> None:
+    assert keys(**options) == [key]
+
+
+def test_an_unused_option_says_who_does_not_use_it() -> None:
+    (said,) = loss_problems(LossConfig(type=["ipo", "hinge"], label_smoothing=0.1))
+    assert said == "loss.label_smoothing: 0.1; ipo, hinge does not use it: leave it out"
+
+
+def test_an_option_of_one_loss_of_a_mixture_is_used() -> None:
+    assert keys(type=["sigmoid", "ipo"], label_smoothing=0.1) == []
+
+
+def test_problems_come_with_those_of_other_sections_at_once() -> None:
+    config = replace(CONFIG, loss=LossConfig(type="ipo", beta=-1, label_smoothing=0.1))
+    config = replace(config, train=replace(config.train, seed=-1))
+    assert [problem.split(":")[0] for problem in problems(config)] == [
+        "train.seed",
+        "loss.beta",
+        "loss.label_smoothing",
+    ]
+
+
+def test_a_ranking_needs_whole_groups() -> None:
+    config = replace(CONFIG, loss=LossConfig(type="plackett_luce"))
+    assert problems(config) == []
+    split = replace(config, data=replace(config.data, group_pairs=False))
+    assert [problem.split(":")[0] for problem in problems(split)] == ["data.group_pairs"]
+
+
+def test_what_a_loss_needs() -> None:
+    assert [name for name in LOSSES if not needs_reference(LossConfig(type=name))] == ["simpo", "orpo"]
+    assert needs_reference(LossConfig(type=["simpo", "ipo"]))
+    assert not needs_reference(LossConfig(type=["simpo", "orpo"]))
+    assert [name for name in LOSSES if averaged_over_groups(LossConfig(type=name))] == ["plackett_luce"]
+
+
+@pytest.mark.parametrize(
+    ("options", "title"),
+    [
+        ({}, "sigmoid, beta 0.1, label smoothing 0"),
+        ({"type": "ipo", "beta": 0.05}, "ipo, beta 0.05"),
+        ({"type": "simpo", "beta": 2.0}, "simpo, beta 2, simpo gamma 0.5"),
+        (
+            {"type": ["ipo", "hinge"], "weights": [1.0, 0.5], "sft_weight": 1.0},
+            "1 ipo + 0.5 hinge, beta 0.1, sft weight 1.0",
+        ),
+    ],
+)
+def test_a_title_has_every_option_that_counts(options: dict[str, Any], title: str) -> None:
+    assert title_of(LossConfig(**options)) == title

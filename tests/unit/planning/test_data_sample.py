@@ -1,0 +1,98 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dpo.config import DataConfig
+from dpo.errors import UserError
+from dpo.planning import data_sample as sample
+from dpo.planning.data_sample import SampledData, sample_data
+
+
+def sampled(data: DataConfig, tokenizer: PreTrainedTokenizerFast, *, exact: bool = False) -> SampledData:
+    return sample_data(data, tokenizer, 64, exact=exact)["train"]
+
+
+@pytest.fixture
+def data(
+    write_jsonl: Callable[..., str], preference_rows: Callable[..., list[dict[str, Any]]], tmp_path: Any
+) -> DataConfig:
+    rows = [*preference_rows(300), {"prompt": "x", "chosen": "same", "rejected": "same"}]
+    return DataConfig(train=write_jsonl(rows), cache_dir=str(tmp_path / "tokenized"))
+
+
+def test_few_rows_are_all_tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    found, exact = sampled(data, tokenizer), sampled(data, tokenizer, exact=True)
+    assert found.exact
+    assert exact.exact
+    assert found.tokens == exact.tokens
+    assert found.changed["dropped/identical_completions"] == 1
+    assert (found.groups, found.pairs, found.sequences) == (exact.groups, exact.pairs, exact.sequences)
+    assert (found.pairs_per_group == exact.pairs_per_group).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sample_says_what_the_whole_holds(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(sample, "SAMPLE_GROUPS", 120)
+    monkeypatch.setattr(sample, "SEED", seed)
+    found, exact = sampled(data, tokenizer), sampled(data, tokenizer, exact=True)
+    assert not found.exact
+    assert len(found.sample) == 120
+    assert found.groups == exact.groups
+    assert found.tokens.low <= exact.tokens.mean <= found.tokens.high
+    assert found.tokens.high - found.tokens.low < 0.2 * exact.tokens.mean
+    assert found.pairs == pytest.approx(exact.pairs, rel=0.15)
+    assert found.changed["dropped/identical_completions"] == 1
+
+
+def test_what_is_cut_is_scaled_up(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = DataConfig(train=data.train, max_length=16, cache_dir=data.cache_dir)
+    exact = sampled(short, tokenizer, exact=True)
+    monkeypatch.setattr(sample, "SAMPLE_GROUPS", 150)
+    found = sampled(short, tokenizer)
+    cut = "truncated/completions"
+    assert found.changed[cut] == pytest.approx(exact.changed[cut], rel=0.3)
+
+
+def test_trees_fill_a_micro_batch_and_hold_the_longest(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    found = sampled(data, tokenizer)
+
+    def tokens(limit: int) -> int:
+        return sum(len(prompt) + sum(map(len, rest)) for prompt, rest in found.trees(limit))
+
+    assert tokens(1) == found.longest
+    assert 1990 < tokens(2000) <= 2000
+    assert tokens(10**5) == pytest.approx(10**5, rel=0.001), "over and over"
+
+
+def test_a_split_that_is_held_out_is_sampled_too(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    both = DataConfig(train=data.train, test=data.train, cache_dir=data.cache_dir)
+    assert set(sample_data(both, tokenizer, 64, exact=False)) == {"train", "test"}
+
+
+def test_nothing_left_is_refused(
+    write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Any
+) -> None:
+    rows = [{"prompt": "a " * 40, "chosen": "b " * 30, "rejected": "c " * 30}]
+    data = DataConfig(train=write_jsonl(rows), max_length=8, too_long="drop", cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match="nothing left of 1 groups"):
+        sampled(data, tokenizer)
+
+
+def test_seeded(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "SAMPLE_GROUPS", 50)
+    first, second = sampled(data, tokenizer), sampled(data, tokenizer)
+    assert np.array_equal(first.stand_in, second.stand_in)
+    assert first.tokens == second.tokens

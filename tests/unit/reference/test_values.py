@@ -1,0 +1,177 @@
+"""What a data set gets from the cache: its own values in its own order, or a refusal with the command."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from unit.reference.samples import IDENTITY, made
+
+from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.records import Pair, TokenizedGroup
+from dpo.errors import UserError
+from dpo.reference.shards import write_shard
+from dpo.reference.store import ReferenceStore
+from dpo.reference.table import ReferenceRows
+from dpo.reference.values import reference_logps, reference_token_logps
+
+PROMPT = np.array([1, 2], dtype=np.int32)
+
+
+def data_of(folder: Path, *lengths: int) -> TokenizedDataset:
+    """A group of two completions for each length: one of that many tokens, and a shared one of 3 tokens.
+
+    Sequence 2 i is the completion of lengths[i] tokens, sequence 2 i + 1 the shared one.
+    """
+    shared = np.array([7, 8, 9], dtype=np.int32)
+    groups = [
+        TokenizedGroup(
+            prompt=PROMPT,
+            completions=(np.full(length, 40 + length, dtype=np.int32), shared),
+            pairs=(Pair(0, 1),),
+        )
+        for length in lengths
+    ]
+    write_dataset(groups, folder, Counter())
+    return map_dataset(folder, "digest")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TokenizedDataset:
+    return data_of(tmp_path / "data", 1, 4, 2)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ReferenceStore:
+    return made(tmp_path / "cache")
+
+
+def rows_of(
+    data: TokenizedDataset, sequences: list[int], *, with_tokens: bool = False, by: float = 0.0
+) -> ReferenceRows:
+    """Rows in which every token of a completion of n tokens has the log-prob -n - by."""
+    lengths = data.completion_tokens[sequences].astype(np.int32)
+    tokens = np.repeat(-lengths - by, lengths).astype(np.float32)
+    logps = lengths * (-lengths - by)
+    return ReferenceRows(
+        keys=np.asarray(data.keys)[sequences],
+        logps=logps.astype(np.float64),
+        num_tokens=lengths,
+        token_logps=tokens if with_tokens else None,
+    )
+
+
+def test_values_stand_in_the_order_of_each_data_set(
+    data: TokenizedDataset, store: ReferenceStore, tmp_path: Path
+) -> None:
+    other = data_of(tmp_path / "other", 4, 4, 1)
+    store.append(rows_of(data, [4, 1, 0]))
+    store.append(rows_of(data, [2]))
+    first, second = reference_logps([data, other], store, "")
+    assert first.tolist() == [-1, -9, -16, -9, -4, -9]
+    assert second.tolist() == [-16, -9, -16, -9, -1, -9]
+    assert first.dtype == np.float64
+    assert reference_logps([], store, "") == []
+
+
+def test_a_cache_that_lacks_rows_is_refused_with_the_command(
+    data: TokenizedDataset, store: ReferenceStore
+) -> None:
+    store.append(rows_of(data, [0, 1]))
+    message = (
+        rf"{store.path}: the cache lacks 2 of the 6 sequences of this data; .* Run: make precompute-ref$"
+    )
+    with pytest.raises(UserError, match=message):
+        reference_logps([data], store, "make precompute-ref")
+
+
+def test_a_cache_that_is_empty_names_the_one_that_was_meant(
+    data: TokenizedDataset, store: ReferenceStore, tmp_path: Path
+) -> None:
+    made(tmp_path / "cache", replace(IDENTITY, dtype="bfloat16"))
+    nearest = (
+        r"\(the nearest other cache, [0-9a-f]{16}, is of a model with other dtype: bfloat16 -> float32\)"
+    )
+    with pytest.raises(
+        UserError, match=rf"lacks 6 of the 6 sequences of this data {nearest}; training never"
+    ):
+        reference_logps([data], store, "")
+    store.append(rows_of(data, [0]))
+    with pytest.raises(UserError, match="lacks 5 of the 6 sequences of this data; training never"):
+        reference_logps([data], store, "")
+
+
+def test_a_second_data_set_that_is_lacking_is_refused(
+    data: TokenizedDataset, store: ReferenceStore, tmp_path: Path
+) -> None:
+    store.append(rows_of(data, [0, 1, 2, 4]))
+    other = data_of(tmp_path / "other", 4, 5)
+    with pytest.raises(UserError, match="lacks 1 of the 4 sequences"):
+        reference_logps([data, other], store, "")
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_a_row_of_another_length_is_refused(
+    data: TokenizedDataset, store: ReferenceStore, with_tokens: bool
+) -> None:
+    longer = replace(
+        rows_of(data, [0, 1, 2, 4]),
+        num_tokens=np.array([1, 3, 5, 2], dtype=np.int32),
+        token_logps=np.full(11, -1.0, dtype=np.float32),
+    )
+    store.append(longer)
+    read = reference_token_logps if with_tokens else lambda data, *rest: reference_logps([data], *rest)
+    with pytest.raises(
+        UserError, match="rows with another number of tokens than the data; delete it and run"
+    ):
+        read(data, store, "command")
+
+
+def tokens_of(*lengths_and_shifts: tuple[int, float]) -> list[float]:
+    return [-length - by for length, by in lengths_and_shifts for _ in range(length)]
+
+
+def test_tokens_stand_in_the_order_of_the_sequences_also_of_those_that_share_a_row(
+    data: TokenizedDataset, store: ReferenceStore
+) -> None:
+    store.append(rows_of(data, [4, 1, 0], with_tokens=True))
+    store.append(rows_of(data, [2], with_tokens=True))
+    found = reference_token_logps(data, store, "")
+    assert found.dtype == np.float32
+    assert found.tolist() == tokens_of((1, 0), (3, 0), (4, 0), (3, 0), (2, 0), (3, 0))
+
+
+def test_of_several_copies_the_oldest_with_tokens_counts(
+    data: TokenizedDataset, store: ReferenceStore
+) -> None:
+    tiny, digest = 2.0**-18, IDENTITY.digest  # less than rounding may do
+    store.append(rows_of(data, [0, 1, 2, 4], with_tokens=True, by=2 * tiny))
+    write_shard(store.path, rows_of(data, [1, 2], with_tokens=True, by=tiny), digest, time_ns=20)
+    write_shard(store.path, rows_of(data, [1]), digest, time_ns=10)  # older, but without tokens
+    found = reference_token_logps(data, store, "")
+    expected = [(1, 2 * tiny), (3, tiny), (4, tiny), (3, tiny), (2, 2 * tiny), (3, tiny)]
+    assert found.tolist() == tokens_of(*expected)
+    (sums,) = reference_logps([data], store, "")
+    assert sums[1] == -9  # for sums the oldest of all
+
+
+def test_rows_without_tokens_are_refused_where_tokens_are_wanted(
+    data: TokenizedDataset, store: ReferenceStore
+) -> None:
+    store.append(rows_of(data, [0, 1, 2, 4]))
+    store.append(rows_of(data, [1], with_tokens=True))
+    message = "lacks 3 of the 6 sequences .* Run: dpo precompute-ref with reference.store_token_logps: true"
+    with pytest.raises(UserError, match=message):
+        reference_token_logps(data, store, "dpo precompute-ref")
+
+
+def test_a_damaged_cache_is_refused(data: TokenizedDataset, store: ReferenceStore) -> None:
+    path = store.append(rows_of(data, [0, 1, 2, 4], with_tokens=True))
+    path.write_bytes(path.read_bytes()[:-9])
+    for attempt in (
+        lambda: reference_logps([data], store, ""),
+        lambda: reference_token_logps(data, store, ""),
+    ):
+        with pytest.raises(UserError, match="damaged shard"):
+            attempt()
