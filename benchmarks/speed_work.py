@@ -246,7 +246,7 @@ def measure_precompute(settings: Settings, work: str) -> None:
     if distributed.is_main():
         shutil.rmtree(config.reference.cache_dir, ignore_errors=True)
     distributed.barrier()
-    dataset, _, _ = open_data(config)
+    dataset, _, _ = open_data(config.data, config.model)
     result = precompute(config, [dataset], reference_store(config))
     peak = sum(distributed.gather_objects(peak_rss_bytes()))
     if distributed.is_main():

@@ -20,6 +20,7 @@ from dpo.evaluate.statistics import Interval
 from dpo.report.figures import PALETTE, Point, save_png, score_against_kl
 from dpo.report.markdown import escape, tail
 from dpo.tracking.history import read_history
+from dpo.tracking.run_folder import RunFolder
 
 OUTPUT = Path("runs/study_report")
 FRONTIER = study_sentiment.RUNS / "frontier"
@@ -231,7 +232,7 @@ def trees_table() -> str:
     ]
     runs = {"in one step, one tree": "flipped", "independent": "independent_pairs"}
     for name, run in runs.items():
-        steps = [line for line in read_history(study_sentiment.RUNS / run) if "train/loss" in line]
+        steps = [line for line in read_history(RunFolder(study_sentiment.RUNS / run)) if "train/loss" in line]
         if not steps:
             continue
         rate = median(line["perf/pairs_per_second"] for line in steps[1:])
@@ -292,7 +293,7 @@ def _pairs_and_accuracy(run: Path) -> tuple[float, float] | None:
     """Training pairs of a finished run, and its last held-out accuracy; None where it is not finished."""
     if not (run / "model" / "README.md").is_file():
         return None
-    history = read_history(run)
+    history = read_history(RunFolder(run))
     steps = [line for line in history if "train/loss" in line]
     totals = [0.0, *(line["train/num_tokens"] for line in steps)]
     pairs = sum(  # of a step: pairs a token, times its tokens

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import open_held_out
+from dpo.commands.inputs import join_ranks, open_held_out
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.records import TokenIds
@@ -26,7 +26,6 @@ from dpo.evaluate.samples import held_out_prompts, log_probs
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
 from dpo.evaluate.statistics import Interval, distinct_n, mean_interval, ratio_interval, win_rate
-from dpo.guards.guard import quiet
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
 from dpo.reference.identity import reference_model
@@ -195,8 +194,7 @@ def _as_json(models: dict[int, dict[str, float]], limit: Limit, options: Evaluat
 
 def best_of(config: Config) -> None:
     """Many continuations by the reference alone: best of n, and what no policy can exceed."""
-    quiet()
     check_baseline(config.evaluate)
-    distributed.start()
-    _, test_data, tokenizer = open_held_out(config, "best-of")
+    join_ranks()
+    _, test_data, tokenizer = open_held_out(config.data, config.model, "best-of")
     best_of_reference(config, reference_model(config), test_data, tokenizer)

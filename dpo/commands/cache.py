@@ -135,5 +135,5 @@ def _stores(target: Path | Config, *, strict: bool = False) -> list[ReferenceSto
 
 
 def _datasets(config: Config) -> dict[str, TokenizedDataset]:
-    train, test, _ = open_data(config)
+    train, test, _ = open_data(config.data, config.model)
     return {split: data for split, data in (("train", train), ("test", test)) if data is not None}

@@ -15,6 +15,7 @@ from dpo.errors import UserError
 from dpo.evaluate.statistics import Interval
 from dpo.report.figures import Point, losses_and_margins, save_png, score_against_kl
 from dpo.tracking.history import Line, read_history
+from dpo.tracking.run_folder import RunFolder
 
 MEASURES = {
     "eval/loss": "held-out loss",
@@ -102,7 +103,7 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
 
 
 def _read(folder: Path, label: str) -> FinishedRun:
-    history = read_history(folder)
+    history = read_history(RunFolder(folder))
     summary: dict[str, float] = {}
     for line in history:
         summary |= {name: value for name, value in line.items() if name.startswith("eval/")}

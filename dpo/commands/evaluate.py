@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
 from dpo.commands.check import finished_model
-from dpo.commands.inputs import open_held_out, open_reference_for, with_reference
+from dpo.commands.inputs import join_ranks, open_held_out, with_reference
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import longest_tree
 from dpo.data.preference_data import PreferenceData
@@ -22,10 +22,11 @@ from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.evaluate.divergence import kl_summary
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.evaluate.samples import Sampler, held_out_prompts, log_probs, texts
-from dpo.guards.guard import quiet
+from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
 from dpo.reference.identity import reference_model
+from dpo.reference.values import open_reference
 from dpo.report.build import Compared, Samples, compare, compose, headline, learned_preferences, report_folder
 from dpo.report.html import html_page
 from dpo.report.markdown import terminal_table, write_report, write_text
@@ -132,17 +133,22 @@ def _use_models(
 
 def evaluate(config: Config) -> None:
     """Held-out metrics, samples of reference and policy side by side, and the report."""
-    quiet()
-    distributed.start()
+    join_ranks()
     policy = finished_model(config)
-    train_data, test_data, tokenizer = open_held_out(config, "evaluate")
+    train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
     command = "make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)"
-    reference = open_reference_for(config, [test_data], command)
+    reference = open_reference(
+        config,
+        [test_data],
+        needed=needs_reference(config.loss),
+        per_token=config.loss.ld_alpha is not None,
+        command=command,
+    )
     found = evaluate_run(
         config,
         policy,
         reference_model(config),
-        with_reference(config, [test_data], reference)[0],
+        with_reference(config.loss, [test_data], reference)[0],
         tokenizer,
         {
             "training data": f"{config.data.train}, content {train_data.content_digest()[:16]}",

@@ -2,8 +2,8 @@
 
 import json
 
+from dpo.commands.inputs import join_ranks
 from dpo.config import Config
-from dpo.guards.guard import quiet
 from dpo.planning.fit import Machine
 from dpo.planning.plan import as_json, make_plan
 from dpo.planning.text import page
@@ -20,7 +20,7 @@ def plan(
     as_numbers: bool,
 ) -> None:
     """Prints what training will need: for people, or with `as_numbers` as JSON."""
-    quiet()
+    join_ranks()
     machine = Machine(num_gpus=num_gpus, gpu_memory=gpu_memory, gpu_flops=gpu_flops, mfu=mfu)
     made = make_plan(config, machine, exact=exact)
     print(json.dumps(as_json(made), indent=2) if as_numbers else page(made))

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dpo.config import Config
+from dpo.engine.optimizer import OPTIMIZERS
 from dpo.engine.scoring import GPU_TOKENS
 from dpo.model.load import DTYPES
 from dpo.planning.data_sample import SampledData
@@ -20,7 +21,6 @@ from dpo.planning.memory import (
     weight_dtype,
 )
 from dpo.planning.rehearsal import Rehearsal, rehearse
-from dpo.train.disk_space import MOMENTS
 
 USABLE = 0.9
 """Of a GPU's memory: the rest is the CUDA context, workspaces of libraries and what the allocator cannot
@@ -98,7 +98,7 @@ class Fit:
 
     def ways(self, *, checkpointing: bool) -> list[Way]:
         """Every way of sharding that there is for this number of GPUs, compute type and optimizer."""
-        moments = MOMENTS[self._config.train.optimizer]
+        moments = OPTIMIZERS[self._config.train.optimizer].moments
         left_out = {
             "no DeepSpeed": self._machine.num_gpus > 1,
             "ZeRO-0": not is_offered("ZeRO-0", self._dtype),

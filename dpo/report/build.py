@@ -28,6 +28,7 @@ from dpo.report.figures import (
     score_against_kl,
 )
 from dpo.tracking.history import Line, read_history
+from dpo.tracking.run_folder import RunFolder
 
 WORST = 3
 """Pairs and samples that the report shows as failures."""
@@ -151,7 +152,7 @@ def learned_preferences(run_dir: Path) -> bool:
 def _history(config: Config) -> list[Line]:
     """Of the run, up to the model that is evaluated; none of one that learned next tokens."""
     last = config.evaluate.snapshot
-    lines = read_history(Path(config.run_dir)) if learned_preferences(Path(config.run_dir)) else []
+    lines = read_history(RunFolder(Path(config.run_dir))) if learned_preferences(Path(config.run_dir)) else []
     return [line for line in lines if last is None or line["step"] <= last]
 
 
