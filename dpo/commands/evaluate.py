@@ -141,7 +141,7 @@ def evaluate(config: Config) -> None:
     found = evaluate_run(
         config,
         policy,
-        reference_model(config),
+        reference_model(config.model, config.reference),
         with_reference(config, [test_data], reference)[0],
         tokenizer,
         {

@@ -16,6 +16,7 @@ from dpo.errors import UserError
 from dpo.loss.catalog import averaged_over_groups, needs_reference
 from dpo.model.files import max_positions
 from dpo.model.load import load_tokenizer
+from dpo.reference.identity import reference_model
 from dpo.reference.values import ReferenceUse, open_reference
 
 
@@ -42,7 +43,10 @@ def open_held_out(
 def open_reference_for(config: Config, datasets: Sequence[TokenizedDataset], command: str) -> ReferenceUse:
     """The cache as the configured loss uses it; UserError names `command` where rows are missing."""
     needed, per_token = needs_reference(config.loss), config.loss.ld_alpha is not None
-    return open_reference(config, datasets, needed=needed, per_token=per_token, command=command)
+    model = reference_model(config.model, config.reference)
+    return open_reference(
+        model, config.reference, datasets, needed=needed, per_token=per_token, command=command
+    )
 
 
 def with_reference(

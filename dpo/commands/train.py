@@ -62,16 +62,16 @@ def _train(config: Config, guard: Guard) -> None:
         max_steps=config.train.max_steps,
     )
     check_space(config, num_parameters(config.model), accelerator, plan.num_steps)
-    audited_with_policy = start is None and reference.audit_apart(config)
+    audited_with_policy = start is None and reference.audit_apart(config.model)
     dtype = engine.weight_dtype(accelerator, config.model)
     model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
     policy = Engine(accelerator, model, config.model, config.train, universal=universal)
     settle_layout(policy, datasets)
     if audited_with_policy:
-        reference.audit_with(policy.score_only, config)
+        reference.audit_with(policy.score_only)
     if start is None:
         claim_run(config)
-    reference.record(config, start)
+    reference.record(Path(config.run_dir), start)
 
     def evaluate_policy() -> Evaluation:
         assert test_data is not None
