@@ -89,8 +89,9 @@ def _recompute(
         sequences = [] if row is None else [datasets[number].sequence(index)]
         with torch.no_grad():
             logps = score(sequence_batch(sequences).to(distributed.device()))
-        for (_, completion), logp in zip(sequences, logps.tolist(), strict=True):
-            compared.append((len(completion), float(references[number][index]), logp))
+        if sequences:
+            cached = float(references[number][index])
+            compared.append((len(sequences[0][1]), cached, float(logps[0])))
     return np.array([row for part in distributed.gather_objects(compared) for row in part])
 
 

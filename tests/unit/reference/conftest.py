@@ -1,4 +1,4 @@
-"""A tiny experiment: its configuration, its data in token ids, and adapters of its model by hand."""
+"""A tiny experiment: its configuration, its data in token ids, and hand-made adapters of its model."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ def experiment(
     open_data: Callable[[Config], TokenizedDataset],
     write_jsonl: Callable[..., str],
 ) -> Callable[[list[dict[str, Any]]], tuple[Config, TokenizedDataset]]:
-    """(configuration, data in token ids) of rows."""
+    """(configuration, data in token ids) for rows of preference data."""
 
     def make(rows: list[dict[str, Any]]) -> tuple[Config, TokenizedDataset]:
         config = make_config(write_jsonl(rows))
@@ -72,8 +72,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def around_scorer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Around:
-    """Puts a function between precompute and its model: it gets the number of the batch, the model's own
-    `score`, and the batch. The probe of the layout is none of its business.
+    """Puts a function between precompute and its model. It is called with the number of the batch, the
+    model's own `score`, and the batch; calls that probe the layout go to the model directly.
     """
 
     def install(call: Callable[[int, Score, TreeBatch], Tensor]) -> None:
