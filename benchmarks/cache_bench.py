@@ -57,10 +57,10 @@ class Bench:
         }
         arguments = [word for key, value in values.items() for word in (f"--{key}", str(value))]
         AcceleratorState._reset_state(reset_partial_state=True)  # as if the command had a process of its own
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             status = run([command, *arguments, *more])
-        return status, said.getvalue()
+        return status, output.getvalue()
 
     def rewrite(self, shift: float, *, identity: str | None = None, only_first: bool = False) -> None:
         """Replaces every shard by a well-formed one with other values."""
@@ -84,9 +84,9 @@ def make_bench(folder: Path) -> Bench:
 
 def must_succeed(ended: Ended) -> str:
     """What a command printed, which must have ended with status 0."""
-    status, said = ended
-    assert status == 0, said
-    return said
+    status, output = ended
+    assert status == 0, output
+    return output
 
 
 def _write_model(folder: Path) -> None:

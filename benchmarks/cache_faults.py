@@ -39,7 +39,7 @@ class Fault:
     happens: Callable[[Bench], Ended]
     """Breaks one thing and runs a command."""
     status: int
-    says: str
+    message: str
     """Part of what the command prints."""
     outcome: str
     """What happens, for the table."""
@@ -70,7 +70,7 @@ def _deleted_then_rebuilt(bench: Bench) -> Ended:
     return bench.dpo("train")
 
 
-def _foreign_folder(bench: Bench) -> Ended:
+def _folder_of_another_model(bench: Bench) -> Ended:
     ours = bench.store.path
     _flip_a_weight(bench.model)
     must_succeed(bench.dpo("precompute-ref"))
@@ -81,7 +81,7 @@ def _foreign_folder(bench: Bench) -> Ended:
     return bench.dpo("train")
 
 
-def _foreign_shard(bench: Bench) -> Ended:
+def _shard_of_another_model(bench: Bench) -> Ended:
     bench.rewrite(-1.0, identity="ab" * 32)
     return bench.dpo("train")
 
@@ -222,46 +222,47 @@ def _deleted_before_resume(bench: Bench) -> Ended:
 
 
 FAULTS = [
-    Fault(name="flipped byte in a shard", happens=_flipped_byte, status=2, says="damaged shard",
+    Fault(name="flipped byte in a shard", happens=_flipped_byte, status=2, message="damaged shard",
           outcome="train refuses and names the file"),
-    Fault(name="truncated shard", happens=_truncated, status=2, says="damaged shard",
+    Fault(name="truncated shard", happens=_truncated, status=2, message="damaged shard",
           outcome="train refuses and names the file"),
-    Fault(name="deleted shard", happens=_deleted, status=2, says="the cache lacks",
+    Fault(name="deleted shard", happens=_deleted, status=2, message="the cache lacks",
           outcome="train refuses, counts the missing rows, names the command"),
-    Fault(name="deleted shard, then precompute-ref", happens=_deleted_then_rebuilt, status=0, says="audit:",
-          outcome="the missing rows are computed, and the audit passes"),
-    Fault(name="another model's folder under our name", happens=_foreign_folder, status=2,
-          says="another reference model: weights.model", outcome="train refuses and says what differs"),
-    Fault(name="another model's shard in our folder", happens=_foreign_shard, status=2,
-          says="a shard of another reference model", outcome="train refuses, with both identities"),
-    Fault(name="identity.json edited", happens=_edited_identity, status=2, says="does not match its content",
-          outcome="train refuses"),
+    Fault(name="deleted shard, then precompute-ref", happens=_deleted_then_rebuilt, status=0,
+          message="audit:", outcome="the missing rows are computed, and the audit passes"),
+    Fault(name="another model's folder under our name", happens=_folder_of_another_model, status=2,
+          message="another reference model: weights.model", outcome="train refuses and says what differs"),
+    Fault(name="another model's shard in our folder", happens=_shard_of_another_model, status=2,
+          message="a shard of another reference model", outcome="train refuses, with both identities"),
+    Fault(name="identity.json edited", happens=_edited_identity, status=2,
+          message="does not match its content", outcome="train refuses"),
     Fault(name="values off by 0.01 nats, checksums right", happens=_shifted_values, status=2,
-          says="audit failed", outcome="the audit stops training before the first step, with the numbers"),
+          message="audit failed", outcome="the audit stops training before the first step, with the numbers"),
     Fault(name="weights edited, same name, size and time", happens=_edited_weights, status=2,
-          says="weights.model.safetensors:", outcome="another identity: train refuses and says what differs"),
-    Fault(name="changed tokenizer", happens=_other_tokenizer, status=2, says="the cache lacks",
-          outcome="other ids, other keys: train refuses"),
-    Fault(name="changed max_length", happens=_other_max_length, status=2, says="the cache lacks",
-          outcome="cut rows have other keys: train refuses"),
-    Fault(name="changed chat template", happens=_other_template, status=2, says="the cache lacks",
-          outcome="other ids, other keys: train refuses"),
-    Fault(name="changed dtype", happens=_other_dtype, status=2, says="dtype: float32 -> bfloat16",
+          message="weights.model.safetensors:",
           outcome="another identity: train refuses and says what differs"),
-    Fault(name="NaN written into a shard", happens=_nan_in_a_shard, status=2, says="not finite",
+    Fault(name="changed tokenizer", happens=_other_tokenizer, status=2, message="the cache lacks",
+          outcome="other ids, other keys: train refuses"),
+    Fault(name="changed max_length", happens=_other_max_length, status=2, message="the cache lacks",
+          outcome="cut rows have other keys: train refuses"),
+    Fault(name="changed chat template", happens=_other_template, status=2, message="the cache lacks",
+          outcome="other ids, other keys: train refuses"),
+    Fault(name="changed dtype", happens=_other_dtype, status=2, message="dtype: float32 -> bfloat16",
+          outcome="another identity: train refuses and says what differs"),
+    Fault(name="NaN written into a shard", happens=_nan_in_a_shard, status=2, message="not finite",
           outcome="train refuses and names the file"),
-    Fault(name="NaN in the model's weights", happens=_nan_in_the_weights, status=2, says="not finite",
+    Fault(name="NaN in the model's weights", happens=_nan_in_the_weights, status=2, message="not finite",
           outcome="precompute-ref stops, and stores none of the batch"),
-    Fault(name="disk full", happens=_disk_full, status=2, says="No space left on device",
+    Fault(name="disk full", happens=_disk_full, status=2, message="No space left on device",
           outcome="precompute-ref stops; what it wrote is kept, and with more space it computes the rest"),
-    Fault(name="read-only folder", happens=_read_only, status=2, says="Read-only file system",
+    Fault(name="read-only folder", happens=_read_only, status=2, message="Read-only file system",
           outcome="precompute-ref refuses before a model is loaded"),
-    Fault(name="read-only folder with a full cache", happens=_read_only_and_full, status=0, says="audit:",
+    Fault(name="read-only folder with a full cache", happens=_read_only_and_full, status=0, message="audit:",
           outcome="train works, since it only reads"),
     Fault(name="values changed before a resume", happens=_changed_before_resume, status=2,
-          says="other reference values", outcome="train refuses: it would not be the same run"),
+          message="other reference values", outcome="train refuses: it would not be the same run"),
     Fault(name="cache deleted before a resume", happens=_deleted_before_resume, status=2,
-          says="the cache lacks",
+          message="the cache lacks",
           outcome="train refuses: the trained policy is never used as the reference"),
 ]  # fmt: skip
 
@@ -274,10 +275,10 @@ def try_fault(fault: Fault, folder: Path) -> None:
         Skip: This machine cannot try it.
     """
     bench = make_bench(folder)
-    status, said = fault.happens(bench)
-    assert "Traceback" not in said, said
-    assert status == fault.status, f"exit status {status}, expected {fault.status}: {said[-500:]}"
-    assert fault.says in said, f"does not print {fault.says!r}: {said[-500:]}"
+    status, output = fault.happens(bench)
+    assert "Traceback" not in output, output
+    assert status == fault.status, f"exit status {status}, expected {fault.status}: {output[-500:]}"
+    assert fault.message in output, f"does not print {fault.message!r}: {output[-500:]}"
 
 
 def main() -> int:

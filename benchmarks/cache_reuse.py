@@ -122,10 +122,10 @@ def main() -> int:
 def precompute(bench: Bench, arguments: list[str]) -> tuple[int, int, int]:
     """Runs precompute-ref; returns hits, misses and forward passes."""
     with counted_passes() as passes:
-        status, said = bench.dpo("precompute-ref", "--reference.max_tokens_per_batch", "16384", *arguments)
-    found = re.search(r"(\d+) sequences were cached, (\d+) computed", said)
-    assert status == 0, said
-    assert found, said
+        status, output = bench.dpo("precompute-ref", "--reference.max_tokens_per_batch", "16384", *arguments)
+    found = re.search(r"(\d+) sequences were cached, (\d+) computed", output)
+    assert status == 0, output
+    assert found, output
     return int(found[1]), int(found[2]), passes[0]
 
 

@@ -1,7 +1,7 @@
 """Does the cache hold what the model computes, and is it the cache that the run started with?
 
-A new run recomputes a few rows with the reference model. A resumed run compares its rows with the record that
-it wrote when it started: the policy has been trained since, so it can no longer stand for the reference.
+A new run recomputes a few rows with the reference model, often the untrained policy. A resumed run, whose
+policy has been trained, compares its rows with the record that it wrote when it started.
 """
 
 import hashlib

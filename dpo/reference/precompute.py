@@ -64,7 +64,7 @@ def precompute(
 ) -> PrecomputeResult:
     """Computes every sequence of `datasets` that the cache lacks; loads no model if it lacks none.
 
-    All ranks must call it. Whatever exception ends it early, what was computed is written first.
+    All ranks must call it. If an exception ends it early, what was computed is written first.
 
     Args:
         model: The reference model.
@@ -173,8 +173,8 @@ class _Unwritten:
 
 
 def _my_batches(plan: MissingPlan, *, sharded: bool) -> list[int | None]:
-    """The numbers of this rank's batches. With sharded weights every rank takes part in every forward pass,
-    so all lists have the same length, and None stands where a rank has no batch left.
+    """The numbers of this rank's batches. With sharded weights every rank takes part in every forward pass:
+    all lists have the same length, with None where a rank has no batch left.
     """
     if sharded:
         return distributed.turns_of(range(plan.num_batches))

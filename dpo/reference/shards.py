@@ -66,7 +66,7 @@ def read_shard(path: Path, identity: str, *, token_logps: bool = False) -> Refer
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            schema, promised = file.schema_arrow, file.metadata.num_rows
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
             if [*schema][: len(SCHEMA)] != [*SCHEMA]:
                 columns = ", ".join(f"{field.name} ({field.type})" for field in SCHEMA)
                 raise UserError(f"{path}: not a shard of a reference cache; expected the columns {columns}")
@@ -80,8 +80,8 @@ def read_shard(path: Path, identity: str, *, token_logps: bool = False) -> Refer
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names that are not UTF-8
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _damaged(path, reason) from error
-    if table.num_rows != promised:
-        raise _damaged(path, f"it has {table.num_rows} of {promised} rows")
+    if table.num_rows != num_rows:
+        raise _damaged(path, f"it has {table.num_rows} of {num_rows} rows")
     if found != identity:
         raise UserError(
             f"{path}: a shard of another reference model (identity {found[:16] or 'unknown'}, this cache is "

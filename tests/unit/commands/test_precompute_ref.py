@@ -76,9 +76,9 @@ def test_a_signal_keeps_what_was_computed_and_ends_with_status_3(
     with monkeypatch.context() as patch:
         patch.setattr(precompute_module, "_score", signalled)
         assert run(arguments) == 3
-    said = capsys.readouterr().err
-    assert number.name in said
-    assert "what was computed is kept" in said
+    output = capsys.readouterr().err
+    assert number.name in output
+    assert "what was computed is kept" in output
     assert [signal.getsignal(each) for each in STOPPING] == handlers
     kept = rows_in(tmp_path)
     assert kept > 0

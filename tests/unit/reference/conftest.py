@@ -1,6 +1,7 @@
 """A tiny experiment: its configuration, its data in token ids, and hand-made adapters of its model."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.trees import TreeBatch
 from dpo.engine.frozen import frozen_scorer
 from dpo.reference import precompute as precompute_module
+from dpo.reference.identity import ReferenceIdentity, reference_identity
 
 Score = Callable[[TreeBatch], Tensor]
 Around = Callable[[Callable[[int, Score, TreeBatch], Tensor]], None]
@@ -34,6 +36,23 @@ def experiment(
         return config, open_data(config)
 
     return make
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to edit."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def identify(tmp_path: Path) -> Callable[..., ReferenceIdentity]:
+    """identify(folder, dtype="float32"): the identity of the model in a folder."""
+
+    def identify(folder: Path, **options: Any) -> ReferenceIdentity:
+        model = ModelConfig(name_or_path=str(folder), **options)
+        return reference_identity(model, tmp_path / "cache")
+
+    return identify
 
 
 @pytest.fixture

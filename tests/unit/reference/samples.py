@@ -1,5 +1,7 @@
 """Caches built by hand: rows from a dictionary, and a dictionary from the rows of a cache."""
 
+import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset
 from dpo.reference.identity import ReferenceIdentity, reference_identity, reference_model
 from dpo.reference.precompute import PrecomputeResult, precompute
+from dpo.reference.shards import read_shard
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import Keys, ReferenceRows, ReferenceTable
 
@@ -92,6 +95,22 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def tokens_in_use(store: ReferenceStore) -> dict[bytes, list[float]]:
+    """Key -> log-probs per token of the oldest copy that has them."""
+    found: dict[bytes, list[float]] = {}
+    for path in store.shards():
+        shard = read_shard(path, store.identity.digest, token_logps=True)
+        if shard.token_logps is not None:
+            split = np.split(shard.token_logps, np.cumsum(shard.num_tokens)[:-1])
+            for key, tokens in zip(raw(shard.keys), split, strict=True):
+                found.setdefault(key, tokens.tolist())
+    return found
+
+
+def number_of_rows(store: ReferenceStore) -> int:
+    return sum(len(read_shard(path, store.identity.digest)) for path in store.shards())
+
+
 def store_of(config: Config, cache_dir: Path | None = None) -> ReferenceStore:
     root = cache_dir or Path(config.reference.cache_dir)
     return ReferenceStore(root, reference_identity(reference_model(config.model, config.reference), root))
@@ -105,3 +124,15 @@ def fill(config: Config, datasets: Sequence[TokenizedDataset], store: ReferenceS
 
 def with_options(config: Config, **options: Any) -> Config:
     return replace(config, reference=replace(config.reference, **options))
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flip_last_byte(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))

@@ -1,9 +1,7 @@
 """Maintenance of a cache: no value in use changes or is lost, and every damaged file is named."""
 
-import errno
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,11 +15,13 @@ from unit.reference.samples import (
     files,
     keys,
     made,
+    number_of_rows,
     padded,
     random_rows,
     raw,
     rows,
     token_rows,
+    tokens_in_use,
 )
 
 from dpo.errors import UserError
@@ -39,22 +39,6 @@ def store(tmp_path: Path) -> ReferenceStore:
 
 def wanting(*names: bytes) -> KeyIndex:
     return index_keys(keys(*names))[0]
-
-
-def tokens_in_use(store: ReferenceStore) -> dict[bytes, list[float]]:
-    """Key -> log-probs per token of the oldest copy that has them."""
-    found: dict[bytes, list[float]] = {}
-    for path in store.shards():
-        shard = read_shard(path, store.identity.digest, token_logps=True)
-        if shard.token_logps is not None:
-            split = np.split(shard.token_logps, np.cumsum(shard.num_tokens)[:-1])
-            for key, tokens in zip(raw(shard.keys), split, strict=True):
-                found.setdefault(key, tokens.tolist())
-    return found
-
-
-def number_of_rows(store: ReferenceStore) -> int:
-    return sum(len(read_shard(path, store.identity.digest)) for path in store.shards())
 
 
 def leave_unfinished(store: ReferenceStore, name: str, *, age: float = 0.0) -> Path:
@@ -89,18 +73,18 @@ def test_verify_counts_the_rows_of_an_undamaged_cache(store: ReferenceStore) -> 
 
 
 def test_all_bad_shards_are_named_each_with_its_own_reason(store: ReferenceStore) -> None:
-    good, damaged, cut, foreign = (store.append(random_rows(50, seed, with_tokens=True)) for seed in range(4))
+    good, damaged, cut, other = (store.append(random_rows(50, seed, with_tokens=True)) for seed in range(4))
     content_of = bytearray(damaged.read_bytes())
     content_of[len(content_of) // 3] ^= 1
     damaged.write_bytes(content_of)
     cut.write_bytes(cut.read_bytes()[:-9])
-    foreign.unlink()
-    foreign = write_shard(store.path, random_rows(5), "cd" * 32)
+    other.unlink()
+    other = write_shard(store.path, random_rows(5), "cd" * 32)
     with pytest.raises(UserError) as raised:
         verify(store)
     first, *lines = str(raised.value).splitlines()
     assert first.startswith("3 of 4 shards")
-    assert [line.partition(": ")[0].strip() for line in lines] == [str(p) for p in (damaged, cut, foreign)]
+    assert [line.partition(": ")[0].strip() for line in lines] == [str(p) for p in (damaged, cut, other)]
     reasons = ("damaged shard", "damaged shard", "a shard of another reference model")
     assert all(reason in line for reason, line in zip(reasons, lines, strict=True))
     assert str(good) not in str(raised.value)
@@ -256,80 +240,6 @@ def test_unfinished_files_are_removed_once_they_are_old(store: ReferenceStore) -
     assert len(content(store)) == 1
 
 
-class KilledError(Exception):
-    """Takes the place of SIGKILL: no code of ours catches it."""
-
-
-def test_killed_before_old_shards_are_removed_it_loses_no_row(
-    store: ReferenceStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append(store, {b"a": (-1.0, 1), b"b": (-2.00001, 1)})
-    append(store, {b"b": (-2.0, 1), b"c": (-3.0, 1)})
-    store.append(token_rows({b"c": [-3.00001], b"d": [-4.0, -5.0]}))
-    sums, tokens = content(store), tokens_in_use(store)
-
-    def die(*_: Any, **__: Any) -> None:
-        raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", die)
-        with pytest.raises(KilledError):
-            prune(store, None, dry_run=False)
-    assert number_of_rows(store) > len(sums) + 1
-    assert (content(store), tokens_in_use(store)) == (sums, tokens)
-    prune(store, None, dry_run=False)  # the next call completes the work
-    assert (content(store), tokens_in_use(store)) == (sums, tokens)
-    assert number_of_rows(store) == 5  # c is there twice: its sum in use is not that of its tokens
-
-
-def test_killed_after_some_old_shards_are_removed_it_loses_no_row(
-    store: ReferenceStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for seed in range(4):
-        store.append(random_rows(3, seed, with_tokens=seed % 2 == 1))
-    sums, tokens = content(store), tokens_in_use(store)
-    unlink, calls = Path.unlink, iter(range(99))
-
-    def die_later(path: Path, **options: Any) -> None:
-        if next(calls) == 2:
-            raise KilledError
-        unlink(path, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", die_later)
-        with pytest.raises(KilledError):
-            prune(store, None, dry_run=False)
-    assert len(store.shards()) == 4  # two old ones and the two that replace all
-    assert (content(store), tokens_in_use(store)) == (sums, tokens)
-
-
-def test_a_damaged_cache_is_not_changed(store: ReferenceStore) -> None:
-    append(store, {b"a": (-1.0, 1)})
-    damaged = append(store, {b"b": (-2.0, 1)})
-    damaged.write_bytes(damaged.read_bytes()[:-9])
-    before = files(store.path)
-    with pytest.raises(UserError, match="damaged shard"):
-        prune(store, None, dry_run=False)
-    assert files(store.path) == before
-
-
-def test_a_shard_that_another_process_writes_meanwhile_is_not_touched(
-    store: ReferenceStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append(store, {b"a": (-1.0, 1)})
-    append(store, {b"b": (-2.0, 1)})
-    written: list[Path] = []
-
-    def write_while_another_writes(*arguments: Any, **options: Any) -> Path:
-        written.append(append(store, {b"c": (-3.0, 1)}))
-        return write_shard(*arguments, **options)
-
-    monkeypatch.setattr(prune_module, "write_shard", write_while_another_writes)
-    prune(store, wanting(b"a", b"b"), dry_run=False)
-    assert written[0].is_file()
-    assert content(store) == padded({b"a": (-1.0, 1), b"b": (-2.0, 1), b"c": (-3.0, 1)})
-
-
 def test_one_small_shard_of_each_kind_is_kept(store: ReferenceStore) -> None:
     append(store, {b"a": (-1.0, 1)})
     store.append(token_rows({b"b": (-2.0, 2)}))
@@ -337,44 +247,3 @@ def test_one_small_shard_of_each_kind_is_kept(store: ReferenceStore) -> None:
     append(store, {b"c": (-3.0, 1)})
     assert len(prune(store, None, dry_run=False).replaced) == 2
     assert prune(store, None, dry_run=False).replaced == ()
-
-
-@pytest.mark.parametrize("action", [cache_info, verify, lambda store: prune(store, None, dry_run=True)])
-def test_shards_that_are_joined_meanwhile_are_read_again(
-    store: ReferenceStore, monkeypatch: pytest.MonkeyPatch, action: Any
-) -> None:
-    append(store, {b"a": (-1.0, 1)})
-    append(store, {b"b": (-2.0, 1)})
-    left = [True]
-
-    def compact_first(path: Path, *arguments: Any, **options: Any) -> Any:
-        if left and left.pop():
-            old = store.shards()
-            append(store, {b"a": (-1.0, 1), b"b": (-2.0, 1)})
-            for shard in old:
-                shard.unlink()
-        return read_shard(path, *arguments, **options)
-
-    monkeypatch.setattr(prune_module, "read_shard", compact_first)
-    action(store)
-    assert not left
-    assert len(content(store)) == 2
-
-
-def test_a_disk_that_became_read_only_is_a_user_error(
-    store: ReferenceStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append(store, {b"a": (-1.0, 1)})
-    append(store, {b"b": (-2.0, 1)})
-
-    def read_only(self: Path, *_: Any, **__: Any) -> None:
-        raise OSError(errno.EROFS, "Read-only file system", str(self))
-
-    with monkeypatch.context() as context:
-        context.setattr(Path, "unlink", read_only)
-        with pytest.raises(UserError, match=rf"{store.path}: .*Read-only file system"):
-            prune(store, None, dry_run=False)
-        context.setattr(os, "open", read_only)
-        with pytest.raises(UserError, match=rf"{store.path}: .* 1 rows .Read-only file system"):
-            append(store, {b"c": (-3.0, 1)})
-    assert len(content(store)) == 2

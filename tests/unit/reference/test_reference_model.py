@@ -1,32 +1,18 @@
 """Which model is the reference: the policy's start, an adapter's base, or the one that is named."""
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from unit.reference.samples import sha256
 
 from dpo.config import ModelConfig, ReferenceConfig
 from dpo.reference.identity import ReferenceIdentity, policy_is_reference, reference_identity, reference_model
 
 Identify = Callable[[Path], ReferenceIdentity]
 MakeAdapter = Callable[..., Path]
-
-
-@pytest.fixture
-def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
-@pytest.fixture
-def identify(tmp_path: Path) -> Identify:
-    return lambda folder: reference_identity(ModelConfig(name_or_path=str(folder)), tmp_path / "cache")
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_the_reference_is_the_start_of_the_policy_unless_named(folder: Path) -> None:

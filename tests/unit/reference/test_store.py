@@ -86,9 +86,9 @@ def test_merging_two_caches_of_one_model_is_copying_shards(tmp_path: Path) -> No
 
 
 def test_a_shard_from_the_cache_of_another_model_is_refused(tmp_path: Path) -> None:
-    store, foreign = made(tmp_path), made(tmp_path, OTHER)
+    store, other = made(tmp_path), made(tmp_path, OTHER)
     append(store, {b"a": (-1.0, 1)})
-    copied = shutil.copy(append(foreign, {b"b": (-2.0, 1)}), store.path)
+    copied = shutil.copy(append(other, {b"b": (-2.0, 1)}), store.path)
     with pytest.raises(UserError, match=rf"{copied}: a shard of another reference model"):
         store.load()
     Path(copied).unlink()
@@ -137,10 +137,10 @@ def test_a_cache_that_cannot_be_made_is_refused_by_its_key(tmp_path: Path) -> No
 def test_the_cache_of_another_model_under_our_name_is_refused_with_the_difference(
     tmp_path: Path, change: dict[str, Any], differs: str
 ) -> None:
-    foreign = made(tmp_path, replace(IDENTITY, **change))
-    append(foreign, {b"a": (-1.0, 1)})
+    other = made(tmp_path, replace(IDENTITY, **change))
+    append(other, {b"a": (-1.0, 1)})
     store = ReferenceStore(tmp_path, IDENTITY)
-    shutil.move(foreign.path, store.path)
+    shutil.move(other.path, store.path)
     for attempt in (store.load, store.create):
         with pytest.raises(UserError, match=rf"{store.path}: .* {differs}"):
             attempt()
@@ -253,7 +253,7 @@ def test_a_renamed_weight_file_does_not_make_another_cache(tmp_path: Path) -> No
     assert store.nearest_other() is None
 
 
-def compacting(store: ReferenceStore, times: int) -> Callable[..., Any]:
+def joining(store: ReferenceStore, times: int) -> Callable[..., Any]:
     """A `read_shard` before which another process joins all shards, this many times."""
     left = times
 
@@ -281,7 +281,7 @@ def test_a_cache_whose_shards_are_joined_while_it_is_read_is_read_again(
     for seed in range(3):
         store.append(random_rows(5, seed))
     before = content(store)
-    monkeypatch.setattr(store_module, "read_shard", compacting(store, times))
+    monkeypatch.setattr(store_module, "read_shard", joining(store, times))
     assert content(store) == before
     assert len(before) == 15
     assert len(store.shards()) == 1
@@ -292,6 +292,6 @@ def test_a_cache_whose_shards_keep_disappearing_is_an_error(
 ) -> None:
     store = made(tmp_path)
     store.append(random_rows(5))
-    monkeypatch.setattr(store_module, "read_shard", compacting(store, 99))
+    monkeypatch.setattr(store_module, "read_shard", joining(store, 99))
     with pytest.raises(UserError, match=str(store.path)):
         store.load()
