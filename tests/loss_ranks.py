@@ -19,7 +19,8 @@ from dpo.guards.guard import Guard
 from dpo.loss.catalog import LOSSES, averaged_over_groups, needs_reference
 from dpo.model.load import load_model, load_tokenizer
 from dpo.reference.precompute import precompute
-from dpo.reference.values import open_reference, reference_store
+from dpo.reference.store import reference_store
+from dpo.reference.values import open_reference
 from dpo.tracking.run_folder import RunFolder
 from dpo.train import loop
 from dpo.train.preference_objective import PreferenceObjective
@@ -75,15 +76,18 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
     accelerator = start(base.model)
     tokenizer = load_tokenizer(base.model)
     data, _ = open_datasets(base.data, tokenizer, 64)
-    precompute(base, [data], reference_store(base))
+    store = reference_store(base.model, Path(base.reference.cache_dir))
+    precompute(base.model, base.reference, [data], store)
     found: dict[str, list[dict[str, float]]] = {}
     for name, options in SWEEP.items():
         loss = LossConfig(**options)
         config = replace(base, loss=loss)
-        again = precompute(config, [data], reference_store(config))
+        again = precompute(config.model, config.reference, [data], store)
         assert again.misses == 0, f"{name}: the reference was computed again"
         needed, per_token = needs_reference(loss), loss.ld_alpha is not None
-        reference = open_reference(config, [data], needed=needed, per_token=per_token, command="")
+        reference = open_reference(
+            config.model, config.reference, [data], needed=needed, per_token=per_token, command=""
+        )
         objective = PreferenceObjective(
             data=preference_data(
                 data,

@@ -197,4 +197,5 @@ def best_of(config: Config) -> None:
     check_baseline(config.evaluate)
     join_ranks()
     _, test_data, tokenizer = open_held_out(config.data, config.model, "best-of")
-    best_of_reference(config, reference_model(config), test_data, tokenizer)
+    reference = reference_model(config.model, config.reference)
+    best_of_reference(config, reference, test_data, tokenizer)

@@ -138,7 +138,8 @@ def evaluate(config: Config) -> None:
     train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
     command = "make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)"
     reference = open_reference(
-        config,
+        reference_model(config.model, config.reference),
+        config.reference,
         [test_data],
         needed=needs_reference(config.loss),
         per_token=config.loss.ld_alpha is not None,
@@ -147,7 +148,7 @@ def evaluate(config: Config) -> None:
     found = evaluate_run(
         config,
         policy,
-        reference_model(config),
+        reference_model(config.model, config.reference),
         with_reference(config.loss, [test_data], reference)[0],
         tokenizer,
         {

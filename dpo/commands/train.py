@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo import terminal
+from dpo import distributed, terminal
 from dpo.commands.inputs import described, open_data, open_guard, settle_layout, trained, with_reference
 from dpo.config import Config, EvaluateConfig, LossConfig, resolved
 from dpo.data.dataset import TokenizedDataset
@@ -25,6 +25,7 @@ from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions, num_parameters
 from dpo.model.lora import check_policy, load_policy
+from dpo.reference.identity import reference_model
 from dpo.reference.values import open_reference
 from dpo.report.labels import LABELS
 from dpo.report.model_card import policy_card
@@ -87,7 +88,8 @@ def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
     resharded = needs_resharding(checkpoint, fingerprints, config.train)
 
     reference = open_reference(
-        config,
+        reference_model(config.model, config.reference),
+        config.reference,
         datasets,
         needed=needs_reference(config.loss),
         per_token=config.loss.ld_alpha is not None,
@@ -110,14 +112,15 @@ def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
         num_parameters=num_parameters(config.model),
         num_steps=plan.num_steps,
     )
-    audited_with_policy = checkpoint is None and reference.audit_apart(config)
+    audited_with_policy = checkpoint is None and reference.audit_apart(config.model)
     dtype = weight_dtype(accelerator, config.model)
     model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, datasets)
     if audited_with_policy:
-        reference.audit_with(policy.score_only, config)
-    reference.record(config, checkpoint)
+        reference.audit_with(policy.score_only)
+    distributed.on_main(lambda: folder.claim(settings))
+    reference.record(folder.path, checkpoint)
 
     evaluate = partial(
         evaluate_policy,

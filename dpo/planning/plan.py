@@ -188,7 +188,7 @@ def _steps_of_an_epoch(plan: BatchPlan, config: Config) -> float:
 
 def _reference(config: Config, data: dict[str, SampledData], work: Work) -> tuple[int, int, float]:
     """Sequences that the cache has and lacks, and the operations that the missing ones take."""
-    model, cache_dir = reference_model(config), Path(config.reference.cache_dir)
+    model, cache_dir = reference_model(config.model, config.reference), Path(config.reference.cache_dir)
     store = None
     if weights_at_hand(base_of(model)) and is_remembered(model, cache_dir):
         store = ReferenceStore(cache_dir, reference_identity(model, cache_dir))

@@ -95,7 +95,8 @@ def experiment(
     """An experiment of 12 groups, with its cache filled."""
     config = make_config(write_jsonl(preference_rows(12)), **OPTIONS)
     root = Path(config.reference.cache_dir)
-    precompute(config, [open_data(config)], ReferenceStore(root, reference_identity(config.model, root)))
+    store = ReferenceStore(root, reference_identity(config.model, root))
+    precompute(config.model, config.reference, [open_data(config)], store)
     return config
 
 
