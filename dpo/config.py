@@ -57,14 +57,18 @@ class DataSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Preference data and how it becomes token ids."""
+    """Training and held-out data, and how it becomes token ids."""
 
     train: str | list[DataSource]
-    """Training preferences: a path, a hub name, or a list of {path, weight}."""
+    """Training preferences: a path, a hub name, or a list of {path, weight}. sft learns each chosen
+    completion given its prompt, or text: a .txt, .txt.gz or .txt.xz file, one document per line, or a folder
+    of such."""
     test: str | list[DataSource] | None = None
-    """Held-out preferences. Default: the test split beside `train` where there is one, else no evaluation."""
+    """Held-out data of the same kind. Default: the test split beside preferences where there is one; else no
+    evaluation."""
     max_length: int | None = None
-    """Longest prompt + completion, in tokens. Default: 1024 or the model's positions, whichever is less."""
+    """Longest prompt + completion, or block of text, in tokens. Default: 1024 or the model's positions,
+    whichever is less."""
     max_prompt_length: int | None = None
     """Longest prompt, in tokens; its end is kept. Default: what the group's completions leave, at least
     half."""
@@ -271,25 +275,6 @@ class SftModelConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftDataConfig:
-    """Text, or the chosen completions of preference data."""
-
-    train: str
-    """A text file (.txt, .txt.gz, .txt.xz; a document a line), a folder of such, or preference data, of which
-    each chosen completion is learned given its prompt."""
-    test: str | None = None
-    """Held-out data of the same kind. Default: the test split beside `train` where there is one."""
-    max_length: int | None = None
-    """Tokens of one block of text or of prompt + completion. Default: 1024 or the model's positions."""
-    append_eos: bool | None = None
-    """As data.append_eos of a preference experiment."""
-    strict: bool = False
-    """Make a faulty row an error instead of a counted drop."""
-    cache_dir: str = "cache/tokenized"
-    """Where token ids are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class SftTrainConfig(OptimizationConfig):
     """Next-token training."""
 
@@ -308,7 +293,7 @@ class SftConfig:
     run_dir: str = "runs/sft"
     """Everything the run writes; the model is in RUN_DIR/model."""
     model: SftModelConfig = field(default_factory=SftModelConfig)
-    data: SftDataConfig
+    data: DataConfig
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig, SftModelConfig
+from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig, SftModelConfig
 from dpo.loss.catalog import loss_problems, names_of
 
 
@@ -13,10 +13,7 @@ def problems(config: Config | SftConfig) -> list[str]:
     found = [*_optimization_problems(config.train), *_allow_problems(config), *_lora_problems(config.model)]
     budget = config.train.max_tokens_per_micro_batch
     found.extend(_budget_problems("train.max_tokens_per_micro_batch", budget, config.data.max_length))
-    if config.data.max_length is not None and config.data.max_length < 2:
-        found.append(
-            f"data.max_length: {config.data.max_length}; expected at least 2: a prompt and a completion token"
-        )
+    found.extend(_data_problems(config.data))
     if isinstance(config, SftConfig):
         if bool(config.model.name_or_path) == (config.model.scratch is not None):
             found.append("model: expected exactly one of model.name_or_path and model.scratch")
@@ -57,6 +54,27 @@ def _budget_problems(key: str, budget: int | None, max_length: int | None) -> It
         yield f"{key}: {budget}; expected at least data.max_length, {max_length}: the longest row must fit"
 
 
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    if data.max_length is not None and data.max_length < 2:
+        yield f"data.max_length: {data.max_length}; expected at least 2: a prompt and a completion token"
+    for key, sources in (("data.train", data.train), ("data.test", data.test)):
+        if isinstance(sources, list):
+            if not sources:
+                yield f"{key}: an empty list; expected at least one {{path, weight}}"
+            for index, source in enumerate(sources):
+                if not source.weight > 0:
+                    yield f"{key}[{index}].weight: {source.weight}; expected a number above 0"
+        elif sources == "":
+            yield f"{key}: empty; expected a path or a hub name"
+    longest_prompt, longest = data.max_prompt_length, data.max_length
+    if longest_prompt is not None and (
+        longest_prompt < 1 or (longest is not None and longest_prompt >= longest)
+    ):
+        bound = "data.max_length" if longest is None else longest
+        yield f"data.max_prompt_length: {longest_prompt}; expected at least 1 and less than {bound}"
+    yield from _below(data, "data", 0, "min_margin")
+
+
 def _allow_problems(config: Config | SftConfig) -> Iterator[str]:
     for name in filter(None, config.train.resume_allow.split(",")):
         place: object = config
@@ -91,22 +109,6 @@ def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
 def _preference_problems(config: Config) -> Iterator[str]:
     if not config.model.name_or_path:
         yield "model.name_or_path: empty; expected a folder or a hub name"
-    for key, sources in (("data.train", config.data.train), ("data.test", config.data.test)):
-        if isinstance(sources, list):
-            if not sources:
-                yield f"{key}: an empty list; expected at least one {{path, weight}}"
-            for index, source in enumerate(sources):
-                if not source.weight > 0:
-                    yield f"{key}[{index}].weight: {source.weight}; expected a number above 0"
-        elif sources == "":
-            yield f"{key}: empty; expected a path or a hub name"
-    longest_prompt, longest = config.data.max_prompt_length, config.data.max_length
-    if longest_prompt is not None and (
-        longest_prompt < 1 or (longest is not None and longest_prompt >= longest)
-    ):
-        bound = "data.max_length" if longest is None else longest
-        yield f"data.max_prompt_length: {longest_prompt}; expected at least 1 and less than {bound}"
-    yield from _below(config.data, "data", 0, "min_margin")
     yield from loss_problems(config.loss)
     if "plackett_luce" in names_of(config.loss) and not config.data.group_pairs:
         yield "data.group_pairs: false; plackett_luce ranks the completions of a group: set true"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from dpo import distributed, terminal
 from dpo.commands.best_of import check_baseline
-from dpo.config import Config, DataConfig, ModelConfig, SftConfig
+from dpo.config import Config, ModelConfig, SftConfig
 from dpo.data.build import check_sources
-from dpo.data.text import is_text, read_lines
+from dpo.data.text import check_text, is_text
 from dpo.errors import UserError
 from dpo.model.files import check_model_path
 from dpo.model.lora import check_policy
@@ -28,12 +28,10 @@ def check(command: str, config: Config | SftConfig) -> None:
         check_trackers(config.train.trackers)
     if isinstance(config, SftConfig):
         find_start(config, thorough=False)
-        if not is_text(config.data.train):
-            check_sources(DataConfig(train=config.data.train, test=config.data.test))
+        if is_text(config.data.train):
+            check_text(config.data)
         else:
-            for key, path in (("data.train", config.data.train), ("data.test", config.data.test)):
-                if path is not None and next(read_lines(path, key), None) is None:
-                    raise UserError(f"{key}: {path} has no text")
+            check_sources(config.data)
     else:
         if config.reference.model is not None:
             check_model_path(config.reference.model, "reference.model")

@@ -104,11 +104,13 @@ def _sft_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, int | No
     folder = Path(config.run_dir) / "tokenizer"
 
     def make() -> None:
-        if scratch.tokenizer is None and not is_text(config.data.train):
+        train = config.data.train
+        if scratch.tokenizer is None and not is_text(train):
             raise UserError(
                 "data.train: a tokenizer is trained on text files; give text, or model.scratch.tokenizer"
             )
-        scratch_tokenizer(scratch, read_lines(config.data.train, "data.train")).save_pretrained(folder)
+        lines = read_lines(train, "data.train") if is_text(train) else ()
+        scratch_tokenizer(scratch, lines).save_pretrained(folder)
 
     distributed.on_main(make)
     return load_tokenizer(ModelConfig(name_or_path=str(folder))), scratch_positions(scratch)

@@ -89,7 +89,7 @@ class TokenizedDataset:
         )
 
     def content_digest(self) -> str:
-        """SHA-256 (hex) of sequences, groups and pairs in their order; the files they came from do not count."""
+        """SHA-256 (hex) of sequences, groups and pairs in their order, whichever files they came from."""
         content = hashlib.sha256()
         for part in (self.keys, self.group_segments, self.pairs, self.group_pairs):
             content.update(np.ascontiguousarray(part).tobytes())

@@ -66,7 +66,7 @@ def sft_card(config: SftConfig, results: dict[str, float]) -> str:
         "seed": str(train.seed),
     }
     method = f"Next-token training from {start} on {_names(config.data.train)}."
-    datasets = [config.data.train] if _is_hub_name(config.data.train) else []
+    datasets = [source for source in _sources(config.data.train) if _is_hub_name(source)]
     use = "To continue text like that of its data, or as the start and reference of preference optimization."
     return _card(Path(config.run_dir).name, config.model, ["sft"], datasets, method, settings, results, use)
 

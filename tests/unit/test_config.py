@@ -15,13 +15,12 @@ from dpo.config import (
     ModelConfig,
     ScratchConfig,
     SftConfig,
-    SftDataConfig,
     SftModelConfig,
     SftTrainConfig,
 )
 
 CONFIG = Config(model=ModelConfig(name_or_path="m"), data=DataConfig(train="d"))
-SFT = SftConfig(model=SftModelConfig(name_or_path="m"), data=SftDataConfig(train="d"))
+SFT = SftConfig(model=SftModelConfig(name_or_path="m"), data=DataConfig(train="d"))
 
 # Their classes say what they are.
 SECTIONS = {getattr(f.type, "__name__", f.type) for kind in (Config, SftConfig) for f in fields(kind)} - {
@@ -162,6 +161,15 @@ def test_sft_wants_a_model_or_the_plan_of_one_but_not_both(tmp_path: Path) -> No
     for model in (SftModelConfig(), SftModelConfig(name_or_path="m", scratch=scratch)):
         (problem,) = problems(replace(SFT, model=model))
         assert "exactly one of model.name_or_path and model.scratch" in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data.train", ""), ("data.train", []), ("data.max_length", 1), ("data.min_margin", -0.1)],
+)
+def test_sft_names_illegal_values_of_its_data(key: str, value: Any) -> None:
+    (problem,) = problems(with_value(SFT, key, value))
+    assert problem.startswith(f"{key}: ")
 
 
 def test_sft_names_its_own_illegal_values(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from groups import tokenized_groups
 from hypothesis import given
 from transformers import PreTrainedTokenizerFast
 
@@ -18,7 +19,6 @@ from dpo.data.build import check_sources, open_datasets, resolve_max_length, spl
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.records import Pair, TokenizedGroup
 from dpo.errors import UserError
-from groups import tokenized_groups
 
 Open = Callable[..., tuple[TokenizedDataset, TokenizedDataset | None]]
 

@@ -13,7 +13,6 @@ from dpo.config import (
     LoraConfig,
     ModelConfig,
     SftConfig,
-    SftDataConfig,
     SftModelConfig,
 )
 from dpo.report.model_card import policy_card, sft_card
@@ -82,6 +81,6 @@ def test_a_card_says_what_an_adapter_needs(export: Any, library: str) -> None:
 
 
 def test_the_card_of_next_token_training_says_what_it_started_from() -> None:
-    started = SftConfig(model=SftModelConfig(name_or_path="gpt2"), data=SftDataConfig(train="books.txt"))
+    started = SftConfig(model=SftModelConfig(name_or_path="gpt2"), data=DataConfig(train="books.txt"))
     assert "from `gpt2` on `books.txt`" in sft_card(started, {})
-    assert "from random weights" in sft_card(SftConfig(data=SftDataConfig(train="books.txt")), {})
+    assert "from random weights" in sft_card(SftConfig(data=DataConfig(train="books.txt")), {})
