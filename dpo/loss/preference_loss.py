@@ -1,4 +1,7 @@
-"""The loss of a configuration: one of the functions, or a weighted mixture, and what may be added to any."""
+"""The loss of a configuration: one of `dpo.loss.functions` or a weighted sum of them, and an NLL term.
+
+Training calls it with the policy's log-probs of a micro-batch and the cached ones of the reference.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,31 +9,27 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.loss import functions as paired
-from dpo.loss import functions as ranking
-from dpo.loss import functions as reference_free
+from dpo.loss import functions
 from dpo.loss.catalog import LOSSES, names_of
 from dpo.loss.pairs import PairLogProbs, Pairs
 
-MODULES = (paired, ranking, reference_free)
 FUNCTIONS: dict[str, Callable[[Pairs, LossConfig], Tensor]] = {
-    name: next(getattr(module, name) for module in MODULES if hasattr(module, name)) for name in LOSSES
+    name: getattr(functions, name) for name in LOSSES
 }
-"""Name -> function, for every name of the table."""
-BY_LENGTH = ("sigmoid_norm", "simpo", "orpo")
+"""Name -> function, for every loss in the catalog."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLosses:
-    """The loss of each of B pairs, and the implicit rewards it rests on."""
+    """The loss of each of B pairs, and the implicit rewards."""
 
     losses: Tensor
     """(B,) with gradient to the policy."""
     chosen_rewards: Tensor
-    """(B,) beta * log(policy / reference) of the chosen completion, detached; a token where the loss counts
-    so, and without a reference beta * log-prob a token."""
+    """(B,) beta * log(policy / reference) of the chosen completion, detached; per token for losses that
+    divide by the length; without a reference, beta * log-prob per token."""
     rejected_rewards: Tensor
-    """(B,) the same of the rejected completion, detached."""
+    """(B,) the same for the rejected completion, detached."""
 
 
 def preference_loss(policy: PairLogProbs, reference: PairLogProbs | None, loss: LossConfig) -> PairLosses:
@@ -38,13 +37,14 @@ def preference_loss(policy: PairLogProbs, reference: PairLogProbs | None, loss: 
 
         sum over i of weight_i * loss_i  +  sft_weight * (-log pi(y_w|x) / |y_w|)
 
-    The second part is the negative log-likelihood that iterative RPO adds (arXiv 2404.19733, Eq. 1), a mean
+    The second term is the negative log-likelihood that iterative RPO adds (arXiv 2404.19733, Eq. 1), a mean
     over the tokens of each chosen completion.
 
     Args:
-        policy: Log-probs of B pairs under the policy, each (B,), with gradient.
-        reference: Log-probs of the same pairs under the reference, without; None for losses that need none.
-        loss: Types, weights and options, free of problems.
+        policy: Log-probs of B pairs under the policy, each (B,), with gradient; groups are whole.
+        reference: Log-probs of the same pairs under the reference, without gradient; None for losses that
+            need none.
+        loss: Types, weights and options without `loss_problems`.
 
     Returns:
         (B,) losses and rewards, in the dtype of `policy`; the rewards are those of the first type.
@@ -65,10 +65,10 @@ def preference_loss(policy: PairLogProbs, reference: PairLogProbs | None, loss: 
 
 
 def _rewards(pairs: Pairs, name: str) -> tuple[Tensor, Tensor]:
-    """What the loss tells apart, without beta."""
+    """The quantities that the loss compares, without beta."""
     if not LOSSES[name].needs_reference:
         return pairs.chosen_means, pairs.rejected_means
-    if name in BY_LENGTH:
+    if LOSSES[name].per_token:
         return (
             pairs.chosen_logratios / pairs.policy.chosen_tokens,
             pairs.rejected_logratios / pairs.policy.rejected_tokens,
