@@ -34,7 +34,8 @@ from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.records import PreferenceGroup
-from dpo.data.rows import group_from_row, open_source, read_groups
+from dpo.data.rows import group_from_row, read_groups
+from dpo.data.sources import open_source
 from dpo.data.text import read_lines
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.errors import UserError

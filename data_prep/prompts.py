@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from data_prep.splits import open_inputs, prompt_key, read_inputs
 from dpo import terminal
 from dpo.data.records import Message
-from dpo.data.rows import Split, group_from_row, open_source, read_rows
+from dpo.data.rows import group_from_row
+from dpo.data.sources import Split, open_source, read_rows
 from dpo.errors import UserError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and `--help` must not

@@ -26,7 +26,8 @@ from dpo.data.dataset import (
     write_dataset,
 )
 from dpo.data.records import Pair, PreferenceGroup, TokenizedGroup
-from dpo.data.rows import PreferenceSource, has_split, open_source, read_groups
+from dpo.data.rows import read_groups
+from dpo.data.sources import PreferenceSource, has_split, open_source
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups, tokenizer_digest
 from dpo.errors import UserError
 
