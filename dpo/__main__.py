@@ -10,9 +10,9 @@ from dpo.cli.main import run
 def main() -> None:
     """Runs the command line and exits with its status.
 
-    A rank of a launcher leaves without the interpreter's own clean-up: the process group's threads may still
-    hold tensors then, and to release one aborts the process (pytorch/pytorch#190489), after a run that was
-    fine. Everything that must be on disk is there when `run` returns.
+    A launched rank exits without the interpreter's clean-up: threads of the process group may still hold
+    tensors then, and releasing one aborts the process (pytorch/pytorch#190489) after a successful run.
+    Everything that must be on disk is there when `run` returns.
     """
     status = 1
     try:

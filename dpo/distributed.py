@@ -1,7 +1,6 @@
-"""Ranks, barriers, exact sums and agreement: the few collectives the stages need, and a folder that all
-share.
+"""Ranks, barriers, float64 sums and agreement: the collectives that all stages use, and shared folders.
 
-A single process that was not launched gets the same functions with a world of one.
+In a single process that was not launched the same functions work with a world of one.
 """
 
 import io
@@ -27,8 +26,7 @@ from dpo.errors import UserError
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""Rank 0 may tokenize or hash a large input while the others wait; PyTorch's 10 minutes are too short for
-that."""
+"""Rank 0 may tokenize or hash a large input while the others wait; PyTorch's 10 minutes are too short."""
 SHARED_WAIT_SECONDS = 10.0
 _counts_made = itertools.count()
 
@@ -36,26 +34,26 @@ _counts_made = itertools.count()
 def start() -> None:
     """Joins the process group that the launcher described; safe to call twice.
 
-    Without an accelerator the backend must be named: Accelerate otherwise leaves it unset under DeepSpeed and
-    every rank believes that it is alone.
+    Without an accelerator the backend must be named: Accelerate otherwise leaves it unset under DeepSpeed, and
+    every rank assumes a world of one.
     """
     if "WORLD_SIZE" not in os.environ:
         PartialState()
         return
     backend = None if torch.cuda.is_available() else "gloo"
     options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT} | ({"backend": backend} if backend else {})
-    with redirect_stdout(io.StringIO()):  # DeepSpeed says of its build on a CPU that it went well
+    with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its build succeeded
         PartialState(cpu=trains_on_cpu_alone(), **options)
-    if (
-        backend and os.environ.get("OMP_NUM_THREADS", "1") == "1"
-    ):  # the launcher's default, not a person's wish
+    if backend and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # the launcher's default, not the user's
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
 
 
 def trains_on_cpu_alone() -> bool:
-    """Whether Accelerate must be told that ranks without an accelerator and without DeepSpeed are DDP on
-    CPUs: it otherwise wraps nothing, and every rank trains alone. Told so under DeepSpeed, it turns that off.
+    """Whether this is DDP on CPUs: no accelerator, no DeepSpeed.
+
+    Accelerate must be told, or it wraps nothing and every rank trains alone; under DeepSpeed it must not be
+    told, or it turns DeepSpeed off.
     """
     return not torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true"
 
@@ -66,7 +64,7 @@ def is_distributed() -> bool:
 
 
 def rank() -> int:
-    """This process's number in the world, from 0."""
+    """This process's rank, from 0."""
     return dist.get_rank() if is_distributed() else 0
 
 
@@ -76,7 +74,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and bars: global rank 0 (not one a node)."""
+    """Whether this process writes files and bars: global rank 0, not one per node."""
     return rank() == 0
 
 
@@ -108,9 +106,9 @@ def sum_over_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return tensor.cpu().numpy()
 
 
-def any_rank(wish: bool) -> bool:
-    """Whether it is true on at least one rank; the same answer on all."""
-    return bool(sum_over_ranks(np.array([float(wish)]))[0])
+def any_rank(value: bool) -> bool:
+    """Whether `value` is true on at least one rank; the same answer on all."""
+    return bool(sum_over_ranks(np.array([float(value)]))[0])
 
 
 def gather_objects(value: T) -> list[T]:
@@ -146,14 +144,14 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 class SharedCount:
-    """A number that every rank adds to at its own pace, without waiting for the others."""
+    """A counter that ranks add to without waiting for each other."""
 
     def __init__(self, name: str) -> None:
-        self._name = f"dpo/{name}/{next(_counts_made)}"  # ranks make the same counts in the same order
+        self._name = f"dpo/{name}/{next(_counts_made)}"  # ranks create the same counters in the same order
         self._total = 0
 
     def add(self, number: int) -> int:
-        """Adds this rank's progress and returns the sum over all ranks so far."""
+        """Adds this rank's number and returns the sum over all ranks so far."""
         if is_distributed():
             self._total = int(dist.distributed_c10d._get_default_store().add(self._name, number))
         else:
@@ -203,8 +201,9 @@ def share_of(items: Sequence[T]) -> list[T]:
 
 
 def turns_of(items: Sequence[T]) -> list[T | None]:
-    """`share_of` with as many entries on every rank, None where it has run out of items: for work in which
-    all ranks must take part, such as a pass of a sharded model.
+    """`share_of` with equally many entries on every rank, padded with None.
+
+    For work in which all ranks must take part, such as a forward pass of a sharded model.
     """
     mine: list[T | None] = [*share_of(items)]
     return mine + [None] * (-(-len(items) // world_size()) - len(mine))

@@ -1,9 +1,9 @@
-"""What a person sees while a command runs: one bar a stage, notes, warnings, and a box at the end.
+"""What a command prints while it runs: one bar per stage, notes, warnings, and a box at the end.
 
-Three modes, by the environment so that every rank of a launcher has the same. Plain: bars on a terminal, and
-into a file a line now and then. `quiet`: warnings, errors and the box. `json`: standard output is one JSON
-object a line, for batch systems; its `event` is note, warning, metrics, evaluation, summary or end. Only the
-main process speaks.
+Three modes, chosen by an environment variable so that all ranks have the same. Plain: bars on a terminal, and
+an occasional line in a file. `quiet`: warnings, errors and the box. `json`: standard output is one JSON object
+per line, for batch systems; its `event` is note, warning, metrics, evaluation, summary or end. Only the main
+process prints.
 """
 
 import io
@@ -24,44 +24,45 @@ OUTPUT = "DPO_OUTPUT"
 """Environment variable with the mode: quiet, json, or nothing."""
 FLAGS = {"--quiet": "quiet", "--json_lines": "json"}
 FILE_SECONDS = 30.0
-"""How often a bar writes a line where there is no terminal."""
+"""How often a bar writes a line into a file."""
 WIDEST = 100
 _started = time.monotonic()
 
 
 def mode() -> Literal["plain", "quiet", "json"]:
-    """How this process speaks."""
+    """The output mode of this process."""
     chosen = os.environ.get(OUTPUT, "")
     return cast(Literal["quiet", "json"], chosen) if chosen in FLAGS.values() else "plain"
 
 
 def note(*lines: str) -> None:
-    """What is good to know; nothing depends on it."""
-    if lines and _speaks() and mode() != "quiet":
+    """Prints information that needs no action."""
+    if lines and _prints() and mode() != "quiet":
         _say("note", lines)
 
 
 def warning(*lines: str) -> None:
-    """What a person should act on, or at least know of; said in every mode."""
-    if lines and _speaks():
+    """Prints what a person should act on or know; in every mode."""
+    if lines and _prints():
         _say("warning", lines)
 
 
 def event(kind: str, values: Mapping[str, Any]) -> None:
-    """A line of JSON, where those are wanted."""
-    if _speaks() and mode() == "json":
+    """Prints a line of JSON in the mode `json`."""
+    if _prints() and mode() == "json":
         print(json.dumps({"event": kind, **values}), flush=True)
 
 
 def summary(title: str, rows: Mapping[str, str]) -> None:
-    """The box at the end of a command: what was made, where, what next, and how long it took. Into a file it
-    has no frame.
+    """Prints the box at the end of a command: what was made, where, what next, and how long it took.
+
+    In a file it has no frame.
 
     Args:
         title: The command.
         rows: Label -> text, which may have several lines; an empty one is left out.
     """
-    if not _speaks():
+    if not _prints():
         return
     seconds = time.monotonic() - _started
     rows = {label: text for label, text in rows.items() if text} | {"took": duration(seconds)}
@@ -76,7 +77,7 @@ def summary(title: str, rows: Mapping[str, str]) -> None:
 
 
 def listing(title: str, rows: Mapping[str, str]) -> str:
-    """`box` for files: without a frame, and no line is broken, so that it can be searched."""
+    """`box` for files: without a frame, and with unbroken lines, so that it can be searched."""
     width = max(map(len, rows))
     lines = [title]
     for label, text in rows.items():
@@ -90,9 +91,9 @@ def box(title: str, rows: Mapping[str, str], width: int, *, colour: bool = False
 
     Args:
         title: In the upper edge.
-        rows: Label -> text; long lines are wrapped, words that do not fit (paths) stick out unbroken.
+        rows: Label -> text; long lines are wrapped, words that are too long (paths) are not broken.
         width: Columns of the frame, at least 40.
-        colour: Whether the title is set off in bold green, for terminals.
+        colour: Whether the title is bold green, for terminals.
     """
     width = max(width, 40)
     label_width = max(map(len, rows))
@@ -120,10 +121,10 @@ def duration(seconds: float) -> str:
 
 
 def progress(items: Iterable[T], *, description: str, unit: str, leave: bool = True) -> "tqdm[T]":
-    """Walks through a stage under its bar, with an ETA; a line every half minute where there is no terminal.
+    """Iterates with a bar and an ETA; in a file, one line every half minute.
 
     Args:
-        items: What is walked through.
+        items: What to iterate over.
         description: What is being done.
         unit: What is counted.
         leave: Whether the bar stays when the stage is done.
@@ -134,7 +135,7 @@ def progress(items: Iterable[T], *, description: str, unit: str, leave: bool = T
 def bar(
     total: int, *, description: str | None, unit: str, initial: int = 0, unit_scale: bool = False
 ) -> "tqdm[NoReturn]":
-    """`progress` for a bar that is moved by hand.
+    """`progress` for a bar that the caller advances.
 
     Args:
         total: Units of the whole stage.
@@ -151,19 +152,19 @@ def bar(
 
 
 def _appearance() -> dict[str, Any]:
-    found: dict[str, Any] = {"disable": mode() != "plain" or not _speaks(), "dynamic_ncols": True}
+    found: dict[str, Any] = {"disable": mode() != "plain" or not _prints(), "dynamic_ncols": True}
     if not sys.stderr.isatty():
         found |= {
             "file": _Lines(sys.stderr),
             "mininterval": FILE_SECONDS,
-            "delay": FILE_SECONDS,  # a stage that is over by then needs no line
+            "delay": FILE_SECONDS,  # a shorter stage needs no line
             "bar_format": "{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]",
         }
     return found
 
 
 class _Lines(io.TextIOBase):
-    """Takes a bar's carriage returns for line ends, for files and pipes."""
+    """Turns a bar's carriage returns into line ends, for files and pipes."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -186,5 +187,5 @@ def _say(kind: str, lines: Iterable[str]) -> None:
         sys.stdout.flush()
 
 
-def _speaks() -> bool:
+def _prints() -> bool:
     return os.environ.get("RANK", "0") == "0"

@@ -1,4 +1,4 @@
-"""What we read from a DeepSpeed configuration, what may not stand in it, and what we fill in for "auto"."""
+"""The DeepSpeed JSON: what we read from it, what it may not contain, and what we fill in for "auto"."""
 
 import json
 from pathlib import Path
@@ -16,18 +16,18 @@ OWNED = {
     "optimizer": "train.optimizer",
     "scheduler": "train.schedule",
 }
-"""Key of DeepSpeed's -> the key of ours that owns the number (law 8)."""
+"""DeepSpeed's key -> our key that owns the number (law 8)."""
 SMALLEST_BUCKET, LARGEST_BUCKET = 1_000_000, 200_000_000
-"""Elements that DeepSpeed sends together."""
+"""Bounds of the elements that DeepSpeed sends in one message."""
 PERSISTENT_PART = 1000
-"""A parameter this much smaller than a block (a norm, a bias) stays whole on every rank under ZeRO-3."""
+"""Under ZeRO-3, parameters this many times smaller than a block (norms, biases) stay whole on every rank."""
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """A DeepSpeed configuration, with nothing in it that would be ignored, or that fails an hour later.
+    """A DeepSpeed configuration without anything that would be ignored, or would fail an hour later.
 
     Raises:
-        UserError: It is no JSON object, or everything that is wrong with it.
+        UserError: It is not a JSON object, or contains such settings; all of them.
     """
     try:
         settings = json.loads(file.read_text())
@@ -42,7 +42,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 def problems(settings: dict[str, Any]) -> list[str]:
     """Everything wrong with a DeepSpeed configuration, each as `key: value; expected what`."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # it looks for devices when it is imported
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # it looks for devices on import
     from pydantic import ValidationError
 
     found = [
@@ -113,8 +113,8 @@ def bucket_elements(block: int) -> int:
 def fit_buckets(settings: dict[str, Any], model: nn.Module) -> None:
     """Fills the bucket sizes that are "auto", in elements: a bucket holds one of the model's blocks.
 
-    So the next block is gathered, or the last one's gradients travel, while this one is computed; no buffer
-    outgrows a small model, and those of a large one stay below 0.8 GB of float32.
+    The next block is gathered, or the last one's gradients are sent, while this one is computed. Buffers are
+    never larger than a small model, and those of a large model stay below 0.8 GB of float32.
 
     Args:
         settings: A DeepSpeed configuration; changed in place.

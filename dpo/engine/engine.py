@@ -1,8 +1,7 @@
-"""The one place that knows Accelerate and DeepSpeed.
+"""The policy and its optimizer on ZeRO, DDP or one device, behind three calls for the loop.
 
-`start` joins the launcher's world; `Engine` holds the policy and its optimizer and offers the loop three
-calls: score a batch, accumulate a gradient, update the weights. The same loop so runs on ZeRO, on DDP and on
-one device. `dpo.frozen` is the same for models that only score.
+`Engine` scores a batch, accumulates a gradient and updates the weights. This package is the only one that knows
+Accelerate and DeepSpeed; `dpo.engine.frozen` is the same for models that only score.
 """
 
 import math
@@ -46,13 +45,13 @@ class Engine:
 
         Args:
             accelerator: From `start`.
-            model: The loaded policy; what of it needs no gradient stays as it is and is never saved.
+            model: The loaded policy; weights that need no gradient are not changed and not saved.
             config: Its compute type and gradient checkpointing.
             options: Optimizer and clipping.
-            universal: `load` will be given a state that another number of ranks wrote, made universal.
+            universal: `load` will be given the universal form of a state from another number of ranks.
 
         Raises:
-            UserError: FlexAttention is asked for where it cannot train, or an optimizer where it cannot be.
+            UserError: FlexAttention on a CPU, or an optimizer that cannot be offloaded.
         """
         if config.attention == "flex" and not torch.cuda.is_available():
             raise UserError("model.attention: flex; it has no backward pass on CPUs: set auto or sdpa")
@@ -93,18 +92,18 @@ class Engine:
             register_head(scorer)
 
     def settle_layout(self, longest: Tree) -> Probed:
-        """Finds out how this model may share prompts; see `settle_layout`. All ranks must call it."""
+        """Finds out how this model can share prompts; see `dpo.engine.scoring`. All ranks must call it."""
         return settle_layout(self._scorer, longest, self._dtype)
 
     @property
     def layout(self) -> Layout:
-        """How batches for this policy are to be laid out."""
+        """The layout of batches for this policy."""
         scorer: SequenceScorer = self._accelerator.unwrap_model(self._scorer)
         return scorer.layout
 
     @property
     def device(self) -> torch.device:
-        """Where batches belong."""
+        """The device of batches."""
         return torch.device(self._accelerator.device)
 
     @property
@@ -147,11 +146,11 @@ class Engine:
         """Adds a micro-batch's gradient to the step's.
 
         Args:
-            loss: This micro-batch's part of the step's loss, already divided by the step's global count, so
-                that the parts of all ranks and micro-batches add up to it.
+            loss: This micro-batch's part of the step's loss, divided by the step's global count: the parts of
+                all ranks and micro-batches add up to the step's loss.
             last: Whether it is the step's last micro-batch. Every rank must make the same number of calls.
         """
-        # A loss that is not finite must not leave a finite gradient: `update` goes by the gradient alone.
+        # A loss that is not finite must not give a finite gradient: `update` looks at the gradient alone.
         valid = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         scaled = loss * valid * distributed.world_size()  # DeepSpeed and DDP average over ranks
         if self._zero:
@@ -166,12 +165,12 @@ class Engine:
         """One optimizer step with the accumulated gradient.
 
         Returns:
-            Its global norm before clipping. If that is not finite, weights and optimizer are as they were.
+            The global gradient norm before clipping. If it is not finite, weights and optimizer are unchanged.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         if self._zero and self._stage > 0:
-            self._scorer.step()  # skips the update by itself, and reports an infinite norm or -1
+            self._scorer.step()  # skips the update itself, and reports an infinite norm or -1
             reported = float(self._scorer.get_global_grad_norm())
             return reported if reported >= 0 else math.inf
         parameters = [p for p in self._scorer.parameters() if p.grad is not None]
@@ -188,8 +187,9 @@ class Engine:
         return float(norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """The policy's full state dict in its compute type, on the main rank; of a policy that is frozen in
-        part what is trained, in float32. All ranks must call it.
+        """The policy's full state dict in its compute type, on the main rank. All ranks must call it.
+
+        Of a partly frozen policy only the trained weights, in float32.
         """
         if self._frozen:
             return self._trained_weights()
@@ -226,13 +226,13 @@ class Engine:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the ranks share one copy of the weights, so that all must take part in every pass."""
+        """Whether the weights are sharded, so that all ranks must take part in every forward pass."""
         return self._zero and self._stage == 3 and distributed.is_distributed()
 
     @contextmanager
     def sampling_model(self) -> Iterator[PreTrainedModel]:
-        """The bare policy as it is, ready to generate: in evaluation mode, with its cache of keys."""
-        self.model.eval()  # in training mode recomputed blocks would ignore that cache
+        """The bare policy, ready to generate: in evaluation mode, with its key-value cache."""
+        self.model.eval()  # in training mode checkpointed blocks would ignore that cache
         try:
             with self._accelerator.autocast():
                 yield self.model
@@ -246,7 +246,7 @@ class Engine:
             The files that this rank wrote.
 
         Raises:
-            OSError, RuntimeError: This rank could not write; after its part in the others' collectives.
+            OSError, RuntimeError: This rank could not write; raised after its part in collectives.
         """
         if self._zero:
             return save_sharded(self._scorer, folder, self._frozen)
@@ -273,7 +273,7 @@ class Engine:
         return {name: weight for name, weight in weights.items() if name not in self._frozen}
 
     def _load_trained(self, src: dict[str, Tensor], dst: nn.Module) -> None:  # DeepSpeed's names
-        """Weights into a module that has the frozen ones already; RuntimeError if any other is missing."""
+        """Loads weights into a module that has its frozen ones; RuntimeError if any other is missing."""
         outcome = dst.load_state_dict(src, strict=False)
         wrong = [*(set(outcome.missing_keys) - self._frozen), *outcome.unexpected_keys]
         if wrong:
@@ -281,7 +281,7 @@ class Engine:
 
 
 def _gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """Within the block the parameter is whole, also under ZeRO-3; all ranks must enter."""
+    """Within the block the parameter is whole, even under ZeRO-3; all ranks must enter."""
     if not hasattr(parameter, "ds_id"):
         return nullcontext()
     from deepspeed.runtime.zero import (

@@ -1,4 +1,7 @@
-"""A model that only scores and samples: in replicas, or sharded over the ranks by DeepSpeed ZeRO-3."""
+"""A model that only scores and samples, as a replica per rank or sharded with DeepSpeed ZeRO-3.
+
+Precompute, evaluation and the cache's audit use it; it is freed at the end of its block.
+"""
 
 import os
 from collections.abc import Iterator
@@ -18,18 +21,17 @@ from dpo.model.load import DTYPES, load_model
 
 @contextmanager
 def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
-    """A model that only scores, as a `SequenceScorer` on this process's device; freed at the end of the
-    block.
+    """A `SequenceScorer` on this process's device, freed at the end of the block.
 
     Args:
         model: Which model, and its compute type.
-        sharded: Spread its weights over all ranks with ZeRO-3, also while they load; every rank must then
-            make the same number of calls. Otherwise each rank holds a replica.
+        sharded: Shard its weights over all ranks with ZeRO-3, also while loading; every rank must then make
+            the same number of calls. Otherwise each rank holds a replica.
     """
     if not sharded:
         yield make_scorer(load_model(model), model).to(distributed.device()).eval()
     else:
-        import deepspeed  # here, because it looks for compilers and devices, and says so, when it is imported
+        import deepspeed  # here, because it looks for compilers and devices on import, and prints
 
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 1,
@@ -51,13 +53,13 @@ def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
 
 
 def is_sharded(choice: Literal["auto", "replicas", "zero3"], model: ModelConfig) -> bool:
-    """Whether the ranks are to share one copy of the model; rank 0 decides for all.
+    """Whether to shard the model over the ranks; rank 0 decides for all.
 
     Args:
-        choice: What the config says; auto: if the weights need more than half of a device's memory.
-        model: Which.
+        choice: The option; auto: if the weights need more than half of a device's memory.
+        model: Which model.
     """
-    if distributed.world_size() == 1:  # nobody to share with
+    if distributed.world_size() == 1:
         return False
     if choice == "auto":
         return not distributed.on_main(lambda: fits_one_device(model))

@@ -1,4 +1,4 @@
-"""Going on with another number of ranks: DeepSpeed's universal checkpoints, made and removed on the way."""
+"""Resuming with another number of ranks, through DeepSpeed's universal checkpoints."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from dpo.engine.sharded_state import ENGINE_TAG
 from dpo.errors import UserError
 
 WHOLE = ("one device", "DDP")
-"""Engines whose state is written whole, by rank 0."""
+"""Engines whose state rank 0 writes whole."""
 CONVERTER = "deepspeed.checkpoint.ds_to_universal"
 
 
 def needs_universal_form(checkpoint: Path, written_with: str, num_ranks: int, kind: str) -> bool:
-    """Whether the state must be brought into another shape for this world.
+    """Whether the state must be converted for this number of ranks.
 
     Args:
         checkpoint: For the message.
@@ -28,7 +28,7 @@ def needs_universal_form(checkpoint: Path, written_with: str, num_ranks: int, ki
         kind: This run's engine, such as `DeepSpeed ZeRO-2`.
 
     Raises:
-        UserError: Another engine wrote it, and there is no way from one to the other.
+        UserError: Another engine wrote it, and its state cannot be converted.
     """
     if written_with == kind:
         sharded = re.match(r"DeepSpeed ZeRO-[123]", kind) is not None
@@ -36,15 +36,14 @@ def needs_universal_form(checkpoint: Path, written_with: str, num_ranks: int, ki
     if {written_with, kind} <= set(WHOLE):
         return False
     raise UserError(
-        f"{checkpoint}: written with {written_with}, and this run has {kind}. The state of one cannot be "
-        "read by the other: start it with the same engine (the number of ranks may differ), or train anew in "
-        "another run_dir"
+        f"{checkpoint}: written with {written_with}, and this run uses {kind}, which cannot read it: start the "
+        "run with the same engine (the number of ranks may differ), or train again in another run_dir"
     )
 
 
 @contextmanager
 def universal_form(checkpoint: Path, run_dir: Path) -> Iterator[Path]:
-    """A folder from which an engine of any world size can load; removed afterwards. All ranks must enter.
+    """A folder that an engine of any world size can load, removed afterwards. All ranks must enter.
 
     Raises:
         UserError: The converter failed.

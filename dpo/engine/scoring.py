@@ -14,16 +14,16 @@ from dpo.model.probe import Probed, probe
 from dpo.model.scorer import SequenceScorer
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
-"""Of one pass where the config gives none: activations that stay in a CPU's cache, rows that fill a GPU."""
+"""Default token budgets: activations that fit a CPU's cache, and enough rows to fill a GPU."""
 
 
 def token_budget(given: int | None) -> int:
-    """Tokens of one pass: what the config says, or what was measured to be fast on this kind of device."""
+    """Tokens per forward pass: the option, or what was measured to be fast on this kind of device."""
     return given or (GPU_TOKENS if torch.cuda.is_available() else CPU_TOKENS)
 
 
 def make_scorer(model: PreTrainedModel, config: ModelConfig) -> SequenceScorer:
-    """The model as a scorer, with the attention that the config asks for."""
+    """The model as a scorer with the configured attention."""
     flex = config.attention == "flex" or (config.attention == "auto" and torch.cuda.is_available())
     scorer = SequenceScorer(model, flex=flex)
     if not config.share_prompts:
@@ -32,15 +32,15 @@ def make_scorer(model: PreTrainedModel, config: ModelConfig) -> SequenceScorer:
 
 
 def settle_layout(scorer: nn.Module, longest: Tree, dtype: torch.dtype) -> Probed:
-    """Tries the layouts that a model may take and settles on the first that is exact, alike on all ranks.
+    """Tries a model's layouts and uses the first that is exact, the same on all ranks.
 
     Args:
         scorer: From `make_scorer` or `frozen_scorer`, wrapped or not.
-        longest: The longest prompt with completions that it will meet.
+        longest: The longest prompt with completions that it will score.
         dtype: The compute type.
 
     Returns:
-        The layout, and what was turned down and why.
+        The layout, and which layouts were rejected and why.
     """
     bare = bare_scorer(scorer)
     probed = probe(scorer, bare.layouts, longest, dtype=dtype, device=distributed.device())
@@ -50,7 +50,7 @@ def settle_layout(scorer: nn.Module, longest: Tree, dtype: torch.dtype) -> Probe
 
 
 def register_head(scorer: SequenceScorer) -> None:
-    """Tells ZeRO-3 that the projection uses the output layer's weights outside that layer."""
+    """Tells ZeRO-3 that the projection uses the output layer's weights outside of that layer."""
     from deepspeed.runtime.zero import register_external_parameter
 
     for parameter in scorer.projection.head.parameters():
@@ -58,7 +58,7 @@ def register_head(scorer: SequenceScorer) -> None:
 
 
 def bare_scorer(scorer: nn.Module) -> SequenceScorer:
-    """What `make_scorer` made, whatever is wrapped around it."""
+    """The `SequenceScorer` inside an engine's wrapper."""
     bare = scorer if isinstance(scorer, SequenceScorer) else scorer.module
     assert isinstance(bare, SequenceScorer)
     return bare

@@ -18,10 +18,12 @@ from dpo.model.load import DTYPES
 
 
 def start(model: ModelConfig) -> Accelerator:
-    """The Accelerator of this process; to be made before the model is loaded, so that ZeRO-3 can shard it
-    then.
+    """The Accelerator of this process, to be made before the model is loaded, so that ZeRO-3 can shard it.
 
-    Without an accelerator the gloo backend must be named, or Accelerate believes that every rank is alone.
+    Without an accelerator the gloo backend must be named, or Accelerate assumes a world of one on every rank.
+
+    Raises:
+        UserError: The launcher's DeepSpeed configuration contains what we refuse.
     """
     if (file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
         read_settings(Path(file))
@@ -36,16 +38,14 @@ def start(model: ModelConfig) -> Accelerator:
 
 
 def make_repeatable(options: OptimizationConfig) -> None:
-    """On GPUs, kernels whose sums have one order, where the config asks for them."""
+    """Uses deterministic kernels if the configuration asks for them."""
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
 
 
 def kind_here() -> str:
-    """How a policy of this process will be sharded, once `start` has been called: `DeepSpeed ZeRO-2`, `DDP`
-    or `one device`.
-    """
+    """How this process shards a policy, after `start`: such as `DeepSpeed ZeRO-2`, `DDP` or `one device`."""
     state = AcceleratorState()
     if state.distributed_type == DistributedType.DEEPSPEED:
         offloaded = (
@@ -56,15 +56,13 @@ def kind_here() -> str:
 
 
 def weight_dtype(accelerator: Accelerator, model: ModelConfig) -> torch.dtype:
-    """Type in which the policy is loaded: DeepSpeed keeps float32 masters of its own, elsewhere the weights
-    are them.
-    """
+    """Type in which the policy is loaded; without DeepSpeed the weights are their own float32 masters."""
     return DTYPES[model.dtype] if accelerator.distributed_type == DistributedType.DEEPSPEED else torch.float32
 
 
 @contextmanager
 def unsharded(accelerator: Accelerator) -> Iterator[None]:
-    """Within the block ZeRO-3 shards no model while it is made, so that one rank may make one alone."""
+    """Within the block ZeRO-3 shards no new model, so that one rank can make one alone."""
     plugin = accelerator.state.deepspeed_plugin
     sharding = None if plugin is None else plugin.dschf
     unset_hf_deepspeed_config()

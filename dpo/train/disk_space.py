@@ -1,4 +1,4 @@
-"""Whether the disk can hold what a run will write, asked before anything is loaded."""
+"""Whether the disk can hold what a run will write, checked before anything is loaded."""
 
 import shutil
 from pathlib import Path
@@ -16,11 +16,10 @@ MASTER_BYTES = 4
 def checkpoint_bytes(
     num_parameters: int, dtype: torch.dtype, options: OptimizationConfig, *, sharded: bool
 ) -> int:
-    """Size of one checkpoint: weights in the compute type, and float32 moments, with masters beside them
-    where DeepSpeed keeps some.
+    """Size of one checkpoint in bytes: weights in the compute type, float32 moments, and DeepSpeed's masters.
 
     Args:
-        num_parameters: Those that are trained; others are not in it.
+        num_parameters: Trained parameters; others are not saved.
         dtype: The compute type.
         options: The optimizer.
         sharded: Whether DeepSpeed trains.
@@ -31,7 +30,7 @@ def checkpoint_bytes(
 
 
 def exported_bytes(model: ModelConfig, num_parameters: int, num_trained: int) -> int:
-    """Size of RUN_DIR/model.
+    """Size of RUN_DIR/model in bytes.
 
     Args:
         model: Its compute type, and whether an adapter is exported alone.
@@ -44,9 +43,9 @@ def exported_bytes(model: ModelConfig, num_parameters: int, num_trained: int) ->
 
 
 def require_space(run_dir: Path, one: int, model: int, options: OptimizationConfig, num_steps: int) -> None:
-    """Raises UserError if checkpoints and model will not fit beside what the run has written already.
+    """Raises UserError if checkpoints and models do not fit the disk, given what the run has written already.
 
-    While one is written, `keep_last` others are there.
+    While one checkpoint is written, `keep_last` others exist.
 
     Args:
         run_dir: Where.

@@ -1,9 +1,7 @@
-"""Supervised fine-tuning: next tokens of text, or the chosen completions of preference data given their
-prompts.
+"""Supervised fine-tuning as an objective: next tokens of text, or chosen completions given their prompts.
 
-The paper's first stage, its preferred-FT baseline, and the way to a base model where there is none: from
-random weights with a tokenizer trained on the text. A sequence is a group with one completion and no pairs,
-so that data, plan, engine and loop are those of preference training.
+The paper's first stage, its preferred-FT baseline, and how to pretrain a small base model. A block of text is a
+group with one completion and no pairs, so that data, plan, engine and loop are those of preference training.
 """
 
 from collections.abc import Callable
@@ -30,7 +28,7 @@ class NextTokenObjective:
     per_token: bool = False
 
     def trees(self, groups: Int64s) -> list[Tree]:
-        """The prompts of these groups with their chosen completions, or the one there is."""
+        """The prompts of these groups with their chosen completions, or with the only one."""
         found: list[Tree] = []
         for group in (self.dataset[int(index)] for index in groups):
             wanted = dict.fromkeys(pair.chosen for pair in group.pairs) or {0: None}
@@ -70,7 +68,7 @@ def held_out_loss(
     budget: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """{"eval/loss": nats per token} over all sequences of a data set, summed over ranks.
+    """{"eval/loss": nats per token} over all sequences of a data set and all ranks.
 
     Args:
         score: (S,) log-probs of a batch, without gradient.

@@ -1,4 +1,4 @@
-"""How long parts of a step take on this rank's device, without waiting for it."""
+"""Times parts of a step on this rank's device, without waiting for it."""
 
 import time
 from collections.abc import Iterator
@@ -8,9 +8,9 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the time of the blocks that it is around: the GPU's where there is one, else the wall clock's.
+    """Adds up the time of blocks: GPU time where there is a GPU, else wall-clock time.
 
-    Between two reads of `seconds` the device must have been waited for; nothing here waits.
+    The caller must have synchronized with the device before it reads `seconds`.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Stopwatch:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Counts the block."""
+        """Times the block."""
         if torch.cuda.is_available():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -32,5 +32,5 @@ class Stopwatch:
             self._seconds += time.perf_counter() - began
 
     def seconds(self) -> float:
-        """Of all blocks, once the device has done them."""
+        """Seconds of all blocks, once the device has finished them."""
         return self._seconds + sum(float(begin.elapsed_time(end)) for begin, end in self._events) / 1000
