@@ -1,8 +1,8 @@
 """The batch plan: which groups make each optimizer step, and how a step is cut for the ranks.
 
 Two pure functions. `plan_steps` does not take the world size, so one GPU and sixty-four do the same steps
-over the same pairs. `share` cuts one step: longest group first to the least loaded rank, then micro-batches by
-token budget.
+over the same pairs. `share` cuts one step: longest group first to the least loaded rank, then micro-batches
+by token budget.
 """
 
 import heapq
