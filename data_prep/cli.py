@@ -91,8 +91,10 @@ def _add_common_arguments(parser: argparse.ArgumentParser, *, has_input: bool) -
             help="share of the prompts that is held out if the input has no test split (default: 0.1)",
         )
         split.add_argument(
-            "--fold", type=_fold, metavar="K/N", help="hold out the K-th of N equal parts of the prompts
-            instead; 1/5 to 5/5 hold out each part once",
+            "--fold",
+            type=_fold,
+            metavar="K/N",
+            help="hold out the K-th of N equal parts of the prompts instead; 1/5 to 5/5 hold out each once",
         )
 
 

@@ -55,9 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "manifest, else complete)",
     )
     parser.add_argument(
-        "--labels", choices=LABELS, default="given", help="for control experiments: flipped exchanges chosen
-        and rejected in every training pair, shuffled " "permutes the ranks of each training prompt's
-        completions; held-out pairs do not change (default: " "given)",
+        "--labels",
+        choices=LABELS,
+        default="given",
+        help="for control experiments: flipped exchanges chosen and rejected in each training pair, shuffled "
+        "permutes the ranks of each training prompt's completions; held-out pairs do not change (default: "
+        "given)",
     )
 
 

@@ -132,8 +132,8 @@ def tree_attention(
         )[0]
         return attended
 
-    # Pieces of (1, t, heads, d) are contiguous in memory, so that splitting and joining them is cheap. One call
-    # splits them all, since the backward pass of every slice would allocate a whole row.
+    # Pieces of (1, t, heads, d) are contiguous in memory, so that splitting and joining them is cheap. One
+    # call splits them all, since the backward pass of every slice would allocate a whole row.
     lengths = tree.piece_lengths
     pieces = zip(*(states.transpose(1, 2).split(lengths, 1) for states in (query, key, value)), strict=True)
     outputs: list[Tensor] = []

@@ -1,6 +1,6 @@
 """Log-probabilities of completions: the one forward pass that training, precompute and evaluation share.
 
-The trunk runs over trees, the output projection only where a completion token is predicted. Whatever the
+The trunk runs over trees, the output projection only where a completion token is predicted. With any
 compute dtype, log-softmax is float32 and sums over tokens are float64.
 """
 
