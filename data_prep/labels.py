@@ -189,7 +189,7 @@ def download(url: str, path: Path) -> None:
             received = file.tell()
     except OSError as error:
         raise UserError(
-            f"--task: {url} cannot be downloaded ({error}); get it elsewhere and give the file as --input"
+            f"--task: {url} could not be fetched ({error}); fetch it elsewhere and give the file as --input"
         ) from error
     if total is not None and received != total:
         raise UserError(f"--task: {url} ended after {received:,} of {total:,} bytes; try again")
