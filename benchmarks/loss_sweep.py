@@ -1,10 +1,10 @@
-"""Every loss on the demo, on one reference cache: the last table of docs/losses.md.
+"""Every loss on the demo, with one reference cache: the last table of docs/losses.md.
 
     make demo && python -m benchmarks.loss_sweep
 
-Trains and evaluates the demo's experiment with each loss into runs/losses/NAME (what is there is not done
-again), checks that no reference log-prob is computed after the demo's own, and prints the table. The betas
-are those that each loss wants, not tuned further.
+Trains and evaluates the demo's experiment with each loss in runs/losses/NAME (finished runs are skipped),
+checks that no reference log-prob is computed after the demo's own, and prints the table. Each loss has a
+beta of its usual size, without tuning.
 """
 
 import json
@@ -32,7 +32,7 @@ COLUMNS = {
 
 
 def stage(command: str, *keys: str) -> str:
-    """Runs a stage on the CPU, as launch/demo does; returns what it printed."""
+    """Runs a stage on the CPU, like launch/demo; returns its output."""
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
@@ -46,7 +46,7 @@ def stage(command: str, *keys: str) -> str:
 
 
 def main() -> None:
-    """Runs what is missing, and prints a row a loss."""
+    """Runs what is missing, and prints one row per loss."""
     print("| loss | options | " + " | ".join(COLUMNS.values()) + " |")
     print("|---" * (2 + len(COLUMNS)) + "|")
     for name in LOSSES:
@@ -55,9 +55,9 @@ def main() -> None:
         keys = ["--run_dir", str(run_dir), "--loss.type", name, *options]
         summary = run_dir / "report" / "summary.json"
         if not summary.is_file():
-            said = stage("precompute-ref", *keys)
-            if " 0 computed" not in said and "not needed" not in said:
-                sys.exit(f"{name}: the reference was computed again:\n{said}")
+            output = stage("precompute-ref", *keys)
+            if " 0 computed" not in output and "not needed" not in output:
+                sys.exit(f"{name}: the reference was computed again:\n{output}")
             stage("train", *keys)
             stage("evaluate", *keys)
         found = json.loads(summary.read_text())

@@ -1,10 +1,10 @@
-"""The figure of docs/losses.md, and our losses against TRL's on random log-probs.
+"""The figure in docs/losses.md, and a comparison of our losses with TRL's on random log-probs.
 
     python -m benchmarks.losses --figure docs/figures/losses.png
     python -m benchmarks.losses --peer .venv-peers/bin/python      # after make bench-peers
 
-The second runs TRL's own trainer code in its environment (benchmarks/peers/trl_losses.py) on log-probs that
-are drawn here, and prints the difference of each loss that both have.
+The second runs TRL's own trainer code in its environment (benchmarks/peers/trl_losses.py) on random log-probs
+from here, and prints the difference for each loss that both have.
 """
 
 import argparse
@@ -27,15 +27,13 @@ from dpo.report.figures import PALETTE, save_png
 
 BETA, SMOOTHING = 0.5, 0.1
 PEERS = [name for name, kind in LOSSES.items() if kind.needs_reference and name != "plackett_luce"]
-"""Types that TRL's DPOTrainer has, too."""
-
-
+"""Types that TRL's DPOTrainer has too."""
 SMOOTHED_BY_PEERS = ("robust", "exo_pair")
-"""Types in which TRL reads label_smoothing, too."""
+"""Types for which TRL uses label_smoothing too."""
 
 
 def options(name: str, *, smoothed: bool = True) -> LossConfig:
-    """The loss with options that show it."""
+    """The loss with the options of the figure."""
     given: dict[str, Any] = {"type": name, "beta": BETA}
     if smoothed and "label_smoothing" in LOSSES[name].uses:
         given["label_smoothing"] = SMOOTHING
@@ -43,9 +41,16 @@ def options(name: str, *, smoothed: bool = True) -> LossConfig:
 
 
 def along(name: str, margins: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and its derivative where half of the margin (nats) is the chosen completion's, half the other's.
+    """Loss and its derivative by the margin, half of which comes from each completion.
 
-    Completions have ten tokens; without a reference the log-probs themselves differ by the margin.
+    Completions have ten tokens; for losses without a reference, the log-probs differ by the margin.
+
+    Args:
+        name: Of the loss.
+        margins: (B,) margins in nats.
+
+    Returns:
+        (B,) losses and (B,) derivatives.
     """
     margins = margins.clone().requires_grad_()
     tokens = torch.full_like(margins, 10, dtype=torch.int64)
@@ -68,11 +73,11 @@ def along(name: str, margins: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw() -> Figure:
-    """Each loss, and its gradient, against the margin; in four panels so that the lines can be told apart."""
+    """Each loss and its gradient against the margin, in four panels."""
     panels = [
-        ("Logistic and its kin", ["sigmoid", "robust", "exo_pair", "sigmoid_norm", "discopop"]),
+        ("Logistic and similar", ["sigmoid", "robust", "exo_pair", "sigmoid_norm", "discopop"]),
         ("Targets and hinges", ["ipo", "sppo_hard", "hinge"]),
-        ("Each completion by itself", ["nca_pair", "apo_zero", "apo_down"]),
+        ("Each completion separately", ["nca_pair", "apo_zero", "apo_down"]),
         ("Rankings, and no reference", ["plackett_luce", "simpo", "orpo"]),
     ]
     margins = torch.linspace(-8, 8, 321, dtype=torch.float64)
@@ -98,13 +103,13 @@ def draw() -> Figure:
     axes[0][0].set_ylabel("loss")
     axes[1][0].set_ylabel("gradient to the margin")
     figure.suptitle(
-        f"Losses at beta {BETA}, label smoothing {SMOOTHING} where it is used, 10 tokens a completion"
+        f"Losses at beta {BETA}, label smoothing {SMOOTHING} where it is used, 10 tokens per completion"
     )
     return figure
 
 
 def compare(peer: str) -> None:
-    """Prints the largest difference to TRL of each type; exits with 1 if one is beyond 1e-6."""
+    """Prints the difference to TRL for each type; exits with status 1 if one is above 1e-6."""
     generator = torch.Generator().manual_seed(0)
     drawn = {
         name: (-30 * torch.rand(64, dtype=torch.float64, generator=generator) - 1).tolist()

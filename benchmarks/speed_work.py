@@ -1,10 +1,11 @@
-"""What benchmarks/speed.py runs in processes of their own: the work is prepared, and this system measured.
+"""Runs in processes started by benchmarks/speed.py: prepares the work, and measures this system.
 
     python -m benchmarks.speed_work {prepare,precompute,train,profile,peak} SETTINGS [WORK]
 
 A work is a folder with groups.jsonl, which this system reads, and pairs.jsonl, which the others read: the
-same pairs one by one, in the order in which this system's plan trains them. Groups are only taken if every
-tokenizer call gives the same ids, so that no system has fewer tokens because it cuts or splits otherwise.
+same pairs one by one, in the order in which this system's plan trains them. A group is only used if every way
+of tokenizing it gives the same ids, so that no system has fewer tokens because it truncates or splits
+differently.
 """
 
 import json

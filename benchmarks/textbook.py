@@ -1,8 +1,8 @@
-"""DPO as textbooks have it, to measure against: two padded rows a pair, full logits, a live reference.
+"""Textbook DPO as a baseline: two padded rows per pair, full logits, a live reference.
 
     python -m benchmarks.textbook SETTINGS WORK {precompute,train}
 
-Nothing of dpo is used, so that this is also a second opinion on its losses.
+It uses no code of dpo, so that it is also an independent check of its losses.
 """
 
 import copy
@@ -80,13 +80,13 @@ def dpo_loss(policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], be
 
 
 def micro_batches(pairs: Sequence[tuple[Row, Row]], settings: Settings) -> list[Rows]:
-    """Pairs as they come, a fixed number together."""
+    """Micro-batches of a fixed number of pairs, in order."""
     size = settings.pairs_per_micro_batch
     return [pad(pairs[start : start + size]) for start in range(0, len(pairs), size)]
 
 
 def precompute(settings: Settings, pairs: Sequence[tuple[Row, Row]], model: nn.Module) -> dict[str, Any]:
-    """Reference log-probs of all pairs; the first micro-batch is also passed once before, untimed."""
+    """Reference log-probs of all pairs; one untimed pass over the first micro-batch comes before."""
     with torch.inference_mode():
         completion_logps(model, micro_batches(pairs, settings)[0])
         started = time.perf_counter()
@@ -97,7 +97,7 @@ def precompute(settings: Settings, pairs: Sequence[tuple[Row, Row]], model: nn.M
 
 
 def train(settings: Settings, pairs: Sequence[tuple[Row, Row]], policy: nn.Module) -> dict[str, Any]:
-    """Optimizer steps with the reference beside the policy; the first one is not timed."""
+    """Optimizer steps with the reference in memory beside the policy; the first one is not timed."""
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     losses: list[float] = []

@@ -1,8 +1,8 @@
-"""`python -m data_prep SOURCE --output DIR`: picks the source, imports that one alone, reports the outcome.
+"""`python -m data_prep SOURCE --output DIR`: runs one source and prints what was written and dropped.
 
 Every source is a module of this package with `SUMMARY`, `add_arguments(parser)` and `run(args)`; `run` writes
-the folder `args.output` through `data_prep.files.PreferenceWriter`. A new one needs a module and a line in
-SOURCES.
+the folder `args.output` through `data_prep.files.PreferenceWriter`. A new source needs a module and a line in
+SOURCES. Only the chosen one is imported, so that `--help` is fast.
 """
 
 import argparse
@@ -22,17 +22,17 @@ class Source(NamedTuple):
     """One line of the table of sources."""
 
     help: str
-    """What `--help` says of it."""
+    """Its line in `--help`."""
     has_input: bool = True
-    """Whether it reads rows from outside, which can be faulty, too many, and have to be split."""
+    """Whether it reads rows, and so has options for faulty rows, their number and the split."""
 
 
 SOURCES = {
     "hh": Source("Anthropic's HH-RLHF dialogues, from files or the hub"),
     "labels": Source("OpenAI's lm-human-preferences labels: the best of 4 continuations"),
-    "sample": Source("continuations of prompts sampled from a model and scored"),
-    "preferences": Source("any JSON Lines, Parquet or hub data in the field's preference formats"),
-    "stories": Source("the embedded default: tiny stories that end happy, neutral or sad", has_input=False),
+    "sample": Source("continuations of prompts, sampled from a model and scored"),
+    "preferences": Source("JSON Lines, Parquet or hub data in any common preference format"),
+    "stories": Source("the demo's data: generated stories that end happy, neutral or sad", has_input=False),
 }
 
 
@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         importlib.import_module(f"data_prep.{args.source}").run(args)
-        if (
-            os.environ.get("RANK", "0") == "0"
-        ):  # `sample` runs on several ranks, of which the first one writes
+        if os.environ.get("RANK", "0") == "0":  # `sample` may run on several ranks; rank 0 writes
             print(_summary(args.output))
     except UserError as error:
         print(f"data_prep: error: {error}", file=sys.stderr)
@@ -75,8 +73,8 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
 def _add_common_arguments(parser: argparse.ArgumentParser, *, has_input: bool) -> None:
     common = parser.add_argument_group("options of every source" if has_input else "options of output")
     common.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
-    common.add_argument("--overwrite", action="store_true", help="replace preference files that are there")
-    common.add_argument("--seed", type=int, default=0, help="fixes every random choice (default: 0)")
+    common.add_argument("--overwrite", action="store_true", help="replace preference files in DIR")
+    common.add_argument("--seed", type=int, default=0, help="seed of every random choice (default: 0)")
     if has_input:
         common.add_argument(
             "--strict", action="store_true", help="make a faulty row an error instead of a counted drop"
@@ -90,13 +88,13 @@ def _add_common_arguments(parser: argparse.ArgumentParser, *, has_input: bool) -
             type=_fraction,
             default=0.1,
             metavar="F",
-            help="share of the prompts held out, where the input has no test split of its own (default: 0.1)",
+            help="share of the prompts that is held out if the input has no test split (default: 0.1)",
         )
         split.add_argument(
             "--fold",
             type=_fold,
             metavar="K/N",
-            help="hold out the K-th of N equal parts of the prompts instead: 1/5 to 5/5 hold out each once",
+            help="hold out the K-th of N equal parts of the prompts instead; 1/5 to 5/5 hold out each once",
         )
 
 

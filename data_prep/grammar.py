@@ -1,8 +1,7 @@
-"""The grammar of the embedded stories: neutral openings, and continuations that turn happy, neutral or sad.
+"""The grammar of the demo's stories: neutral openings, and continuations that turn happy, neutral or sad.
 
-An opening tells who was where with what, and who else was there; a continuation speaks of the same person,
-thing, place and companion. One table serves both ways: `opening` and `continuation` write, `mood_of`
-recognises.
+An opening introduces a person, an object, a place and a companion; a continuation uses the same ones. One
+table serves both directions: `opening` and `continuation` generate text, `mood_of` recognises it.
 """
 
 import json
@@ -47,7 +46,7 @@ MEN = (
 )
 
 SLOTS: dict[str, tuple[str, ...]] = {
-    # who, what and where: an opening chooses them, its continuations repeat them
+    # person, object, place and companion: chosen by the opening, repeated by its continuations
     "Name": (*WOMEN, *MEN),
     "They": ("She", "He"),
     "they": ("she", "he"),
@@ -147,7 +146,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
     "face": ("face", "voice", "song", "step"),
     "meal": ("supper", "dinner", "lunch", "breakfast", "bowl of soup", "pot of tea"),
 }  # fmt: skip
-"""What may stand where. A value may have slots of its own."""
+"""Slot -> its possible values. A value may contain slots."""
 
 OPENINGS = (
     (
@@ -212,7 +211,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def opening(rng: random.Random) -> tuple[str, dict[str, str]]:
-    """A neutral opening of two sentences, and what it fixed for its continuations.
+    """A neutral opening of two sentences, and the values that its continuations must use.
 
     Returns:
         The text, and the value of each of Name, They, they, them, their, object, place and companion.
@@ -226,12 +225,12 @@ def opening(rng: random.Random) -> tuple[str, dict[str, str]]:
 
 
 def continuation(mood: Mood, fixed: Mapping[str, str], rng: random.Random) -> str:
-    """Two sentences of a mood about the person, thing, place and companion of an opening."""
+    """Two sentences of a mood about the person, object, place and companion of an opening."""
     return _write(CONTINUATIONS[mood], fixed, rng)
 
 
 def mood_of(text: str) -> Mood | None:
-    """The mood of a continuation of the grammar; None for any other text. Space around it does not count."""
+    """The mood of a continuation of the grammar, None for any other text; surrounding space is ignored."""
     words = text.strip()
     return next((mood for mood in MOODS if _PATTERNS[mood].fullmatch(words)), None)
 
@@ -244,7 +243,7 @@ def _write(sentences: tuple[tuple[str, ...], ...], fixed: Mapping[str, str], rng
 
 
 def _pattern(template: str) -> str:
-    """A regular expression of everything that a template may become."""
+    """A regular expression for every sentence that a template can give."""
     literals = _SLOT.split(template)  # text, slot, text, slot, ..., text
     return "".join(
         f"(?:{'|'.join(map(_pattern, SLOTS[piece]))})" if number % 2 else re.escape(piece)
@@ -259,7 +258,7 @@ _PATTERNS = {
 
 
 def main(path: str) -> None:
-    """Prints how many of the samples in a report's samples.jsonl are sentences of the grammar."""
+    """Prints the share of each mood among the samples of a report's samples.jsonl."""
     rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
     for model in ("reference", "policy"):
         moods = Counter(mood_of(row[model]) or "not of the grammar" for row in rows)

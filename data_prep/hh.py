@@ -1,7 +1,8 @@
 r"""Anthropic's HH-RLHF: pairs of whole dialogues -> the shared dialogue as prompt, the last turns as a pair.
 
-Input rows are {chosen, rejected}, each "\n\nHuman: ...\n\nAssistant: ..." to its end. As text the prompt ends
-with "\n\nAssistant:" and a completion starts with the space that follows; as messages the markers are gone.
+Input rows are {chosen, rejected}, each a whole dialogue "\n\nHuman: ...\n\nAssistant: ...". As text, the
+prompt ends with "\n\nAssistant:" and a completion starts with the space that follows; messages have no
+markers.
 """
 
 import argparse
@@ -33,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FILE",
-        help="held-out files (default: the input's own test split, else a share of the input)",
+        help="held-out files (default: the input's test split, else a share of the input)",
     )
     parser.add_argument(
-        "--format", choices=("text", "messages"), default="text", help="form of the prompt (default: text)"
+        "--format", choices=("text", "messages"), default="text", help="format of the prompt (default: text)"
     )
 
 
@@ -58,7 +59,7 @@ def hh_group(row: Any, *, as_messages: bool) -> PreferenceGroup:
     """One row as a group.
 
     Raises:
-        RowError: A faulty row, or dialogues that part before the last assistant turn.
+        RowError: A faulty row, or dialogues that differ before the last assistant turn.
     """
     group = group_from_row(row)
     if not isinstance(group.prompt, str) or not group.prompt.endswith("\n\nAssistant:"):
@@ -77,13 +78,13 @@ def hh_group(row: Any, *, as_messages: bool) -> PreferenceGroup:
 
 
 def first_turn(group: PreferenceGroup) -> str:
-    """What the human says first: the key that train and test must not share."""
+    """The human's first turn: the key that train and test must not share."""
     turns = _turns(group.prompt) if isinstance(group.prompt, str) else group.prompt
     return turns[0]["content"]
 
 
 def _turns(prompt: str) -> tuple[Message, ...]:
-    """A dialogue's turns, without the assistant's marker that ends it."""
+    """A dialogue's turns, without the assistant's marker at its end."""
     before, *rest = _MARKER.split(prompt)
     pieces = list(zip(rest[::2], rest[1::2], strict=True))[:-1]
     if before.strip() or not pieces or pieces[0][0] != "Human":

@@ -1,8 +1,8 @@
 """OpenAI's lm-human-preferences labels (arXiv 1909.08593): people's choice of the best of 4 continuations.
 
-The published files hold GPT-2 token ids, which are decoded here; the hub's copies hold text. Best of 4
-becomes one group of 4 completions and 3 pairs, best against rest. Continuations were sampled to a fixed
-length, so they are fragments.
+The published files hold GPT-2 token ids, which are decoded here; copies on the hub hold text. The best of 4
+becomes a group of 4 completions and 3 pairs, best against rest. Continuations were sampled to a fixed length,
+so completions are fragments.
 """
 
 import argparse
@@ -41,7 +41,7 @@ FILES = {
     "tldr": "tldr/online_45k.json",
     "cnndm": "cnndm/online_45k.json",
 }
-"""The file that the paper's authors train on, for each task."""
+"""Task -> the file that the paper's authors train on."""
 
 SAMPLES = ("sample0", "sample1", "sample2", "sample3")
 PADDING = 50259
@@ -100,10 +100,10 @@ def label_group(row: Any, *, decode: Callable[[list[int]], str], drops: Counter[
     Args:
         row: The raw row.
         decode: GPT-2 token ids -> text.
-        drops: Counts the pairs that are not made since the loser has the same text as the best.
+        drops: Counts the pairs that are not made because both texts are the same.
 
     Raises:
-        RowError: A faulty row, or four times the same text.
+        RowError: A faulty row, or four equal texts.
     """
     if not isinstance(row, Mapping) or "query" not in row:
         return group_from_row(row)
@@ -128,14 +128,19 @@ GPT2_PROBE, GPT2_PROBE_TEXT = (15496, 11, 995), "Hello, world"
 
 
 class Decoder:
-    """GPT-2 token ids -> text. The tokenizer is loaded at the first row that needs it; text rows never do."""
+    """GPT-2 token ids -> text. The tokenizer is loaded at the first row of ids, so text does not need it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._tokenizer: Any = None
 
     def __call__(self, ids: list[int]) -> str:
-        """The text of the ids, byte for byte. Raises UserError when there is no such tokenizer."""
+        """The text of the ids, byte for byte.
+
+        Raises:
+            RowError: An id is not in the vocabulary.
+            UserError: The tokenizer cannot be loaded, or is not GPT-2's.
+        """
         if self._tokenizer is None:
             self._tokenizer = self._load()
         if any(token >= len(self._tokenizer) for token in ids):
@@ -149,20 +154,20 @@ class Decoder:
             tokenizer = AutoTokenizer.from_pretrained(self._name)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"--tokenizer: {self._name} is no tokenizer here, nor could the hub deliver one "
+                f"--tokenizer: {self._name} is not a tokenizer folder, and loading it from the hub failed "
                 f"({type(error).__name__}); expected a folder with GPT-2's tokenizer, or gpt2"
             ) from error
-        # Any large enough vocabulary would decode the labels, and another than theirs into nonsense.
+        # Any vocabulary that is large enough would decode the labels, but into nonsense.
         if len(tokenizer) <= max(GPT2_PROBE) or tokenizer.decode(list(GPT2_PROBE)) != GPT2_PROBE_TEXT:
             raise UserError(
-                f"--tokenizer: {self._name} has another vocabulary than GPT-2, whose ids the labels are; "
+                f"--tokenizer: {self._name} does not have GPT-2's vocabulary, which the labels are in; "
                 "expected a folder with GPT-2's tokenizer, or gpt2"
             )
         return tokenizer
 
 
 def https_only() -> OpenerDirector:
-    """Opens https addresses and nothing else, wherever a server redirects to."""
+    """An opener for https addresses only, also after redirects."""
     opener = OpenerDirector()
     handlers = (ProxyHandler, HTTPSHandler, HTTPRedirectHandler, HTTPErrorProcessor, HTTPDefaultErrorHandler)
     for handler in (*handlers, UnknownHandler):
@@ -171,10 +176,10 @@ def https_only() -> OpenerDirector:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetches a file under a progress bar.
+    """Downloads a file, with a progress bar.
 
     Raises:
-        UserError: No network, not all of it, or an address that is not https; with what to do.
+        UserError: No network, an incomplete file, or an address that is not https.
     """
     try:
         with https_only().open(url, timeout=30) as response, path.open("wb") as file:

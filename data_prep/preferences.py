@@ -1,7 +1,6 @@
-"""Preference data in the field's own formats -> preference files; from JSON Lines, Parquet, folders, the hub.
+"""Preference data in the common formats -> preference files; from JSON Lines, Parquet, folders or the hub.
 
-Training reads these formats itself; preparing them once gives a held-out split, counts of what is faulty, and
-checksums.
+Training reads these formats too. Preparing them gives a held-out split, counts of faulty rows, and checksums.
 """
 
 import argparse
@@ -34,33 +33,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="INPUT",
-        help="held-out data (default: the input's own test split, else a share of the input)",
+        help="held-out data (default: the input's test split, else a share of the input)",
     )
     parser.add_argument(
         "--columns",
         nargs="+",
         default=[],
         metavar="FIELD=COLUMN",
-        help=f"the data's own names where they differ: prompt=question; fields are {', '.join(_FIELDS)}",
+        help=f"columns with other names, such as prompt=question; fields are {', '.join(_FIELDS)}",
     )
     parser.add_argument(
         "--pairing", choices=PAIRING_RULES, default="best-vs-rest", help="how scores become pairs"
     )
     parser.add_argument(
-        "--min_margin", type=float, default=0.0, help="pairs whose scores differ by no more are not made"
+        "--min_margin", type=float, default=0.0, help="scores that differ by no more than this make no pair"
     )
     parser.add_argument(
         "--completions",
         choices=("complete", "fragments"),
-        help="whether completions end where their writer ended or were cut (default: what the input's "
-        "manifest says, else complete)",
+        help="whether completions end where their author ended, or were cut off (default: as in the input's "
+        "manifest, else complete)",
     )
     parser.add_argument(
         "--labels",
         choices=LABELS,
         default="given",
-        help="controls: flipped turns every training pair round, shuffled deals the ranks of each training "
-        "prompt's completions anew; held-out pairs stay as they are (default: given)",
+        help="for control experiments: flipped exchanges chosen and rejected in each training pair, shuffled "
+        "permutes the ranks of each training prompt's completions; held-out pairs do not change (default: "
+        "given)",
     )
 
 
@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
     known = {source.completions_are_complete for source in (*inputs.train, *inputs.test)} - {None}
     if args.completions is None and len(known) > 1:
         raise UserError(
-            "the inputs' manifests differ in completions_are_complete; give --completions, or prepare the "
-            "inputs apart"
+            "the inputs' manifests differ in completions_are_complete; give --completions, or prepare each "
+            "input by itself"
         )
     complete = args.completions == "complete" if args.completions else known != {False}
     with PreferenceWriter(

@@ -1,7 +1,7 @@
 """Prompts for `sample`: cut from any text to a fixed number of tokens, or those of preference data.
 
-A text is documents with an empty line between them, a document is paragraphs, one a line. No two prompts
-overlap, and train and test prompts come from different documents where there are at least ten.
+A text is documents separated by empty lines; a document is paragraphs, one per line. Prompts do not overlap,
+and train and test prompts come from different documents where there are at least ten.
 """
 
 import argparse
@@ -25,26 +25,26 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and `--help` must not
 FEWEST_DOCUMENTS = 10
 """With fewer, train and test prompts come from two disjoint parts of the text instead."""
 HUB_ROWS_PER_PROMPT = 20
-"""How many rows of a hub data set are read for each prompt that is asked for: some have no end."""
+"""Rows of a hub data set that are read per requested prompt: some data sets are endless."""
 
 
 class Prompt(NamedTuple):
-    """One prompt, and the split that its group goes to."""
+    """One prompt, and the split of its group."""
 
     split: Split
     content: str | tuple[Message, ...]
 
 
 def is_preference_folder(path: str) -> bool:
-    """Whether prompts can be taken from `path` as they are."""
+    """Whether `path` is a folder of preference data."""
     return (Path(path) / "train.parquet").is_file()
 
 
 def ready_prompts(args: argparse.Namespace, drops: Counter[str]) -> list[Prompt]:
-    """The first different prompts of each split of the preference folder `args.input`.
+    """The first distinct prompts of each split of the preference folder `args.input`.
 
     Args:
-        args: input, num_prompts and num_test_prompts (None: all), and what `read_inputs` reads.
+        args: input, num_prompts and num_test_prompts (None: all), and the options of `read_inputs`.
         drops: Counts faulty rows by reason.
     """
     limits: dict[Split, int | None] = {"train": args.num_prompts, "test": args.num_test_prompts}
@@ -61,12 +61,12 @@ def read_documents(path: str, *, max_rows: int | None, num_prompts: int) -> Iter
     Args:
         path: A .txt, .txt.gz or .txt.xz file, or a folder of such: an empty line or the end of a file ends a
             document. Or a .jsonl or .parquet file, or a hub name: a row is a document.
-        max_rows: Read at most this many paragraphs or rows; None: all, of a hub data set as many as
-            `num_prompts` may need.
+        max_rows: Read at most this many lines or rows; None: all, of a hub data set as many as `num_prompts`
+            may need.
         num_prompts: How many prompts will be cut.
 
     Yields:
-        The paragraphs of a document, without the white space around them; at least one.
+        The paragraphs of a document, at least one, without surrounding white space.
 
     Raises:
         UserError: Nothing is there, a damaged file, or rows without text.
@@ -103,26 +103,27 @@ def text_prompts(
     num_test_prompts: int,
     seed: int,
 ) -> list[Prompt]:
-    """Cuts prompts at paragraph starts, spread evenly over the text.
+    """Cuts prompts that start at paragraphs, spread evenly over the text.
 
     Args:
         documents: Lists of paragraphs.
-        tokenizer: Counts the tokens; its special tokens are no part of a prompt.
+        tokenizer: Counts the tokens; special tokens are not part of a prompt.
         prompt_tokens: Length of every prompt, in tokens, also when its text is tokenized again.
-        num_prompts: Prompts of the train split.
-        num_test_prompts: Prompts of the test split.
-        seed: Chooses the documents that are held out.
+        num_prompts: Number of prompts of the train split.
+        num_test_prompts: Number of prompts of the test split.
+        seed: Decides which documents are held out.
 
     Raises:
-        UserError: The text is too short for so many.
+        UserError: The text is too short for that many prompts.
     """
     documents = terminal.progress(documents, description="cut prompts", unit="documents")
     cut = [cut_prompts(document, tokenizer, prompt_tokens) for document in documents]
     train, test = _split([prompts for prompts in cut if prompts], num_prompts, num_test_prompts, seed)
     if len(train) < num_prompts or len(test) < num_test_prompts:
         raise UserError(
-            f"the text holds {len(train)} train and {len(test)} test prompts of {prompt_tokens} tokens; "
-            f"expected {num_prompts} and {num_test_prompts}. Give more text, or ask for fewer or shorter ones"
+            f"input: the text has {len(train)} train and {len(test)} test prompts of {prompt_tokens} tokens; "
+            f"expected {num_prompts} and {num_test_prompts}: give more text, or lower --num_prompts, "
+            "--num_test_prompts or --prompt_tokens"
         )
     return [
         *(Prompt("train", text) for text in _spread(train, num_prompts)),
@@ -133,21 +134,21 @@ def text_prompts(
 def cut_prompts(
     paragraphs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", num_tokens: int
 ) -> list[str]:
-    """Every prompt of one document: a paragraph, joined by newlines with the next ones while it is too short.
+    """All prompts of one document: each a paragraph, joined by newlines with the next while it is too short.
 
-    A stretch whose first tokens are not tokenized to the same again (cut inside a letter, say) is left out.
+    A prompt whose text is tokenized to other ids (because it was cut inside a letter, say) is dropped.
     """
     lengths = map(len, _encode(paragraphs, tokenizer))
-    stretches: list[str] = []
+    pieces: list[str] = []
     open_paragraphs: list[str] = []
     num_open_tokens = 0
     for paragraph, length in zip(paragraphs, lengths, strict=True):
         open_paragraphs.append(paragraph)
         num_open_tokens += length
         if num_open_tokens >= num_tokens:
-            stretches.append("\n".join(open_paragraphs))
+            pieces.append("\n".join(open_paragraphs))
             open_paragraphs, num_open_tokens = [], 0
-    ids = [stretch_ids[:num_tokens] for stretch_ids in _encode(stretches, tokenizer)]
+    ids = [piece[:num_tokens] for piece in _encode(pieces, tokenizer)]
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return [
         text
@@ -159,7 +160,7 @@ def cut_prompts(
 def _split(
     documents: Sequence[Sequence[str]], num_train: int, num_test: int, seed: int
 ) -> tuple[list[str], list[str]]:
-    """Prompts of train and of test, each in the order of the text, and no text in both."""
+    """Train and test prompts, each in the order of the text; no prompt is in both."""
     total = sum(map(len, documents))
     wanted = max(num_test, round(total * num_test / max(1, num_train + num_test)))
     if len(documents) < FEWEST_DOCUMENTS:
@@ -180,7 +181,7 @@ def _split(
 
 
 def _spread(texts: Sequence[str], count: int) -> list[str]:
-    """`count` of them at equal distances, from the first on."""
+    """`count` of the texts at equal distances, starting with the first."""
     return [texts[number * len(texts) // count] for number in range(count)]
 
 

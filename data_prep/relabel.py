@@ -1,4 +1,8 @@
-"""Preferences with other labels, for controls: what learns from them has to go the other way, or nowhere."""
+"""Preferences with changed labels, for control experiments: flipped, or shuffled among the completions.
+
+A policy trained on flipped labels must move the other way, and one trained on shuffled labels must not
+improve.
+"""
 
 import hashlib
 import random
@@ -16,11 +20,11 @@ def relabel(group: PreferenceGroup, labels: Labels, seed: int) -> PreferenceGrou
     """A group with the same prompt and completions, and other preferences between them.
 
     Args:
-        group: Any.
-        labels: given: as it is. flipped: each pair the other way round, scores with the other sign.
-            shuffled: scores and ranks are dealt anew among the completions; each deal is equally likely, so
-            that a pair keeps its direction as often as not, and the number of pairs stays.
-        seed: At least 0. The deal depends on this, the prompt and the completions, not on the row's place.
+        group: Any group.
+        labels: given: the group itself. flipped: chosen and rejected are exchanged in each pair, and scores
+            change their sign. shuffled: scores and ranks are permuted among the completions, each permutation
+            equally likely, so that a pair keeps its direction half of the time; the number of pairs stays.
+        seed: At least 0. The permutation depends on it, the prompt and the completions, not on other rows.
     """
     if labels == "given":
         return group
@@ -33,7 +37,7 @@ def relabel(group: PreferenceGroup, labels: Labels, seed: int) -> PreferenceGrou
     content = "\0".join((str(seed), prompt_key(group), *group.completions))
     stream = random.Random(hashlib.blake2b(content.encode("utf-8", "surrogatepass")).digest())
     order = list(range(len(group.completions)))
-    stream.shuffle(order)  # completion i is now what completion order[i] was
+    stream.shuffle(order)  # completion i gets the score and rank of completion order[i]
     place = {was: now for now, was in enumerate(order)}
     return replace(
         group,

@@ -1,7 +1,7 @@
-"""Preference data from a policy's own continuations: prompts, samples of each, a score a sample, and pairs.
+"""Preference data from a policy's own continuations: sampled for each prompt, scored, and paired by score.
 
-Runs plain or under `accelerate launch`: sampling and scoring are spread over the ranks; rank 0 cuts prompts
-and writes the files. What is sampled does not depend on the number of ranks.
+Runs as one process or under `accelerate launch`: sampling and scoring are spread over the ranks; rank 0 cuts
+the prompts and writes the files. The samples do not depend on the number of ranks.
 """
 
 import argparse
@@ -51,33 +51,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "input",
         metavar="INPUT",
-        help="where prompts come from: a .txt, .txt.gz or .txt.xz file (a paragraph a line, an empty line "
+        help="source of the prompts: a .txt, .txt.gz or .txt.xz file (one paragraph per line, an empty line "
         "between documents), a folder of such, a data set with a column `text` (.jsonl, .parquet, a hub "
-        "name), or a preference folder, whose prompts and splits are used as they are",
+        "name), or a preference folder, whose prompts and splits are kept",
     )
     add("--model", required=True, help="the policy that is sampled: a folder or a hub name")
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="bfloat16",
-        help="what it runs in (default: bfloat16)",
+        help="compute dtype of the policy (default: bfloat16)",
     )
     add("--scorer", required=True, help="vader, or hf:MODEL, a text-classification model")
     add(
-        "--num_prompts", type=int, help=f"training prompts (default: {NUM_PROMPTS} of a text, all ready ones)"
+        "--num_prompts",
+        type=int,
+        help=f"training prompts (default: {NUM_PROMPTS} from text, all of a preference folder)",
     )
     add(
         "--num_test_prompts",
         type=int,
-        help="held-out prompts (default: test_fraction of num_prompts of a text, all ready ones)",
+        help="held-out prompts (default: test_fraction of num_prompts from text, all of a preference folder)",
     )
-    add("--prompt_tokens", type=int, default=64, help="length of a prompt cut from a text (default: 64)")
+    add("--prompt_tokens", type=int, default=64, help="length of a prompt from text, in tokens (default: 64)")
     add("--num_samples", type=int, default=4, help="continuations of each prompt (default: 4)")
     add("--completion_tokens", type=int, default=24, help="longest continuation, in tokens (default: 24)")
-    add("--temperature", type=float, default=0.7, help="of sampling (default: 0.7)")
-    add("--batch_size", type=int, default=64, help="sequences that a rank samples together (default: 64)")
+    add("--temperature", type=float, default=0.7, help="sampling temperature (default: 0.7)")
+    add("--batch_size", type=int, default=64, help="sequences that a rank samples at once (default: 64)")
     add("--pairing", choices=PAIRING_RULES, default="best-vs-rest", help="how scores become pairs")
-    add("--min_margin", type=float, default=0.0, help="pairs whose scores differ by no more are not made")
+    add("--min_margin", type=float, default=0.0, help="scores that differ by no more make no pair")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -92,7 +94,9 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and not value >= minimum:
             raise UserError(f"--{name}: {value}; expected at least {minimum}")
     if args.fold and not is_preference_folder(args.input):
-        raise UserError("--fold: train and test prompts are of different documents; give --num_test_prompts")
+        raise UserError(
+            "--fold: only prompts of a preference folder can be split into folds; give --num_test_prompts"
+        )
     check_model_path(args.model, "--model")
     distributed.start()
     model = ModelConfig(name_or_path=args.model, dtype=args.dtype)
@@ -172,8 +176,8 @@ def _prepare(
             prepared.append((prompt, np.asarray(ids, dtype=np.int32)))
     if not prepared:
         raise UserError(
-            f"input: no prompt of {args.input} is left that {args.completion_tokens} tokens can follow "
-            f"within {args.model}'s {positions} positions; dropped {dict(writer.drops) or 'none'}"
+            f"input: no prompt of {args.input} leaves room for {args.completion_tokens} tokens within the "
+            f"{positions} positions of {args.model}; dropped: {dict(writer.drops) or 'nothing'}"
         )
     return prepared
 
@@ -214,7 +218,7 @@ def _groups(
     args: argparse.Namespace,
     drops: Counter[str],
 ) -> Iterator[tuple[Prompt, PreferenceGroup]]:
-    """The groups with a preference: identical continuations merged, blank ones left out, the rest counted."""
+    """The groups with a preference; identical continuations are merged, blank ones dropped."""
     for number, prompt in enumerate(prompts):
         score_of = {
             text: score for text, score in zip(texts[number], scores[number], strict=True) if text.strip()

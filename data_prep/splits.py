@@ -1,8 +1,7 @@
-"""Which groups train and which are held out: by the input's own test split, or by a hash of the prompt
-(a share of all, or a fold of several).
+"""Which groups are for training and which are held out: by the input's test split, or by a hash of a key.
 
-Either way no key (a prompt, a dialogue's first turn) is in both, and a hashed choice depends on nothing but
-key and seed: not on the order, not on other rows.
+The key is the prompt, or a dialogue's first turn; none is in both splits. A split by hash holds out a share
+of the keys or one of several folds. It depends only on key and seed, not on order or other rows.
 """
 
 import argparse
@@ -21,32 +20,32 @@ from dpo.data.sources import PreferenceSource, Split, has_split, open_source, re
 from dpo.errors import UserError
 
 Rows = Iterable[tuple[str, Any]]
-"""Raw rows, each with its place for messages."""
+"""Raw rows, each with its place, for messages."""
 
 
 class Fold(NamedTuple):
-    """One of several equal parts of the keys, held out in turn for cross-validation."""
+    """One of several equal parts of the keys, for cross-validation."""
 
     number: int
     """From 1 to `of`."""
     of: int
 
     def part(self) -> tuple[float, float]:
-        """What `split_of` holds out. The folds of one seed share no key and leave none out."""
+        """The interval that `split_of` holds out. Every key is in exactly one of the folds of a seed."""
         return (self.number - 1) / self.of, self.number / self.of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a source reads."""
+    """The data that a source reads."""
 
     train: Sequence[PreferenceSource]
-    """The training data, or everything where there is no separate test data."""
+    """Training data, or all data where there is no separate test data."""
     test: Sequence[PreferenceSource]
-    """Held-out data; empty where the training data is to be split."""
+    """Held-out data; empty where the training data is split."""
 
     def rows(self) -> dict[Split, Rows]:
-        """The raw rows of each split that there is, with their places."""
+        """The raw rows of each split, with their places."""
         rows: dict[Split, Rows] = {"train": chain.from_iterable(map(read_rows, self.train))}
         if self.test:
             rows["test"] = chain.from_iterable(map(read_rows, self.test))
@@ -62,7 +61,7 @@ class Inputs:
 
 
 def open_inputs(train: Sequence[str], test: Sequence[str]) -> Inputs:
-    """Opens the inputs; without `test`, the test splits that the training inputs have themselves.
+    """Opens the inputs; without `test`, with the test splits of the training inputs.
 
     Raises:
         UserError: One of them does not exist.
@@ -82,7 +81,7 @@ def read_inputs(
     args: argparse.Namespace,
     drops: Counter[str],
 ) -> Iterator[tuple[Split, PreferenceGroup]]:
-    """Streams every group of the inputs with its split; arguments as of `split_groups`."""
+    """Streams every group of the inputs with its split; arguments as for `split_groups`."""
     return split_groups(inputs.rows(), convert, key, args=args, drops=drops)
 
 
@@ -94,12 +93,12 @@ def split_groups(
     args: argparse.Namespace,
     drops: Counter[str],
 ) -> Iterator[tuple[Split, PreferenceGroup]]:
-    """Streams every group with its split; test rows that have the key of a training row are dropped.
+    """Streams every group with its split; test rows with the key of a training row are dropped.
 
     Args:
         rows: The raw rows, "train" and "test"; without "test" the training rows are split.
         convert: Makes a group of a raw row, or raises `RowError`.
-        key: What the splits must not share.
+        key: The key of a group; no key is in both splits.
         args: The command line: strict, max_rows, seed, fold or test_fraction.
         drops: Counts what is dropped, by reason.
 
@@ -116,7 +115,7 @@ def split_groups(
             yield split_of(key(group), seed=args.seed, held_out=held_out), group
         return
     if args.fold:
-        raise UserError("--fold: the input has a test split of its own; give the training part alone")
+        raise UserError("--fold: the input has a test split of its own; give its training part only")
     seen = set()
     for group in groups("train"):
         seen.add(_digest(key(group)))
@@ -129,12 +128,12 @@ def split_groups(
 
 
 def split_of(key: str, *, seed: int, held_out: tuple[float, float]) -> Split:
-    """The split of a key; key and seed alone decide.
+    """The split of a key; depends only on key and seed.
 
     Args:
-        key: Any.
-        seed: Places the keys evenly over [0, 1).
-        held_out: From where to where, in [0, 1], a key's place makes it a test key; the end is outside.
+        key: Any text.
+        seed: The hash of seed and key is a point, evenly distributed over [0, 1).
+        held_out: The interval in [0, 1], its end excluded, whose points are test keys.
     """
     start, end = held_out
     place = int.from_bytes(_digest(f"{seed}\0{key}")[:8], "big")

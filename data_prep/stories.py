@@ -1,8 +1,8 @@
-"""The embedded default: stories of a grammar of ours, to pretrain a tiny model and to train preferences.
+"""The demo's data: generated stories, to pretrain a tiny model and to train it on preferences.
 
-Writes preference files (an opening, 4 different continuations, happier preferred to sadder) and, beside them,
-corpus.txt and corpus_heldout.txt with a whole story a line. No held-out opening is in the corpus or in the
-training groups.
+Writes preference files (an opening, 4 distinct continuations, happier preferred to sadder) and in the same
+folder corpus.txt and corpus_heldout.txt with one whole story per line. No held-out opening is in the corpus
+or in the training groups.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dpo.data.pairing import pairs_from_scores
 from dpo.data.records import PreferenceGroup
 from dpo.errors import UserError
 
-SUMMARY = "Tiny stories from a built-in grammar that end happy, neutral or sad; needs no input."
+SUMMARY = "Stories from a built-in grammar that end happy, neutral or sad; needs no input."
 
 MOOD_WEIGHTS: dict[Mood, float] = {"happy": 0.45, "neutral": 0.2, "sad": 0.35}
 MOOD_SCORES: dict[Mood, float] = {"happy": 1.0, "neutral": 0.0, "sad": -1.0}
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         completions_are_complete=True,
         source=describe_arguments(args),
     ) as writer:
-        # every part has a generator of its own, so that the size of one does not change another
+        # each part has its own generator, so that the size of one does not change the others
         test = list(groups(args.num_test_prompts, random.Random(f"test {args.seed}")))
         held_out = {str(group.prompt) for group in test}
         train = groups(args.num_prompts, random.Random(f"train {args.seed}"), held_out)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def story(rng: random.Random, held_out: Collection[str]) -> str:
-    """One story: an opening that is not held out, and a continuation of a random mood."""
+    """One story: an opening that is not held out, with a continuation of a random mood."""
     while True:
         prompt, fixed = opening(rng)
         if prompt not in held_out:
@@ -69,7 +69,7 @@ def story(rng: random.Random, held_out: Collection[str]) -> str:
 
 
 def groups(count: int, rng: random.Random, held_out: Collection[str] = ()) -> Iterator[PreferenceGroup]:
-    """Yields `count` groups with different prompts, none of them held out, each with at least one pair."""
+    """Yields `count` groups with distinct prompts, none of them held out, each with at least one pair."""
     taken = set(held_out)
     while count:
         prompt, fixed = opening(rng)

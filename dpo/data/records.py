@@ -59,7 +59,7 @@ class TokenizedGroup:
 
 
 def sequence_key(prompt: TokenIds, completion: TokenIds) -> bytes:
-    """The 16-byte content key of one (prompt, completion): equal ids, equal key, whatever the file or row.
+    """The 16-byte content key of one (prompt, completion): equal ids give equal keys, in any file or row.
 
     BLAKE2b over a version, both lengths and the ids as little-endian int32, so that ([1], [2, 3]) and
     ([1, 2], [3]) differ.

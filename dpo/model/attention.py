@@ -1,8 +1,9 @@
 """Attention over shared-prefix trees, behind transformers' own interface.
 
-`TREE_ATTENTION` is an attention implementation that a model is set to. Given a `TreeAttention` it computes
-what each token of a packed row sees and nothing else; without one it is transformers' SDPA, so that the same
-model still generates.
+`TREE_ATTENTION` is an attention implementation that models are set to. Given a `TreeAttention`, each token of
+a packed row attends to its own sequence only, and nothing else is computed. Without one it is transformers'
+SDPA, so that the same model can generate. `dense_masks` does the same for models with attention code of their
+own.
 """
 
 from dataclasses import dataclass, field
@@ -24,21 +25,30 @@ TREE_ATTENTION = "shared_prefix_tree"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeAttention:
-    """What the tokens of a packed row see; masks are made once a batch and shared by its layers."""
+    """What the tokens of a packed row attend to; masks are made once per batch and shared by its layers."""
 
     batch: TreeBatch
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    """By number of queries, number of keys and window."""
     block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+    """By window."""
 
     @property
     def piece_lengths(self) -> list[int]:
-        """Tokens of each piece that attends by itself: a segment, or a prompt with its only completion."""
+        """Tokens of each piece with its own attention: a segment, or a prompt with its only completion."""
         pieces = [segments if len(segments) > 2 else (sum(segments),) for segments in self.batch.trees]
         return [*chain.from_iterable(pieces)]
 
     def mask(self, num_queries: int, num_keys: int, window: int | None) -> Tensor | None:
-        """(num_queries, num_keys) bool, True where the last queries of a sequence see its keys; None where
-        that is plain causality.
+        """Which keys of a sequence its last queries attend to.
+
+        Args:
+            num_queries: Number of queries, the last of the sequence.
+            num_keys: Number of keys, from the sequence's first token on.
+            window: Number of positions that a query looks back, its own included; None without a limit.
+
+        Returns:
+            (num_queries, num_keys) bool, or None where a plain causal mask is right.
         """
         if num_queries == num_keys and (window is None or num_keys <= window):
             return None
@@ -46,24 +56,24 @@ class TreeAttention:
         if key not in self.masks:
             keys = torch.arange(num_keys, device=self.batch.input_ids.device)
             distance = keys[num_keys - num_queries :, None] - keys[None, :]
-            seen = distance >= 0
-            self.masks[key] = seen if window is None else seen & (distance < window)
+            visible = distance >= 0
+            self.masks[key] = visible if window is None else visible & (distance < window)
         return self.masks[key]
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """FlexAttention's mask of the row: it skips the blocks that no token sees."""
+        """FlexAttention's mask of the row: blocks that no token attends to are skipped."""
         if window not in self.block_masks:
             segments, prefixes = self.batch.segments[0], self.batch.prefixes[0]
             positions, length = self.batch.positions[0], self.batch.segments.shape[1]
             limit = torch.tensor(length if window is None else window, device=segments.device)
 
-            def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
                 related = (segments[key] == segments[query]) | (segments[key] == prefixes[query])
                 distance = positions[query] - positions[key]
                 return related & (distance >= 0) & (distance < limit)
 
             self.block_masks[window] = create_block_mask(
-                sees, None, None, length, length, device=segments.device
+                visible, None, None, length, length, device=segments.device
             )
         return self.block_masks[window]
 
@@ -83,17 +93,17 @@ def tree_attention(
 
     Args:
         module: The attention layer.
-        query: (1, heads, T, d).
-        key: (1, key heads, T, d).
-        value: Like `key`.
-        attention_mask: What transformers made; a placeholder where `tree` is given.
+        query: (1, heads, T, d) queries.
+        key: (1, key heads, T, d) keys.
+        value: (1, key heads, T, d) values.
+        attention_mask: From transformers; a placeholder where `tree` is given.
         scaling: Factor of the scores.
         tree: The trees of the row, or None for plain attention.
-        sliding_window: A token sees this many positions back, its own included.
-        options: Of the other implementations.
+        sliding_window: Number of positions that a token looks back, its own included.
+        options: Passed on to the implementation.
 
     Returns:
-        (1, T, heads, d), and no weights.
+        (1, T, heads, d) outputs, and None for the attention weights.
     """
     if tree is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
@@ -122,8 +132,8 @@ def tree_attention(
         )[0]
         return attended
 
-    # Pieces of (1, t, heads, d) lie in memory one after the other, so that cutting and joining them is cheap;
-    # split once, since the backward pass of each slice would fill a whole row.
+    # Pieces of (1, t, heads, d) are contiguous in memory, so that splitting and joining them is cheap. One
+    # call splits them all, since the backward pass of every slice would allocate a whole row.
     lengths = tree.piece_lengths
     pieces = zip(*(states.transpose(1, 2).split(lengths, 1) for states in (query, key, value)), strict=True)
     outputs: list[Tensor] = []
@@ -138,9 +148,16 @@ def tree_attention(
 
 
 def dense_masks(batch: TreeBatch, config: PreTrainedConfig, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """What each token sees, as an additive mask (R, 1, T, T) for a model's own attention.
+    """What each token attends to, as an additive mask for a model's own attention code.
 
-    Models whose layers are of several types take a mask for each. Sliding windows are folded in by position.
+    Args:
+        batch: In the layout `trees`.
+        config: The model's config; its sliding window becomes part of the mask, by distance of positions.
+        dtype: Of the mask.
+
+    Returns:
+        (R, 1, T, T) with 0 or the lowest number of `dtype`; a mask per type for models with layers of
+        several types.
     """
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -154,11 +171,11 @@ def dense_masks(batch: TreeBatch, config: PreTrainedConfig, dtype: torch.dtype) 
 def _dense(batch: TreeBatch, window: int | None, dtype: torch.dtype) -> Tensor:
     own, keys = batch.segments[:, :, None], batch.segments[:, None, :]
     distance = batch.positions[:, :, None] - batch.positions[:, None, :]
-    seen = ((keys == own) | (keys == batch.prefixes[:, :, None])) & (distance >= 0)
+    visible = ((keys == own) | (keys == batch.prefixes[:, :, None])) & (distance >= 0)
     if window is not None:
-        seen = seen & (distance < window)
-    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return hidden.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        visible = visible & (distance < window)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

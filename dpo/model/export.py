@@ -1,7 +1,7 @@
 """The finished model as others load it: safetensors, tokenizer, generation config and a model card.
 
-Training ends here. The folder appears complete or not at all, and its files have the permissions that the
-umask asks for, so that whoever may read the folder may read the weights.
+Training ends here. The folder appears complete or not at all, and all of its files have the permissions of
+the umask, the weights too.
 """
 
 from collections.abc import Iterator, Mapping

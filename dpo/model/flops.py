@@ -1,5 +1,7 @@
-"""Floating-point operations that no way of computing the log-probabilities can do without, and what devices
-can do of them.
+"""The floating-point operations that log-probabilities need at least, and the peak rates of devices.
+
+Training divides the two for perf/mfu, and `plan` estimates times. Operations are counted for shared-prefix
+trees without padding or recomputation, so that work saved by an implementation is not counted as speed.
 """
 
 import math
@@ -22,12 +24,11 @@ class Work:
     """Multiply-adds of a model's forward pass."""
 
     token: int
-    """For a token in the blocks' matrices: the weights that it meets."""
+    """Per token, in the blocks' matrices: the number of weights that apply to it."""
     seen: int
-    """For a token that another sees, in all layers: products of queries with keys and of scores with
-    values."""
+    """Per (token, token that it attends to), in all layers: query-key and score-value products."""
     prediction: int
-    """For a predicted token in the output layer."""
+    """Per predicted token, in the output layer."""
 
 
 PEAK_TFLOPS = {
@@ -43,25 +44,28 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.0,
     "RTX 3090": 71.0,
 }
-"""Part of a GPU's name -> dense bfloat16 TFLOP/s of its data sheet; the first part that fits counts."""
+"""Part of a GPU's name -> dense bfloat16 TFLOP/s from its data sheet; the first match counts."""
 
 
 def known_peak(device_name: str) -> float | None:
-    """Peak of a GPU in dense bfloat16, in operations a second; None for one that is not in the table.
+    """Peak of a GPU in dense bfloat16, in FLOP/s; None if it is not in the table.
 
     Args:
-        device_name: As `torch.cuda.get_device_name` gives it.
+        device_name: From `torch.cuda.get_device_name`.
     """
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in device_name), None)
 
 
 def work_of(model: PreTrainedModel) -> Work:
-    """Reads it off the weights of a model, which may be on the meta device or sharded by ZeRO-3.
+    """The work of a model from the shapes of its weights.
 
-    Of a mixture of experts a token meets as many as the router picks.
+    In a mixture of experts, a token counts for as many experts as it is routed to.
+
+    Args:
+        model: May be on the meta device or sharded by ZeRO-3.
 
     Raises:
-        ValueError: The model's blocks are not a list of modules, so that they cannot be counted.
+        ValueError: The model's blocks are not in a ModuleList, so that they cannot be counted.
     """
     config = model.config.get_text_config()
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
@@ -81,14 +85,23 @@ def work_of(model: PreTrainedModel) -> Work:
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Of the whole parameter, also where this rank holds a part of it."""
+    """Shape of the whole parameter, also where this rank has only a part of it."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def forward_flops(data: TokenizedDataset, work: Work) -> Float64s:
-    """(G,) operations of the forward pass of each group: its prompt once, each completion once, attention
-    between tokens that see each other, the output layer where a completion token is predicted.
+    """Operations of the forward pass of each group, as a shared-prefix tree.
+
+    Prompt and completions are computed once each, attention only between tokens that attend to each other,
+    and the output layer only where a completion token is predicted.
+
+    Args:
+        data: G groups.
+        work: Of the model.
+
+    Returns:
+        (G,) floating-point operations: two per multiply-add.
     """
     completion = data.completion_tokens.astype(np.float64)
     completions = np.add.reduceat(completion, data.first_sequence)

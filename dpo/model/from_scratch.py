@@ -1,4 +1,8 @@
-"""A model that does not exist yet: random weights from a config.json, a tokenizer trained on the text."""
+"""A new model for `sft`: random weights in the shape of a config.json, and a tokenizer trained on the text.
+
+With `model.scratch` training starts here instead of `dpo.model.load`. The seed decides the weights, and
+dropout is 0 as in a loaded model.
+"""
 
 import json
 from collections.abc import Iterable
@@ -25,8 +29,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def scratch_tokenizer(scratch: ScratchConfig, lines: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The named tokenizer, or a byte-level BPE trained on `lines` with one special token for both ends of
-    text.
+    """The named tokenizer, or a byte-level BPE trained on `lines` with one special token for BOS and EOS.
+
+    Args:
+        scratch: Names a tokenizer, or the size of the vocabulary to train.
+        lines: Text; not read if a tokenizer is named.
+
+    Raises:
+        UserError: The named tokenizer cannot be loaded.
     """
     if scratch.tokenizer is not None:
         try:
@@ -47,7 +57,7 @@ def scratch_tokenizer(scratch: ScratchConfig, lines: Iterable[str]) -> PreTraine
 
 
 def scratch_positions(scratch: ScratchConfig) -> int | None:
-    """Longest sequence of the planned model, in tokens."""
+    """Longest sequence of the new model, in tokens, or None without a limit."""
     return positions_of(_read_config(scratch))
 
 
@@ -59,8 +69,17 @@ def scratch_model(
     dtype: torch.dtype,
     attention: str,
 ) -> PreTrainedModel:
-    """Random weights in the shape that the config file gives, with the tokenizer's vocabulary and special
-    tokens.
+    """A model of random weights in the shape of the config file, on the current default device.
+
+    Args:
+        scratch: Names the config file.
+        tokenizer: Its vocabulary size, BOS and EOS replace those of the file.
+        seed: Decides the weights.
+        dtype: Type of the weights.
+        attention: `model.attention`.
+
+    Raises:
+        UserError: The file is missing, or not a config that transformers knows.
     """
     values = _read_config(scratch) | {"vocab_size": len(tokenizer)}
     values |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

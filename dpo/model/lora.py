@@ -1,8 +1,8 @@
-"""LoRA through peft: an adapter that is trained on a base that is not, and what becomes of it at the end.
+"""LoRA through peft: an adapter that is trained on a frozen base, and its export.
 
-The adapter adds nothing at the start, so that the policy then is its base: the reference, its cache and its
-audit are those of full fine-tuning. Its random half comes from the run's seed alone. peft is an optional
-extra and is imported only here.
+At the start the adapter adds zero, so the policy equals its base, and the reference cache and its audit are
+those of full fine-tuning. The random half of the adapter depends only on the run's seed. peft is an optional
+dependency and imported only here.
 """
 
 import json
@@ -25,18 +25,18 @@ from dpo.model.load import DTYPES, empty_model, load_config, load_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 NAME = "default"
-"""Of the adapter, as everybody else's tools call it."""
+"""Name of the adapter; peft's own default."""
 WRAPPED = "base_model.model."
-"""What stands before the name of a weight in a file of peft's."""
+"""Prefix of the weights' names in peft's files."""
 
 
 def load_policy(model: ModelConfig, *, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-    """The model to train, on the CPU: with `model.lora` a frozen base with an adapter, else as it is.
+    """The model to train, on the CPU: with `model.lora` a frozen base with an adapter, else the model itself.
 
     Args:
-        model: Which, and its compute type, which is that of a frozen base.
+        model: The model; its compute dtype is also the type of the weights of a frozen base.
         dtype: Type of the weights that are trained.
-        seed: Of the adapter.
+        seed: Decides the start of the adapter.
 
     Raises:
         UserError: The model cannot be loaded, or cannot have this adapter.
@@ -49,11 +49,11 @@ def load_policy(model: ModelConfig, *, dtype: torch.dtype, seed: int) -> PreTrai
 
 
 def empty_policy(config: PreTrainedConfig, model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """What `load_policy` would set up, with weights that mean nothing: for the meta device.
+    """The policy as from `load_policy`, with arbitrary weights: for the meta device.
 
     Args:
-        config: The base's, without dropout.
-        model: Its options.
+        config: Of the base, from `load_config`.
+        model: The model's options.
         dtype: Type of the weights that are trained.
 
     Raises:
@@ -67,11 +67,11 @@ def empty_policy(config: PreTrainedConfig, model: ModelConfig, *, dtype: torch.d
 
 
 def check_policy(model: ModelConfig, *, local: bool = False) -> None:
-    """Raises UserError if this model cannot be trained in this way; reads configurations only.
+    """Raises UserError if this model cannot be trained as configured; reads configurations only.
 
     Args:
-        model: Which, and the adapter.
-        local: Leave out what would ask the hub.
+        model: The model, and the adapter's options.
+        local: Skip checks that need the hub.
     """
     if model.lora is not None and find_spec("peft") is None:
         raise UserError(
@@ -82,29 +82,29 @@ def check_policy(model: ModelConfig, *, local: bool = False) -> None:
         return
     if adapter_files(model):
         raise UserError(
-            f"model.name_or_path: {model.name_or_path} is a PEFT adapter, and training does not go on with "
-            "one; merge it into its base and give the merged model"
+            f"model.name_or_path: {model.name_or_path} is a PEFT adapter, which cannot be trained further; "
+            "merge it into its base and give the merged model"
         )
     if local and model.lora is not None:
-        num_adapter_parameters(model)  # or it has no such layers
+        num_adapter_parameters(model)  # raises if the model lacks the layers
 
 
 def add_adapter(model: PreTrainedModel, config: ModelConfig, *, dtype: torch.dtype, seed: int) -> Any:
-    """Puts an adapter into the model that adds nothing yet, and freezes everything else.
+    """Adds an adapter, whose product is zero, to the model and freezes everything else.
 
-    The same on every rank and engine, and the process's random state is as it was.
+    The adapter is the same on every rank and engine. The process's random state does not change.
 
     Args:
         model: The base; changed in place, its class stays. Under ZeRO-3 its weights may be sharded already.
-        config: Its name and the adapter's options.
+        config: The base's name and the adapter's options.
         dtype: Type of the adapter's weights.
-        seed: Of the half of the adapter that is random.
+        seed: Decides the random half of the adapter.
 
     Returns:
         peft's `LoraModel`, which can merge the adapter.
 
     Raises:
-        UserError: The model has no such layers, or they are none that can be adapted.
+        UserError: The model lacks the layers, or they cannot be adapted.
     """
     from peft import LoraModel
 
@@ -123,9 +123,9 @@ def add_adapter(model: PreTrainedModel, config: ModelConfig, *, dtype: torch.dty
 
 
 def num_adapter_parameters(model: ModelConfig) -> int:
-    """Parameters of the adapter that `model` would get, from its configuration: no weight is loaded.
+    """Number of parameters of the adapter that `model` asks for, from its configuration: loads no weights.
 
-    ZeRO-3 must not be on its way to shard what is built.
+    Must not be called while transformers is set up to shard new models with ZeRO-3.
 
     Raises:
         UserError: The model cannot have this adapter.
@@ -143,14 +143,14 @@ def export_trained(
     folder: Path,
     card: str,
 ) -> None:
-    """Writes what was trained, as the configuration asks for it: the model, or an adapter alone.
+    """Writes the result of training: the whole model, or with `lora.export: adapter` the adapter alone.
 
     Args:
-        config: What was trained.
+        config: The model that was trained.
         policy: The bare policy, for its configuration.
         weights: On the CPU: all weights, or with `model.lora` those of the adapter, in float32.
         tokenizer: The tokenizer it was trained with.
-        folder: Where; replaced if it exists.
+        folder: The final place; replaced if it exists.
         card: The model card, Markdown.
     """
     if config.lora is None:
@@ -164,11 +164,14 @@ def export_trained(
 
 
 def merged_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The base with an adapter in its weights, in the compute type: each sum is rounded once.
+    """The base with an adapter merged into its weights, in the compute dtype; each sum is rounded once.
 
     Args:
-        config: Of the base and the adapter.
-        weights: The adapter's, float32, under the policy's names.
+        config: Base and adapter.
+        weights: The adapter's weights in float32, by the policy's names.
+
+    Raises:
+        RuntimeError: The weights are not those of this adapter.
     """
     base = load_model(config)
     tuner = add_adapter(base, config, dtype=torch.float32, seed=0)
@@ -181,25 +184,25 @@ def merged_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> PreTrain
 
 
 def save_adapter(policy: PreTrainedModel, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Writes configuration and weights of an adapter as peft and transformers read them.
+    """Writes configuration and weights of an adapter in the format of peft and transformers.
 
     Args:
-        policy: With the adapter in it.
-        weights: The adapter's, float32, under the policy's names.
-        folder: Exists.
+        policy: The model with the adapter.
+        weights: The adapter's weights in float32, by the policy's names.
+        folder: An existing folder.
     """
     options: Any = policy.peft_config[NAME]
     options.save_pretrained(folder)
     file = folder / ADAPTER_CONFIG
     written = json.loads(file.read_text())
-    written["target_modules"] = sorted(written["target_modules"])  # peft has them in a set
+    written["target_modules"] = sorted(written["target_modules"])  # a set in peft, so in any order
     written["inference_mode"] = True
     file.write_text(json.dumps(written, indent=2, sort_keys=True))
     save_file(_in_peft_names(policy, weights), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def _in_peft_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names that peft's files have: without the adapter's own, as if peft had wrapped the model."""
+    """Weights by their names in peft's files: without the adapter's name, with the wrapper's prefix."""
     from peft import get_peft_model_state_dict
 
     named: dict[str, Tensor] = get_peft_model_state_dict(
@@ -216,7 +219,7 @@ def _peft_options(model: PreTrainedModel, config: ModelConfig) -> Any:
     base = Path(config.name_or_path)
     return PeftOptions(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides by the rank, and rounds nothing
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank without rounding
         target_modules=lora.target_modules,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
@@ -226,7 +229,7 @@ def _peft_options(model: PreTrainedModel, config: ModelConfig) -> Any:
 
 
 def _refuse_other_layers(model: PreTrainedModel, lora: LoraConfig) -> None:
-    """The output layer's weights are read as they are, and an embedding may be tied to them."""
+    """Refuses the output layer, whose weights are read directly, and embeddings, which may be tied to it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     head = model.get_output_embeddings()

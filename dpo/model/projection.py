@@ -1,8 +1,8 @@
 """From hidden states to log-probs of given tokens, without a (tokens x vocabulary) tensor.
 
-The vocabulary is walked in slices: products with a slice of the output matrix stay in the cache and run
-faster than one with all of it. What is saved for the backward pass is the hidden states and one log-sum-exp a
-token; slices of logits are kept only as far as a fixed memory budget goes, and computed again beyond it.
+The vocabulary is processed in slices: a product with a slice of the output matrix stays in the cache and is
+faster than one with the whole matrix. For the backward pass, hidden states and one log-sum-exp per token are
+saved; slices of logits are kept within a fixed memory budget and recomputed beyond it.
 """
 
 from typing import Any
@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 SLICE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
-"""Logits of one slice (all tokens x some of the vocabulary): what fits a CPU's cache, what fills a GPU."""
+"""Number of logits in one slice (all tokens x a part of the vocabulary): fits a CPU's cache, fills a GPU."""
 MIN_SLICE = 1024
+"""Vocabulary entries; the size of a slice is a multiple of this."""
 KEPT_BYTES = 2**28
-"""Logits that are kept for the backward pass instead of being computed a second time, in bytes."""
+"""Bytes of logits that are kept for the backward pass instead of being recomputed."""
 
 
 class TokenLogProbs(nn.Module):
-    """The output projection of a causal language model, asked only for the log-probs of given tokens.
+    """The output projection of a causal language model, for the log-probs of given tokens only.
 
-    It borrows the model's output layer without owning it, so that the state dict stays the model's.
+    It refers to the model's output layer without registering it, so that the state dict does not change.
     """
 
     def __init__(self, head: nn.Linear, config: PreTrainedConfig) -> None:
-        """Reads scaling and soft-capping off the config.
+        """Reads scaling and soft-capping from the config.
 
         Args:
             head: The model's output layer, with or without bias, tied or not.
@@ -38,7 +39,7 @@ class TokenLogProbs(nn.Module):
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.slice_elements: int | None = None
-        """Logits of one slice; default: what suits the device."""
+        """Number of logits in one slice; None: as in `SLICE_ELEMENTS`."""
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log softmax(y)[target] with y = cap * tanh(scale * (W h + b) / cap), or without the cap.
@@ -48,7 +49,7 @@ class TokenLogProbs(nn.Module):
             targets: (N,) int64 token ids.
 
         Returns:
-            (N,) float32 in nats, with gradients for hidden states, W and b.
+            (N,) float32 log-probs in nats, with gradients for hidden states, W and b.
         """
         head = self._head[0]
         kind = hidden.device.type
@@ -62,7 +63,7 @@ class TokenLogProbs(nn.Module):
 
     @property
     def head(self) -> nn.Linear:
-        """The borrowed layer."""
+        """The model's output layer."""
         return self._head[0]
 
 
@@ -102,7 +103,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, total = ctx.saved_tensors
         (size, scale, cap, dtype), kept = ctx.options, ctx.kept
-        ctx.kept = []  # they are used up below; a second backward pass computes them again
+        ctx.kept = []  # they are overwritten below; a second backward pass recomputes them
         states, outer = hidden.to(dtype), gradients[0].float()
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if to_hidden else None
@@ -160,6 +161,6 @@ def _logits(
 
 
 def _in_slice(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
-    """(N,) bool whether each target lies in the slice, and (N, 1) its column there, without a wait."""
+    """(N,) bool whether each target is in the slice, and (N, 1) its column there; without synchronization."""
     local = targets - start
     return (local >= 0) & (local < size), local.clamp(0, size - 1)[:, None]

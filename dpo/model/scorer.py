@@ -1,7 +1,7 @@
 """Log-probabilities of completions: the one forward pass that training, precompute and evaluation share.
 
-The trunk runs over trees, the output projection only where a completion token is predicted; log-softmax and
-sums are float32 and float64 whatever the compute type.
+The trunk runs over trees, the output projection only where a completion token is predicted. With any
+compute dtype, log-softmax is float32 and sums over tokens are float64.
 """
 
 import inspect
@@ -20,34 +20,35 @@ from dpo.model.projection import TokenLogProbs
 class SequenceScorer(nn.Module):
     """Wraps a causal language model so that its forward pass returns log-probs of completions.
 
-    One module around everything, because ZeRO-3 gathers a weight only inside a forward pass that its engine
-    wraps.
+    Everything is in one module, because ZeRO-3 gathers weights only inside the forward pass of the module
+    that its engine wraps.
     """
 
     def __init__(self, model: PreTrainedModel, *, flex: bool = False) -> None:
-        """Finds out from the model's class which layouts it may take; `dpo.model.probe` tries them.
+        """Determines from the model's class which layouts are possible; `dpo.model.probe` tests them.
 
         Args:
-            model: On any device, not wrapped yet.
+            model: The bare model, on any device. Its attention implementation may be replaced.
             flex: Prefer FlexAttention; for models whose own attention is SDPA.
         """
         super().__init__()
         self.model = model
         self.layouts: list[Layout] = ["rows"]
+        """Possible layouts, the fastest first."""
         parameters = inspect.signature(model.forward).parameters
-        if "position_ids" in parameters:  # without, positions come from the order of tokens, or are a slope
+        if "position_ids" in parameters:  # otherwise positions follow the tokens' order, or are ALiBi's
             self.layouts.insert(0, "trees")
-            takes_ours = model._supports_attention_backend
-            if takes_ours and model.config._attn_implementation in ("sdpa", TREE_ATTENTION):
+            replaceable = model._supports_attention_backend
+            if replaceable and model.config._attn_implementation in ("sdpa", TREE_ATTENTION):
                 model.set_attn_implementation(TREE_ATTENTION)
                 self.layouts.insert(0, "packed")
                 if flex:
                     self.layouts.insert(0, "flex")
         self.layout = self.layouts[0]
-        """How batches for this model are to be laid out."""
+        """The layout for batches of this model; `dpo.model.probe` may change it."""
         self.projection = TokenLogProbs(model.get_output_embeddings(), model.config)
         self.uses_projection = True
-        """Whether our projection stands for the model's own; `dpo.model.probe` turns it off where not."""
+        """Whether our output projection replaces the model's own; `dpo.model.probe` may change it."""
 
     def forward(
         self, batch: TreeBatch, *, per_token: bool = False, own_projection: bool | None = None
@@ -56,12 +57,12 @@ class SequenceScorer(nn.Module):
 
         Args:
             batch: S sequences on the model's device, N completion tokens.
-            per_token: Give the tokens' log-probs instead of their sums.
+            per_token: Return the log-probs of tokens instead of their sums.
             own_projection: Use the model's full logits instead of our projection; default: as probed.
 
         Returns:
-            (S,) float64 sums in nats, 0 for a sequence without a completion; or (N,) float32, sequence after
-            sequence. With gradient where gradients are on.
+            (S,) float64 sums in nats, 0 for a sequence without a completion; or with `per_token` (N,)
+            float32, one sequence after the other. With gradient where gradients are enabled.
         """
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.layout != "rows":
@@ -69,7 +70,7 @@ class SequenceScorer(nn.Module):
         if batch.layout == "trees":
             inputs["attention_mask"] = dense_masks(batch, self.model.config, self.compute_dtype())
         elif batch.layout != "rows":
-            inputs["attention_mask"] = torch.ones((1, 1, 1, 1), device=batch.input_ids.device)  # as it is
+            inputs["attention_mask"] = torch.ones((1, 1, 1, 1), device=batch.input_ids.device)  # unused
             inputs["tree"] = TreeAttention(batch=batch)
         if own_projection or (own_projection is None and not self.uses_projection):
             logits = self.model(**inputs).logits.flatten(0, 1)[batch.predicts]
@@ -80,17 +81,20 @@ class SequenceScorer(nn.Module):
         return token_logps if per_token else sequence_sums(token_logps, batch)
 
     def compute_dtype(self) -> torch.dtype:
-        """Type of the matrix products."""
+        """The dtype of matrix products, under autocast too."""
         kind = self.model.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
 
 
 def sequence_sums(token_logps: Tensor, batch: TreeBatch) -> Tensor:
-    """(S,) float64 sums of each sequence's completion, 0 for one without.
+    """Sums of token log-probs over each sequence's completion.
 
     Args:
-        token_logps: (N,) sequence after sequence.
-        batch: What was scored.
+        token_logps: (N,) log-probs of completion tokens in nats, one sequence after the other.
+        batch: The scored batch of S sequences.
+
+    Returns:
+        (S,) float64 sums, 0 for a sequence without a completion.
     """
     sums = torch.zeros(len(batch.num_tokens), dtype=torch.float64, device=token_logps.device)
     return sums.index_add(0, batch.sequences, token_logps.double())

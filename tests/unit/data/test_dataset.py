@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 from groups import ids, same, tokenized_groups
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.dataset import FORMAT_VERSION, TokenizedDataset, is_written, map_dataset, write_dataset
@@ -26,6 +26,7 @@ def written(folder: Path) -> TokenizedDataset:
     return map_dataset(folder, "digest")
 
 
+@settings(max_examples=25, deadline=None)  # every example is flushed to the disk
 @given(st.lists(tokenized_groups(), max_size=4))
 def test_groups_that_are_written_and_read_back_are_equal(groups: list[TokenizedGroup]) -> None:
     with TemporaryDirectory() as folder:

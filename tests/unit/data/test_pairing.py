@@ -16,7 +16,7 @@ def test_all_pairs_every_completion_with_every_lower_one() -> None:
     assert pairs_from_scores([1.0, 3.0, 2.0], "all") == (Pair(1, 0), Pair(1, 2), Pair(2, 0))
 
 
-def test_ties_make_no_pair_and_the_first_of_equal_bests_is_the_best() -> None:
+def test_ties_make_no_pair_and_the_first_of_several_best_is_taken() -> None:
     scores = [0.0, 2.0, 2.0, 1.0]
     assert pairs_from_scores(scores, "best-vs-rest") == (Pair(1, 0), Pair(1, 3))
     assert pairs_from_scores(scores, "best-vs-worst") == (Pair(1, 0),)
@@ -24,10 +24,10 @@ def test_ties_make_no_pair_and_the_first_of_equal_bests_is_the_best() -> None:
 
 
 @pytest.mark.parametrize("rule", ["best-vs-rest", "best-vs-worst", "all"])
-def test_equal_scores_make_nothing(rule: str) -> None:
+def test_equal_scores_make_no_pairs(rule: str) -> None:
     assert pairs_from_scores([0.5, 0.5, 0.5], rule) == ()  # type: ignore[arg-type]
 
 
 def test_a_difference_of_exactly_the_margin_makes_no_pair() -> None:
-    # margins 2 and 1 against a minimum of 1: only the first counts
+    # margins 2 and 1 with a minimum of 1: only the first makes a pair
     assert pairs_from_scores([3.0, 1.0, 2.0], "best-vs-rest", 1.0) == (Pair(0, 1),)

@@ -1,4 +1,4 @@
-"""The batch plan by hand and by property: whole groups, every one once, within the limits, for any world."""
+"""The batch plan by hand and by property: whole groups, each once, within the limits, for any world size."""
 
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ def test_an_epoch_takes_every_group_once_in_steps_of_whole_groups(
     assert (plan.offsets[0], plan.offsets[-1]) == (0, len(pairs))
     steps = [[pairs[group] for group in plan.order[a:b]] for a, b in pairwise(plan.offsets)]
     assert all(0 < sum(step) <= pairs_per_step for step in steps)
-    # A step ends only where the next group would not have fitted.
+    # A step ends only where the next group would not fit.
     assert all(sum(step) + after[0] > pairs_per_step for step, after in pairwise(steps))
 
 
@@ -36,7 +36,7 @@ def test_plain_pairs_fill_every_step_but_the_last() -> None:
     assert plan.offsets.tolist() == [0, 4, 8, 10]
 
 
-def test_the_order_depends_on_seed_and_epoch_alone() -> None:
+def test_the_order_depends_only_on_seed_and_epoch() -> None:
     def order(seed: int, epoch: int, pairs_per_step: int = 8) -> list[int]:
         plan = plan_steps(as_array([1] * 50), seed=seed, epoch=epoch, pairs_per_step=pairs_per_step)
         return plan.order.tolist()
@@ -57,7 +57,7 @@ def batch_plan(num_groups: int, *, num_epochs: int, max_steps: int | None = None
 
 
 def test_steps_are_numbered_over_all_epochs() -> None:
-    plan = batch_plan(10, num_epochs=2)  # 4 + 4 + 2 groups an epoch
+    plan = batch_plan(10, num_epochs=2)  # 4 + 4 + 2 groups per epoch
     steps = [plan.step(number) for number in range(1, plan.num_steps + 1)]
     assert [step.number for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [len(step.groups) for step in steps] == [4, 4, 2, 4, 4, 2]
@@ -89,7 +89,7 @@ def test_a_share_holds_every_group_once_within_the_budget(
 ) -> None:
     shares = micro_batches(groups, world_size, budget, padded=padded)
     assert len(shares) == world_size
-    assert len({len(batches) for batches in shares}) == 1  # ranks call the engine equally often
+    assert len({len(batches) for batches in shares}) == 1  # all ranks make the same number of engine calls
     batches = [batch for batches in shares for batch in batches]
     assert sorted(position for batch in batches for position in batch) == list(range(len(groups)))
     for batch in batches:
@@ -117,8 +117,8 @@ def test_a_share_by_hand() -> None:
     assert micro_batches(groups, 2, 40) == [[[1, 2]], [[3, 0]]]
 
 
-def test_without_padding_micro_batches_are_equally_full() -> None:
-    # 10, 8, 5, 4, 3 on one rank: 30 tokens need two of 16, and the largest go first to the emptier one:
+def test_without_padding_micro_batches_are_of_equal_size() -> None:
+    # 10, 8, 5, 4, 3 on one rank: 30 tokens need two of 16; the largest first, each to the smaller one:
     # 10 | 8 | 8 + 5 | 10 + 4 | 13 + 3.
     groups = [(1, 4), (1, 10), (1, 3), (1, 8), (1, 5)]
     assert micro_batches(groups, 1, 16, padded=False) == [[[1, 0], [3, 4, 2]]]

@@ -1,4 +1,4 @@
-"""What a loss reads besides the trees: values of sequences and tokens, weights, and what a mean is over."""
+"""What a loss reads besides the trees: values per sequence and token, weights, and denominators."""
 
 from collections import Counter
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_values_come_with_their_groups_in_any_order(
     assert batch.reference.tolist() == sums
 
 
-def test_a_mean_is_over_pairs_over_weights_or_over_groups(data: TokenizedDataset) -> None:
+def test_a_mean_is_over_pairs_or_weights_or_groups(data: TokenizedDataset) -> None:
     both = np.array([0, 1])
     plain = preference_data(data, SUMS)
     assert (plain.count(both), plain.count(both[1:])) == (4, 3)
@@ -71,7 +71,7 @@ def test_without_a_reference_there_are_no_values(data: TokenizedDataset) -> None
     assert preference_data(data, None).batch(np.array([0]), "packed").reference is None
 
 
-def test_pairs_without_scores_cannot_be_weighed_by_them(tmp_path: Path) -> None:
+def test_pairs_without_scores_cannot_be_weighted_by_them(tmp_path: Path) -> None:
     group = TokenizedGroup(prompt=ids(7), completions=(ids(1), ids(2)), pairs=(Pair(0, 1),))
     write_dataset([group], tmp_path / "plain", Counter())
     plain = map_dataset(tmp_path / "plain", "digest")

@@ -1,4 +1,4 @@
-"""One batch ahead, in order, with the builder's errors where the batch would have come."""
+"""One item ahead, in order, with errors raised where the item would have been."""
 
 import threading
 
@@ -21,12 +21,12 @@ def test_the_next_item_is_built_while_this_one_is_used() -> None:
 
     items = prefetch(map(build, range(3)))
     assert next(items) == 0
-    assert built[1].wait(10)  # nobody has asked for it yet
+    assert built[1].wait(10)  # it has not been asked for yet
     assert not built[2].is_set()  # one ahead, not all: memory stays bounded
     assert list(items) == [1, 2]
 
 
-def test_an_error_comes_in_its_turn() -> None:
+def test_an_error_is_raised_after_the_items_before_it() -> None:
     items = prefetch(1 // number for number in (1, 0, 1))
     assert next(items) == 1
     with pytest.raises(ZeroDivisionError):

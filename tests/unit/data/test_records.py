@@ -1,4 +1,4 @@
-"""Keys name content: what is equal and what differs."""
+"""Sequence keys: equal for equal content, different for anything else."""
 
 import hashlib
 import struct
@@ -14,7 +14,7 @@ def ids(*values: int) -> TokenIds:
 
 
 def test_the_key_is_blake2b_over_version_lengths_and_little_endian_ids() -> None:
-    # Caches on disk hold these bytes: whoever changes them must change the version and the store.
+    # Caches on disk hold these bytes: a change of them needs a new version and a change of the store.
     content = struct.pack("<B", 1) + struct.pack("<qq", 2, 1) + struct.pack("<iii", 7, 8, 9)
     assert sequence_key(ids(7, 8), ids(9)) == hashlib.blake2b(content, digest_size=16).digest()
 

@@ -1,4 +1,4 @@
-"""One row of each of the field's forms, and one of each fault."""
+"""One row in each format, and one with each fault."""
 
 import math
 from collections import Counter
@@ -60,7 +60,7 @@ def test_other_texts_are_split_between_words(
         {"prompt": [{**USER, "name": "Ann"}], "completions": ["yes", "no"], "pairs": [[0, 1]]},
     ],
 )
-def test_every_form_of_a_chat_gives_the_same_group(row: dict[str, Any]) -> None:
+def test_every_format_of_a_chat_gives_the_same_group(row: dict[str, Any]) -> None:
     group = group_from_row(row)
     assert group.prompt == (Message(role="user", content="Hi"),)
     assert (group.completions, group.pairs) == (("yes", "no"), (Pair(0, 1),))
@@ -72,7 +72,7 @@ def test_scores_become_pairs_by_the_rule_and_are_kept() -> None:
     assert group_from_row(row).scores == (1.0, 3.0, 2.5)
 
 
-def test_given_pairs_win_over_scores() -> None:
+def test_given_pairs_have_priority_over_scores() -> None:
     row = {
         "prompt": "p",
         "completions": ["a", "b"],

@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "datasets", "deepspeed")
 def test_help_answers_in_under_a_second(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "data_prep", *arguments]
     seconds = []
-    for _ in range(3):  # the fastest of three, since other tests keep the cores busy
+    for _ in range(3):  # the fastest of three: other tests may use the cores
         start = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds.append(time.monotonic() - start)
@@ -66,7 +66,7 @@ def test_only_the_chosen_source_is_imported() -> None:
         ["hh", "x.jsonl", "--output", "out", "--max_rows", "0"],
         *(["hh", "x.jsonl", "--output", "out", "--fold", fold] for fold in ("0/5", "6/5", "1/1", "2", "a/b")),
         ["hh", "x.jsonl", "--output", "out", "--fold", "1/5", "--test_fraction", "0.2"],
-        ["stories", "--output", "out", "--strict"],  # it reads no rows
+        ["stories", "--output", "out", "--strict"],  # this source reads no rows
     ],
 )
 def test_bad_usage_exits_with_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,7 +74,7 @@ def test_more_groups_than_a_buffer_holds_keep_their_order(tmp_path: Path) -> Non
 
 def test_text_and_chat_prompts_do_not_mix(tmp_path: Path) -> None:
     with (
-        pytest.raises(UserError, match="both text prompts and message prompts"),
+        pytest.raises(UserError, match="text prompts and message prompts"),
         _writer(tmp_path / "o") as w,
     ):
         w.write_all([("train", GROUP), ("test", CHAT)])
@@ -111,7 +111,11 @@ def test_a_folder_in_use_is_refused_and_replaced_only_by_overwrite(tmp_path: Pat
         writer.write("train", GROUP)
         (writer.folder / "extra.txt").write_text("more")
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["extra.txt", "manifest.json", "train.parquet"]  # and no test.parquet of the first run
+    assert files == [
+        "extra.txt",
+        "manifest.json",
+        "train.parquet",
+    ]  # no test.parquet is left
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -130,13 +134,13 @@ def test_overwrite_does_not_touch_a_folder_of_other_files(tmp_path: Path) -> Non
         _writer(tmp_path, overwrite=True)
 
 
-def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UserError, match="is a file"):
         _writer(tmp_path / "out")
 
 
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with _writer(tmp_path / "out") as writer:
         writer.write("train", GROUP)

@@ -83,7 +83,7 @@ def test_one_opening_has_hundreds_of_thousands_of_happy_continuations() -> None:
     assert first * second > 200_000
 
 
-def test_a_continuation_speaks_of_the_opening() -> None:
+def test_a_continuation_uses_the_names_of_its_opening() -> None:
     rng = random.Random(1)
     for _ in range(200):
         _, fixed = opening(rng)
@@ -104,7 +104,7 @@ def test_a_continuation_speaks_of_the_opening() -> None:
         "She smiled because the kite worked perfectly. It was the best day of her life. She smiled.",
     ],
 )
-def test_other_texts_are_not_of_the_grammar(text: str) -> None:
+def test_other_texts_have_no_mood(text: str) -> None:
     assert mood_of(text) is None
 
 

@@ -35,7 +35,7 @@ def test_messages_have_roles_and_no_markers() -> None:
 @pytest.mark.parametrize(
     ("chosen", "rejected", "as_messages", "reason"),
     [
-        # the shared part ends after one turn, and the rest of one dialogue has several
+        # the dialogues differ from the second turn on
         ("\n\nHuman: a\n\nAssistant: b", f"{SHARED} The sea.", False, "not_a_dialogue"),
         (f"{SHARED} x\n\nHuman: y\n\nAssistant: z", f"{SHARED} The sea.", False, "prompts_differ"),
         ("good", "bad", False, "not_a_dialogue"),
@@ -45,7 +45,7 @@ def test_messages_have_roles_and_no_markers() -> None:
         (f"{SHARED} same", f"{SHARED}  same", True, "identical_completions"),
     ],
 )
-def test_a_row_that_is_no_pair_of_last_turns_is_refused(
+def test_a_row_whose_dialogues_differ_before_the_last_turn_is_refused(
     chosen: str, rejected: str, as_messages: bool, reason: str
 ) -> None:
     with pytest.raises(RowError) as error:
@@ -53,7 +53,7 @@ def test_a_row_that_is_no_pair_of_last_turns_is_refused(
     assert error.value.reason == reason
 
 
-def test_test_files_lose_the_dialogues_that_start_as_a_training_one(tmp_path: Path) -> None:
+def test_test_dialogues_with_the_first_turn_of_a_training_dialogue_are_dropped(tmp_path: Path) -> None:
     other = {key: text.replace("Hi there", "Hello") for key, text in ROW.items()}
     (tmp_path / "train.jsonl").write_text(json.dumps(ROW))
     (tmp_path / "test.jsonl.gz").write_bytes(
@@ -72,16 +72,16 @@ def test_test_files_lose_the_dialogues_that_start_as_a_training_one(tmp_path: Pa
 
 @pytest.mark.skipif(not HH.is_file(), reason="the shared HH-RLHF file is not beside the repository")
 @pytest.mark.parametrize("form", ["text", "messages"])
-def test_the_real_file_gives_every_sound_pair_and_no_first_turn_in_both_splits(
+def test_the_real_file_gives_every_valid_pair_and_no_first_turn_in_both_splits(
     tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """2,312 rows, of which 5 part before the last assistant turn and 4 have an empty completion."""
+    """2,312 rows: 5 differ before the last assistant turn, and 4 have an empty completion."""
     assert main(["hh", str(HH), "--output", str(tmp_path / "out"), "--format", form]) == 0
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["dropped"] == {"prompts_differ": 5, "empty_completion": 4}
     assert manifest["pairs"] == sum(manifest["rows"].values()) == 2312 - 9
     assert manifest["completions_are_complete"] is True
-    assert 150 < manifest["rows"]["test"] < 310  # 230 expected; rows of one first turn go together
+    assert 150 < manifest["rows"]["test"] < 310  # 230 expected; rows with the same first turn stay together
     first_turns = []
     for split in ("train", "test"):
         prompts = pq.read_table(tmp_path / "out" / f"{split}.parquet")["prompt"].to_pylist()

@@ -35,7 +35,7 @@ def _letters(ids: list[int]) -> str:
 
 
 def _ids(row: dict[str, Any]) -> dict[str, Any]:
-    """The row as the published files have it, with letters for tokens, padded to a length."""
+    """The row as in the published files, with letters as tokens, padded to a length."""
     return {
         name: [*map(ord, value), *[PADDING] * (16 - len(value))] if isinstance(value, str) else value
         for name, value in row.items()
@@ -59,7 +59,7 @@ def test_a_sample_equal_to_the_best_makes_no_pair_and_is_counted() -> None:
     assert drops == {"pair_identical_to_best": 1}
 
 
-def test_the_hubs_plain_pairs_are_taken_too() -> None:
+def test_plain_pairs_of_the_hub_are_read_too() -> None:
     row = {"prompt": "p", "chosen": " a", "rejected": " b"}
     assert label_group(row, decode=_letters, drops=Counter()).pairs == (Pair(0, 1),)
 
@@ -122,7 +122,7 @@ def test_a_download_is_recorded_with_size_and_digest(tmp_path: Path, monkeypatch
     assert not (tmp_path / "out" / "offline_5k.json").exists()
 
 
-def test_a_failed_download_says_what_to_do(
+def test_a_failed_download_names_the_option_to_use_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(labels, "URL", f"{tmp_path.as_uri()}/{{file}}")
@@ -135,7 +135,7 @@ def test_a_failed_download_says_what_to_do(
 @pytest.mark.parametrize(
     "address", ["http://localhost:9/{file}", "file:///etc/hostname?{file}", "ftp://h/{file}"]
 )
-def test_nothing_but_https_is_fetched(
+def test_only_https_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], address: str
 ) -> None:
     monkeypatch.setattr(labels, "URL", address)
@@ -145,7 +145,7 @@ def test_nothing_but_https_is_fetched(
 
 
 class Redirecting(HTTPSHandler):
-    """A server that sends its visitors to plain http."""
+    """A server that redirects to plain http."""
 
     def https_open(self, request: Request) -> Any:
         head = Message()
@@ -162,7 +162,7 @@ def test_a_redirect_away_from_https_is_not_followed(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("content", ["{", "{}"])
-def test_a_file_that_is_no_list_of_labels_is_an_error(
+def test_a_file_without_a_list_of_labels_is_an_error(
     tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "labels.json").write_text(content)

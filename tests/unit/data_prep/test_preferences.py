@@ -26,7 +26,9 @@ def test_renamed_columns_and_scores_become_a_folder(tmp_path: Path) -> None:
     assert row["pairs"] == [{"chosen": 2, "rejected": 0}]
 
 
-def test_a_prepared_folder_keeps_its_own_test_split_and_its_kind_of_completions(tmp_path: Path) -> None:
+def test_a_prepared_folder_keeps_its_test_split_and_its_kind_of_completions(
+    tmp_path: Path,
+) -> None:
     rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b"} for n in range(30)]
     path = _lines(tmp_path / "data.jsonl", rows)
     first, second = tmp_path / "first", tmp_path / "second"
@@ -74,7 +76,7 @@ def _tables(folder: Path) -> list[list[dict[str, Any]]]:
     return [pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "test")]
 
 
-def test_flipped_labels_turn_training_pairs_round_and_leave_held_out_ones(tmp_path: Path) -> None:
+def test_flipped_labels_flip_training_pairs_and_not_held_out_pairs(tmp_path: Path) -> None:
     given, flipped = _prepared(tmp_path), tmp_path / "flipped"
     assert main(["preferences", str(given), "--labels", "flipped", "--output", str(flipped)]) == 0
     (train, test), (train_flipped, test_flipped) = _tables(given), _tables(flipped)
@@ -85,7 +87,7 @@ def test_flipped_labels_turn_training_pairs_round_and_leave_held_out_ones(tmp_pa
     assert train_flipped[0]["scores"] == [-1, -3, -2]
 
 
-def test_fold_and_a_test_split_of_the_inputs_own_do_not_go_together(
+def test_a_fold_is_refused_where_the_input_has_a_test_split(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = _prepared(tmp_path)

@@ -16,7 +16,7 @@ from dpo.errors import UserError
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    """A token a byte: lengths can be counted by hand, and a cut can fall inside a letter."""
+    """One token per byte: lengths can be counted by hand, and a cut can fall inside a letter."""
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({byte: number for number, byte in enumerate(bytes_)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,7 +47,7 @@ def cut(
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz"])
-def test_empty_lines_part_documents_and_lines_are_paragraphs(tmp_path: Path, suffix: str) -> None:
+def test_empty_lines_separate_documents_and_lines_are_paragraphs(tmp_path: Path, suffix: str) -> None:
     content = b"first\n  second \n\n\n third\n"
     packed = {"": content, ".gz": gzip.compress(content), ".xz": lzma.compress(content)}[suffix]
     file = tmp_path / f"text.txt{suffix}"
@@ -59,7 +59,7 @@ def test_empty_lines_part_documents_and_lines_are_paragraphs(tmp_path: Path, suf
 def test_a_folders_texts_are_read_in_name_order_and_each_ends_a_document(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a.txt").write_text("first")
-    (tmp_path / "notes.md").write_text("no text of ours")
+    (tmp_path / "notes.md").write_text("not a text file")
     assert documents_of(tmp_path) == [["first"], ["second"]]
 
 
@@ -74,22 +74,22 @@ def test_a_row_with_text_is_a_document(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.txt does not exist"):
+    with pytest.raises(UserError, match=r"nowhere\.txt"):
         documents_of(tmp_path / "nowhere.txt")
-    with pytest.raises(UserError, match=r"has no file that ends with \.txt"):
+    with pytest.raises(UserError, match=r"input: .*\.txt"):
         documents_of(tmp_path)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"latin\.txt: cannot be read to its end .* expected UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.txt"):
         documents_of(tmp_path / "latin.txt")
     half = lzma.compress(b"text " * 1000)[:40]
     (tmp_path / "half.txt.xz").write_bytes(half)
-    with pytest.raises(UserError, match=r"half\.txt\.xz: cannot be read to its end"):
+    with pytest.raises(UserError, match=r"half\.txt\.xz"):
         documents_of(tmp_path / "half.txt.xz")
 
 
 def test_prompts_start_paragraphs_and_have_the_exact_length(tokenizer: PreTrainedTokenizerBase) -> None:
-    # "abc" is too short alone and takes "defg" along: abc, newline. "hijklm" is long enough, "no" has nothing
-    # to take along.
+    # "abc" is too short alone and is joined with "defg": abc, newline. "hijklm" is long enough; nothing
+    # follows "no".
     assert cut_prompts(["abc", "defg", "hijklm", "no"], tokenizer, 4) == ["abc\n", "hijk"]
 
 
@@ -104,8 +104,8 @@ def test_prompts_are_spread_evenly_over_the_text(tokenizer: PreTrainedTokenizerB
     assert cut([document], tokenizer, train=3, test=0) == (["0000", "0004", "0008"], [])
 
 
-def test_few_documents_are_held_out_by_stretch(tokenizer: PreTrainedTokenizerBase) -> None:
-    # 12 stretches, of which a third of the prompts is held out: the last 4.
+def test_of_few_documents_the_end_of_the_text_is_held_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    # 12 pieces, and a third of the prompts is held out: the last 4 pieces.
     document = [f"{number:04d}" for number in range(12)]
     train, test = cut([document], tokenizer, train=4, test=2)
     assert train == ["0000", "0002", "0004", "0006"]
@@ -113,7 +113,7 @@ def test_few_documents_are_held_out_by_stretch(tokenizer: PreTrainedTokenizerBas
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_many_documents_are_held_out_whole(tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+def test_of_many_documents_whole_ones_are_held_out(tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
     documents = [[f"{letter}{number:03d}" for number in range(5)] for letter in "abcdefghijkl"]
     train, test = cut(documents, tokenizer, train=40, test=10, seed=seed)
     assert (len(set(train)), len(set(test))) == (40, 10)
@@ -134,7 +134,5 @@ def test_a_text_that_two_documents_share_is_not_held_out(tokenizer: PreTrainedTo
 
 
 def test_too_little_text_is_an_error_that_says_how_much_there_is(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(
-        UserError, match="the text holds 1 train and 2 test prompts of 4 tokens; expected 5 and 2"
-    ):
+    with pytest.raises(UserError, match=r"1 train and 2 test prompts .* 5 and 2"):
         cut([["abcd", "efgh", "ijkl"]], tokenizer, train=5, test=2)

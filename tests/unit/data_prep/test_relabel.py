@@ -21,14 +21,14 @@ def test_given_labels_stay() -> None:
     assert relabel(_group(), "given", 0) == _group()
 
 
-def test_flipped_pairs_fit_their_flipped_scores() -> None:
+def test_flipped_pairs_agree_with_their_flipped_scores() -> None:
     flipped = relabel(_group(), "flipped", 0)
     assert flipped.pairs == (Pair(0, 1), Pair(2, 1))
     assert flipped.scores == (-0.1, -0.9, -0.4)
     assert relabel(flipped, "flipped", 0) == _group()
 
 
-def test_shuffled_pairs_are_those_of_the_shuffled_scores_and_each_deal_is_as_likely() -> None:
+def test_shuffled_pairs_agree_with_the_shuffled_scores_and_orders_are_equally_likely() -> None:
     deals: Counter[tuple[float, ...]] = Counter()
     for number in range(1200):
         shuffled = relabel(_group(number), "shuffled", 0)
@@ -40,7 +40,7 @@ def test_shuffled_pairs_are_those_of_the_shuffled_scores_and_each_deal_is_as_lik
     assert all(140 < count < 260 for count in deals.values())  # 200 expected, standard deviation 12.9
 
 
-def test_a_deal_depends_on_the_seed_and_the_content_alone() -> None:
+def test_a_shuffle_depends_only_on_seed_and_content() -> None:
     groups = [_group(number) for number in range(50)]
     first, again, other = ([relabel(group, "shuffled", seed) for group in groups] for seed in (0, 0, 1))
     assert first == again != other

@@ -49,7 +49,7 @@ def test_no_fraction_holds_out_nothing() -> None:
     assert {split_of(str(number), seed=0, held_out=(0.0, 0.0)) for number in range(100)} == {"train"}
 
 
-def test_folds_hold_out_every_prompt_once_and_all_about_equally_many() -> None:
+def test_folds_hold_out_every_prompt_once_and_are_of_about_equal_size() -> None:
     prompts = [str(number) for number in range(1000)]
     held_out = [
         [

@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_folder_has_groups_and_corpora_of_the_asked_sizes(folder: Path) -> None:
+def test_the_folder_has_groups_and_corpora_of_the_requested_sizes(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["rows"] == {"train": 60, "test": 20}
     assert manifest["completions_are_complete"] is True
@@ -59,7 +59,7 @@ def test_the_corpus_has_the_moods_in_their_shares(folder: Path) -> None:
     assert abs(moods.count("sad") - 1050) < 105
 
 
-def test_the_same_seed_writes_the_same_files_and_another_seed_others(tmp_path: Path, folder: Path) -> None:
+def test_the_same_seed_writes_the_same_files_and_another_seed_does_not(tmp_path: Path, folder: Path) -> None:
     for name, seed in (("same", "0"), ("other", "1")):
         assert main([*SMALL, "--seed", seed, "--output", str(tmp_path / name)]) == 0
     files = ("train.parquet", "test.parquet", "corpus.txt", "corpus_heldout.txt")

@@ -52,7 +52,7 @@ def test_a_tree_has_the_log_probs_and_gradients_of_rows(
         assert F.cosine_similarity(gradient(scorer.model, (found * weight).sum()), wanted, dim=0) > 0.99999
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's, as it loads its compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma3_text"])  # each compiles for seconds
 def test_flex_attention_gives_the_same_on_a_cpu_without_gradients(family: str) -> None:
     rng = np.random.default_rng(0)

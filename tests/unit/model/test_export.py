@@ -47,7 +47,7 @@ def test_a_reloaded_model_gives_equal_log_probs(tied: bool, tmp_path: Path, toke
     model = tiny(tied=tied)
     export_model(model, model.state_dict(), tokenizer, tmp_path / "model", "card")
     ours = load_model(ModelConfig(name_or_path=str(tmp_path / "model"), dtype="float32"))
-    torch.testing.assert_close(logps(ours), logps(model), rtol=0, atol=1e-4)  # its gelu is a fused one
+    torch.testing.assert_close(logps(ours), logps(model), rtol=0, atol=1e-4)  # load_model fuses its gelu
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert theirs.config.tie_word_embeddings is tied
     assert theirs.config.use_cache is True  # for generation
@@ -55,7 +55,7 @@ def test_a_reloaded_model_gives_equal_log_probs(tied: bool, tmp_path: Path, toke
     assert torch.equal(logps(theirs.eval()), logps(model))
 
 
-def test_weights_in_a_narrower_type_are_what_is_saved(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_weights_are_saved_in_the_given_dtype(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = tiny(tied=True)
     narrow = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
     export_model(model, narrow, tokenizer, tmp_path / "model", "card")
@@ -113,12 +113,12 @@ def test_files_have_the_permissions_of_the_umask(
     assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
-def test_sampling_settings_that_transformers_would_not_save_do_not_lose_the_model(
+def test_sampling_settings_that_transformers_would_not_save_are_made_valid(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     model = tiny(tied=True)
     assert model.generation_config is not None
-    model.generation_config.temperature = 0.6  # without do_sample, as some base models come
+    model.generation_config.temperature = 0.6  # without do_sample, as in some base models
     export_model(model, model.state_dict(), tokenizer, tmp_path / "model", "card")
     saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (saved["temperature"], saved["do_sample"]) == (0.6, True)

@@ -130,7 +130,7 @@ def test_the_revision_of_an_adapter_is_not_that_of_its_base(tmp_path: Path) -> N
 
 def test_a_model_beside_an_adapter_is_its_base(edited: Edited) -> None:
     model = edited(add_adapter)
-    assert base_of(model) == model  # as transformers has it
+    assert base_of(model) == model  # as in transformers
     assert [path.name for path in adapter_files(model)] == [
         "adapter_config.json",
         "adapter_model.safetensors",

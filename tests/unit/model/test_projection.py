@@ -36,7 +36,7 @@ def config(**values: float) -> Any:
 def inputs(*, bias: bool = False) -> tuple[nn.Linear, Tensor, Tensor]:
     torch.manual_seed(0)
     head = nn.Linear(WIDTH, VOCABULARY, bias=bias)
-    targets = torch.tensor([0, 1023, 1024, 2047, 2048, VOCABULARY - 1])  # both ends of every slice
+    targets = torch.tensor([0, 1023, 1024, 2047, 2048, VOCABULARY - 1])  # the ends of every slice
     return head, torch.randn(TOKENS, WIDTH, requires_grad=True), targets
 
 
@@ -108,7 +108,7 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_in_bfloat16_sums_are_still_float32(autocast: bool) -> None:
+def test_sums_are_float32_also_in_bfloat16(autocast: bool) -> None:
     head, hidden, targets = inputs()
     wanted = expected(head, hidden, targets, {})
     if not autocast:
@@ -116,7 +116,7 @@ def test_in_bfloat16_sums_are_still_float32(autocast: bool) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found = TokenLogProbs(head, config())(hidden, targets)
     assert found.dtype == torch.float32
-    # bf16 logits carry an error of 2^-8 each; a sum over 2500 of them in bf16 would be off by far more.
+    # Each bf16 logit has an error of 2^-8; a sum over 2500 of them in bf16 would have a far larger one.
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.02)
     (gradient,) = torch.autograd.grad(found.sum(), head.weight)
     assert gradient.dtype == head.weight.dtype
@@ -136,4 +136,4 @@ def test_the_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     head, hidden, targets = inputs()
     TokenLogProbs(head, config())(hidden, targets).sum().backward()
     assert max(sizes) == 1024 * TOKENS
-    assert sum(sizes) == 2 * VOCABULARY * TOKENS  # once forward, once again for the backward pass
+    assert sum(sizes) == 2 * VOCABULARY * TOKENS  # once in the forward and once in the backward pass

@@ -34,7 +34,7 @@ def random_sequences(number: int, seed: int = 0) -> list[Sequence]:
 
 
 def naive_logps(model: PreTrainedModel, sequence: Sequence) -> Tensor:
-    """(T_c,) log p of each completion token: one sequence at a time, softmax over everything, float64."""
+    """(N,) log p of each completion token: one sequence at a time, full softmax, float64."""
     prompt, completion = sequence
     ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_log_probs_are_those_of_a_full_softmax(model: PreTrainedModel, tiny_mode
     assert (sums.dtype, tokens.dtype) == (torch.float64, torch.float32)
     torch.testing.assert_close(tokens.double(), torch.cat(expected), rtol=0, atol=1e-5)
     torch.testing.assert_close(sums, torch.stack([e.sum() for e in expected]), rtol=0, atol=1e-4)
-    assert sums.max() < -1  # values a mistake of a position would change
+    assert sums.max() < -1  # large enough that an error of one position would change them
 
 
 def test_sums_are_those_of_the_tokens_row_by_row(model: PreTrainedModel) -> None:
@@ -66,14 +66,14 @@ def test_sums_are_those_of_the_tokens_row_by_row(model: PreTrainedModel) -> None
     torch.testing.assert_close(sequence_sums(tokens, batch), torch.stack(expected), rtol=0, atol=1e-9)
 
 
-def test_an_empty_batch_has_no_tokens_and_one_row_of_zero(model: PreTrainedModel) -> None:
+def test_an_empty_batch_has_no_tokens_and_one_sum_of_zero(model: PreTrainedModel) -> None:
     batch = sequence_batch([])
     tokens = SequenceScorer(model)(batch, per_token=True)
     assert tokens.shape == (0,)
     assert sequence_sums(tokens, batch).tolist() == [0.0]
 
 
-def test_our_projection_gives_what_the_models_own_logits_give(model: PreTrainedModel) -> None:
+def test_our_projection_agrees_with_the_models_own_logits(model: PreTrainedModel) -> None:
     batch, scorer = sequence_batch(random_sequences(5)), SequenceScorer(model)
     with torch.no_grad():
         torch.testing.assert_close(scorer(batch), scorer(batch, own_projection=True), rtol=0, atol=1e-5)
@@ -103,7 +103,7 @@ def test_a_row_without_a_completion_scores_zero_and_has_a_gradient(model: PreTra
     scorer = SequenceScorer(model)
     logps = scorer(sequence_batch([]))
     assert logps.tolist() == [0.0]
-    logps.sum().backward()  # a rank without work still takes part in the backward pass
+    logps.sum().backward()  # a rank without work also takes part in the backward pass
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad()
     assert gradients
