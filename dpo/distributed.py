@@ -34,8 +34,8 @@ _counts_made = itertools.count()
 def start() -> None:
     """Joins the process group that the launcher described; safe to call twice.
 
-    Without an accelerator the backend must be named: Accelerate otherwise leaves it unset under DeepSpeed, and
-    every rank assumes a world of one.
+    Without an accelerator the backend must be named: Accelerate otherwise leaves it unset under DeepSpeed,
+    and every rank assumes a world of one.
     """
     if "WORLD_SIZE" not in os.environ:
         PartialState()

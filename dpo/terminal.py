@@ -1,9 +1,9 @@
 """What a command prints while it runs: one bar per stage, notes, warnings, and a box at the end.
 
 Three modes, chosen by an environment variable so that all ranks have the same. Plain: bars on a terminal, and
-an occasional line in a file. `quiet`: warnings, errors and the box. `json`: standard output is one JSON object
-per line, for batch systems; its `event` is note, warning, metrics, evaluation, summary or end. Only the main
-process prints.
+an occasional line in a file. `quiet`: warnings, errors and the box. `json`: one JSON object per line on
+standard output, for batch systems; its `event` is note, warning, metrics, evaluation, summary or end. Only
+the main process prints.
 """
 
 import io

@@ -24,6 +24,7 @@ from dpo.reference.values import open_reference
 from dpo.tracking.run_folder import RunFolder
 from dpo.train import loop
 from dpo.train.preference_objective import PreferenceObjective
+from dpo.train.resume import Settings
 from dpo.train.session import Session
 
 STEPS = 2
@@ -107,7 +108,7 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
             distributed.barrier()
             session = Session(
                 folder=RunFolder(run_dir),
-                settings={},
+                settings=Settings({}),
                 model=config.model,
                 options=train,
                 engine=policy,

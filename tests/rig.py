@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 from ranks import start_ranks
 
-from dpo.config import Config, resolved
+from dpo.commands.inputs import settings_of
+from dpo.config import Config
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.resume import Refuse, Resume, find_start
 
@@ -290,7 +291,7 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 def start_of(config: Config) -> tuple[Path | None, str]:
     """The checkpoint that a run would resume from, and what is said about it."""
-    start = find_start(RunFolder(Path(config.run_dir)), resolved(config), config.train)
+    start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
     if isinstance(start, Refuse):
         return None, start.reason
     return (start.checkpoint if isinstance(start, Resume) else None), "\n".join(start.notes)

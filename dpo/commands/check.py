@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dpo import distributed, terminal
 from dpo.commands.best_of import check_baseline
-from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig, resolved
+from dpo.commands.inputs import settings_of
+from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig
 from dpo.data.build import check_sources
 from dpo.data.text import check_text, is_text
 from dpo.errors import UserError
@@ -27,7 +28,7 @@ def check(command: str, config: Config | SftConfig) -> None:
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
         check_trackers(config.train.trackers)
-        check_start(folder, resolved(config), config.train)
+        check_start(folder, settings_of(config), config.train)
     if isinstance(config, SftConfig):
         if is_text(config.data.train):
             check_text(config.data)

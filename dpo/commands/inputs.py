@@ -1,16 +1,19 @@
 """What several commands open before they work: the process group, data sets, the reference cache."""
 
+import json
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from dpo import distributed, terminal
-from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig
+from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig, flat, resolved
 from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.preference_data import PreferenceData, preference_data
@@ -23,6 +26,7 @@ from dpo.model.load import load_tokenizer
 from dpo.reference.values import ReferenceUse
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.trackers import check_trackers
+from dpo.train.resume import Settings
 
 
 def join_ranks() -> None:
@@ -39,6 +43,25 @@ def open_guard(command: str, config: Config | SftConfig) -> Guard:
     join_ranks()
     check_trackers(config.train.trackers)
     return Guard(RunFolder(Path(config.run_dir)), command, config.train.stuck_after_seconds)
+
+
+def settings_of(config: Config | SftConfig) -> Settings:
+    """The resolved configuration with the defaults of its keys, as resuming compares it."""
+    return Settings(resolved(config), flat(_defaults(type(config))))
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Name -> default of a configuration class, nested; without keys that have none."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(kind)
+    for option in fields(kind):
+        if is_dataclass(hints[option.name]):
+            found[option.name] = _defaults(hints[option.name])
+        elif option.default is not MISSING:
+            found[option.name] = option.default
+        elif option.default_factory is not MISSING:
+            found[option.name] = option.default_factory()
+    return dict(json.loads(json.dumps(found)))
 
 
 def open_data(

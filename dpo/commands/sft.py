@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import open_guard, settle_layout, trained
-from dpo.config import ModelConfig, SftConfig, resolved
+from dpo.commands.inputs import open_guard, settings_of, settle_layout, trained
+from dpo.config import ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.text import is_text, open_text_or_preferences, read_lines
@@ -55,12 +55,12 @@ def sft(config: SftConfig) -> None:
 
 def build_session(config: SftConfig, guard: Guard) -> tuple[Session, str]:
     """The run with everything loaded, and its training data in one line. All ranks must call it."""
-    folder, settings = RunFolder(Path(config.run_dir)), resolved(config)
+    folder, settings = RunFolder(Path(config.run_dir)), settings_of(config)
     check_policy(config.model)
     accelerator = start(config.model)
     make_repeatable(config.train)
     checkpoint = start_of(folder, settings, config.train)
-    distributed.on_main(lambda: folder.claim(settings))
+    distributed.on_main(lambda: folder.claim(dict(settings.values)))
 
     tokenizer, positions = open_tokenizer(config, folder)
     train_data, test_data = open_text_or_preferences(config.data, tokenizer, positions)

@@ -11,8 +11,16 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import described, open_data, open_guard, settle_layout, trained, with_reference
-from dpo.config import Config, EvaluateConfig, LossConfig, resolved
+from dpo.commands.inputs import (
+    described,
+    open_data,
+    open_guard,
+    settings_of,
+    settle_layout,
+    trained,
+    with_reference,
+)
+from dpo.config import Config, EvaluateConfig, LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.preference_data import PreferenceData
@@ -72,7 +80,7 @@ def train(config: Config) -> None:
 
 def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
     """The run with everything loaded, and its training data in one line. All ranks must call it."""
-    folder, settings = RunFolder(Path(config.run_dir)), resolved(config)
+    folder, settings = RunFolder(Path(config.run_dir)), settings_of(config)
     check_policy(config.model)
     accelerator = start(config.model)
     make_repeatable(config.train)
@@ -119,7 +127,7 @@ def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
     settle_layout(policy, datasets)
     if audited_with_policy:
         reference.audit_with(policy.score_only)
-    distributed.on_main(lambda: folder.claim(settings))
+    distributed.on_main(lambda: folder.claim(dict(settings.values)))
     reference.record(folder.path, checkpoint)
 
     evaluate = partial(

@@ -141,7 +141,9 @@ def _digest(
             for key, value in asdict(data).items()
             if key not in ("train", "test", "strict", "cache_dir")
         },
-    }
+    } | (
+        {} if data.group_pairs else {"margins": True}
+    )  # an earlier version dropped them, under the same digest
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The policy and its optimizer on ZeRO, DDP or one device, behind three calls for the loop.
 
-`Engine` scores a batch, accumulates a gradient and updates the weights. This package is the only one that knows
-Accelerate and DeepSpeed; `dpo.engine.frozen` is the same for models that only score.
+`Engine` scores a batch, accumulates a gradient and updates the weights. No other package knows Accelerate and
+DeepSpeed; `dpo.engine.frozen` is the same for models that only score.
 """
 
 import math
@@ -165,7 +165,7 @@ class Engine:
         """One optimizer step with the accumulated gradient.
 
         Returns:
-            The global gradient norm before clipping. If it is not finite, weights and optimizer are unchanged.
+            The global gradient norm before clipping. If it is not finite, nothing is changed.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate

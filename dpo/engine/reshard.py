@@ -36,8 +36,8 @@ def needs_universal_form(checkpoint: Path, written_with: str, num_ranks: int, ki
     if {written_with, kind} <= set(WHOLE):
         return False
     raise UserError(
-        f"{checkpoint}: written with {written_with}, and this run uses {kind}, which cannot read it: start the "
-        "run with the same engine (the number of ranks may differ), or train again in another run_dir"
+        f"{checkpoint}: written with {written_with}, and this run uses {kind}, which cannot read it: start "
+        "it with the same engine (the number of ranks may differ), or train again in another run_dir"
     )
 
 

@@ -4,7 +4,7 @@ Nothing is overwritten: a folder that holds something else is refused, and so is
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,16 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "model.share_prompts",
     "model.lora.export",
 )
-Settings = Mapping[str, Any]
-"""A resolved configuration, nested; see `dpo.config.resolved`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run was told: its resolved configuration."""
+
+    values: Mapping[str, Any]
+    """Nested; see `dpo.config.resolved`."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted key -> default, for keys that a run of an older version did not record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +214,7 @@ def _other_settings(origin: RunFolder, settings: Settings, options: Optimization
     recorded = origin.settings()
     if recorded is None:
         return
-    then, now = flat(recorded), flat(settings)
+    then, now = {**settings.defaults, **flat(recorded)}, flat(settings.values)
     free = (*FREE_TO_CHANGE, *filter(None, options.resume_allow.split(",")))
     changed = {
         key: f"{key}: {then.get(key)} -> {now.get(key)}"

@@ -123,10 +123,10 @@ class Session:
         self.progress = self._load()
         self.objective.restore(self.progress.loss_sums)
         if distributed.is_main():
-            self.folder.claim(dict(self.settings))
+            self.folder.claim(dict(self.settings.values))
             self.folder.describe(world_size=distributed.world_size(), engine=self.engine.description)
         self.group_flops, self.peak_flops = self._flops()
-        trackers = open_trackers(self.options.trackers, self.folder.path, flat(self.settings))
+        trackers = open_trackers(self.options.trackers, self.folder.path, flat(self.settings.values))
         self.monitor = Monitor(
             self.folder,
             num_steps=self.plan.num_steps,
@@ -139,7 +139,7 @@ class Session:
             terminal.note(f"{self.engine.description}; {self._parameters()}; {description}")
             if self.checkpoint:
                 terminal.note(f"resuming after step {self.progress.step}, from {self.checkpoint}")
-            self.monitor.text("config", f"```yaml\n{settings_text(dict(self.settings))}```")
+            self.monitor.text("config", f"```yaml\n{settings_text(dict(self.settings.values))}```")
             yield
 
     def score_only(self, batch: TreeBatch, *, per_token: bool = False) -> Tensor:

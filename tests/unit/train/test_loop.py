@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from dpo.config import Config, LossConfig, OptimizationConfig, resolved
+from dpo.commands.inputs import settings_of
+from dpo.config import Config, LossConfig, OptimizationConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.preference_data import preference_data
@@ -123,7 +124,7 @@ def run(
         stop_at: int | None = None,
         reference: np.ndarray | None = None,
     ) -> Run:
-        start = find_start(RunFolder(Path(config.run_dir)), resolved(config), config.train)
+        start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
         assert not isinstance(start, Refuse), start
         data, root = open_data(config), Path(config.reference.cache_dir)
         if reference is None:
@@ -161,7 +162,7 @@ def run(
         folder = RunFolder(result.folder)
         session = WithoutExport(
             folder=folder,
-            settings=resolved(config),
+            settings=settings_of(config),
             model=config.model,
             options=config.train,
             engine=Engine(accelerator, load_model(config.model), config.model, config.train),
@@ -398,7 +399,7 @@ def test_too_many_in_a_row_stop_the_run_with_its_last_good_checkpoint_intact(
     spoil({2, 4, 5, 6})
     with pytest.raises(RunFailed, match=r"3 steps in a row, up to step 6.*max_skipped_steps: 2"):
         run(config)
-    start = find_start(RunFolder(Path(config.run_dir)), resolved(config), config.train)
+    start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
     assert isinstance(start, Resume)
     assert start.checkpoint.name == "step_00000003"
 

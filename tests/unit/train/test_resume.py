@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dpo.cli.validate import problems
+from dpo.commands.inputs import settings_of
 from dpo.config import Config, resolved
 from dpo.errors import UserError
 from dpo.tracking.run_folder import RunFolder
@@ -28,7 +29,7 @@ class FakeEngine:
 
 
 def look(config: Config) -> Start:
-    return resume.find_start(RunFolder(Path(config.run_dir)), resolved(config), config.train)
+    return resume.find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
 
 
 def find_start(config: Config) -> Path | None:
@@ -208,6 +209,16 @@ def test_named_keys_may_change_when_asked_for(config: Config) -> None:
         find_start(changed(other, "train.resume_allow", "loss.beta"))
     assert "loss.beta: 0.1" not in str(refused.value)
     assert find_start(changed(other, "train.resume_allow", "loss.beta,train.seed")) is not None
+
+
+def test_a_key_that_an_older_version_did_not_know_counts_as_its_default(config: Config) -> None:
+    run_dir = begin(config, steps=3, checkpoints=(2,))
+    settings = resolved(config)
+    del settings["data"]["too_long"], settings["train"]["adam_betas"]
+    RunFolder(run_dir).claim(settings)
+    assert find_start(config) is not None
+    with pytest.raises(UserError, match=r"data\.too_long: truncate -> drop"):
+        find_start(changed(config, "data.too_long", "drop"))
 
 
 def test_a_key_that_does_not_exist_cannot_be_allowed(config: Config) -> None:
