@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 
 from dpo import distributed, terminal
-from dpo.commands.best_of import check_baseline
+from dpo.commands.best_of import check_best_of
 from dpo.config import Config, DataConfig, ModelConfig, SftConfig
 from dpo.data.build import check_sources
 from dpo.data.text import is_text, read_lines
 from dpo.errors import UserError
 from dpo.model.files import check_model_path
 from dpo.model.lora import check_policy
-from dpo.report.build import model_folder
+from dpo.report.provenance import model_folder
 from dpo.tracking.trackers import check_trackers
 from dpo.train.resume import find_start
 
@@ -43,7 +43,7 @@ def check(command: str, config: Config | SftConfig) -> None:
         if command == "evaluate":
             finished_model(config)
         if command == "best-of":
-            check_baseline(config.evaluate)
+            check_best_of(config.evaluate)
     if command in ("train", "sft"):
         distributed.require_shared(Path(config.run_dir), "run_dir")  # or it cannot be written to
     if terminal.mode() == "plain":
@@ -53,7 +53,7 @@ def check(command: str, config: Config | SftConfig) -> None:
 
 def finished_model(config: Config) -> ModelConfig:
     """The model that training left in the run folder; UserError where there is none."""
-    folder = model_folder(config)
+    folder = model_folder(Path(config.run_dir), config.evaluate.snapshot)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         if config.evaluate.snapshot is not None:
             kept = [str(int(path.name[5:])) for path in sorted(folder.parent.glob("step_*"))]

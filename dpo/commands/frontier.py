@@ -17,21 +17,25 @@ from dpo.commands.journal import Journal, start
 from dpo.config import Config
 from dpo.errors import UserError
 from dpo.evaluate.statistics import Interval
+from dpo.files import write_file
+from dpo.report import labels
 from dpo.report.figures import Point, save_png, score_against_kl
+from dpo.report.markdown import table
 from dpo.tracking.history import read_history
 
 JOURNAL = "done.json"
 SFT = "preferred-completion SFT"
 BEST_OF = "best of n from the reference"
-COLUMNS = {
-    "kl/sequence": "KL, nats a sequence",
-    "score/policy": "mean score",
-    "positive_share/policy": "scored positive",
-    "win_rate": "win rate",
-    "eval/rewards/accuracies": "reward accuracy",
-    "distinct_2/policy": "distinct word pairs",
-    "perplexity/policy_samples": "perplexity under the reference",
-}
+COLUMNS = (
+    "kl/sequence",
+    "score/policy",
+    "positive_share/policy",
+    "win_rate",
+    "eval/rewards/accuracies",
+    "distinct_2/policy",
+    "perplexity/policy_samples",
+)
+"""Metrics of the table, in its order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +67,7 @@ class Evaluated:
     """Its optimizer step, or None for the last."""
     summary: dict[str, float]
     label: str = ""
-    """Written beside its point, where it is not told by the curve."""
+    """Written beside its point if the curve does not say it: n of best of n."""
 
 
 def run_frontier(sweep: Sweep) -> None:
@@ -173,7 +177,7 @@ def _once(sweep: Sweep, stage: str, keys: list[str], product: Path) -> None:
 
 
 def limit_points(limit: dict[str, Any]) -> list[Point]:
-    """The limit of any policy, as best_of.json has it."""
+    """The limit of any policy, from best_of.json."""
     return [
         Point(label="", kl=Interval(kl, kl, kl), score=Interval(*score))
         for kl, score in zip(limit["kl"], limit["score"], strict=True)
@@ -181,11 +185,11 @@ def limit_points(limit: dict[str, Any]) -> list[Point]:
 
 
 def beyond_limit(models: Sequence[Evaluated], limit: Sequence[Point]) -> list[Evaluated]:
-    """Models that score more than any policy can at their KL, by more than both intervals: a bug somewhere.
+    """Models that score above the limit of any policy at their KL, beyond both intervals: a bug somewhere.
 
     Args:
-        models: Any.
-        limit: By ascending KL; of models beyond its end nothing is said.
+        models: Evaluated models.
+        limit: By ascending KL; models beyond its last KL are not checked.
     """
     return [
         model
@@ -202,15 +206,15 @@ def _write(sweep: Sweep, models: Sequence[Evaluated], limit: Sequence[Point]) ->
         which = f"{model.curve} {model.label}".strip() + f", step {model.step or 'last'}"
         score, kl = model.summary["score/policy"], model.summary["kl/sequence"]
         terminal.warning(
-            f"{which}: scores {score:.3f} at a KL of {kl:.2f} nats, more than any policy can: something is "
-            "wrong, in the scores, the samples or the KL"
+            f"{which}: scores {score:.3f} at a KL of {kl:.2f} nats, more than any policy can: there is an "
+            "error in the scores, the samples or the KL"
         )
     points = [
         {"curve": model.curve, "step": model.step, "label": model.label, **model.summary} for model in models
     ]
-    (sweep.output / "frontier.json").write_text(json.dumps(points, indent=2))
-    (sweep.output / "frontier.md").write_text(frontier_table(models))
-    figure = score_against_kl(frontier_curves(models), "mean score", limit=limit)
+    write_file(sweep.output / "frontier.json", json.dumps(points, indent=2))
+    write_file(sweep.output / "frontier.md", frontier_table(models))
+    figure = score_against_kl(frontier_curves(models), limit=limit)
     save_png(figure, sweep.output / "frontier.png")
     print(frontier_table(models))
     terminal.summary(
@@ -225,32 +229,22 @@ def _write(sweep: Sweep, models: Sequence[Evaluated], limit: Sequence[Point]) ->
 
 
 def frontier_curves(models: Sequence[Evaluated]) -> dict[str, list[Point]]:
-    """Label -> points, the reference first; a run without snapshots is a point of a common curve of DPO."""
-    first = models[0].summary
-    start = Point(label="", kl=Interval(0.0, 0.0, 0.0), score=_interval(first, "score/reference"))
-    curves: dict[str, list[Point]] = {"reference": [start]}
+    """Label -> points, the reference first; without snapshots all betas share one curve."""
+    curves = {"reference": [Point.of_reference(models[0].summary)]}
     has_snapshots = any(model.step is not None for model in models)
     for model in models:
-        point = Point(
-            label=model.label or ("" if has_snapshots else model.curve.removeprefix("beta ")),
-            kl=_interval(model.summary, "kl/sequence"),
-            score=_interval(model.summary, "score/policy"),
-        )
+        label = model.label or ("" if has_snapshots else model.curve.removeprefix("beta "))
         own = has_snapshots or model.curve in (SFT, BEST_OF)
-        curves.setdefault(model.curve if own else "DPO, by beta", []).append(point)
+        points = curves.setdefault(model.curve if own else "DPO, by beta", [])
+        points.append(Point.of(model.summary, label))
     return {label: sorted(points, key=lambda p: p.kl.mean) for label, points in curves.items()}
 
 
 def frontier_table(models: Sequence[Evaluated]) -> str:
-    """A row a model, in Markdown."""
-    lines = ["| run | step | " + " | ".join(COLUMNS.values()) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    """One row per model, in Markdown."""
+    rows = []
     for model in models:
         step = "last" if model.step is None else str(model.step)
-        cells = [model.curve, f"n = {model.label}" if model.label else step]
-        cells += [f"{model.summary[name]:.3f}" if name in model.summary else "" for name in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _interval(summary: dict[str, float], name: str) -> Interval:
-    return Interval(summary[name], summary[f"{name}/low"], summary[f"{name}/high"])
+        cells = [f"{model.summary[name]:.3f}" if name in model.summary else "" for name in COLUMNS]
+        rows.append([model.curve, f"n = {model.label}" if model.label else step, *cells])
+    return table(["run", "step", *map(labels.short, COLUMNS)], rows) + "\n"

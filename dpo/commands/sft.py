@@ -91,7 +91,13 @@ def _sft(config: SftConfig, guard: Guard) -> None:
         fingerprints=fingerprints,
         evaluate=evaluate_policy if test_data is not None else None,
         data=f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens",
-        card=partial(sft_card, config),
+        card=partial(
+            sft_card,
+            title=Path(config.run_dir).name,
+            model=config.model,
+            data=config.data,
+            train=config.train,
+        ),
     )
     optimize(config, work, guard)
 

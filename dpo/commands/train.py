@@ -96,7 +96,15 @@ def _train(config: Config, guard: Guard) -> None:
         fingerprints=fingerprints,
         evaluate=evaluate_policy if test_data is not None else None,
         data=described("train", train_data),
-        card=partial(policy_card, config),
+        card=partial(
+            policy_card,
+            title=Path(config.run_dir).name,
+            model=config.model,
+            data=config.data,
+            reference=config.reference,
+            loss=config.loss,
+            train=config.train,
+        ),
     )
     optimize(config, work, guard)
 

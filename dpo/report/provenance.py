@@ -1,0 +1,98 @@
+"""Where the numbers of a report come from: the models, data and settings, the versions, the commands.
+
+Reads config.yaml and environment.json of the run folder, which training wrote.
+"""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from dpo import distributed
+from dpo.config import EvaluateConfig, LossConfig, ModelConfig, ReferenceConfig, TrainConfig
+from dpo.data.dataset import TokenizedDataset
+from dpo.loss.catalog import title_of
+from dpo.report.content import Provenance
+
+
+def provenance_of(
+    run_dir: Path,
+    data: TokenizedDataset,
+    digests: dict[str, str],
+    *,
+    model: ModelConfig,
+    reference: ReferenceConfig,
+    loss: LossConfig,
+    train: TrainConfig,
+    evaluate: EvaluateConfig,
+) -> Provenance:
+    """What the report says of its own origin; only the main process needs it.
+
+    Args:
+        run_dir: The run folder.
+        data: Held-out groups.
+        digests: Digests of data and cache, by name.
+        model: What training started from.
+        reference: The reference model.
+        loss: The loss that was trained.
+        train: How it was trained.
+        evaluate: How it was evaluated.
+    """
+    trained = {
+        "loss": title_of(loss),
+        "training": f"learning rate {train.learning_rate}, {train.pairs_per_step} pairs per step, "
+        f"{train.num_epochs} epoch(s), {train.optimizer}, seed {train.seed}",
+    }
+    if not learned_preferences(run_dir):
+        trained = {"training": "next-token prediction; loss and rewards are those of its use as a policy"}
+    essentials = {
+        "policy": f"{model_folder(run_dir, evaluate.snapshot)}, from {model.name_or_path}",
+        "reference": reference.model or model.name_or_path,
+        **trained,
+        "held-out data": f"{data.counts['pairs']} pairs of {data.counts['groups']} prompts",
+        "samples": f"{evaluate.num_prompts} prompts, temperature {evaluate.temperature}, up to "
+        f"{evaluate.completion_tokens} tokens, seed {evaluate.seed}, scorer {evaluate.scorer or 'none'}",
+        "KL": "estimated from separate samples at temperature 1, without top-k or top-p",
+        "intervals": "95 %, bootstrapped by prompt",
+    }
+    return Provenance(
+        essentials=essentials, commands=_commands(run_dir), versions=digests | _environment(run_dir)
+    )
+
+
+def model_folder(run_dir: Path, snapshot: int | None) -> Path:
+    """The model that is evaluated: the final one, or the snapshot of a step."""
+    return run_dir / ("model" if snapshot is None else f"snapshots/step_{snapshot:08d}")
+
+
+def report_folder(run_dir: Path, snapshot: int | None) -> Path:
+    """Where its report belongs; that of a snapshot is in the snapshot's folder."""
+    return (run_dir if snapshot is None else model_folder(run_dir, snapshot)) / "report"
+
+
+def learned_preferences(run_dir: Path) -> bool:
+    """Whether `train` made the run, not `sft`; also true for a folder without a configuration."""
+    file = run_dir / "config.yaml"
+    return not file.is_file() or "loss" in yaml.safe_load(file.read_text())
+
+
+def _environment(run_dir: Path) -> dict[str, str]:
+    """What training wrote to environment.json, and the ranks of this evaluation."""
+    file = run_dir / "environment.json"
+    found: dict[str, str] = {}
+    if file.is_file():
+        trained = json.loads(file.read_text())
+        found["trained by"] = f"{trained['engine']}, {trained['world_size']} rank(s)"
+        packages = trained["packages"].items()
+        found["versions"] = ", ".join(
+            [f"python {trained['python']}", *(f"{name} {version}" for name, version in packages)]
+        )
+        found["code"] = f"git commit {trained['git_commit'] or 'unknown'}"
+    device = distributed.device().type
+    return found | {"evaluated on": f"{distributed.world_size()} rank(s), {device}"}
+
+
+def _commands(run_dir: Path) -> list[str]:
+    world, file = distributed.world_size(), run_dir / "config.yaml"
+    start = f"NPROC={world} launch/run" if world > 1 else "python -m dpo"
+    return [f"{start} {name} --config {file}" for name in ("precompute-ref", "train", "evaluate")]
