@@ -257,7 +257,7 @@ def trees_table() -> str:
 
 
 def founding_table() -> str:
-    """The first held-out queries, not selected, continued by both models with the same seed."""
+    """The first held-out queries, not cherry-picked, continued by both models with the same seed."""
     file = MAIN / "report" / "samples.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()[:QUERIES]] if file.is_file() else []
     cells = []

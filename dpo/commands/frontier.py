@@ -1,7 +1,7 @@
-"""dpo frontier: one experiment with several betas and a baseline, evaluated between score and KL.
+"""dpo frontier: one experiment with several betas and a baseline, evaluated by score and KL.
 
-Each part is a stage that a person could start: `precompute-ref` once, then `train` or `sft`, then `evaluate`.
-A part that is done is not done again: done.json remembers by what command and configuration it was made.
+Every part is an ordinary stage: `precompute-ref` once, then `train` or `sft`, then `evaluate`. Finished stages
+are skipped: done.json records their command and configuration (`journal`).
 """
 
 import json
@@ -40,20 +40,20 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What to draw."""
+    """The runs of a frontier."""
 
     config: Config
     keys: Sequence[str]
-    """The arguments that gave it: every stage gets them again."""
+    """The command-line arguments of `config`; every stage gets them, too."""
     betas: Sequence[float]
     snapshot_every: int
-    """Optimizer steps between the models that are evaluated; 0: only the last."""
+    """Optimizer steps between the models that are evaluated; 0: only the final model."""
     sft_learning_rate: float | None
     """None: no baseline."""
     best_of: bool
-    """Whether to sample the reference for best of n, and for the limit of any policy."""
+    """Whether to sample the reference for best of n and the limit of any policy."""
     launcher: Sequence[str]
-    """What starts a stage, before its name."""
+    """The command before the name of a stage."""
     output: Path
 
 
@@ -62,20 +62,20 @@ class Evaluated:
     """One model of the frontier."""
 
     curve: str
-    """Which run it belongs to: `beta 0.1`, or a baseline."""
+    """Its run: `beta 0.1`, or a baseline."""
     step: int | None
-    """Its optimizer step, or None for the last."""
+    """Its optimizer step, or None for the final model."""
     summary: dict[str, float]
     label: str = ""
     """Written beside its point if the curve does not say it: n of best of n."""
 
 
 def run_frontier(sweep: Sweep) -> None:
-    """Does what is not done yet, and writes frontier.md, frontier.json and frontier.png.
+    """Runs the stages that are not done, and writes frontier.md, frontier.json and frontier.png.
 
     Raises:
-        UserError: The configuration has no scorer or no prompts, or a stage found something wrong.
-        StoppedBySignal: A stage was stopped; what is done stays done.
+        UserError: The configuration has no scorer or no prompts, or a stage exited with status 2.
+        StoppedBySignal: A stage was stopped; finished stages are skipped next time.
         RunFailed: A stage failed.
     """
     _check(sweep)
@@ -154,13 +154,13 @@ def _sft_keys(sweep: Sweep, run_dir: Path) -> list[str]:
 
 
 def _evaluated(sweep: Sweep, curve: str, run_dir: Path, keys: list[str]) -> list[Evaluated]:
-    """Evaluates the snapshots of a run and its last model, and reads what was found."""
+    """Evaluates the snapshots of a run and its final model, and reads their summaries."""
     last = max((line["step"] for line in read_history(run_dir)), default=0)
     folders = sorted((run_dir / "snapshots").glob("step_*")) if sweep.snapshot_every else []
     found = []
     for folder in folders:
         step = int(folder.name.removeprefix("step_"))
-        if step == last:  # the same weights as the last model's
+        if step == last:  # the same weights as the final model
             break
         summary = folder / "report" / "summary.json"
         _once(sweep, "evaluate", [*keys, "--evaluate.snapshot", str(step)], summary)
@@ -171,7 +171,7 @@ def _evaluated(sweep: Sweep, curve: str, run_dir: Path, keys: list[str]) -> list
 
 
 def _once(sweep: Sweep, stage: str, keys: list[str], product: Path) -> None:
-    """Starts a stage unless it was done by the same command and configuration, and left its product."""
+    """Runs a stage unless the same command and configuration were run before and the output exists."""
     journal = Journal(file=sweep.output / JOURNAL)
     journal.once(stage, [*sweep.launcher, stage, *keys], product, asdict(sweep.config))
 

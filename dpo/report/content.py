@@ -10,8 +10,10 @@ from dpo.report.figures import Captioned
 
 COLUMNS = ("query", "reference policy", "DPO-trained policy")
 """Of the table of samples."""
-WORST_SAMPLES = "Selected: the samples that score furthest below the reference's sample on the same prompt."
-WORST_PAIRS = "Selected: the held-out pairs that the policy's reward ranks wrong by the largest margin."
+WORST_SAMPLES = (
+    "Selected as failures: the samples that score furthest below the reference's sample on the same prompt."
+)
+WORST_PAIRS = "Selected as failures: the held-out pairs with the largest margin in the wrong direction."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,6 @@ class Report:
         """The sentence above the table of samples."""
         seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in self.shown}))
         return (
-            f"The first {len(self.shown)} held-out prompts, not selected, each continued by both models with "
-            f"seed {seeds}. All samples are in samples.jsonl."
+            f"The first {len(self.shown)} held-out prompts, not cherry-picked, each continued by both models "
+            f"with seed {seeds}. All samples are in samples.jsonl."
         )

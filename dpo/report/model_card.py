@@ -21,6 +21,7 @@ from dpo.config import (
     TrainConfig,
 )
 from dpo.loss.catalog import needs_reference, title_of
+from dpo.report.escape import markdown_cell
 from dpo.report.labels import full, measures
 from dpo.report.markdown import table
 
@@ -142,7 +143,7 @@ def _written(card: _Card, results: dict[str, float]) -> str:
         for name, value in results.items()
         if name.removesuffix("/low").removesuffix("/high") in SHOWN
     }
-    rows = [(row.label, f"{row.value:.3f}", row.interval) for row in measures(shown)]
+    rows = [(markdown_cell(row.label), f"{row.value:.3f}", row.interval) for row in measures(shown)]
     metadata = yaml.safe_dump(_metadata(card, results), sort_keys=False, allow_unicode=True)
     sections = [f"---\n{metadata}---", f"# {card.title}", method]
     if rows:

@@ -1,5 +1,6 @@
-"""The frontier's order of stages, what it does again and what not, and how stages end; with a stand-in for
-the launcher that leaves what stages leave.
+"""The frontier: its order of stages, which ones it repeats, how it handles failures, its table and curves.
+
+The launcher is replaced by a script that writes the files of each stage.
 """
 
 import json
@@ -117,7 +118,7 @@ def test_each_beta_and_the_baseline_are_trained_and_evaluated_on_one_cache(rig: 
     assert [options["--loss.beta"] for stage, options in calls if stage == "train"] == ["0.1", "0.5"]
     sft = calls[-2][1]
     assert (sft["--train.learning_rate"], sft["--data.train"]) == ("0.0001", "d")
-    assert "--config" not in sft  # its keys are others
+    assert "--config" not in sft  # it has other keys
     points = json.loads((out / "frontier.json").read_text())
     assert [(point["curve"], point["kl/sequence"]) for point in points] == [
         ("beta 0.1", 10.0),
@@ -139,7 +140,7 @@ def test_the_baseline_is_given_keys_that_sft_knows(rig: Rig, tmp_path: Path) -> 
     assert config.model.lora == lora
 
 
-def test_what_is_done_is_not_done_again_and_a_change_is(rig: Rig) -> None:
+def test_finished_stages_are_skipped_and_changed_ones_run_again(rig: Rig) -> None:
     run_frontier(rig.sweep())
     rig.called()
     run_frontier(rig.sweep())
@@ -153,7 +154,7 @@ def test_what_is_done_is_not_done_again_and_a_change_is(rig: Rig) -> None:
     assert [stage for stage, _ in rig.called()] == ["precompute-ref", "evaluate"]
 
 
-def test_snapshots_are_points_of_their_runs_curve(rig: Rig) -> None:
+def test_snapshots_are_points_on_the_curve_of_their_run(rig: Rig) -> None:
     run_frontier(rig.sweep(betas=[0.1], snapshot_every=30))
     calls = rig.called()
     assert calls[1][1]["--train.snapshot_every"] == "30"
@@ -167,7 +168,7 @@ def test_snapshots_are_points_of_their_runs_curve(rig: Rig) -> None:
     ]
 
 
-def test_best_of_n_is_drawn_and_what_no_policy_can_reach_is_called_wrong(
+def test_best_of_n_is_drawn_and_scores_beyond_the_limit_are_reported(
     rig: Rig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = rig.sweep(betas=[0.5, 1.0], best_of=True)
@@ -201,7 +202,7 @@ def test_a_model_is_beyond_the_limit_only_where_its_interval_is() -> None:
 
 
 @pytest.mark.parametrize(("status", "error"), [(2, UserError), (3, StoppedBySignal), (1, RunFailed)])
-def test_a_stage_that_ends_otherwise_ends_the_sweep_which_goes_on_later(
+def test_a_failed_stage_ends_the_sweep_which_can_be_continued(
     rig: Rig, status: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAILS", "sft")
@@ -214,7 +215,7 @@ def test_a_stage_that_ends_otherwise_ends_the_sweep_which_goes_on_later(
     assert [stage for stage, _ in rig.called()] == ["precompute-ref", "sft", "evaluate"]
 
 
-def test_a_signal_goes_on_to_the_stage_and_the_sweep_ends_with_its_status(rig: Rig, tmp_path: Path) -> None:
+def test_a_signal_reaches_the_stage_and_the_sweep_exits_with_its_status(rig: Rig, tmp_path: Path) -> None:
     config = tmp_path / "x.yaml"
     config.write_text("model: {name_or_path: m}\ndata: {train: d}\nevaluate: {scorer: vader}\n")
     launcher = " ".join(rig.launcher)
@@ -232,7 +233,7 @@ def test_a_signal_goes_on_to_the_stage_and_the_sweep_ends_with_its_status(rig: R
     assert "train ended with status 3" in said
 
 
-def test_what_cannot_make_a_frontier_is_said_before_anything_starts(rig: Rig) -> None:
+def test_all_problems_are_reported_before_any_stage_starts(rig: Rig) -> None:
     base = rig.sweep().config
     config = Config(
         model=base.model,
@@ -253,12 +254,12 @@ def test_what_cannot_make_a_frontier_is_said_before_anything_starts(rig: Rig) ->
     "options",
     [["--betas", "0.1,x"], ["--betas", "0"], ["--betas", "1,1"], ["--snapshot_every", "-1"]],
 )
-def test_faulty_options_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["frontier", "--config", "x.yaml", *options]) == 2
     assert options[0] in capsys.readouterr().err
 
 
-def test_runs_without_snapshots_share_a_curve_in_the_order_of_their_kl() -> None:
+def test_runs_without_snapshots_share_a_curve_ordered_by_kl() -> None:
     def model(curve: str, kl: float) -> Evaluated:
         numbers = {"kl/sequence": kl, "score/policy": kl / 10, "score/reference": 0.0}
         ends = {f"{name}/{end}": value for name, value in numbers.items() for end in ("low", "high")}
