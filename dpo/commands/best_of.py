@@ -121,7 +121,7 @@ def _write(
     samples: ReferenceSamples,
     summaries: dict[int, dict[str, float]],
 ) -> None:
-    """Writes the files, and says what is in them."""
+    """Writes the files, and prints the main numbers."""
     limit = score_limit(samples.scores)
     rows = [
         {"prompt": prompt, "reference": texts, "reference_scores": scores}

@@ -1,7 +1,7 @@
 """dpo frontier: one experiment with several betas and a baseline, evaluated by score and KL.
 
-Every part is an ordinary stage: `precompute-ref` once, then `train` or `sft`, then `evaluate`. Finished stages
-are skipped: done.json records their command and configuration (`journal`).
+Every part is an ordinary stage: `precompute-ref` once, then `train` or `sft`, then `evaluate`. Finished
+stages are skipped: done.json records their command and configuration (`journal`).
 """
 
 import json

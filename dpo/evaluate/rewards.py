@@ -35,7 +35,7 @@ _MEASURED = (
     "rejected_reference",
 )
 _RECORD = np.dtype([("pair", np.int64), *((name, np.float64) for name in _MEASURED)])
-"""What one pair's batch says of it; `pair` is its position in the data set."""
+"""The values of one pair; `pair` is its position in the data set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ from dpo.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What a model wrote after a prompt."""
+    """What a model generated after a prompt."""
 
     ids: TokenIds
     """(T,) token ids without EOS; empty if EOS came first."""

@@ -136,7 +136,7 @@ def _sampled(
     max_length: int,
     split: str,
 ) -> SampledData:
-    """A split of which `SAMPLE_GROUPS` random groups are tokenized, or all if there are no more."""
+    """Tokenizes at most `SAMPLE_GROUPS` random groups of a split."""
     generator = np.random.default_rng(SEED)
     drawn = _draw(sources, data, generator)
     cut = Counter[str]()

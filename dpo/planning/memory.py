@@ -22,8 +22,8 @@ GATHERED_ELEMENTS = 1_000_000_000
 """Most weights that ZeRO-3 keeps gathered (stage3_max_live_parameters), and that it updates together
 (sub_group_size): DeepSpeed's defaults."""
 REDUCED_ELEMENTS = 500_000_000
-"""Gradients that stage 0 reduces together: DeepSpeed's default of reduce_bucket_size, which stage 0 takes
-whatever we set."""
+"""Gradients that stage 0 reduces together: DeepSpeed's default of reduce_bucket_size, which stage 0 uses
+regardless of our setting."""
 
 Name = Literal["no DeepSpeed", "ZeRO-0", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload"]
 SHARDINGS: tuple[Name, ...] = ("no DeepSpeed", "ZeRO-0", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload")
@@ -122,7 +122,7 @@ def rank_memory(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Rank:
-    """What the memory of a rank follows from."""
+    """The inputs of every sharding's memory."""
 
     shape: Shape
     step: Rehearsal

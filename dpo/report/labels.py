@@ -1,6 +1,6 @@
 """What people call the metrics: the one table that reports, cards, comparisons and figures take labels from.
 
-Names are those of summary.json and metrics.jsonl. Whoever shows metrics lists their names; the text is here.
+Names are those of summary.json and metrics.jsonl. Other modules list only the names that they show.
 """
 
 from typing import NamedTuple

@@ -26,7 +26,7 @@ def provenance_of(
     train: TrainConfig,
     evaluate: EvaluateConfig,
 ) -> Provenance:
-    """What the report says of its own origin; only the main process needs it.
+    """The origin of a report; only the main process needs it.
 
     Args:
         run_dir: The run folder.
