@@ -1,14 +1,13 @@
-"""Everything we could think of that goes wrong with a reference cache, tried with the real commands.
+"""Faults of a reference cache, tried with the real commands.
 
     python -m benchmarks.cache_faults            prints the table of docs/reference-cache.md
 
-Each fault starts from a finished cache of a tiny model, breaks one thing, runs a command, and checks its exit
-status, its message, and that no finished row was lost. tests/end_to_end/test_cache_faults.py runs the same
+Each fault starts from a complete cache of a tiny model, breaks one thing, runs a command, and checks the exit
+status, the message, and that no finished row was lost. tests/end_to_end/test_cache_faults.py runs the same
 list.
 """
 
 import contextlib
-import io
 import json
 import os
 import shutil
@@ -16,137 +15,34 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel
 
-from dpo.cli.main import run
-from dpo.reference.shards import read_shard, write_shard
+from benchmarks.cache_bench import Bench, Ended, make_bench, must_succeed, write_pairs
 from dpo.reference.store import ReferenceStore
 
-WORDS = ("the", "cat", "day", "good", "bad", "film", "well", "mat", "we", "like", "ended", "on")
-NUM_PAIRS = 24
-Ended = tuple[int, str]  # exit status, and everything that was said
 
-
-class Skip(Exception):  # noqa: N818  (nothing went wrong)
+class Skip(Exception):  # noqa: N818  (not an error)
     """This machine cannot try a fault; the message says why."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A folder with a tiny model, preference data, and a cache that covers it."""
-
-    folder: Path
-
-    @property
-    def model(self) -> Path:
-        """The reference model's folder."""
-        return self.folder / "model"
-
-    @property
-    def pairs(self) -> Path:
-        """The preference data."""
-        return self.folder / "pairs.jsonl"
-
-    @property
-    def store(self) -> ReferenceStore:
-        """The cache that was built before anything was broken."""
-        (identity,) = (self.folder / "reference").glob("*/identity.json")
-        return ReferenceStore.at(identity.parent)
-
-    def dpo(self, command: str, *more: str) -> Ended:
-        """Runs a command on the experiment."""
-        values = {
-            "run_dir": self.folder / "run",
-            "model.name_or_path": self.model,
-            "model.dtype": "float32",
-            "data.train": self.pairs,
-            "data.cache_dir": self.folder / "tokenized",
-            "reference.cache_dir": self.folder / "reference",
-            "reference.max_tokens_per_batch": 128,
-            "train.max_steps": 1,
-        }
-        arguments = [word for key, value in values.items() for word in (f"--{key}", str(value))]
-        AcceleratorState._reset_state(reset_partial_state=True)  # another command, as in another process
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            status = run([command, *arguments, *more])
-        return status, said.getvalue()
-
-    def rewrite(self, shift: float, *, identity: str | None = None, only_first: bool = False) -> None:
-        """Replaces every shard by a well-formed one with other values."""
-        store = self.store
-        for path in store.shards():
-            rows = read_shard(path, store.identity.digest)
-            logps = rows.logps.copy()
-            logps[: 1 if only_first else None] += shift
-            path.unlink()
-            write_shard(store.path, replace(rows, logps=logps), identity or store.identity.digest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One thing that goes wrong, and what must happen."""
+    """One fault, and what must happen."""
 
     name: str
     happens: Callable[[Bench], Ended]
-    """Breaks something and runs a command."""
+    """Breaks one thing and runs a command."""
     status: int
-    says: str
-    """Part of what the command says."""
+    message: str
+    """Part of what the command prints."""
     outcome: str
-    """For people."""
-
-
-def make_bench(folder: Path) -> Bench:
-    """Makes model, data and cache."""
-    bench = Bench(folder)
-    _write_model(bench.model)
-    _write_pairs(bench.pairs, NUM_PAIRS)
-    _must_succeed(bench.dpo("precompute-ref"))
-    return bench
-
-
-def _must_succeed(ended: Ended) -> str:
-    status, said = ended
-    assert status == 0, said
-    return said
-
-
-def _write_model(folder: Path) -> None:
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
-    bpe = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(symbols)}, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=symbols[-1]).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(symbols),
-        n_positions=96,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.2,
-        bos_token_id=len(symbols) - 1,
-        eos_token_id=len(symbols) - 1,
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-
-
-def _write_pairs(path: Path, number: int) -> None:
-    rng = np.random.default_rng(0)
-    rows = []
-    for _ in range(number):
-        prompt, good, bad = (" ".join(rng.choice(WORDS, int(rng.integers(2, 5)))) for _ in range(3))
-        rows.append({"prompt": prompt, "chosen": f" {good} yes", "rejected": f" {bad} no"})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """What happens, for the table."""
 
 
 def _flipped_byte(bench: Bench) -> Ended:
@@ -170,14 +66,14 @@ def _deleted(bench: Bench) -> Ended:
 
 def _deleted_then_rebuilt(bench: Bench) -> Ended:
     bench.store.shards()[0].unlink()
-    _must_succeed(bench.dpo("precompute-ref"))
+    must_succeed(bench.dpo("precompute-ref"))
     return bench.dpo("train")
 
 
-def _foreign_folder(bench: Bench) -> Ended:
+def _folder_of_another_model(bench: Bench) -> Ended:
     ours = bench.store.path
     _flip_a_weight(bench.model)
-    _must_succeed(bench.dpo("precompute-ref"))
+    must_succeed(bench.dpo("precompute-ref"))
     (theirs,) = (file.parent for file in ours.parent.glob("*/identity.json") if file.parent != ours)
     _flip_a_weight(bench.model)  # back again
     shutil.rmtree(ours)
@@ -185,7 +81,7 @@ def _foreign_folder(bench: Bench) -> Ended:
     return bench.dpo("train")
 
 
-def _foreign_shard(bench: Bench) -> Ended:
+def _shard_of_another_model(bench: Bench) -> Ended:
     bench.rewrite(-1.0, identity="ab" * 32)
     return bench.dpo("train")
 
@@ -239,8 +135,8 @@ def _other_template(bench: Bench) -> Ended:
     template = turns + "{% if add_generation_prompt %}X{% endif %}"
     file = bench.model / "chat_template.jinja"
     file.write_text(template)
-    _must_succeed(bench.dpo("precompute-ref"))
-    _must_succeed(bench.dpo("train", "--run_dir", str(bench.folder / "before")))
+    must_succeed(bench.dpo("precompute-ref"))
+    must_succeed(bench.dpo("train", "--run_dir", str(bench.folder / "before")))
     file.write_text(template.replace("X", "Y"))
     return bench.dpo("train")
 
@@ -276,7 +172,7 @@ def _small_disk(bench: Bench, size: str) -> Iterator[Path]:
         check=False,
     )
     if mounted.returncode:
-        raise Skip(f"mounting a small disk needs more rights ({mounted.stderr.strip()})")
+        raise Skip(f"no permission to mount a small disk ({mounted.stderr.strip()})")
     try:
         yield place
     finally:
@@ -288,15 +184,15 @@ def _remount(place: Path, option: str) -> None:
 
 
 def _disk_full(bench: Bench) -> Ended:
-    _write_pairs(bench.pairs, 400)
+    write_pairs(bench.pairs, 400)
     with _small_disk(bench, "64k") as place:
         writing = ("--reference.cache_dir", str(place), "--reference.flush_every_seconds", "0")
         ended = bench.dpo("precompute-ref", *writing)
         (identity,) = place.glob("*/identity.json")
         finished = len(ReferenceStore.at(identity.parent).load())
-        assert finished > 0, "the rows before the disk was full are lost"
+        assert finished > 0, "the rows that were written before the disk was full are lost"
         _remount(place, "size=16m")
-        assert f"{finished} sequences were there" in _must_succeed(bench.dpo("precompute-ref", *writing))
+        assert f"{finished} sequences were cached" in must_succeed(bench.dpo("precompute-ref", *writing))
     return ended
 
 
@@ -314,59 +210,60 @@ def _read_only_and_full(bench: Bench) -> Ended:
 
 
 def _changed_before_resume(bench: Bench) -> Ended:
-    _must_succeed(bench.dpo("train", "--train.checkpoint_every", "1"))
+    must_succeed(bench.dpo("train", "--train.checkpoint_every", "1"))
     bench.rewrite(-1e-6)
     return bench.dpo("train", "--train.checkpoint_every", "1")
 
 
 def _deleted_before_resume(bench: Bench) -> Ended:
-    _must_succeed(bench.dpo("train", "--train.checkpoint_every", "1"))
+    must_succeed(bench.dpo("train", "--train.checkpoint_every", "1"))
     shutil.rmtree(bench.folder / "reference")
     return bench.dpo("train", "--train.checkpoint_every", "1")
 
 
 FAULTS = [
-    Fault(name="flipped byte in a shard", happens=_flipped_byte, status=2, says="damaged shard",
+    Fault(name="flipped byte in a shard", happens=_flipped_byte, status=2, message="damaged shard",
           outcome="train refuses and names the file"),
-    Fault(name="truncated shard", happens=_truncated, status=2, says="damaged shard",
+    Fault(name="truncated shard", happens=_truncated, status=2, message="damaged shard",
           outcome="train refuses and names the file"),
-    Fault(name="deleted shard", happens=_deleted, status=2, says="the cache lacks",
+    Fault(name="deleted shard", happens=_deleted, status=2, message="the cache lacks",
           outcome="train refuses, counts the missing rows, names the command"),
-    Fault(name="deleted shard, then precompute-ref", happens=_deleted_then_rebuilt, status=0, says="audit:",
-          outcome="the missing rows are computed, and the audit passes"),
-    Fault(name="another model's folder under our name", happens=_foreign_folder, status=2,
-          says="another reference model: weights.model", outcome="train refuses and says what differs"),
-    Fault(name="another model's shard in our folder", happens=_foreign_shard, status=2,
-          says="a shard of another reference model", outcome="train refuses, with both identities"),
-    Fault(name="identity.json edited", happens=_edited_identity, status=2, says="does not match its content",
-          outcome="train refuses"),
+    Fault(name="deleted shard, then precompute-ref", happens=_deleted_then_rebuilt, status=0,
+          message="audit:", outcome="the missing rows are computed, and the audit passes"),
+    Fault(name="another model's folder under our name", happens=_folder_of_another_model, status=2,
+          message="another reference model: weights.model", outcome="train refuses and says what differs"),
+    Fault(name="another model's shard in our folder", happens=_shard_of_another_model, status=2,
+          message="a shard of another reference model", outcome="train refuses, with both identities"),
+    Fault(name="identity.json edited", happens=_edited_identity, status=2,
+          message="does not match its content", outcome="train refuses"),
     Fault(name="values off by 0.01 nats, checksums right", happens=_shifted_values, status=2,
-          says="audit failed", outcome="the audit stops training before the first step, with the numbers"),
+          message="audit failed", outcome="the audit stops training before the first step, with the numbers"),
     Fault(name="weights edited, same name, size and time", happens=_edited_weights, status=2,
-          says="weights.model.safetensors:", outcome="another identity: train refuses and says what differs"),
-    Fault(name="changed tokenizer", happens=_other_tokenizer, status=2, says="the cache lacks",
-          outcome="other ids, other keys: train refuses"),
-    Fault(name="changed max_length", happens=_other_max_length, status=2, says="the cache lacks",
-          outcome="cut rows have other keys: train refuses"),
-    Fault(name="changed chat template", happens=_other_template, status=2, says="the cache lacks",
-          outcome="other ids, other keys: train refuses"),
-    Fault(name="changed dtype", happens=_other_dtype, status=2, says="dtype: float32 -> bfloat16",
+          message="weights.model.safetensors:",
           outcome="another identity: train refuses and says what differs"),
-    Fault(name="NaN written into a shard", happens=_nan_in_a_shard, status=2, says="not finite",
+    Fault(name="changed tokenizer", happens=_other_tokenizer, status=2, message="the cache lacks",
+          outcome="other ids, other keys: train refuses"),
+    Fault(name="changed max_length", happens=_other_max_length, status=2, message="the cache lacks",
+          outcome="cut rows have other keys: train refuses"),
+    Fault(name="changed chat template", happens=_other_template, status=2, message="the cache lacks",
+          outcome="other ids, other keys: train refuses"),
+    Fault(name="changed dtype", happens=_other_dtype, status=2, message="dtype: float32 -> bfloat16",
+          outcome="another identity: train refuses and says what differs"),
+    Fault(name="NaN written into a shard", happens=_nan_in_a_shard, status=2, message="not finite",
           outcome="train refuses and names the file"),
-    Fault(name="NaN in the model's weights", happens=_nan_in_the_weights, status=2, says="not finite",
+    Fault(name="NaN in the model's weights", happens=_nan_in_the_weights, status=2, message="not finite",
           outcome="precompute-ref stops, and stores none of the batch"),
-    Fault(name="disk full", happens=_disk_full, status=2, says="No space left on device",
-          outcome="precompute-ref stops; what it wrote is kept, and with more room it goes on from there"),
-    Fault(name="read-only folder", happens=_read_only, status=2, says="Read-only file system",
+    Fault(name="disk full", happens=_disk_full, status=2, message="No space left on device",
+          outcome="precompute-ref stops; what it wrote is kept, and with more space it computes the rest"),
+    Fault(name="read-only folder", happens=_read_only, status=2, message="Read-only file system",
           outcome="precompute-ref refuses before a model is loaded"),
-    Fault(name="read-only folder with a full cache", happens=_read_only_and_full, status=0, says="audit:",
-          outcome="train works: it only reads"),
+    Fault(name="read-only folder with a full cache", happens=_read_only_and_full, status=0, message="audit:",
+          outcome="train works, since it only reads"),
     Fault(name="values changed before a resume", happens=_changed_before_resume, status=2,
-          says="other reference values", outcome="train refuses: it would not be the same run"),
+          message="other reference values", outcome="train refuses: it would not be the same run"),
     Fault(name="cache deleted before a resume", happens=_deleted_before_resume, status=2,
-          says="the cache lacks",
-          outcome="train refuses: the trained policy is never taken for the reference"),
+          message="the cache lacks",
+          outcome="train refuses: the trained policy is never used as the reference"),
 ]  # fmt: skip
 
 
@@ -374,18 +271,18 @@ def try_fault(fault: Fault, folder: Path) -> None:
     """Tries one fault in an empty folder.
 
     Raises:
-        AssertionError: Another status or message than promised.
+        AssertionError: Another status or message than expected.
         Skip: This machine cannot try it.
     """
     bench = make_bench(folder)
-    status, said = fault.happens(bench)
-    assert "Traceback" not in said, said
-    assert status == fault.status, f"exit status {status}, expected {fault.status}: {said[-500:]}"
-    assert fault.says in said, f"does not say {fault.says!r}: {said[-500:]}"
+    status, output = fault.happens(bench)
+    assert "Traceback" not in output, output
+    assert status == fault.status, f"exit status {status}, expected {fault.status}: {output[-500:]}"
+    assert fault.message in output, f"does not print {fault.message!r}: {output[-500:]}"
 
 
 def main() -> int:
-    """Prints the table; 1 if a fault did not end as promised."""
+    """Prints the table; 1 if a fault did not end as expected."""
     failures = 0
     print("| fault | exit status | what happens |\n|---|---|---|")
     for fault in FAULTS:

@@ -1,9 +1,9 @@
-"""What a changed experiment costs: sequences and forward passes of the reference, by what was changed.
+"""The cost of a changed experiment: sequences and forward passes of the reference, by what was changed.
 
     python -m benchmarks.cache_reuse
 
-A tiny model and 11,000 pairs of random words, through the real commands. The numbers are checked against a
-count of distinct (prompt, completion) that knows nothing of the cache; the exit status is 1 if one differs.
+A tiny model and 11,000 pairs of random words, with the real commands. The numbers are checked against a count
+of distinct (prompt, completion) that does not use the cache; the exit status is 1 if one differs.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cache_faults import WORDS, Bench, make_bench
+from benchmarks.cache_bench import WORDS, Bench, make_bench
 from dpo.model.scorer import SequenceScorer
 
 NUM_PAIRS, NUM_NEW = 10_000, 1_000
@@ -27,7 +27,7 @@ Pair = dict[str, str]
 
 
 def random_pairs(number: int) -> list[Pair]:
-    """Pairs of which every fourth shares its prompt and chosen completion with the one before."""
+    """Pairs; every fourth shares its prompt and chosen completion with the one before it."""
     rng = np.random.default_rng(0)
 
     def text() -> str:
@@ -43,12 +43,15 @@ def random_pairs(number: int) -> list[Pair]:
 
 
 def distinct(pairs: Sequence[Pair]) -> set[tuple[str, str]]:
-    """Every different (prompt, completion) of the text; a byte is a token here, and EOS the last one."""
+    """Every distinct (prompt, completion) in the text."""
     return {(pair["prompt"], pair[side]) for pair in pairs for side in ("chosen", "rejected")}
 
 
 def num_cut(pairs: Sequence[Pair]) -> int:
-    """Sequences of pairs that do not fit CUT tokens: the prompt is cut for both completions."""
+    """Sequences of pairs that do not fit CUT tokens: the prompt is cut for both completions.
+
+    A byte is a token here, and EOS is added.
+    """
     longest = [len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"])) + 1 for pair in pairs]
     return 2 * sum(length > CUT for length in longest)
 
@@ -96,7 +99,7 @@ def main() -> int:
         changes = [
             (f"first build, {NUM_PAIRS:,} pairs", same, len(old), len(old)),
             ("learning rate, beta, label smoothing, seed", [*same, *training.split()], len(old), 0),
-            ("pairs a step, micro-batch, run folder", [*same, *batches.split()], len(old), 0),
+            ("pairs per step, micro-batch, run folder", [*same, *batches.split()], len(old), 0),
             (f"{NUM_NEW:,} pairs more, shuffled", ["--data.train", eleven], len(everything), num_new),
             ("the same from two files", ["--data.train", both], len(everything), 0),
             (f"max_length {CUT}, which cuts some pairs", [*same, *cut], None, None),
@@ -106,7 +109,7 @@ def main() -> int:
         for number, (change, arguments, wanted, expected) in enumerate(changes):
             hits, misses, passes = precompute(bench, [*arguments, "--run_dir", f"{name}/run{number}"])
             right = (passes > 0) == (misses > 0)
-            if expected is None:  # sequences that are cut may become equal
+            if expected is None:  # different sequences may be equal once they are cut
                 right &= 0 < misses <= num_cut(pairs[:NUM_PAIRS])
             else:
                 right &= (hits + misses, misses) == (wanted, expected)
@@ -119,10 +122,10 @@ def main() -> int:
 def precompute(bench: Bench, arguments: list[str]) -> tuple[int, int, int]:
     """Runs precompute-ref; returns hits, misses and forward passes."""
     with counted_passes() as passes:
-        status, said = bench.dpo("precompute-ref", "--reference.max_tokens_per_batch", "16384", *arguments)
-    found = re.search(r"reference cache: (\d+) sequences were there, (\d+) computed", said)
-    assert status == 0, said
-    assert found, said
+        status, output = bench.dpo("precompute-ref", "--reference.max_tokens_per_batch", "16384", *arguments)
+    found = re.search(r"(\d+) sequences were cached, (\d+) computed", output)
+    assert status == 0, output
+    assert found, output
     return int(found[1]), int(found[2]), passes[0]
 
 

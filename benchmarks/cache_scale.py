@@ -1,10 +1,9 @@
-"""How the reference cache scales: seconds and memory to load and join it, and bytes on the disk.
+"""How the reference cache scales: seconds and memory to load and join it, and bytes on disk.
 
-    python -m benchmarks.cache_scale [--pairs 1e4 1e5 1e6 1e7] [--figure
-    docs/figures/reference_cache_join.png]
+    python -m benchmarks.cache_scale [--pairs 1e4 1e5 1e6 1e7] [--figure FILE.png]
 
 Every stored value is a function of its key, so each measurement also proves that every sequence got its own
-row. It is taken in a fresh process, after the files were dropped from the page cache. Linux only.
+row. Each runs in a fresh process, after the files were dropped from the page cache. Linux only.
 """
 
 import argparse
@@ -15,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -24,6 +23,7 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.cache_scale_report import MAX_MIB, MAX_SECONDS, Measurement, draw, print_scale, print_table
 from dpo.data.records import KEY_BYTES
 from dpo.reference.identity import IDENTITY_VERSION, ReferenceIdentity
 from dpo.reference.store import ReferenceStore
@@ -32,16 +32,15 @@ from dpo.reference.table import Keys, ReferenceRows
 SEED = 0
 PAIRS = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
 SHARD_ROWS = 500_000
-REPEATS = 3  # fresh processes a size; times are medians, memory is the largest
-FITTED_DECADES = 2.0
-MAX_SECONDS, MAX_MIB, MAX_BYTES = 60.0, 4096.0, 40.0
-LIMITED_PAIRS = 10_000_000  # the limits are meant for this many
+REPEATS = 3  # fresh processes per size; times are medians, memory is the maximum
+MAX_BYTES = 40.0
+LIMITED_PAIRS = 10_000_000  # the limits hold up to this many
 
 DISK_SEQUENCES = 1_000_000
-TOKENS = (20, 81)  # completion tokens of the rows with token log-probs: 50 in the mean
+TOKENS = (20, 81)  # completion tokens of the rows with log-probs per token: 50 on average
 SCALES = np.array([100, 10, 1, 0.001], dtype=np.float32) / np.float32(2**32)
-"""A log-prob is a sum of float32 numbers of different sizes, so that its low bits are as full as real
-ones."""
+"""A log-prob is a sum of float32 numbers of different magnitudes, so that its low bits compress as badly as
+those of real ones."""
 
 ROOT = Path(__file__).parents[1]
 IDENTITY = ReferenceIdentity(
@@ -49,38 +48,13 @@ IDENTITY = ReferenceIdentity(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """One load and join in a process of its own."""
-
-    pairs: int
-    load: float
-    """Seconds of `ReferenceStore.load`."""
-    join: float
-    """Seconds of finding all keys and gathering their log-probs."""
-    before_mib: float
-    """Resident memory before the load: the interpreter and its libraries."""
-    peak_mib: float
-    """Largest resident memory, mapped files included."""
-
-    @property
-    def total(self) -> float:
-        """Seconds."""
-        return self.load + self.join
-
-    @property
-    def added_mib(self) -> float:
-        """What load and join took beyond the interpreter."""
-        return self.peak_mib - self.before_mib
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures, prints the tables, draws the figure; 1 if a limit is broken."""
+    """Measures, prints the tables, draws the figure; 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cache_scale", description=__doc__)
     parser.add_argument("--pairs", "--rows", type=float, nargs="+", default=PAIRS, help="sizes to measure")
     parser.add_argument("--figure", type=Path, help="where to draw the figure (PNG)")
     parser.add_argument("--disk_sequences", type=float, default=DISK_SEQUENCES, help="rows of the disk table")
-    parser.add_argument("--repeats", type=int, default=REPEATS, help="fresh processes a size")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="fresh processes per size")
     parser.add_argument(
         "--measure", type=Path, help=argparse.SUPPRESS
     )  # what the fresh process is started with
@@ -108,14 +82,8 @@ def hardware() -> str:
     )
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a markdown table, its numbers on the right, and an empty line."""
-    print(f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}", sep="\n")
-    print(*(f"| {' | '.join(row)} |" for row in rows), sep="\n", end="\n\n", flush=True)
-
-
 def random_keys(number: int) -> Keys:
-    """(N,) V16; 16 random bytes are as different as the hashes they stand for."""
+    """(N,) V16; random bytes, distributed like hashes."""
     return np.frombuffer(np.random.default_rng(SEED).bytes(number * KEY_BYTES), dtype=f"V{KEY_BYTES}")
 
 
@@ -144,7 +112,7 @@ def measure_size(pairs: int, repeats: int) -> Measurement:
     with tempfile.TemporaryDirectory(prefix="cache_scale_") as name:
         folder = Path(name)
         write_world(folder, pairs)
-        runs = [measure_apart(folder) for _ in range(repeats)]
+        runs = [measure_in_fresh_process(folder) for _ in range(repeats)]
     return Measurement(
         pairs=pairs,
         load=median(run.load for run in runs),
@@ -165,8 +133,8 @@ def write_world(folder: Path, pairs: int) -> None:
         store.append(rows_of(keys[order[start : start + SHARD_ROWS]]))
 
 
-def measure_apart(folder: Path) -> Measurement:
-    """`measure` in a fresh process, with cold files."""
+def measure_in_fresh_process(folder: Path) -> Measurement:
+    """`measure` in a fresh process, with files that are not in the page cache."""
     drop_from_page_cache(folder)
     command = [sys.executable, "-m", "benchmarks.cache_scale", "--measure", str(folder)]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
@@ -174,7 +142,7 @@ def measure_apart(folder: Path) -> Measurement:
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Makes the next reader fetch every file from the disk."""
+    """Makes the next reader read every file from the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -186,7 +154,7 @@ def measure(folder: Path) -> Measurement:
     """Loads and joins as `dpo.reference.values` does, in this process, and checks every value.
 
     Raises:
-        RuntimeError: A sequence was not found, or got another's log-prob.
+        RuntimeError: A sequence was not found, or got the log-prob of another.
     """
     keys = np.load(folder / "keys.npy", mmap_mode="r")
     before = resident_mib("VmRSS")
@@ -212,73 +180,37 @@ def check_values(keys: Keys, logps: npt.NDArray[np.float64], num_tokens: npt.NDA
         expected = rows_of(keys[part])
         wrong = (logps[part] != expected.logps) | (num_tokens[part] != expected.num_tokens)
         if wrong.any():
-            raise RuntimeError(f"{int(wrong.sum())} of the sequences from {start} on have another's values")
+            raise RuntimeError(f"{int(wrong.sum())} of the sequences from {start} on have values of others")
 
 
 def resident_mib(name: str) -> float:
     """VmRSS (now) or VmHWM (peak) of this process, in MiB.
 
-    Not ru_maxrss: that outlives exec, so a child's is at least what its parent held when it started it.
+    Not ru_maxrss, which survives exec: a child's is at least its parent's memory at the start of the child.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def print_scale(measured: Sequence[Measurement]) -> None:
-    """The table of times and memory, and the fitted growth."""
-    print_table(
-        (
-            "pairs",
-            "load s",
-            "join s",
-            "total s",
-            "s per million pairs",
-            "MiB before",
-            "peak MiB",
-            "added MiB",
-        ),
-        [
-            (
-                f"{one.pairs:,}",
-                *(f"{seconds:.3f}" for seconds in (one.load, one.join, one.total)),
-                f"{one.total / one.pairs * 1e6:.2f}",
-                *(f"{mib:,.0f}" for mib in (one.before_mib, one.peak_mib, one.added_mib)),
-            )
-            for one in measured
-        ],
-    )
-    largest = max(one.pairs for one in measured)
-    fitted = [one for one in measured if one.pairs * 10**FITTED_DECADES >= largest]
-    if len(fitted) > 1:
-        pairs = np.log([one.pairs for one in fitted])
-        time_slope = np.polyfit(pairs, np.log([one.total for one in fitted]), 1)[0]
-        memory_slope = np.polyfit(pairs, np.log([one.added_mib for one in fitted]), 1)[0]
-        smallest = min(one.pairs for one in fitted)
-        print(
-            f"Fitted from {smallest:,} to {largest:,} pairs: time grows as pairs^{time_slope:.2f}, ", end=""
-        )
-        print(f"added memory as pairs^{memory_slope:.2f}. All values checked bit for bit.\n")
-
-
 def disk_table(sequences: int) -> dict[str, float]:
-    """Bytes a sequence on the disk, by layout; prints them."""
+    """Bytes per sequence on disk, by layout; prints them."""
     keys = random_keys(sequences)
     plain, with_tokens = rows_of(keys), rows_with_tokens(keys)
     mean = with_tokens.num_tokens.mean()
     found = {
-        "without token log-probs, 1 shard": bytes_a_sequence(plain, 1),
-        "without token log-probs, 100 shards": bytes_a_sequence(plain, 100),
-        f"with token log-probs ({mean:.0f} tokens in the mean), 1 shard": bytes_a_sequence(with_tokens, 1),
+        "without token log-probs, 1 shard": bytes_per_sequence(plain, 1),
+        "without token log-probs, 100 shards": bytes_per_sequence(plain, 100),
+        f"with token log-probs ({mean:.0f} tokens on average), 1 shard": bytes_per_sequence(with_tokens, 1),
     }
     print_table(
-        (f"{sequences:,} sequences", "bytes a sequence"),
+        (f"{sequences:,} sequences", "bytes per sequence"),
         [(layout, f"{size:.1f}") for layout, size in found.items()],
     )
     return found
 
 
-def bytes_a_sequence(rows: ReferenceRows, num_shards: int) -> float:
-    """Size of a cache's whole folder by its rows."""
+def bytes_per_sequence(rows: ReferenceRows, num_shards: int) -> float:
+    """Size of a cache's folder divided by its number of rows."""
     with tempfile.TemporaryDirectory(prefix="cache_scale_") as name:
         store = ReferenceStore(Path(name), IDENTITY)
         store.create()
@@ -290,10 +222,10 @@ def bytes_a_sequence(rows: ReferenceRows, num_shards: int) -> float:
 
 
 def within_limits(measured: Sequence[Measurement], disk: dict[str, float]) -> bool:
-    """Whether time, memory and bytes a sequence keep the promised limits; says so."""
+    """Whether time, memory and bytes per sequence are within the limits; prints the answer."""
     worst_bytes = max(size for layout, size in disk.items() if layout.startswith("without"))
     kept = worst_bytes <= MAX_BYTES
-    print(f"Bytes a sequence without tokens: {worst_bytes:.1f}, limit {MAX_BYTES:.0f}.")
+    print(f"Bytes per sequence without tokens: {worst_bytes:.1f}, limit {MAX_BYTES:.0f}.")
     for one in measured:
         if one.pairs <= LIMITED_PAIRS:
             kept &= one.total <= MAX_SECONDS and one.peak_mib <= MAX_MIB
@@ -302,46 +234,8 @@ def within_limits(measured: Sequence[Measurement], disk: dict[str, float]) -> bo
         f"{largest.pairs:,} pairs: {largest.total:.1f} s, limit {MAX_SECONDS:.0f} s; peak "
         f"{largest.peak_mib:,.0f} MiB, limit {MAX_MIB:,.0f} MiB (limits for up to {LIMITED_PAIRS:,} pairs)."
     )
-    print(f"Limits: {'kept' if kept else 'BROKEN'}.")
+    print(f"Limits: {'kept' if kept else 'EXCEEDED'}.")
     return kept
-
-
-def draw(measured: Sequence[Measurement], path: Path) -> None:
-    """Time and memory against pairs, logarithmic, beside slope 1 and the limits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    pairs = np.array([one.pairs for one in measured], dtype=np.float64)
-    panels = (
-        ("Time to load and join", "seconds", [one.total for one in measured], MAX_SECONDS, "limit 60 s"),
-        (
-            "Peak memory, less the interpreter's",
-            "MiB",
-            [one.added_mib for one in measured],
-            MAX_MIB,
-            "limit 4 GiB",
-        ),
-    )
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
-    for axis, (title, unit, values, limit, limit_name) in zip(axes, panels, strict=True):
-        axis.loglog(pairs, values, "o-", color="#1f5fa8", markersize=5, label="measured", zorder=3)
-        axis.loglog(
-            pairs, values[-1] * pairs / pairs[-1], "--", color="#888888", linewidth=1.2, label="slope 1"
-        )
-        axis.axhline(limit, color="#b3332b", linewidth=1)
-        beside = axis.get_yaxis_transform()
-        axis.text(0.02, limit, limit_name, color="#b3332b", va="bottom", fontsize=10, transform=beside)
-        axis.set(title=title, xlabel="preference pairs", ylabel=unit)
-        axis.set_ylim(top=limit * 4)
-        axis.grid(True, which="major", color="#e5e5e5", linewidth=0.8)
-        axis.legend(frameon=False, loc="lower right")
-    figure.suptitle("Joining a data set with its reference cache", fontsize=13)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

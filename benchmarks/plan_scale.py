@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cache_scale import hardware, print_table
+from benchmarks.cache_scale import hardware
+from benchmarks.cache_scale_report import print_table
 from dpo.data.plan import BatchPlan, Sizes, share
 
 GROUPS = (1e5, 3e5, 1e6, 3e6, 1e7)

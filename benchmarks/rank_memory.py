@@ -21,7 +21,7 @@ from deepspeed.comm.comm import comms_logger
 from dpo import distributed
 from dpo.config import LoraConfig, ModelConfig, OptimizationConfig
 from dpo.data.trees import Tree, tree_batch
-from dpo.engine import engine
+from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.model.load import DTYPES, load_config
 from dpo.model.lora import empty_policy, load_policy
@@ -69,8 +69,8 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
     """
     live = LiveBytes()
     with live:
-        accelerator = engine.start(config)
-        model = load_policy(config, dtype=engine.weight_dtype(accelerator, config), seed=0)
+        accelerator = world.start(config)
+        model = load_policy(config, dtype=world.weight_dtype(accelerator, config), seed=0)
         live.count(model.parameters())
         policy = Engine(accelerator, model, config, OptimizationConfig(learning_rate=1e-6))
         gc.collect()

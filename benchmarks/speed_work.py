@@ -40,7 +40,7 @@ from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.errors import UserError
 from dpo.model.flops import forward_flops, work_of
 from dpo.reference.precompute import precompute
-from dpo.reference.values import reference_store
+from dpo.reference.store import reference_store
 from dpo.train import loop
 
 POSITIONS = 1024
@@ -246,8 +246,9 @@ def measure_precompute(settings: Settings, work: str) -> None:
     if distributed.is_main():
         shutil.rmtree(config.reference.cache_dir, ignore_errors=True)
     distributed.barrier()
-    dataset, _, _ = open_data(config)
-    result = precompute(config, [dataset], reference_store(config))
+    dataset, _, _ = open_data(config.data, config.model)
+    store = reference_store(config.model, Path(config.reference.cache_dir))
+    result = precompute(config.model, config.reference, [dataset], store)
     peak = sum(distributed.gather_objects(peak_rss_bytes()))
     if distributed.is_main():
         Measurement(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo.commands.journal import Journal, start
 from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.tracking.run_folder import RunFolder
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,19 +36,21 @@ class Study:
 
     def precompute(self, run: str, *keys: str) -> None:
         """Fills the cache for a run that is not finished; computes only what is missing."""
-        if not (self.runs / run / "model" / "README.md").is_file():
+        if not (RunFolder(self.runs / run).model() / "README.md").is_file():
             given = ["--config", self.config, "--model.name_or_path", self.model, *keys]
             start("precompute-ref", ["launch/run", "precompute-ref", *given])
 
     def train(self, run: str, *keys: str) -> None:
         """Trains a run in RUNS/run; the cache must hold its references."""
         folder = self.runs / run
-        self.stage("train", *keys, "--run_dir", str(folder), product=folder / "model" / "README.md")
+        self.stage("train", *keys, "--run_dir", str(folder), product=RunFolder(folder).model() / "README.md")
 
     def evaluate(self, run: str, *keys: str) -> None:
         """Evaluates a run, with the keys that it was trained with."""
         folder = self.runs / run
-        self.stage("evaluate", *keys, "--run_dir", str(folder), product=folder / "report" / "summary.json")
+        self.stage(
+            "evaluate", *keys, "--run_dir", str(folder), product=RunFolder(folder).report() / "summary.json"
+        )
 
 
 def run_to_its_end(main: Callable[[], None]) -> None:

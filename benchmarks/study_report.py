@@ -23,6 +23,7 @@ from dpo.report.escape import markdown_cell, prompt_end
 from dpo.report.figures import PALETTE, Point, save_png, score_against_kl
 from dpo.report.markdown import scored_cell, table
 from dpo.tracking.history import read_history
+from dpo.tracking.run_folder import RunFolder
 
 OUTPUT = Path("runs/study_report")
 FRONTIER = study_sentiment.RUNS / "frontier"
@@ -58,7 +59,7 @@ def sentiment_runs() -> dict[str, Summary]:
     rates |= {rate: runs / f"sft_{rate}" for rate in study_sentiment.SFT_RATES}
     folders |= {f"{SFT}, rate {rate}": rates[rate] for rate in sorted(rates, key=float)}
     folders |= {"DPO on flipped labels": runs / "flipped", "DPO on shuffled labels": runs / "shuffled"}
-    files = {name: folder / "report" / "summary.json" for name, folder in folders.items()}
+    files = {name: RunFolder(folder).report() / "summary.json" for name, folder in folders.items()}
     found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     if (best := _best_of()) is not None:
         found |= {f"best of {n}": summary for n, summary in best["best_of"].items() if n != "1"}
@@ -242,7 +243,7 @@ def trees_table() -> str:
     rows = []
     runs = {"in one step, one tree": "flipped", "independent": "independent_pairs"}
     for name, run in runs.items():
-        steps = [line for line in read_history(study_sentiment.RUNS / run) if "train/loss" in line]
+        steps = [line for line in read_history(RunFolder(study_sentiment.RUNS / run)) if "train/loss" in line]
         if not steps:
             continue
         rate = median(line["perf/pairs_per_second"] for line in steps[1:])
@@ -258,7 +259,7 @@ def trees_table() -> str:
 
 def founding_table() -> str:
     """The first held-out queries, not cherry-picked, continued by both models with the same seed."""
-    file = MAIN / "report" / "samples.jsonl"
+    file = RunFolder(MAIN).report() / "samples.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()[:QUERIES]] if file.is_file() else []
     cells = []
     for row in rows:
@@ -296,15 +297,15 @@ def main() -> None:
 
 
 def _best_of() -> dict[str, dict[str, Summary]] | None:
-    file = FRONTIER / "reference" / "best_of" / "best_of.json"
+    file = RunFolder(FRONTIER / "reference").best_of / "best_of.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _pairs_and_accuracy(run: Path) -> tuple[float, float] | None:
     """Training pairs of a finished run, and its last held-out accuracy; None if it is not finished."""
-    if not (run / "model" / "README.md").is_file():
+    if not (RunFolder(run).model() / "README.md").is_file():
         return None
-    history = read_history(run)
+    history = read_history(RunFolder(run))
     steps = [line for line in history if "train/loss" in line]
     totals = [0.0, *(line["train/num_tokens"] for line in steps)]
     pairs = sum(  # of a step: pairs per token, times its tokens

@@ -20,6 +20,7 @@ from dpo.engine.frozen import frozen_scorer
 from dpo.engine.scoring import settle_layout
 from dpo.evaluate.samples import PromptAndCompletion, log_probs
 from dpo.model.load import load_tokenizer
+from dpo.tracking.run_folder import RunFolder
 
 SAMPLES_PER_QUERY = 4
 BUDGET = 4096
@@ -70,8 +71,8 @@ def rewards_of_samples(reference: str, runs: dict[str, Path], samples: Path) -> 
     sigma = float(np.sqrt(scores.var(axis=1, ddof=1).mean()))
     found = {}
     for name, folder in runs.items():
-        summary = json.loads((folder / "report" / "summary.json").read_text())
-        rho = correlation(logps(str(folder / "model")) - base, scores[:, :SAMPLES_PER_QUERY])
+        summary = json.loads((RunFolder(folder).report() / "summary.json").read_text())
+        rho = correlation(logps(str(RunFolder(folder).model())) - base, scores[:, :SAMPLES_PER_QUERY])
         gain = summary["score/policy"] - float(scores.mean())
         found[name] = RewardQuality(rho, rho * sigma * float(np.sqrt(2 * summary["kl/sequence"])), gain)
     return found

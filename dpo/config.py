@@ -1,23 +1,51 @@
-"""Every option once: meaning, unit and legal range, as frozen dataclasses.
+"""Every option once: meaning, unit and range, as frozen dataclasses.
 
-`dpo.arguments` fills them from YAML and dotted overrides, `dpo.problems` checks the values. Defaults follow
-the DPO paper (arXiv 2305.18290, appendix B) where it gives one.
+`dpo.cli.parse` fills them from YAML and dotted overrides, `dpo.cli.validate` checks the ranges. Defaults
+follow the DPO paper (arXiv 2305.18290, appendix B) where it gives one.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any, Literal
+
+
+class Within:
+    """The range of a numeric option, written as an interval: `Within("(0, 1]")` is above 0 and at most 1."""
+
+    def __init__(self, interval: str) -> None:
+        low, _, high = interval[1:-1].partition(", ")
+        self._text, self._low, self._high = interval, float(low), float(high)
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self._low if self._text[0] == "(" else value >= self._low
+        below = value < self._high if self._text[-1] == ")" else value <= self._high
+        return above and below
+
+    def __repr__(self) -> str:  # as --help and errors show it
+        if self._high < math.inf:
+            return f"in {self._text}"
+        return f"above {self._low:g}" if self._text[0] == "(" else f"at least {self._low:g}"
+
+
+Positive = Annotated[float, Within("(0, inf)")]
+NotNegative = Annotated[float, Within("[0, inf)")]
+Count = Annotated[int, Within("[1, inf)")]
+CountOrZero = Annotated[int, Within("[0, inf)")]
+Decay = Annotated[float, Within("[0, 1)")]
+Tokens = Annotated[int, Within("[2, inf)")]  # a prompt and a completion token
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """A low-rank adapter (arXiv 2106.09685) that is trained instead of the model's weights; needs peft."""
 
-    rank: int = 16
-    """Rank of the product that is added to each adapted matrix, at least 1."""
-    alpha: float = 32.0
-    """That product is scaled by alpha / rank; > 0."""
+    rank: Count = 16
+    """Rank of the product that is added to each adapted matrix."""
+    alpha: Positive = 32.0
+    """That product is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """all-linear: every linear layer but the output layer; or a list of names of layers, or of their ends."""
+    """all-linear: every linear layer except the output layer; or a list of layer names or endings."""
     export: Literal["merged", "adapter"] = "merged"
     """What RUN_DIR/model holds: the whole model with the adapter in its weights, or the adapter alone."""
 
@@ -31,14 +59,13 @@ class ModelConfig:
     revision: str | None = None
     """Hub revision: a branch, tag or commit. Default: the hub's main branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute type of policy and reference. Master weights, sums and log-softmax are float32 in either."""
+    """Compute type of policy and reference; master weights, sums and log-softmax are float32 in either."""
     attention: Literal["auto", "sdpa", "flex", "eager"] = "auto"
-    """Attention kernel: PyTorch's scaled dot product, FlexAttention, or the model's plain code; auto: flex on
-    GPUs, sdpa on CPUs, eager for models that have nothing else."""
+    """sdpa (PyTorch's), flex (FlexAttention), eager (the model's code); auto: flex on GPUs, sdpa on CPUs."""
     share_prompts: bool = True
     """Compute each prompt once for all of its completions; false: one row a completion."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, a third more time."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
     lora: LoraConfig | None = None
@@ -51,36 +78,35 @@ class DataSource:
 
     path: str
     """A folder with train.parquet and test.parquet, a .parquet, .jsonl or .jsonl.gz file, or a hub name."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Share of the source's groups that is used: 0.5 is a fixed random half, 2 takes each group twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Preference data and how it becomes token ids."""
+    """Training data and how it becomes token ids."""
 
     train: str | list[DataSource]
-    """Training preferences: a path, a hub name, or a list of {path, weight}."""
+    """Preferences: a path, a hub name, or a list of {path, weight}. `sft` learns their chosen completions, or
+    text: a .txt, .txt.gz or .txt.xz file (one document per line), or a folder of such."""
     test: str | list[DataSource] | None = None
-    """Held-out preferences. Default: the test split beside `train` where there is one, else no evaluation."""
-    max_length: int | None = None
-    """Longest prompt + completion, in tokens. Default: 1024 or the model's positions, whichever is less."""
-    max_prompt_length: int | None = None
-    """Longest prompt, in tokens; its end is kept. Default: what the group's completions leave, at least
-    half."""
+    """Held-out data of the same kind. Default: the test split beside `train`, if there is one."""
+    max_length: Tokens | None = None
+    """Longest prompt + completion, or block of text. Default: 1024 tokens, or all the model's positions."""
+    max_prompt_length: Count | None = None
+    """Longest prompt; its end is kept. Default: what completions leave, at least max_length / 2."""
     too_long: Literal["truncate", "drop"] = "truncate"
-    """What becomes of a group that does not fit: cut (the prompt's end and the completion's start stay) or
-    drop."""
+    """Truncate a group that does not fit, keeping the prompt's end and the completion's start, or drop it."""
     group_pairs: bool = True
     """Train all pairs of one prompt in the same step; false makes every pair a group of its own."""
     pairing: Literal["best-vs-rest", "best-vs-worst", "all"] = "best-vs-rest"
     """How scored completions become pairs, where the data has scores and no pairs."""
-    min_margin: float = 0.0
+    min_margin: NotNegative = 0.0
     """Pairs whose scores differ by no more than this are not made."""
     append_eos: bool | None = None
     """End completions with EOS. Default: what the data's manifest says of them, else true."""
     strict: bool = False
-    """Make a faulty row an error instead of a counted drop."""
+    """Stop at the first faulty row, instead of dropping and counting it."""
     cache_dir: str = "cache/tokenized"
     """Where token ids are kept, memory-mapped by all ranks. Safe to delete."""
 
@@ -93,19 +119,16 @@ class ReferenceConfig:
     """The reference model, a folder or a hub name. Default: the policy's start, model.name_or_path."""
     cache_dir: str = "cache/reference"
     """Root of the caches; each model has its own folder in it, named by its identity."""
-    max_tokens_per_batch: int | None = None
-    """Tokens of one forward pass, padding included. Independent of the number of ranks. Default: 1024 on
-    CPUs, 16384 on GPUs."""
-    flush_every_seconds: float = 60.0
-    """How often a rank writes what it has computed: a crash loses at most this much work."""
+    max_tokens_per_batch: Tokens | None = None
+    """Tokens of one forward pass, padding included. Default: 1024 on CPUs, 16384 on GPUs."""
+    flush_every_seconds: NotNegative = 60.0
+    """How often a rank writes what it has computed; a crash loses at most this much work."""
     sharding: Literal["auto", "replicas", "zero3"] = "auto"
-    """Precompute with the whole model on every rank, or with ZeRO-3; auto: ZeRO-3 if the weights need more
-    than half of a device's memory."""
+    """The whole model on every rank, or ZeRO-3; auto: ZeRO-3 if it fills more than half of a device."""
     store_token_logps: bool = False
-    """Also store the log-prob of every completion token (4 bytes a token), for losses that weigh tokens."""
-    audit_rows: int = 16
-    """Rows of the cache that training recomputes when it starts, and stops if they differ; 0: trust the
-    cache."""
+    """Also store the log-prob of every completion token (4 bytes per token), for losses that weigh tokens."""
+    audit_rows: CountOrZero = 16
+    """Rows of the cache that training recomputes at start, stopping if they differ; 0: trust the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,26 +136,22 @@ class LossConfig:
     """The preference loss."""
 
     type: list[str] | str = "sigmoid"
-    """sigmoid (DPO), robust, exo_pair, ipo, hinge, nca_pair, sppo_hard, apo_zero, apo_down, discopop,
-    sigmoid_norm, plackett_luce (over rankings), simpo and orpo (no reference); or a list of them, which add
-    up. docs/losses.md has equations and advice."""
-    weights: list[float] | None = None
+    """sigmoid (DPO), ipo, simpo, ...: docs/losses.md has all, with equations; or a list, which is added."""
+    weights: list[Positive] | None = None
     """Weight of each loss of a list. Default: 1 for each."""
-    beta: float = 0.1
-    """Strength of the pull towards the reference, > 0. Smaller drifts further. What else a loss calls by
-    another name (tau, lambda, 1 / eta) is this one, too."""
-    label_smoothing: float = 0.0
-    """Assumed share of flipped labels, in [0, 0.5), for sigmoid (conservative DPO), robust, exo_pair and
-    sigmoid_norm."""
-    discopop_tau: float = 0.05
-    """Temperature of discopop's mixing, in (0, 1)."""
-    simpo_gamma: float = 0.5
-    """Target margin of simpo, at least 0."""
-    sft_weight: float = 0.0
-    """Weight of the chosen completion's negative log-likelihood a token, added to any loss over pairs."""
-    ld_alpha: float | None = None
-    """Weight, in [0, 1], of the tokens by which a completion is longer than the other one of its pair
-    (arXiv 2409.06411); needs a cache with reference.store_token_logps. Default: all tokens count."""
+    beta: Positive = 0.1
+    """How strongly the policy is held to the reference. Some papers call it tau, lambda or 1 / eta."""
+    label_smoothing: Annotated[float, Within("[0, 0.5)")] = 0.0
+    """Assumed share of flipped labels, for sigmoid (conservative DPO), robust, exo_pair and sigmoid_norm."""
+    discopop_tau: Annotated[float, Within("(0, 1)")] = 0.05
+    """Temperature of discopop's mixing."""
+    simpo_gamma: NotNegative = 0.5
+    """Target margin of simpo."""
+    sft_weight: NotNegative = 0.0
+    """Weight of the chosen completion's negative log-likelihood per token, added to any loss over pairs."""
+    ld_alpha: Annotated[float, Within("[0, 1]")] | None = None
+    """Weight of the longer completion's tokens beyond the shorter one's length (arXiv 2409.06411).
+    Default: all tokens count alike. Needs reference.store_token_logps."""
     pair_weights: Literal["equal", "score_margin"] = "equal"
     """score_margin: each pair counts by how far the scores of its completions are apart."""
 
@@ -141,97 +160,88 @@ class LossConfig:
 class OptimizationConfig:
     """What `train` and `sft` share: the optimizer, its schedule, the batches, and what is recorded."""
 
-    learning_rate: float = 1e-6
+    learning_rate: Positive = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: constant, or a decay that would reach 0 one step after the last."""
-    warmup_steps: int = 150
-    """Linear warm-up, in optimizer steps; cut to a tenth of the run where that is shorter."""
+    """After the warm-up: constant, or a decay that reaches 0 one step after the last."""
+    warmup_steps: CountOrZero = 150
+    """Linear warm-up, in optimizer steps, at most a tenth of the run."""
     optimizer: Literal["adamw", "rmsprop"] = "adamw"
     """adamw, or rmsprop as in the paper."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay (AdamW) or L2 penalty (RMSprop) of matrices; biases and norms have none."""
-    max_grad_norm: float = 1.0
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay (AdamW) or L2 penalty (RMSprop) of matrices, not of biases and norms."""
+    max_grad_norm: NotNegative = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
-    num_epochs: int = 1
+    num_epochs: Count = 1
     """Passes over the data."""
-    max_steps: int | None = None
-    """Stop after this many optimizer steps, also in the middle of an epoch."""
-    max_tokens_per_micro_batch: int | None = None
-    """Tokens of one forward and backward pass of one rank, padding included. Memory grows with it; results do
-    not change. A longer group is a micro-batch of its own. Default: 1024 on CPUs, 16384 on GPUs."""
-    seed: int = 0
-    """Fixes the order of the data, and the start of an adapter."""
-    evaluate_every: int = 0
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps."""
+    max_tokens_per_micro_batch: Tokens | None = None
+    """Tokens per pass and rank, padding included; changes no result. Default: 1024 on CPUs, 16384 on GPUs."""
+    seed: CountOrZero = 0
+    """Fixes the order of the data and the initialization of an adapter."""
+    evaluate_every: CountOrZero = 0
     """Evaluate on held-out data every N steps, and at both ends; 0: only at both ends."""
-    checkpoint_every: int = 0
+    checkpoint_every: CountOrZero = 0
     """Write a checkpoint every N steps; 0: none."""
-    keep_last: int = 2
-    """How many checkpoints stay, at least 1."""
+    keep_last: Count = 2
+    """How many checkpoints are kept."""
     keep_best: bool = False
     """Also keep the weights of the evaluation with the lowest loss, in RUN_DIR/best/."""
-    snapshot_every: int = 0
-    """Keep the model of every N steps in RUN_DIR/snapshots/, to evaluate it later; 0: none."""
+    snapshot_every: CountOrZero = 0
+    """Keep the model every N steps in RUN_DIR/snapshots/, to evaluate it later; 0: none."""
     resume: str = "auto"
-    """auto: go on from the newest valid checkpoint; never: start, in an empty folder; or a checkpoint's
-    path."""
+    """auto: from the newest valid checkpoint; never: start in an empty folder; or a checkpoint's path."""
     resume_allow: str = ""
-    """Keys that may differ from the run that is resumed, such as loss.beta,train.seed; others are
-    refused."""
+    """Keys that may differ from the resumed run, such as loss.beta,train.seed; other changes are refused."""
     deterministic: bool = False
-    """On GPUs, take kernels whose results do not vary, so that a resumed run is the same bit for bit;
-    slower."""
-    max_skipped_steps: int = 5
+    """On GPUs, use deterministic kernels, so that a resumed run is the same bit for bit; slower."""
+    max_skipped_steps: CountOrZero = 5
     """A step whose loss or gradient is not finite is skipped; after more than this in a row the run stops."""
-    stuck_after_seconds: float = 1800.0
-    """End the run, with the stacks of all ranks, when no part of a step has been done for so long."""
-    peak_tflops: float | None = None
-    """Peak of one device in the compute type, TFLOP/s, for perf/mfu. Default: that of common GPUs in
-    bfloat16; of others no perf/mfu is recorded."""
+    stuck_after_seconds: Positive = 1800.0
+    """End the run, writing the stacks of all ranks, after this long without progress."""
+    peak_tflops: Positive | None = None
+    """Of one device in the compute type, for perf/mfu. Default: known for common GPUs in bfloat16."""
     trackers: list[str] = field(default_factory=list)
-    """Where curves go besides TensorBoard, such as wandb or mlflow: Accelerate's trackers, installed and
-    logged in."""
+    """Accelerate's trackers to use besides TensorBoard, such as wandb or mlflow, installed and logged in."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(OptimizationConfig):
     """Preference optimization."""
 
-    pairs_per_step: int = 64
-    """Pairs of one optimizer step, over all ranks and micro-batches."""
+    pairs_per_step: Count = 64
+    """Pairs per optimizer step, over all ranks and micro-batches."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Samples and scores of the finished model."""
 
-    num_prompts: int = 64
+    num_prompts: CountOrZero = 64
     """Held-out prompts that are continued; 0: no samples."""
-    completion_tokens: int = 64
+    completion_tokens: Count = 64
     """Longest sampled continuation, in tokens."""
-    temperature: float = 0.7
-    """Sampling temperature of the compared samples; 0 takes the likeliest token. KL has samples of its own at
-    1."""
+    temperature: NotNegative = 0.7
+    """Of the compared samples; 0 takes the likeliest token. The KL has separate samples at temperature 1."""
     scorer: str | None = None
-    """vader, or hf:MODEL (a text-classification model), or nothing."""
-    seed: int = 0
+    """vader, or hf:MODEL (a text-classification model). Default: no scores."""
+    seed: CountOrZero = 0
     """Seed of the samples; policy and reference use the same one on the same prompt."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Sequences that are sampled together."""
     sharding: Literal["auto", "replicas", "zero3"] = "auto"
-    """Evaluate with the whole model on every rank, or with ZeRO-3; auto: ZeRO-3 if the weights need more
-    than half of a device's memory."""
-    watched_prompts: int = 4
-    """Held-out prompts that the policy continues at each evaluation of a training, for TensorBoard; 0:
-    none."""
-    reference_samples: int = 64
-    """Continuations of each prompt that `best-of` draws from the reference, at temperature 1; at least 8."""
-    snapshot: int | None = None
-    """Evaluate the model of this step, which train.snapshot_every kept. Default: the last model."""
-    table_rows: int = 10
-    """Rows of the table query | reference | policy; always the first held-out prompts."""
+    """As reference.sharding."""
+    watched_prompts: CountOrZero = 4
+    """Held-out prompts that training shows continued at each evaluation, in TensorBoard; 0: none."""
+    reference_samples: Annotated[int, Within("[8, inf)")] = 64
+    """Continuations of each prompt that `best-of` draws from the reference, at temperature 1."""
+    snapshot: Count | None = None
+    """Evaluate the snapshot of this step (see train.snapshot_every). Default: the last model."""
+    table_rows: CountOrZero = 10
+    """Rows of the table query | reference | policy: the first held-out prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +249,7 @@ class Config:
     """One experiment: precompute-ref, train and evaluate read the same file."""
 
     run_dir: str = "runs/default"
-    """Everything a run writes."""
+    """Where a run writes everything."""
     model: ModelConfig
     data: DataConfig
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -256,13 +266,13 @@ class ScratchConfig:
     """A config.json in transformers' format: model_type and sizes. vocab_size comes from the tokenizer."""
     tokenizer: str | None = None
     """An existing tokenizer, a folder or a hub name. Default: byte-level BPE trained on the text."""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Size of the vocabulary that is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SftModelConfig(ModelConfig):
-    """The model to fine-tune, or the plan of one to train from scratch."""
+    """The model to fine-tune, or to train from scratch."""
 
     name_or_path: str = ""
     """A local folder or a hub name; leave empty with `scratch`."""
@@ -271,34 +281,15 @@ class SftModelConfig(ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftDataConfig:
-    """Text, or the chosen completions of preference data."""
-
-    train: str
-    """A text file (.txt, .txt.gz, .txt.xz; a document a line), a folder of such, or preference data, of which
-    each chosen completion is learned given its prompt."""
-    test: str | None = None
-    """Held-out data of the same kind. Default: the test split beside `train` where there is one."""
-    max_length: int | None = None
-    """Tokens of one block of text or of prompt + completion. Default: 1024 or the model's positions."""
-    append_eos: bool | None = None
-    """As data.append_eos of a preference experiment."""
-    strict: bool = False
-    """Make a faulty row an error instead of a counted drop."""
-    cache_dir: str = "cache/tokenized"
-    """Where token ids are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class SftTrainConfig(OptimizationConfig):
     """Next-token training."""
 
-    learning_rate: float = 1e-5
+    learning_rate: Positive = 1e-5
     """Peak learning rate."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates."""
-    sequences_per_step: int = 64
-    """Sequences (blocks of text, or completions) of one optimizer step, over all ranks."""
+    sequences_per_step: Count = 64
+    """Sequences (blocks of text, or completions) per optimizer step, over all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,10 +297,15 @@ class SftConfig:
     """One supervised fine-tuning run."""
 
     run_dir: str = "runs/sft"
-    """Everything the run writes; the model is in RUN_DIR/model."""
+    """Where the run writes everything; the model is in RUN_DIR/model."""
     model: SftModelConfig = field(default_factory=SftModelConfig)
-    data: SftDataConfig
+    data: DataConfig
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
+
+
+def resolved(config: Config | SftConfig) -> dict[str, Any]:
+    """A configuration as nested dictionaries of plain types: what config.yaml holds."""
+    return dict(json.loads(json.dumps(asdict(config))))
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:

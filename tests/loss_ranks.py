@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,18 @@ from dpo.config import Config, DataConfig, LossConfig, ModelConfig, ReferenceCon
 from dpo.data.build import open_datasets
 from dpo.data.plan import BatchPlan
 from dpo.data.preference_data import preference_data
-from dpo.engine import engine
 from dpo.engine.engine import Engine
-from dpo.guards.signals import StopRequests
-from dpo.guards.watchdog import Watchdog
+from dpo.engine.world import start
+from dpo.guards.guard import Guard
 from dpo.loss.catalog import LOSSES, averaged_over_groups, needs_reference
 from dpo.model.load import load_model, load_tokenizer
 from dpo.reference.precompute import precompute
-from dpo.reference.values import open_reference, reference_store
-from dpo.tracking.monitor import Monitor
-from dpo.train.loop import Run, train_step
+from dpo.reference.store import reference_store
+from dpo.reference.values import open_reference
+from dpo.tracking.run_folder import RunFolder
+from dpo.train import loop
 from dpo.train.preference_objective import PreferenceObjective
+from dpo.train.session import Session
 
 STEPS = 2
 BUDGETS = (48, 512)
@@ -71,18 +73,21 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
     os.environ.update(environment)
     distributed.start()
     base = experiment(folder, model)
-    accelerator = engine.start(base.model)
+    accelerator = start(base.model)
     tokenizer = load_tokenizer(base.model)
     data, _ = open_datasets(base.data, tokenizer, 64)
-    precompute(base, [data], reference_store(base))
+    store = reference_store(base.model, Path(base.reference.cache_dir))
+    precompute(base.model, base.reference, [data], store)
     found: dict[str, list[dict[str, float]]] = {}
     for name, options in SWEEP.items():
         loss = LossConfig(**options)
         config = replace(base, loss=loss)
-        again = precompute(config, [data], reference_store(config))
+        again = precompute(config.model, config.reference, [data], store)
         assert again.misses == 0, f"{name}: the reference was computed again"
         needed, per_token = needs_reference(loss), loss.ld_alpha is not None
-        reference = open_reference(config, [data], needed=needed, per_token=per_token, command="")
+        reference = open_reference(
+            config.model, config.reference, [data], needed=needed, per_token=per_token, command=""
+        )
         objective = PreferenceObjective(
             data=preference_data(
                 data,
@@ -100,25 +105,22 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
             if distributed.is_main():
                 run_dir.mkdir(parents=True)
             distributed.barrier()
-            plan = BatchPlan(data.pairs_per_group, seed=0, num_epochs=1, pairs_per_step=24, max_steps=STEPS)
-            with (
-                Monitor(run_dir, num_steps=STEPS, first_step=0, unit="pairs") as monitor,
-                StopRequests() as stop,
-                Watchdog(run_dir, "train", 600) as watchdog,
-            ):
-                around = Run(
-                    folder=run_dir,
-                    monitor=monitor,
-                    stop=stop,
-                    watchdog=watchdog,
-                    fingerprints={},
-                    evaluate=None,
-                    export=lambda folder: None,
-                    describe=str,
-                )
+            session = Session(
+                folder=RunFolder(run_dir),
+                settings={},
+                model=config.model,
+                options=train,
+                engine=policy,
+                objective=objective,
+                plan=BatchPlan(
+                    data.pairs_per_group, seed=0, num_epochs=1, pairs_per_step=24, max_steps=STEPS
+                ),
+                tokenizer=tokenizer,
+                guard=Guard(RunFolder(run_dir), "train", 600),
+            )
+            with session.guard, session.opened(""), closing(loop.batches_of(session)) as batches:
                 found[f"{name}, {budget}"] = [
-                    train_step(policy, objective, plan.step(number), train, 1e-3, around)[0]
-                    for number in range(1, STEPS + 1)
+                    loop.train_step(session, batches, 1e-3)[0] for _ in range(STEPS)
                 ]
     if distributed.is_main():
         out.write_text(json.dumps(found))

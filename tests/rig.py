@@ -19,9 +19,9 @@ from typing import Any
 import yaml
 from ranks import start_ranks
 
-from dpo.config import Config
-from dpo.errors import UserError
-from dpo.train.resume import find_start
+from dpo.config import Config, resolved
+from dpo.tracking.run_folder import RunFolder
+from dpo.train.resume import Refuse, Resume, find_start
 
 ROOT = Path(__file__).parents[1]
 LAUNCHER = os.environ.get("TEST_LAUNCHER") == "1"
@@ -38,10 +38,10 @@ AT_STEP = """
 import os, signal, time
 from dpo.train import loop
 plain = loop.train_step
-def patched(engine, objective, step, *rest):
-    if step.number == {step} and os.environ.get("RANK", "0") in {ranks}:
+def patched(session, *rest):
+    if session.progress.step + 1 == {step} and os.environ.get("RANK", "0") in {ranks}:
         {action}
-    return plain(engine, objective, step, *rest)
+    return plain(session, *rest)
 loop.train_step = patched
 """
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -289,12 +289,11 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 
 def start_of(config: Config) -> tuple[Path | None, str]:
-    """Where a run would go on, and what is said about it."""
-    try:
-        start, notes = find_start(config)
-    except UserError as error:
-        return None, str(error)
-    return start, "\n".join(notes)
+    """The checkpoint that a run would resume from, and what is said about it."""
+    start = find_start(RunFolder(Path(config.run_dir)), resolved(config), config.train)
+    if isinstance(start, Refuse):
+        return None, start.reason
+    return (start.checkpoint if isinstance(start, Resume) else None), "\n".join(start.notes)
 
 
 def wait_for(condition: Any, seconds: float, what: str) -> None:

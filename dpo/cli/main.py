@@ -1,24 +1,24 @@
 """The command line: configuration in, exit status out.
 
-YAML and dotted overrides become a `Config`; all problems of it are shown at once. Commands are imported late,
-so that `--help` does not load torch. Exit status: 0 done, 2 bad usage, configuration or data, 3 stopped by a
-signal after saving, 1 anything else; rank 0 also writes it to RUN_DIR/exit.json, because `accelerate launch`
-turns every failure into 1.
+Commands are imported late, so that `--help` does not load torch. Exit status: 0 done; 2 bad usage,
+configuration or data; 3 stopped by a signal after saving; 1 anything else. Rank 0 also writes it to
+RUN_DIR/exit.json, because `accelerate launch` turns every failure into 1.
 """
 
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo import terminal
 from dpo.cli.parse import nearest, parse
-from dpo.cli.table import COMMANDS
-from dpo.cli.tools import TOOLS, run_tool
+from dpo.cli.table import COMMANDS, CONFIGURED, TOOLS
+from dpo.cli.tools import run_tool
 from dpo.config import Config, SftConfig
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.tracking.exit_record import record_end
+from dpo.tracking.run_folder import RunFolder
 
 USAGE = """usage: dpo COMMAND --config FILE [--KEY VALUE ...]
 
@@ -26,58 +26,74 @@ Direct Preference Optimization with an offline reference cache.
 
 commands:
 {commands}
-  plan             memory, time and disk of a run, before it is started
-  frontier         several betas and the SFT baseline on one cache: score against KL
-  compare RUN ...  runs side by side: settings, numbers, curves
-  cache ACTION     info, verify or prune: look after the reference cache
-  check [COMMAND]  validate a configuration and its data for COMMAND (default: train); loads no model
 
 dpo COMMAND --help says more, and lists every key.
---quiet leaves warnings, errors and the summary; --json_lines makes standard output one JSON object a line.
+--quiet leaves warnings, errors and the summary; --json_lines makes standard output one JSON object per line.
 Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo ...
 """
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns the exit status."""
-    commands = "\n".join(f"  {name:<16} {summary}" for name, summary in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
+        commands = "\n".join(f"  {name:<16} {summary}" for name, summary in COMMANDS.items())
         print(USAGE.format(commands=commands))
         return 0 if arguments else 2
     command, *rest = arguments
-    if command in TOOLS:
-        return run_tool(command, rest)
-    run_dir: Path | None = None
-    started = time.time()
     rest = _choose_output(rest)
-    try:
+    if command in TOOLS:
+        return _ended(lambda: run_tool(command, rest))
+    folder: RunFolder | None = None
+    started = time.time()
+
+    def work() -> int:
+        nonlocal command, folder
         only_check = command == "check"
         if only_check:
             command = rest.pop(0) if rest and not rest[0].startswith("-") else "train"
-        if command not in COMMANDS:
-            raise UserError(
-                f"no command {command}{nearest(command, [*COMMANDS, *TOOLS, 'check'])}; see dpo --help"
-            )
+        if command not in CONFIGURED:
+            raise UserError(f"no command {command}{nearest(command, [*COMMANDS])}; see dpo --help")
         config = parse(command, rest)
-        run_dir = None if only_check else Path(config.run_dir)
+        folder = None if only_check else RunFolder(Path(config.run_dir))
         _execute(command, config, only_check=only_check)
+        return 0
+
+    def record(status: int, message: str) -> None:
+        terminal.event("end", {"command": command, "status": status, "message": message})
+        if folder is not None and os.environ.get("RANK", "0") == "0":
+            record_end(folder, command, status, message, started)
+
+    return _ended(work, record)
+
+
+def _ended(work: Callable[[], int], record: Callable[[int, str], None] = lambda status, message: None) -> int:
+    """The exit status of a command, after its error was printed and its end recorded.
+
+    Args:
+        work: The command; returns 0, or 2 after bad usage.
+        record: Told of the status and its reason.
+    """
+    try:
+        status = work()
+        message = "done"
     except UserError as error:
+        status, message = 2, str(error)
         _say(f"dpo: error: {error}")
-        return _finish(run_dir, command, 2, str(error), started)
     except StoppedBySignal as stopped:
+        status, message = 3, str(stopped)
         if os.environ.get("RANK", "0") == "0":  # all ranks stop together
             _say(f"dpo: stopped by a signal: {stopped}")
-        return _finish(run_dir, command, 3, str(stopped), started)
     except RunFailed as failed:
+        status, message = 1, str(failed)
         _say(f"dpo: failed: {failed}")
-        return _finish(run_dir, command, 1, str(failed), started)
     except KeyboardInterrupt:
+        status, message = 1, "interrupted"
         _say("dpo: interrupted")
-        return _finish(run_dir, command, 1, "interrupted", started)
     except Exception as error:
-        _finish(run_dir, command, 1, f"{type(error).__name__}: {error}", started)
+        record(1, f"{type(error).__name__}: {error}")
         raise
-    return _finish(run_dir, command, 0, "done", started)
+    record(status, message)
+    return status
 
 
 def _choose_output(arguments: Sequence[str]) -> list[str]:
@@ -102,14 +118,6 @@ def _execute(command: str, config: Config | SftConfig, *, only_check: bool) -> N
             "evaluate": evaluate.evaluate,
             "best-of": best_of.best_of,
         }[command](config)
-
-
-def _finish(run_dir: Path | None, command: str, status: int, message: str, started: float) -> int:
-    """Leaves RUN_DIR/exit.json for scripts, from rank 0."""
-    terminal.event("end", {"command": command, "status": status, "message": message})
-    if run_dir is not None and os.environ.get("RANK", "0") == "0":
-        record_end(run_dir, command, status, message, started)
-    return status
 
 
 def _say(message: str) -> None:

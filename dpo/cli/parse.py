@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from dpo.cli.table import COMMANDS
+from dpo.cli.table import CONFIGURED
 from dpo.cli.validate import problems
 from dpo.config import Config, SftConfig
 from dpo.errors import UserError
@@ -39,7 +39,7 @@ def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     kind: type[Config] | type[SftConfig] = SftConfig if command == "sft" else Config
-    parser = ArgumentParser(prog=f"dpo {command}", description=COMMANDS[command], exit_on_error=False)
+    parser = ArgumentParser(prog=f"dpo {command}", description=CONFIGURED[command], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(kind)
     if any(word in ("-h", "--help") for word in arguments):

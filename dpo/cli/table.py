@@ -1,9 +1,19 @@
-"""The commands."""
+"""The commands of `dpo`, in the order of `--help`, and what each is for."""
 
-COMMANDS = {
+CONFIGURED = {
     "sft": "train a model on text or on chosen completions, also from random weights",
     "precompute-ref": "fill the cache of reference log-probabilities",
     "train": "optimize the policy on preferences, reading the cache",
     "evaluate": "held-out metrics, samples side by side, and the report",
     "best-of": "the reference's best of n continuations, and the score that no policy exceeds at a KL",
 }
+"""Commands whose only options are the keys of a configuration."""
+TOOLS = {
+    "plan": "memory, time and disk of a run, before it is started",
+    "frontier": "several betas and the SFT baseline on one cache: score against KL",
+    "compare": "runs side by side: settings, numbers, curves",
+    "cache": "info, verify or prune: look after the reference cache",
+}
+"""Commands with options of their own; see `dpo.cli.tools`."""
+CHECK = {"check": "validate a configuration and its data for a command (default: train); loads no model"}
+COMMANDS = CONFIGURED | TOOLS | CHECK

@@ -10,7 +10,7 @@ from typing import cast
 
 from dpo.cli.parse import parse
 from dpo.config import Config
-from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.errors import UserError
 
 CACHE_USAGE = """usage: dpo cache info   FOLDER | --config FILE [--KEY VALUE ...]
        dpo cache verify FOLDER | --config FILE [--KEY VALUE ...] [--recompute N]
@@ -53,7 +53,7 @@ FRONTIER_USAGE = """usage: dpo frontier --config FILE [--betas 0.05,0.1,0.3,1] [
                     [--KEY VALUE ...]
 
 Trains FILE with several betas on one reference cache, and fine-tunes on the chosen completions as a baseline;
-evaluates each, and draws score against KL. Finished parts are not done again: the same command goes on.
+evaluates each, and draws score against KL. Run the same command again to continue: finished parts are kept.
 
 --betas              strengths of the pull towards the reference; default: 0.05,0.1,0.3,1
 --snapshot_every     also evaluate each run every N optimizer steps
@@ -68,22 +68,15 @@ evaluates each, and draws score against KL. Finished parts are not done again: t
 
 
 def run_tool(command: str, arguments: Sequence[str]) -> int:
-    """Runs one of `TOOLS` and returns the exit status."""
-    usage, tool = TOOLS[command]
+    """Runs a command of `dpo.cli.table.TOOLS` and returns the exit status; raises as commands do."""
+    usage, tool = _TOOLS[command]
     if not arguments or any(word in ("-h", "--help") for word in arguments):
         print(usage, end="")
         return 0 if arguments else 2
     try:
         return tool(list(arguments))
-    except (UserError, argparse.ArgumentError) as error:
-        print(f"dpo: error: {error}", file=sys.stderr)
-        return 2
-    except StoppedBySignal as stopped:
-        print(f"dpo: stopped by a signal: {stopped}", file=sys.stderr)
-        return 3
-    except RunFailed as failed:
-        print(f"dpo: failed: {failed}", file=sys.stderr)
-        return 1
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from error
 
 
 def _cache(arguments: list[str]) -> int:
@@ -231,7 +224,7 @@ def _frontier(arguments: list[str]) -> int:
     return 0
 
 
-TOOLS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+_TOOLS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "plan": (PLAN_USAGE, _plan),
     "frontier": (FRONTIER_USAGE, _frontier),
     "compare": (COMPARE_USAGE, _compare),

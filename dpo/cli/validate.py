@@ -1,67 +1,96 @@
-"""Everything wrong with a configuration at once, without loading a model or opening the data."""
+"""Everything wrong with a configuration at once, without loading a model or opening the data.
 
-import math
+Ranges stand beside the options in `dpo.config` and are checked by one function; the others relate options to
+each other or to files.
+"""
+
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig, SftModelConfig
+from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig, SftModelConfig, Within
 from dpo.loss.catalog import loss_problems, names_of
 
 
 def problems(config: Config | SftConfig) -> list[str]:
-    """Everything wrong with the values, each as `key: value; expected what`. Empty when all is well."""
-    found = [*_optimization_problems(config.train), *_allow_problems(config), *_lora_problems(config.model)]
-    budget = config.train.max_tokens_per_micro_batch
-    found.extend(_budget_problems("train.max_tokens_per_micro_batch", budget, config.data.max_length))
-    if config.data.max_length is not None and config.data.max_length < 2:
-        found.append(
-            f"data.max_length: {config.data.max_length}; expected at least 2: a prompt and a completion token"
-        )
-    if isinstance(config, SftConfig):
-        if bool(config.model.name_or_path) == (config.model.scratch is not None):
-            found.append("model: expected exactly one of model.name_or_path and model.scratch")
-        found.extend(_below(config.train, "train", 1, "sequences_per_step"))
-        scratch = config.model.scratch
-        if scratch and not Path(scratch.config).is_file():
-            found.append(f"model.scratch.config: {scratch.config}; no such file")
-        return found
-    return [*found, *_preference_problems(config)]
+    """Everything wrong with the values, each as `key: value; expected what`. Empty if nothing is."""
+    found = [*range_problems(config)]
+    found += _lora_problems(config.model)
+    found += _data_problems(config.data)
+    found += _train_problems(config.train, config.data)
+    found += _resume_allow_problems(config)
+    found += _sft_problems(config) if isinstance(config, SftConfig) else _preference_problems(config)
+    return found
 
 
-def _below(section: object, place: str, minimum: int, *names: str) -> Iterator[str]:
-    for name in names:
-        if not getattr(section, name) >= minimum:
-            yield f"{place}.{name}: {getattr(section, name)}; expected at least {minimum}"
+def range_problems(section: Any, place: str = "") -> Iterator[str]:
+    """Numbers outside the range that their option's type names, in nested sections and lists too.
+
+    Args:
+        section: A configuration, or a part of one.
+        place: Its dotted key, with a dot at the end; empty for a whole configuration.
+    """
+    hints = get_type_hints(type(section), include_extras=True)
+    for field in fields(section):
+        value, key = getattr(section, field.name), f"{place}{field.name}"
+        for index, item in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if is_dataclass(item):
+                yield from range_problems(item, f"{key}." if index is None else f"{key}[{index}].")
+        legal = _range_of(hints[field.name])
+        numbers = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if legal is not None and not all(number in legal for number in numbers):
+            noun = "numbers" if numbers is value else "a number"
+            yield f"{key}: {value}; expected {noun} {legal!r}".replace(" at least", " of at least")
+
+
+def _range_of(hint: Any) -> Within | None:
+    """The range in a type such as `Annotated[float, Within(...)] | None` or a tuple of them."""
+    if get_origin(hint) is Annotated:
+        return next((extra for extra in hint.__metadata__ if isinstance(extra, Within)), None)
+    return next((legal for part in get_args(hint) if (legal := _range_of(part)) is not None), None)
 
 
 def _lora_problems(model: ModelConfig) -> Iterator[str]:
     if (lora := model.lora) is None:
         return
-    yield from _below(lora, "model.lora", 1, "rank")
-    if not 0 < lora.alpha < math.inf:
-        yield f"model.lora.alpha: {lora.alpha}; expected a number above 0"
     if not lora.target_modules or not all(lora.target_modules):
         yield f"model.lora.target_modules: {lora.target_modules}; expected all-linear, or names of layers"
-    if (
-        model.revision is not None and lora.export == "adapter"
-    ):  # what loads adapters takes a base's main branch
+    if model.revision is not None and lora.export == "adapter":  # peft loads a base's main branch
         yield f"model.lora.export: adapter; it cannot name revision {model.revision} of its base: set merged"
     if isinstance(model, SftModelConfig) and model.scratch is not None:
-        yield "model.lora: an adapter needs a base; model.scratch has random weights: leave one of them out"
+        yield "model.lora: an adapter needs a base, and model.scratch has random weights: leave one out"
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    for key, sources in (("data.train", data.train), ("data.test", data.test)):
+        if sources == []:
+            yield f"{key}: an empty list; expected at least one {{path, weight}}"
+        elif sources == "":
+            yield f"{key}: empty; expected a path or a hub name"
+    longest_prompt, longest = data.max_prompt_length, data.max_length
+    if longest_prompt is not None and longest is not None and longest_prompt >= longest:
+        yield f"data.max_prompt_length: {longest_prompt}; expected less than data.max_length, {longest}"
+
+
+def _train_problems(train: OptimizationConfig, data: DataConfig) -> Iterator[str]:
+    yield from _budget_problems(
+        "train.max_tokens_per_micro_batch", train.max_tokens_per_micro_batch, data.max_length
+    )
+    if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
+        yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint"
 
 
 def _budget_problems(key: str, budget: int | None, max_length: int | None) -> Iterator[str]:
-    if budget is not None and budget < 2:
-        yield f"{key}: {budget}; expected at least 2"
-    elif budget is not None and max_length is not None and budget < max_length:
+    if budget is not None and max_length is not None and 2 <= budget < max_length:
         yield f"{key}: {budget}; expected at least data.max_length, {max_length}: the longest row must fit"
 
 
-def _allow_problems(config: Config | SftConfig) -> Iterator[str]:
+def _resume_allow_problems(config: Config | SftConfig) -> Iterator[str]:
     for name in filter(None, config.train.resume_allow.split(",")):
         place: object = config
         for part in name.split("."):
-            place = getattr(place, part, None) if hasattr(place, part) else _NO_SUCH_KEY
+            place = getattr(place, part, _NO_SUCH_KEY)
         if place is _NO_SUCH_KEY:
             yield f"train.resume_allow: {name}; expected names of keys such as loss.beta,train.seed"
 
@@ -69,55 +98,23 @@ def _allow_problems(config: Config | SftConfig) -> Iterator[str]:
 _NO_SUCH_KEY = object()
 
 
-def _optimization_problems(train: OptimizationConfig) -> Iterator[str]:
-    zero = "warmup_steps", "weight_decay", "max_grad_norm", "seed", "evaluate_every", "checkpoint_every"
-    yield from _below(train, "train", 0, "snapshot_every")
-    yield from _below(train, "train", 0, *zero, "max_skipped_steps")
-    yield from _below(train, "train", 1, "num_epochs", "keep_last")
-    if not train.learning_rate > 0:
-        yield f"train.learning_rate: {train.learning_rate}; expected a number above 0"
-    if train.max_steps is not None and train.max_steps < 1:
-        yield f"train.max_steps: {train.max_steps}; expected at least 1, or nothing"
-    if not all(0 <= beta < 1 for beta in train.adam_betas):
-        yield f"train.adam_betas: {list(train.adam_betas)}; expected two numbers in [0, 1)"
-    if not train.stuck_after_seconds > 0:
-        yield f"train.stuck_after_seconds: {train.stuck_after_seconds}; expected a number of seconds above 0"
-    if train.peak_tflops is not None and not train.peak_tflops > 0:
-        yield f"train.peak_tflops: {train.peak_tflops}; expected a number above 0, or nothing"
-    if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
-        yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint"
+def _sft_problems(config: SftConfig) -> Iterator[str]:
+    scratch = config.model.scratch
+    if bool(config.model.name_or_path) == (scratch is not None):
+        yield "model: expected exactly one of model.name_or_path and model.scratch"
+    if scratch and not Path(scratch.config).is_file():
+        yield f"model.scratch.config: {scratch.config}; no such file"
 
 
 def _preference_problems(config: Config) -> Iterator[str]:
     if not config.model.name_or_path:
         yield "model.name_or_path: empty; expected a folder or a hub name"
-    for key, sources in (("data.train", config.data.train), ("data.test", config.data.test)):
-        if isinstance(sources, list):
-            if not sources:
-                yield f"{key}: an empty list; expected at least one {{path, weight}}"
-            for index, source in enumerate(sources):
-                if not source.weight > 0:
-                    yield f"{key}[{index}].weight: {source.weight}; expected a number above 0"
-        elif sources == "":
-            yield f"{key}: empty; expected a path or a hub name"
-    longest_prompt, longest = config.data.max_prompt_length, config.data.max_length
-    if longest_prompt is not None and (
-        longest_prompt < 1 or (longest is not None and longest_prompt >= longest)
-    ):
-        bound = "data.max_length" if longest is None else longest
-        yield f"data.max_prompt_length: {longest_prompt}; expected at least 1 and less than {bound}"
-    yield from _below(config.data, "data", 0, "min_margin")
     yield from loss_problems(config.loss)
     if "plackett_luce" in names_of(config.loss) and not config.data.group_pairs:
         yield "data.group_pairs: false; plackett_luce ranks the completions of a group: set true"
-    yield from _below(config.train, "train", 1, "pairs_per_step")
-    budget = config.reference.max_tokens_per_batch
-    yield from _budget_problems("reference.max_tokens_per_batch", budget, config.data.max_length)
-    yield from _below(config.reference, "reference", 0, "audit_rows", "flush_every_seconds")
-    evaluate = config.evaluate
-    yield from _below(evaluate, "evaluate", 0, "num_prompts", "temperature", "seed", "table_rows")
-    yield from _below(evaluate, "evaluate", 0, "watched_prompts")
-    yield from _below(evaluate, "evaluate", 1, "completion_tokens", "batch_size")
-    yield from _below(evaluate, "evaluate", 8, "reference_samples")
-    if evaluate.scorer is not None and evaluate.scorer != "vader" and not evaluate.scorer.startswith("hf:"):
-        yield f"evaluate.scorer: {evaluate.scorer}; expected vader, hf:MODEL, or nothing"
+    yield from _budget_problems(
+        "reference.max_tokens_per_batch", config.reference.max_tokens_per_batch, config.data.max_length
+    )
+    scorer = config.evaluate.scorer
+    if scorer is not None and scorer != "vader" and not scorer.startswith("hf:"):
+        yield f"evaluate.scorer: {scorer}; expected vader, hf:MODEL, or nothing"

@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import open_held_out
+from dpo.commands.inputs import join_ranks, open_held_out
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.engine.frozen import frozen_scorer, is_sharded
@@ -23,10 +23,10 @@ from dpo.evaluate.samples import PromptAndCompletion, held_out_prompts, log_prob
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
 from dpo.files import write_file
-from dpo.guards.guard import quiet
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
 from dpo.reference.identity import reference_model
+from dpo.tracking.run_folder import RunFolder
 
 SEED_OFFSET = 2
 """Added to the seed: neither the compared samples of an evaluation nor those of its KL."""
@@ -34,11 +34,11 @@ SEED_OFFSET = 2
 
 def best_of(config: Config) -> None:
     """Many continuations by the reference alone: best of n, and the limit that no policy can exceed."""
-    quiet()
     check_best_of(config.evaluate)
-    distributed.start()
-    _, test_data, tokenizer = open_held_out(config, "best-of")
-    best_of_reference(config, reference_model(config), test_data, tokenizer)
+    join_ranks()
+    _, test_data, tokenizer = open_held_out(config.data, config.model, "best-of")
+    reference = reference_model(config.model, config.reference)
+    best_of_reference(config, reference, test_data, tokenizer)
 
 
 def check_best_of(options: EvaluateConfig) -> None:
@@ -97,7 +97,7 @@ def best_of_reference(
             n: best_of_summary(samples, n, [logps[row, pick] for row, pick in enumerate(of_n)], scorer)
             for n, of_n in picks.items()
         }
-        folder = Path(config.run_dir) / "best_of"
+        folder = RunFolder(Path(config.run_dir)).best_of
         _write(folder, options, texts_of(prompts, tokenizer), samples, summaries)
 
 

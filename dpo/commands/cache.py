@@ -1,4 +1,4 @@
-"""The actions of `dpo cache`: what is in a reference cache, is it whole, and can it be smaller."""
+"""dpo cache: shows, verifies and prunes reference caches. Only `verify --recompute` loads a model."""
 
 import sys
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from dpo.errors import UserError
 from dpo.reference.audit import audit
 from dpo.reference.identity import reference_model
 from dpo.reference.prune import cache_info, prune, verify
-from dpo.reference.store import IDENTITY_FILE, ReferenceStore
+from dpo.reference.store import IDENTITY_FILE, ReferenceStore, reference_store
 from dpo.reference.table import index_keys
-from dpo.reference.values import reference_logps, reference_store
+from dpo.reference.values import reference_logps
 
 
 def show_info(target: Path | Config) -> None:
-    """Prints identity, rows, bytes and shards of caches; with a configuration also how much of its data is
-    there.
+    """Prints identity, rows, bytes and shards of caches; with a configuration also how many of its sequences
+    are cached.
 
     Args:
-        target: A root, one cache's folder, or a configuration.
+        target: A root of caches, one cache's folder, or a configuration.
     """
     for store in _stores(target):
         info = cache_info(store)
@@ -36,9 +36,9 @@ def show_info(target: Path | Config) -> None:
             for name, digest in getattr(identity, kind).items():
                 print(f"  {kind:<13} {name} sha256 {digest[:16]}...")
         print(f"  model         {identity.config.get('model_type', 'unknown')}, {identity.dtype}")
-        each = f", {info.bytes / info.rows:.1f} bytes a row" if info.rows else ""
-        print(f"  rows          {info.rows}, {info.rows_with_tokens} of them with log-probs of tokens{each}")
-        print(f"  shards        {info.shards}, {info.bytes} bytes, {info.copies} copies of rows", end="")
+        each = f", {info.bytes / info.rows:.1f} bytes per row" if info.rows else ""
+        print(f"  rows          {info.rows}, {info.rows_with_tokens} of them with log-probs per token{each}")
+        print(f"  shards        {info.shards}, {info.bytes} bytes, {info.copies} duplicate rows", end="")
         print(f", {info.unfinished} unfinished files of killed processes" if info.unfinished else "")
         if isinstance(target, Config):
             table = store.load()
@@ -51,28 +51,27 @@ def verify_caches(target: Path | Config, *, recompute: int) -> None:
     """Checks every shard, and with a configuration recomputes rows with its reference model.
 
     Args:
-        target: A root, one cache's folder, or a configuration.
-        recompute: Random rows to recompute; needs a configuration.
+        target: A root of caches, one cache's folder, or a configuration.
+        recompute: Number of random rows to recompute; needs a configuration.
 
     Raises:
-        UserError: Something is damaged, foreign or different; all of it, one a line.
+        UserError: A shard is damaged or of another model (all such shards, one per line), or a recomputed row
+            differs.
     """
     if recompute and not isinstance(target, Config):
-        raise UserError("--recompute: token ids and model come from a configuration; give --config FILE")
+        raise UserError("--recompute: needs the data and model of a configuration; give --config FILE")
     for store in _stores(target, strict=True):
-        print(f"{store.path}: {verify(store)} rows in {len(store.shards())} shards, all whole", flush=True)
+        print(f"{store.path}: {verify(store)} rows in {len(store.shards())} shards, none damaged", flush=True)
         if recompute and isinstance(target, Config):
             datasets = [*_datasets(target).values()]
             references = reference_logps(datasets, store, "dpo precompute-ref with the same configuration")
-            with frozen_scorer(
-                reference_model(target),
-                sharded=is_sharded(target.reference.sharding, reference_model(target)),
-            ) as scorer:
+            model = reference_model(target.model, target.reference)
+            with frozen_scorer(model, sharded=is_sharded(target.reference.sharding, model)) as scorer:
                 seed = int.from_bytes(np.random.default_rng().bytes(4))  # other rows every time
                 result = audit(scorer, datasets, references, store, num_rows=recompute, seed=seed)
             print(
                 f"{store.path}: {result.rows} rows recomputed, largest difference {result.largest:.2g} nats, "
-                f"{result.share:.0%} of what rounding may do"
+                f"{result.share:.0%} of the tolerance for rounding"
             )
 
 
@@ -80,17 +79,20 @@ def prune_caches(target: Path | Config, others: Sequence[Config], *, dry_run: bo
     """Joins small shards; with configurations also drops rows that none of them needs.
 
     Args:
-        target: A root or one cache's folder (all rows stay), or a configuration.
-        others: More configurations whose rows stay; each must have the same reference model.
-        dry_run: Only say what would be done.
+        target: A root of caches or one cache's folder (all rows are kept), or a configuration.
+        others: More configurations whose rows are kept; each must have the same reference model.
+        dry_run: Only print what would be done.
+
+    Raises:
+        UserError: A cache is damaged or cannot be written, or belongs to another model than `target`'s.
     """
     wanted = None
     stores = _stores(target)
     if isinstance(target, Config):
         for other in others:
-            if (found := reference_store(other)).path.resolve() != stores[0].path.resolve():
+            if (found := _store_of(other)).path.resolve() != stores[0].path.resolve():
                 raise UserError(
-                    f"--and_config: its cache is {found.path}, not {stores[0].path}; prune that one apart"
+                    f"--and_config: its cache is {found.path}, not {stores[0].path}; prune it separately"
                 )
         keys = [data.keys for config in (target, *others) for data in _datasets(config).values()]
         wanted = index_keys(np.concatenate(keys))[0]
@@ -104,15 +106,16 @@ def prune_caches(target: Path | Config, others: Sequence[Config], *, dry_run: bo
 
 
 def _stores(target: Path | Config, *, strict: bool = False) -> list[ReferenceStore]:
-    """What is meant. Under a root an unreadable one is left out aloud, or an error if `strict`."""
+    """The caches of a target. Unreadable caches under a root are skipped with a message, or an error if
+    `strict`.
+    """
     if isinstance(target, Config):
         distributed.start()
-        store = reference_store(target)
+        store = _store_of(target)
         if not store.path.is_dir():
             nearest = store.nearest_other()
             raise UserError(
-                f"{store.path}: no such cache yet{f' ({nearest})' if nearest else ''}; precompute-ref makes "
-                "it"
+                f"{store.path}: no such cache yet{f' ({nearest})' if nearest else ''}; run precompute-ref"
             )
         return [store]
     if (target / IDENTITY_FILE).is_file():
@@ -127,13 +130,17 @@ def _stores(target: Path | Config, *, strict: bool = False) -> list[ReferenceSto
         raise UserError("; ".join(unreadable))
     if not found:
         raise UserError(
-            f"{target}: no reference cache there; expected a folder with {IDENTITY_FILE}, or above one"
+            f"{target}: no reference cache there; expected a folder with {IDENTITY_FILE}, or its parent"
         )
-    for said in unreadable:
-        print(f"left out: {said}", file=sys.stderr)
+    for message in unreadable:
+        print(f"skipped: {message}", file=sys.stderr)
     return found
 
 
+def _store_of(config: Config) -> ReferenceStore:
+    return reference_store(reference_model(config.model, config.reference), Path(config.reference.cache_dir))
+
+
 def _datasets(config: Config) -> dict[str, TokenizedDataset]:
-    train, test, _ = open_data(config)
+    train, test, _ = open_data(config.data, config.model)
     return {split: data for split, data in (("train", train), ("test", test)) if data is not None}

@@ -1,62 +1,74 @@
-"""dpo check: everything that can be known to be wrong before a model is in memory."""
+"""`dpo check`: everything that can be known to be wrong before a model is in memory."""
 
 import sys
 from pathlib import Path
 
 from dpo import distributed, terminal
 from dpo.commands.best_of import check_best_of
-from dpo.config import Config, DataConfig, ModelConfig, SftConfig
+from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig, resolved
 from dpo.data.build import check_sources
 from dpo.data.text import is_text, read_lines
 from dpo.errors import UserError
 from dpo.model.files import check_model_path
 from dpo.model.lora import check_policy
-from dpo.report.provenance import model_folder
+from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.trackers import check_trackers
-from dpo.train.resume import find_start
+from dpo.train.resume import Refuse, Settings, find_start
 
 
 def check(command: str, config: Config | SftConfig) -> None:
-    """Everything that can be known to be wrong without a model in memory; raises UserError.
+    """Raises UserError for everything that can be known to be wrong without a model in memory.
 
     Prints the run folder, for scripts that want RUN_DIR/exit.json afterwards.
     """
+    folder = RunFolder(Path(config.run_dir))
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
         check_trackers(config.train.trackers)
+        check_start(folder, resolved(config), config.train)
     if isinstance(config, SftConfig):
-        find_start(config, thorough=False)
-        if not is_text(config.data.train):
-            check_sources(DataConfig(train=config.data.train, test=config.data.test))
-        else:
-            for key, path in (("data.train", config.data.train), ("data.test", config.data.test)):
-                if path is not None and next(read_lines(path, key), None) is None:
-                    raise UserError(f"{key}: {path} has no text")
+        check_text_or_preferences(config.data)
     else:
         if config.reference.model is not None:
             check_model_path(config.reference.model, "reference.model")
         check_sources(config.data)
-        if command == "train":
-            find_start(config, thorough=False)
         if command == "evaluate":
             finished_model(config)
         if command == "best-of":
             check_best_of(config.evaluate)
     if command in ("train", "sft"):
-        distributed.require_shared(Path(config.run_dir), "run_dir")  # or it cannot be written to
+        distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
     if terminal.mode() == "plain":
         print(f"{command}: configuration and data are in order", file=sys.stderr)
     print(config.run_dir)
 
 
+def check_start(folder: RunFolder, settings: Settings, options: OptimizationConfig) -> None:
+    """Raises UserError where a run may not start, as far as manifests tell."""
+    start = find_start(folder, settings, options, thorough=False)
+    if isinstance(start, Refuse):
+        raise UserError(start.reason)
+
+
+def check_text_or_preferences(data: DataConfig) -> None:
+    """Raises UserError where there is no text, or no preference data, to learn from."""
+    if not (isinstance(data.train, str) and is_text(data.train)):
+        check_sources(data)
+        return
+    for key, path in (("data.train", data.train), ("data.test", data.test)):
+        if path is not None and next(read_lines(str(path), key), None) is None:
+            raise UserError(f"{key}: {path} has no text")
+
+
 def finished_model(config: Config) -> ModelConfig:
     """The model that training left in the run folder; UserError where there is none."""
-    folder = model_folder(Path(config.run_dir), config.evaluate.snapshot)
+    run, snapshot = RunFolder(Path(config.run_dir)), config.evaluate.snapshot
+    folder = run.model(snapshot)
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        if config.evaluate.snapshot is not None:
-            kept = [str(int(path.name[5:])) for path in sorted(folder.parent.glob("step_*"))]
+        if snapshot is not None:
+            kept = [str(int(path.name[5:])) for path in sorted(run.snapshots.glob("step_*"))]
             raise UserError(
                 f"evaluate.snapshot: no model in {folder}; train.snapshot_every keeps them, and there are: "
                 + (", ".join(kept) or "none")

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo import terminal
 from dpo.config import flat
 from dpo.errors import UserError
@@ -19,6 +17,7 @@ from dpo.files import write_file
 from dpo.report import labels
 from dpo.report.figures import Point, losses_and_margins, save_png, score_against_kl
 from dpo.tracking.history import Line, read_history
+from dpo.tracking.run_folder import RunFolder
 
 RESULTS = (
     "eval/loss",
@@ -95,7 +94,7 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     problems = [
         f"{folder}: {'no config.yaml in it' if folder.is_dir() else 'no such folder'}; expected a run_dir"
         for folder in folders
-        if not (folder / "config.yaml").is_file()
+        if not RunFolder(folder).config.is_file()
     ]
     if len(folders) < 2:
         problems.append("expected at least two run folders: dpo compare RUN_A RUN_B ...")
@@ -105,20 +104,19 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     labels = [
         name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
     ]
-    return [_read(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    return [_read(RunFolder(folder), label) for folder, label in zip(folders, labels, strict=True)]
 
 
-def _read(folder: Path, label: str) -> FinishedRun:
+def _read(folder: RunFolder, label: str) -> FinishedRun:
     history = read_history(folder)
     summary: dict[str, float] = {}
     for line in history:
         summary |= {name: value for name, value in line.items() if name.startswith("eval/")}
-    report = folder / "report" / "summary.json"
+    report = folder.report() / "summary.json"
     if report.is_file():
         found = json.loads(report.read_text())
         summary |= {name: value for name, value in found.items() if value is not None}
-    settings = flat(yaml.safe_load((folder / "config.yaml").read_text()))
-    return FinishedRun(label=label, settings=settings, history=history, summary=summary)
+    return FinishedRun(label=label, settings=flat(folder.settings()), history=history, summary=summary)
 
 
 def differing_settings(runs: Sequence[FinishedRun]) -> Rows:

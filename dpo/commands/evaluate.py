@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
 from dpo.commands.check import finished_model
-from dpo.commands.inputs import open_held_out, open_reference_for, with_reference
+from dpo.commands.inputs import join_ranks, open_held_out, with_reference
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import longest_tree
 from dpo.data.preference_data import PreferenceData
@@ -36,40 +36,48 @@ from dpo.evaluate.samples import (
 )
 from dpo.evaluate.sampling import Continuation
 from dpo.files import write_file
-from dpo.guards.guard import quiet
+from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
 from dpo.reference.identity import reference_model
+from dpo.reference.values import open_reference
 from dpo.report.build import compose
 from dpo.report.content import Report
 from dpo.report.headline import headline
 from dpo.report.model_card import policy_card
-from dpo.report.provenance import learned_preferences, provenance_of, report_folder
+from dpo.report.provenance import learned_preferences, provenance_of
 from dpo.report.terminal_table import terminal_table
 from dpo.report.write import write_report
 from dpo.tracking.history import read_history
+from dpo.tracking.run_folder import RunFolder
 
 
 def evaluate(config: Config) -> None:
     """Held-out metrics, samples of reference and policy side by side, and the report."""
-    quiet()
-    distributed.start()
+    join_ranks()
     policy = finished_model(config)
-    train_data, test_data, tokenizer = open_held_out(config, "evaluate")
-    command = "make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)"
-    reference = open_reference_for(config, [test_data], command)
+    train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
+    reference = reference_model(config.model, config.reference)
+    values = open_reference(
+        reference,
+        config.reference,
+        [test_data],
+        needed=needs_reference(config.loss),
+        per_token=config.loss.ld_alpha is not None,
+        command="make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)",
+    )
     digests = {
         "training data": f"{config.data.train}, content {train_data.content_digest()[:16]}",
         "held-out data": f"content {test_data.content_digest()[:16]}",
-        "reference cache": reference.description,
+        "reference cache": values.description,
     }
-    data = with_reference(config, [test_data], reference)[0]
-    summary = evaluate_run(config, policy, reference_model(config), data, tokenizer, digests)
-    run_dir = Path(config.run_dir)
-    if distributed.is_main() and learned_preferences(run_dir):
+    data = with_reference(config.loss, [test_data], values)[0]
+    summary = evaluate_run(config, policy, reference, data, tokenizer, digests)
+    folder = RunFolder(Path(config.run_dir))
+    if distributed.is_main() and learned_preferences(folder):
         card = policy_card(
             summary,
-            title=run_dir.name,
+            title=folder.path.name,
             model=config.model,
             data=config.data,
             reference=config.reference,
@@ -108,7 +116,7 @@ def evaluate_run(
     if not distributed.is_main():
         return {}
     report = _report(config, data, tokenizer, by_policy.scores, samples, digests)
-    folder = report_folder(Path(config.run_dir), config.evaluate.snapshot)
+    folder = RunFolder(Path(config.run_dir)).report(config.evaluate.snapshot)
     write_report(report, folder, title=config.run_dir)
     if report.shown:
         terminal.note(terminal_table(report.shown, shutil.get_terminal_size((140, 24)).columns))
@@ -202,10 +210,10 @@ def _report(
     samples: ComparedSamples | None,
     digests: dict[str, str],
 ) -> Report:
-    run_dir, last = Path(config.run_dir), config.evaluate.snapshot
-    history = read_history(run_dir) if learned_preferences(run_dir) else []
+    folder, last = RunFolder(Path(config.run_dir)), config.evaluate.snapshot
+    history = read_history(folder) if learned_preferences(folder) else []
     provenance = provenance_of(
-        run_dir,
+        folder,
         data.dataset,
         digests,
         model=config.model,

@@ -6,7 +6,7 @@ stages are skipped: done.json records their command and configuration (`journal`
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,23 @@ import numpy as np
 
 from dpo import terminal
 from dpo.commands.journal import Journal, start
-from dpo.config import Config
+from dpo.config import (
+    Config,
+    ModelConfig,
+    OptimizationConfig,
+    SftConfig,
+    SftModelConfig,
+    SftTrainConfig,
+    resolved,
+)
 from dpo.errors import UserError
 from dpo.evaluate.statistics import Interval
 from dpo.files import write_file
 from dpo.report import labels
 from dpo.report.figures import Point, save_png, score_against_kl
 from dpo.report.markdown import table
-from dpo.tracking.history import read_history
+from dpo.tracking.history import last_step
+from dpo.tracking.run_folder import RunFolder, settings_text
 
 JOURNAL = "done.json"
 SFT = "preferred-completion SFT"
@@ -86,16 +95,16 @@ def run_frontier(sweep: Sweep) -> None:
         run_dir = sweep.output / f"beta_{beta:g}"
         keys = [*sweep.keys, "--run_dir", str(run_dir), "--loss.beta", f"{beta:g}"]
         snapshots = ["--train.snapshot_every", str(sweep.snapshot_every)] if sweep.snapshot_every else []
-        _once(sweep, "train", [*keys, *snapshots], run_dir / "model" / "README.md")
+        _once(sweep, "train", [*keys, *snapshots], RunFolder(run_dir).model() / "README.md")
         models += _evaluated(sweep, f"beta {beta:g}", run_dir, keys)
     if sweep.sft_learning_rate is not None:
         run_dir = sweep.output / "preferred_sft"
-        _once(sweep, "sft", _sft_keys(sweep, run_dir), run_dir / "model" / "README.md")
+        _train_baseline(sweep, run_dir)
         models += _evaluated(sweep, SFT, run_dir, [*sweep.keys, "--run_dir", str(run_dir)])
     limit: list[Point] = []
     if sweep.best_of:
         run_dir = sweep.output / "reference"
-        product = run_dir / "best_of" / "best_of.json"
+        product = RunFolder(run_dir).best_of / "best_of.json"
         _once(sweep, "best-of", [*sweep.keys, "--run_dir", str(run_dir)], product)
         found = json.loads(product.read_text())
         models += [
@@ -117,55 +126,58 @@ def _check(sweep: Sweep) -> None:
             f"evaluate.temperature: {config.evaluate.temperature}; expected 1 with --best_of: KL and limit "
             "are those of samples at temperature 1"
         )
-    if sweep.sft_learning_rate is not None and not isinstance(config.data.train, str):
-        problems.append("data.train: a mixture; the SFT baseline takes one source: give --no_sft")
     if problems:
         raise UserError("\n".join(problems))
 
 
-def _sft_keys(sweep: Sweep, run_dir: Path) -> list[str]:
-    """The baseline sees what DPO sees: the same model and data, as many examples a step, the same seed."""
-    model, data, train = sweep.config.model, sweep.config.data, sweep.config.train
-    given: dict[str, Any] = {
-        "run_dir": run_dir,
-        "model.name_or_path": model.name_or_path,
-        "model.revision": model.revision,
-        "model.dtype": model.dtype,
-        "model.attention": model.attention,
-        "data.train": data.train,
-        "data.test": data.test if isinstance(data.test, str) else None,
-        "data.max_length": data.max_length,
-        "data.append_eos": data.append_eos,
-        "data.cache_dir": data.cache_dir,
-        "train.learning_rate": sweep.sft_learning_rate,
-        "train.schedule": train.schedule,
-        "train.warmup_steps": train.warmup_steps,
-        "train.sequences_per_step": train.pairs_per_step,
-        "train.max_tokens_per_micro_batch": train.max_tokens_per_micro_batch,
-        "train.num_epochs": train.num_epochs,
-        "train.max_steps": train.max_steps,
-        "train.seed": train.seed,
-        "train.checkpoint_every": train.checkpoint_every,
-        "train.snapshot_every": sweep.snapshot_every,
+def sft_baseline(sweep: Sweep, run_dir: Path) -> SftConfig:
+    """The baseline sees what DPO sees: it equals the experiment on every key that both have.
+
+    Exceptions: the sweep's learning rate and snapshots, how to resume, and `sequences_per_step`, which is the
+    experiment's `pairs_per_step`.
+    """
+    config = sweep.config
+    assert sweep.sft_learning_rate is not None
+    own = {
+        "learning_rate": sweep.sft_learning_rate,
+        "snapshot_every": sweep.snapshot_every,
+        "sequences_per_step": config.train.pairs_per_step,
+        "resume": SftTrainConfig().resume,
+        "resume_allow": SftTrainConfig().resume_allow,
     }
-    if model.lora is not None:
-        given |= {f"model.lora.{name}": value for name, value in asdict(model.lora).items()}
-    return [part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))]
+    shared = {field.name: getattr(config.train, field.name) for field in fields(OptimizationConfig)}
+    model = {field.name: getattr(config.model, field.name) for field in fields(ModelConfig)}
+    return SftConfig(
+        run_dir=str(run_dir),
+        model=SftModelConfig(**model),
+        data=config.data,
+        train=SftTrainConfig(**(shared | own)),
+    )
+
+
+def _train_baseline(sweep: Sweep, run_dir: Path) -> None:
+    baseline = resolved(sft_baseline(sweep, run_dir))
+    file = sweep.output / "preferred_sft.yaml"
+    write_file(file, settings_text(baseline))
+    product = RunFolder(run_dir).model() / "README.md"
+    journal = Journal(file=sweep.output / JOURNAL)
+    journal.once("sft", [*sweep.launcher, "sft", "--config", str(file)], product, baseline)
 
 
 def _evaluated(sweep: Sweep, curve: str, run_dir: Path, keys: list[str]) -> list[Evaluated]:
     """Evaluates the snapshots of a run and its final model, and reads their summaries."""
-    last = max((line["step"] for line in read_history(run_dir)), default=0)
-    folders = sorted((run_dir / "snapshots").glob("step_*")) if sweep.snapshot_every else []
+    run = RunFolder(run_dir)
+    last = last_step(run)
+    folders = sorted(run.snapshots.glob("step_*")) if sweep.snapshot_every else []
     found = []
     for folder in folders:
         step = int(folder.name.removeprefix("step_"))
         if step == last:  # the same weights as the final model
             break
-        summary = folder / "report" / "summary.json"
+        summary = run.report(step) / "summary.json"
         _once(sweep, "evaluate", [*keys, "--evaluate.snapshot", str(step)], summary)
         found.append(Evaluated(curve=curve, step=step, summary=json.loads(summary.read_text())))
-    summary = run_dir / "report" / "summary.json"
+    summary = run.report() / "summary.json"
     _once(sweep, "evaluate", keys, summary)
     return [*found, Evaluated(curve=curve, step=None, summary=json.loads(summary.read_text()))]
 

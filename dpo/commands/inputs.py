@@ -1,37 +1,61 @@
-"""The commands, each a script that reads top-down: check, load data, load one model, work, say what was
-made.
-"""
+"""What several commands open before they work: the process group, data sets, the reference cache."""
 
+import logging
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
-from dpo import distributed
-from dpo.config import Config
+from dpo import distributed, terminal
+from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig
 from dpo.data.build import open_datasets
-from dpo.data.dataset import TokenizedDataset
+from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.preference_data import PreferenceData, preference_data
+from dpo.engine.engine import Engine
 from dpo.errors import UserError
-from dpo.loss.catalog import averaged_over_groups, needs_reference
+from dpo.guards.guard import Guard
+from dpo.loss.catalog import averaged_over_groups
 from dpo.model.files import max_positions
 from dpo.model.load import load_tokenizer
-from dpo.reference.values import ReferenceUse, open_reference
+from dpo.reference.values import ReferenceUse
+from dpo.tracking.run_folder import RunFolder
+from dpo.tracking.trackers import check_trackers
 
 
-def open_data(config: Config) -> tuple[TokenizedDataset, TokenizedDataset | None, PreTrainedTokenizerBase]:
+def join_ranks() -> None:
+    """Joins the process group, and silences what other libraries say that a user cannot act on."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if terminal.mode() != "plain" or not sys.stderr.isatty():
+        disable_progress_bar()  # of loading and writing weights
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    distributed.start()
+
+
+def open_guard(command: str, config: Config | SftConfig) -> Guard:
+    """The ranks joined, the trackers checked, and a guard for `train` or `sft` to enter."""
+    join_ranks()
+    check_trackers(config.train.trackers)
+    return Guard(RunFolder(Path(config.run_dir)), command, config.train.stuck_after_seconds)
+
+
+def open_data(
+    data: DataConfig, model: ModelConfig
+) -> tuple[TokenizedDataset, TokenizedDataset | None, PreTrainedTokenizerBase]:
     """Training and held-out data in token ids, and the policy's tokenizer."""
-    distributed.require_shared(Path(config.data.cache_dir), "data.cache_dir")
-    tokenizer = load_tokenizer(config.model)
-    train_data, test_data = open_datasets(config.data, tokenizer, max_positions(config.model))
+    distributed.require_shared(Path(data.cache_dir), "data.cache_dir")
+    tokenizer = load_tokenizer(model)
+    train_data, test_data = open_datasets(data, tokenizer, max_positions(model))
     return train_data, test_data, tokenizer
 
 
 def open_held_out(
-    config: Config, command: str
+    data: DataConfig, model: ModelConfig, command: str
 ) -> tuple[TokenizedDataset, TokenizedDataset, PreTrainedTokenizerBase]:
     """As `open_data`, for a command that needs held-out data."""
-    train_data, test_data, tokenizer = open_data(config)
+    train_data, test_data, tokenizer = open_data(data, model)
     if test_data is None:
         raise UserError(
             f"data.test: none given and none beside data.train; {command} needs held-out preferences"
@@ -39,17 +63,11 @@ def open_held_out(
     return train_data, test_data, tokenizer
 
 
-def open_reference_for(config: Config, datasets: Sequence[TokenizedDataset], command: str) -> ReferenceUse:
-    """The cache as the configured loss uses it; UserError names `command` where rows are missing."""
-    needed, per_token = needs_reference(config.loss), config.loss.ld_alpha is not None
-    return open_reference(config, datasets, needed=needed, per_token=per_token, command=command)
-
-
 def with_reference(
-    config: Config, datasets: Sequence[TokenizedDataset], reference: ReferenceUse
+    loss: LossConfig, datasets: Sequence[TokenizedDataset], reference: ReferenceUse
 ) -> list[PreferenceData]:
     """Each data set with what the loss reads of it."""
-    by_margin, over_groups = config.loss.pair_weights == "score_margin", averaged_over_groups(config.loss)
+    by_margin, over_groups = loss.pair_weights == "score_margin", averaged_over_groups(loss)
     try:
         return [
             preference_data(data, values, by_margin=by_margin, over_groups=over_groups)
@@ -62,11 +80,21 @@ def with_reference(
         ) from error
 
 
+def settle_layout(policy: Engine, datasets: Sequence[TokenizedDataset]) -> None:
+    """Settles the policy's layout on the longest group of these data sets; warns of what was turned down."""
+    terminal.warning(*policy.settle_layout(longest_tree(datasets)).notes)
+
+
 def described(split: str, data: TokenizedDataset | None) -> str:
-    """Pairs, prompts and what was dropped or cut, in one line."""
+    """Pairs, prompts, and what was dropped or truncated, in one line."""
     if data is None:
         return f"{split}: none"
     counts = data.counts
     lost = [f"{n} {name}" for name, n in counts.items() if n and name.startswith(("dropped/", "truncated/"))]
     said = f"{split}: {counts['pairs']} pairs of {counts['groups']} prompts"
     return f"{said} ({', '.join(lost)})" if lost else said
+
+
+def trained(steps: int, data: str, skipped: int) -> str:
+    """What a training did, for its summary."""
+    return f"{steps} steps on {data}" + (f"; {skipped} steps were skipped: see above" if skipped else "")

@@ -1,4 +1,4 @@
-"""Commands started one after the other, each once: a journal remembers what was done, and by what command."""
+"""Commands run one after the other, each once: a journal records what was done, and by which command."""
 
 import hashlib
 import json
@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo import terminal
 from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.files import write_file
 from dpo.guards.signals import signal_handler
 
 
@@ -36,7 +37,7 @@ class Journal:
 
         Raises:
             UserError: It ended with status 2.
-            StoppedBySignal: It was stopped; what is done stays done.
+            StoppedBySignal: It was stopped; finished parts are kept.
             RunFailed: It failed, or left no product.
         """
         done: dict[str, str] = json.loads(self.file.read_text()) if self.file.is_file() else {}
@@ -47,16 +48,14 @@ class Journal:
             return False
         start(name, command)
         if not product.is_file():
-            raise RunFailed(f"{name} ended well and left no {product}")
+            raise RunFailed(f"{name} exited with status 0 and left no {product}")
         done[str(product)] = digest
-        replacing = self.file.with_name(f".{self.file.name}.replacing")
-        replacing.write_text(json.dumps(done, indent=2))
-        replacing.rename(self.file)
+        write_file(self.file, json.dumps(done, indent=2))
         return True
 
 
 def start(name: str, command: Sequence[str]) -> None:
-    """Runs a command to its end; a signal goes on to it, and its status becomes ours.
+    """Runs a command to its end; a signal is forwarded to it, and its exit status becomes an exception.
 
     Raises:
         UserError: It ended with status 2.
@@ -64,7 +63,7 @@ def start(name: str, command: Sequence[str]) -> None:
         RunFailed: It ended with another status than 0.
     """
     terminal.note(f"\n== {shlex.join(command)}")
-    # A group of its own: a terminal's Ctrl-C reaches it once, through here.
+    # In its own process group: a terminal's Ctrl-C reaches it once, through here.
     with subprocess.Popen(command, start_new_session=True) as child:
 
         def pass_on(number: int, _: FrameType | None) -> None:
@@ -72,7 +71,7 @@ def start(name: str, command: Sequence[str]) -> None:
 
         with signal_handler(pass_on):
             status = child.wait()
-    said = f"{name} ended with status {status}; what is done stays done, and the same command goes on"
+    said = f"{name} exited with status {status}; run the same command again: finished parts are kept"
     if status == 2:
         raise UserError(said)
     if status == 3:

@@ -2,8 +2,8 @@
 
 import json
 
+from dpo.commands.inputs import join_ranks
 from dpo.config import Config
-from dpo.guards.guard import quiet
 from dpo.planning.fit import Machine
 from dpo.planning.plan import make_plan
 from dpo.planning.text import as_json, page
@@ -20,7 +20,7 @@ def plan(
     as_numbers: bool,
 ) -> None:
     """Prints what training will need: a page for people, or JSON with `as_numbers`."""
-    quiet()
+    join_ranks()
     machine = Machine(num_gpus=num_gpus, gpu_memory=gpu_memory, gpu_flops=gpu_flops, mfu=mfu)
     made = make_plan(config.model, config.data, config.reference, config.train, machine, exact=exact)
     print(json.dumps(as_json(made), indent=2) if as_numbers else page(made))

@@ -1,37 +1,45 @@
-"""dpo precompute-ref."""
+"""dpo precompute-ref: fills the reference cache. A signal stops it at once; what was computed is kept."""
 
 from pathlib import Path
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import described, open_data
+from dpo.commands.inputs import described, join_ranks, open_data
 from dpo.config import Config
-from dpo.guards.guard import quiet
+from dpo.guards.signals import StopRequests
 from dpo.loss.catalog import needs_reference, title_of
+from dpo.reference.identity import reference_model
 from dpo.reference.precompute import precompute
-from dpo.reference.values import reference_store
+from dpo.reference.store import reference_store
 
 
 def precompute_ref(config: Config) -> None:
     """Fills the reference cache with every sequence of the training and held-out data."""
-    quiet()
-    distributed.start()
+    with StopRequests("during precompute-ref: what was computed is kept; run the same command again"):
+        join_ranks()
+        _precompute_ref(config)
+
+
+def _precompute_ref(config: Config) -> None:
     if not needs_reference(config.loss):
         used = title_of(config.loss)
         terminal.summary("precompute-ref", {"reference": f"not needed: {used}", "next": "dpo train"})
         return
-    distributed.require_shared(Path(config.reference.cache_dir), "reference.cache_dir")
-    train_data, test_data, _ = open_data(config)
-    store = reference_store(config)
-    result = precompute(config, [data for data in (train_data, test_data) if data is not None], store)
+    cache_dir = Path(config.reference.cache_dir)
+    distributed.require_shared(cache_dir, "reference.cache_dir")
+    train_data, test_data, _ = open_data(config.data, config.model)
+    datasets = [data for data in (train_data, test_data) if data is not None]
+    model = reference_model(config.model, config.reference)
+    store = reference_store(model, cache_dir)
+    result = precompute(model, config.reference, datasets, store)
     rate = f", {result.misses / result.seconds:.1f} sequences/s" if result.misses else ""
     if result.misses and distributed.device().type == "cpu":
-        rate += f" ({distributed.world_size()} rank(s) of one thread each: NPROC=N takes more cores)"
+        rate += f" ({distributed.world_size()} rank(s) with one thread each: NPROC=N uses more cores)"
     nearest = store.nearest_other() if result.hits == 0 and distributed.is_main() else None
     terminal.summary(
         "precompute-ref",
         {
-            "reference": f"{result.hits} sequences were there, {result.misses} computed{rate}",
-            "cold": f"nothing was there before: {nearest}" if nearest else "",
+            "reference": f"{result.hits} sequences were cached, {result.misses} computed{rate}",
+            "cold": f"the cache was empty: {nearest}" if nearest else "",
             "cache": str(store.path),
             "data": f"{described('train', train_data)}\n{described('test', test_data)}",
             "next": "dpo train with the same configuration",

@@ -1,120 +1,156 @@
-"""dpo sft."""
+"""`dpo sft`: next-token training of an existing model, or of one made here."""
 
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from dpo import distributed
-from dpo.commands.train import settle_layout
-from dpo.config import ModelConfig, SftConfig
+from dpo import distributed, terminal
+from dpo.commands.inputs import open_guard, settle_layout, trained
+from dpo.config import ModelConfig, SftConfig, resolved
+from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.text import is_text, open_text_or_preferences, read_lines
-from dpo.engine import engine
 from dpo.engine.engine import Engine
 from dpo.engine.scoring import token_budget
+from dpo.engine.world import make_repeatable, start, weight_dtype
 from dpo.errors import UserError
-from dpo.guards.guard import Guard, guarded
+from dpo.guards.guard import Guard
 from dpo.model.files import max_positions, num_parameters
 from dpo.model.from_scratch import scratch_model, scratch_positions, scratch_tokenizer
 from dpo.model.load import load_tokenizer
 from dpo.model.lora import check_policy, load_policy
 from dpo.report.model_card import sft_card
 from dpo.tracking.metrics import Evaluation
-from dpo.tracking.run_folder import claim_run
+from dpo.tracking.run_folder import RunFolder
+from dpo.train.loop import train as run_loop
 from dpo.train.next_token_objective import NextTokenObjective, held_out_loss
-from dpo.train.session import Work, optimize
-from dpo.train.setup import base_fingerprint, check_space, check_start, start_of
+from dpo.train.session import Session
+from dpo.train.setup import base_fingerprint, check_space, needs_resharding, start_of
 
 
 def sft(config: SftConfig) -> None:
-    """Next-token training of an existing model, or of one made here."""
-    with guarded("sft", config) as guard:
-        _sft(config, guard)
+    """Trains a model on text or on chosen completions and exports it to RUN_DIR/model."""
+    with open_guard("sft", config) as guard:
+        session, data = build_session(config, guard)
+        with session.opened(data):
+            run_loop(session)
+        session.export(session.folder.model())
+    if session.evaluated:
+        result = f"held-out loss {session.evaluated['eval/loss']:.4f}"
+    elif session.evaluate is None:
+        result = "no held-out data, so nothing was evaluated"
+    else:
+        result = "it had finished already"
+    terminal.summary(
+        "sft",
+        {
+            "trained": trained(session.plan.num_steps, data, session.progress.skipped),
+            "result": result,
+            "model": str(session.folder.model()),
+            "curves": f"tensorboard --logdir {session.folder.path}",
+        },
+    )
 
 
-def _sft(config: SftConfig, guard: Guard) -> None:
+def build_session(config: SftConfig, guard: Guard) -> tuple[Session, str]:
+    """The run with everything loaded, and its training data in one line. All ranks must call it."""
+    folder, settings = RunFolder(Path(config.run_dir)), resolved(config)
     check_policy(config.model)
-    accelerator = engine.start(config.model)
-    engine.make_repeatable(config.train)
-    start = start_of(config)
-    claim_run(config)
-    tokenizer, positions = _sft_tokenizer(config)
+    accelerator = start(config.model)
+    make_repeatable(config.train)
+    checkpoint = start_of(folder, settings, config.train)
+    distributed.on_main(lambda: folder.claim(settings))
+
+    tokenizer, positions = open_tokenizer(config, folder)
     train_data, test_data = open_text_or_preferences(config.data, tokenizer, positions)
     fingerprints = {"data.train": train_data.content_digest()}
     if test_data is not None:
         fingerprints["data.test"] = test_data.content_digest()
-    fingerprints |= base_fingerprint(config, Path(config.data.cache_dir))
-    universal = check_start(config, start, fingerprints)
+    fingerprints |= base_fingerprint(config.model, Path(config.data.cache_dir))
+    resharded = needs_resharding(checkpoint, fingerprints, config.train)
+
     plan = BatchPlan(
-        (train_data.pairs_per_group * 0) + 1,
+        train_data.pairs_per_group * 0 + 1,  # a sequence counts as one pair
         seed=config.train.seed,
         num_epochs=config.train.num_epochs,
         pairs_per_step=config.train.sequences_per_step,
         max_steps=config.train.max_steps,
     )
-    dtype = engine.weight_dtype(accelerator, config.model)
-    if config.model.scratch is not None:
-        model: PreTrainedModel = scratch_model(
-            config.model.scratch,
-            tokenizer,
-            seed=config.train.seed,
-            dtype=dtype,
-            attention=config.model.attention,
+    dtype, scratch = weight_dtype(accelerator, config.model), config.model.scratch
+    model = None
+    if scratch is not None:
+        model = scratch_model(
+            scratch, tokenizer, seed=config.train.seed, dtype=dtype, attention=config.model.attention
         )
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        check_space(config, parameters, accelerator, plan.num_steps)
     else:
-        check_space(config, num_parameters(config.model), accelerator, plan.num_steps)
-        model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
-    policy = Engine(accelerator, model, config.model, config.train, universal=universal)
+        parameters = num_parameters(config.model)
+    check_space(
+        folder,
+        config.model,
+        config.train,
+        accelerator,
+        num_parameters=parameters,
+        num_steps=plan.num_steps,
+    )
+    model = model or load_policy(config.model, dtype=dtype, seed=config.train.seed)
+    policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, [train_data])
-
-    def evaluate_policy() -> Evaluation:
-        assert test_data is not None
-        values = held_out_loss(
-            guard.score_only(policy),
-            test_data,
-            layout=policy.layout,
-            budget=token_budget(config.train.max_tokens_per_micro_batch),
-            device=policy.device,
-        )
-        return Evaluation(values=values)
-
-    work = Work(
-        policy=policy,
+    session = Session(
+        folder=folder,
+        settings=settings,
+        model=config.model,
+        options=config.train,
+        engine=policy,
         objective=NextTokenObjective(dataset=train_data),
         plan=plan,
         tokenizer=tokenizer,
-        start=start,
-        universal=universal,
-        fingerprints=fingerprints,
-        evaluate=evaluate_policy if test_data is not None else None,
-        data=f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens",
+        guard=guard,
+        evaluate=partial(evaluate_policy, held_out=test_data) if test_data is not None else None,
         card=partial(
             sft_card,
-            title=Path(config.run_dir).name,
+            title=folder.path.name,
             model=config.model,
             data=config.data,
             train=config.train,
         ),
+        fingerprints=fingerprints,
+        checkpoint=checkpoint,
+        resharded=resharded,
     )
-    optimize(config, work, guard)
+    return session, f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens"
 
 
-def _sft_tokenizer(config: SftConfig) -> tuple[PreTrainedTokenizerBase, int | None]:
-    """Tokenizer and positions; a tokenizer that is trained is trained by rank 0 and read by all."""
+def evaluate_policy(session: Session, *, held_out: TokenizedDataset) -> Evaluation:
+    """The current policy's held-out loss. All ranks must call it.
+
+    Raises:
+        StopRequestedError: A rank has been asked to stop.
+    """
+    values = held_out_loss(
+        session.score_only,
+        held_out,
+        layout=session.engine.layout,
+        budget=token_budget(session.options.max_tokens_per_micro_batch),
+        device=session.engine.device,
+    )
+    return Evaluation(values=values)
+
+
+def open_tokenizer(config: SftConfig, folder: RunFolder) -> tuple[PreTrainedTokenizerBase, int | None]:
+    """Tokenizer and positions of the model; a tokenizer that is trained is trained by rank 0, read by all."""
     scratch = config.model.scratch
     if scratch is None:
         return load_tokenizer(config.model), max_positions(config.model)
-    folder = Path(config.run_dir) / "tokenizer"
 
     def make() -> None:
-        if scratch.tokenizer is None and not is_text(config.data.train):
+        source = config.data.train
+        if scratch.tokenizer is None and not (isinstance(source, str) and is_text(source)):
             raise UserError(
                 "data.train: a tokenizer is trained on text files; give text, or model.scratch.tokenizer"
             )
-        scratch_tokenizer(scratch, read_lines(config.data.train, "data.train")).save_pretrained(folder)
+        scratch_tokenizer(scratch, read_lines(str(source), "data.train")).save_pretrained(folder.tokenizer)
 
     distributed.on_main(make)
-    return load_tokenizer(ModelConfig(name_or_path=str(folder))), scratch_positions(scratch)
+    return load_tokenizer(ModelConfig(name_or_path=str(folder.tokenizer))), scratch_positions(scratch)

@@ -1,59 +1,102 @@
-"""dpo train."""
+"""`dpo train`: optimizes the policy on preferences, with reference log-probs from the cache.
 
-from collections.abc import Sequence
+One set of weights is loaded. It reads top-down: open data and cache, decide where to start, load the model,
+audit the cache, run the loop, export.
+"""
+
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo import terminal
-from dpo.commands.inputs import described, open_data, open_reference_for, with_reference
-from dpo.config import Config
-from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo import distributed, terminal
+from dpo.commands.inputs import described, open_data, open_guard, settle_layout, trained, with_reference
+from dpo.config import Config, EvaluateConfig, LossConfig, resolved
+from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
-from dpo.engine import engine
+from dpo.data.preference_data import PreferenceData
 from dpo.engine.engine import Engine
 from dpo.engine.scoring import token_budget
+from dpo.engine.world import make_repeatable, start, weight_dtype
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.samples import held_out_prompts
-from dpo.guards.guard import Guard, guarded
+from dpo.guards.guard import Guard
+from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions, num_parameters
 from dpo.model.lora import check_policy, load_policy
+from dpo.reference.identity import reference_model
+from dpo.reference.values import open_reference
+from dpo.report import labels
 from dpo.report.model_card import policy_card
 from dpo.report.watch import watched_samples
 from dpo.tracking.metrics import Evaluation
-from dpo.tracking.run_folder import claim_run
+from dpo.tracking.run_folder import RunFolder
+from dpo.train.loop import train as run_loop
 from dpo.train.preference_objective import PreferenceObjective
-from dpo.train.session import Work, optimize
-from dpo.train.setup import base_fingerprint, check_space, check_start, start_of
+from dpo.train.session import Session
+from dpo.train.setup import base_fingerprint, check_space, needs_resharding, start_of
+
+SHOWN = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 
 
 def train(config: Config) -> None:
-    """Optimizes the policy; the reference comes from the cache, and one set of weights is loaded."""
-    with guarded("train", config) as guard:
-        _train(config, guard)
+    """Optimizes the policy and exports it to RUN_DIR/model."""
+    with open_guard("train", config) as guard:
+        session, data = build_session(config, guard)
+        with session.opened(data):
+            run_loop(session)
+        session.export(session.folder.model())
+    if session.evaluated:
+        result = "held-out " + ", ".join(
+            f"{labels.full(name).removeprefix('held-out ')} {session.evaluated[name]:.4f}"
+            for name in SHOWN
+            if name in session.evaluated
+        )
+    elif session.evaluate is None:
+        result = "no held-out data, so nothing was evaluated"
+    else:
+        result = "it had finished already"
+    folder = session.folder
+    terminal.summary(
+        "train",
+        {
+            "trained": trained(session.plan.num_steps, data, session.progress.skipped),
+            "result": result,
+            "model": str(folder.model()),
+            "curves": f"tensorboard --logdir {folder.path}",
+            "next": f"dpo evaluate --config {folder.config}" if session.evaluate is not None else "",
+        },
+    )
 
 
-def _train(config: Config, guard: Guard) -> None:
+def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
+    """The run with everything loaded, and its training data in one line. All ranks must call it."""
+    folder, settings = RunFolder(Path(config.run_dir)), resolved(config)
     check_policy(config.model)
-    accelerator = engine.start(config.model)
-    engine.make_repeatable(config.train)
-    start = start_of(config)
-    train_data, test_data, tokenizer = open_data(config)
-    datasets = [data for data in (train_data, test_data) if data is not None]
-    names = ["data.train", "data.test"][: len(datasets)]
-    fingerprints = {name: data.content_digest() for name, data in zip(names, datasets, strict=True)}
-    fingerprints |= base_fingerprint(config, Path(config.reference.cache_dir))
+    accelerator = start(config.model)
+    make_repeatable(config.train)
+    checkpoint = start_of(folder, settings, config.train)
+
+    train_data, test_data, tokenizer = open_data(config.data, config.model)
+    datasets = [train_data] if test_data is None else [train_data, test_data]
+    names = ("data.train", "data.test")
+    fingerprints = {name: data.content_digest() for name, data in zip(names, datasets, strict=False)}
+    fingerprints |= base_fingerprint(config.model, Path(config.reference.cache_dir))
     if config.loss.pair_weights == "score_margin":
         fingerprints["scores of data.train"] = train_data.margins_digest()
-    universal = check_start(config, start, fingerprints)
-    command = (
-        f"make precompute-ref CONFIG=... (or: dpo precompute-ref with the same keys as {config.run_dir})"
+    resharded = needs_resharding(checkpoint, fingerprints, config.train)
+
+    reference = open_reference(
+        reference_model(config.model, config.reference),
+        config.reference,
+        datasets,
+        needed=needs_reference(config.loss),
+        per_token=config.loss.ld_alpha is not None,
+        command="make precompute-ref CONFIG=... (or: dpo precompute-ref with the same keys as "
+        f"{config.run_dir})",
     )
-    reference = open_reference_for(config, datasets, command)
-    parts = with_reference(config, datasets, reference)
-    objective = PreferenceObjective(data=parts[0], loss_config=config.loss)
+    parts = with_reference(config.loss, datasets, reference)
     plan = BatchPlan(
         train_data.pairs_per_group,
         seed=config.train.seed,
@@ -61,70 +104,96 @@ def _train(config: Config, guard: Guard) -> None:
         pairs_per_step=config.train.pairs_per_step,
         max_steps=config.train.max_steps,
     )
-    check_space(config, num_parameters(config.model), accelerator, plan.num_steps)
-    audited_with_policy = start is None and reference.audit_apart(config)
-    dtype = engine.weight_dtype(accelerator, config.model)
+    check_space(
+        folder,
+        config.model,
+        config.train,
+        accelerator,
+        num_parameters=num_parameters(config.model),
+        num_steps=plan.num_steps,
+    )
+    audited_with_policy = checkpoint is None and reference.audit_apart(config.model)
+    dtype = weight_dtype(accelerator, config.model)
     model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
-    policy = Engine(accelerator, model, config.model, config.train, universal=universal)
+    policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, datasets)
     if audited_with_policy:
-        reference.audit_with(policy.score_only, config)
-    if start is None:
-        claim_run(config)
-    reference.record(config, start)
+        reference.audit_with(policy.score_only)
+    distributed.on_main(lambda: folder.claim(settings))
+    reference.record(folder.path, checkpoint)
 
-    def evaluate_policy() -> Evaluation:
-        assert test_data is not None
-        samples = _watched_samples(policy, config, test_data, tokenizer)
-        scores = score_pairs(
-            guard.score_only(policy),
-            parts[-1],
-            config.loss,
-            layout=policy.layout,
-            budget=token_budget(config.train.max_tokens_per_micro_batch),
-            device=policy.device,
-        )
-        return Evaluation(values=scores.means(), margins=scores.margins, samples=samples)
-
-    work = Work(
-        policy=policy,
-        objective=objective,
+    evaluate = partial(
+        evaluate_policy,
+        held_out=parts[-1],
+        loss=config.loss,
+        options=config.evaluate,
+        positions=max_positions(config.model),
+    )
+    session = Session(
+        folder=folder,
+        settings=settings,
+        model=config.model,
+        options=config.train,
+        engine=policy,
+        objective=PreferenceObjective(data=parts[0], loss_config=config.loss),
         plan=plan,
         tokenizer=tokenizer,
-        start=start,
-        universal=universal,
-        fingerprints=fingerprints,
-        evaluate=evaluate_policy if test_data is not None else None,
-        data=described("train", train_data),
+        guard=guard,
+        evaluate=evaluate if test_data is not None else None,
         card=partial(
             policy_card,
-            title=Path(config.run_dir).name,
+            title=folder.path.name,
             model=config.model,
             data=config.data,
             reference=config.reference,
             loss=config.loss,
             train=config.train,
         ),
+        fingerprints=fingerprints,
+        checkpoint=checkpoint,
+        resharded=resharded,
     )
-    optimize(config, work, guard)
+    return session, described("train", train_data)
 
 
-def _watched_samples(
-    policy: Engine, config: Config, test_data: TokenizedDataset, tokenizer: PreTrainedTokenizerBase
+def evaluate_policy(
+    session: Session,
+    *,
+    held_out: PreferenceData,
+    loss: LossConfig,
+    options: EvaluateConfig,
+    positions: int | None,
+) -> Evaluation:
+    """The current policy on all held-out pairs, and a few samples to watch. All ranks must call it.
+
+    Raises:
+        StopRequestedError: A rank has been asked to stop.
+    """
+    policy = session.engine
+    samples = watch(policy, held_out.dataset, session.tokenizer, options, positions)
+    scores = score_pairs(
+        session.score_only,
+        held_out,
+        loss,
+        layout=policy.layout,
+        budget=token_budget(session.options.max_tokens_per_micro_batch),
+        device=policy.device,
+    )
+    return Evaluation(values=scores.means(), margins=scores.margins, samples=samples)
+
+
+def watch(
+    policy: Engine,
+    held_out: TokenizedDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    options: EvaluateConfig,
+    positions: int | None,
 ) -> str | None:
-    """What the policy makes of a few held-out prompts right now, as a table."""
-    options = config.evaluate
+    """How the policy continues a few held-out prompts right now, as a table; None if none are asked for."""
     if not options.watched_prompts:
         return None
-    positions = max_positions(config.model)
-    if positions is not None:  # a training does not fail for lack of room to watch it
+    if positions is not None:  # training does not fail for lack of room to watch it
         options = replace(options, completion_tokens=min(options.completion_tokens, positions // 2))
-    prompts = held_out_prompts(test_data, options.watched_prompts, options.completion_tokens, positions)
+    prompts = held_out_prompts(held_out, options.watched_prompts, options.completion_tokens, positions)
     with policy.sampling_model() as model:
         return watched_samples(model, prompts, tokenizer, options, sharded=policy.is_sharded)
-
-
-def settle_layout(policy: Engine, datasets: Sequence[TokenizedDataset]) -> None:
-    """Settles the policy's layout on the longest group of these data sets; warns of what was turned down."""
-    if notes := policy.settle_layout(longest_tree(datasets)).notes:
-        terminal.warning(*notes)

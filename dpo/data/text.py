@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.config import DataConfig, SftDataConfig
+from dpo.config import DataConfig
 from dpo.data.build import open_datasets, resolve_max_length
 from dpo.data.dataset import FORMAT_VERSION, TokenizedDataset, map_dataset, write_dataset
 from dpo.data.records import TokenizedGroup
@@ -28,7 +28,7 @@ LINES_PER_CALL = 4096
 
 
 def open_text_or_preferences(
-    data: SftDataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training and held-out sequences in token ids.
 
@@ -40,20 +40,15 @@ def open_text_or_preferences(
     Raises:
         UserError: Missing or empty data.
     """
-    if not is_text(data.train):
-        preferences = DataConfig(
-            train=data.train,
-            test=data.test,
-            max_length=data.max_length,
-            append_eos=data.append_eos,
-            strict=data.strict,
-            cache_dir=data.cache_dir,
-        )
-        return open_datasets(preferences, tokenizer, positions)
+    if not isinstance(data.train, str) or not is_text(data.train):
+        return open_datasets(data, tokenizer, positions)
     max_length = resolve_max_length(data.max_length, positions)
     train = _open_text(data.train, "data.train", data.cache_dir, tokenizer, max_length)
-    test = _open_text(data.test, "data.test", data.cache_dir, tokenizer, max_length) if data.test else None
-    return train, test
+    if data.test is None:
+        return train, None
+    if not isinstance(data.test, str):
+        raise UserError("data.test: a list; expected a text file or a folder of text files, as data.train")
+    return train, _open_text(data.test, "data.test", data.cache_dir, tokenizer, max_length)
 
 
 def is_text(path: str) -> bool:

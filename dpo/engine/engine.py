@@ -6,90 +6,28 @@ one device. `dpo.frozen` is the same for models that only score.
 """
 
 import math
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, Tree, TreeBatch
-from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, read_settings
-from dpo.engine.optimizer import make_optimizer
+from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer
+from dpo.engine.optimizer import OPTIMIZERS, make_optimizer
 from dpo.engine.scoring import make_scorer, register_head, settle_layout
+from dpo.engine.sharded_state import load_sharded, save_sharded
+from dpo.engine.world import kind_here, unsharded
 from dpo.errors import UserError
 from dpo.model.load import DTYPES
 from dpo.model.probe import Probed
 from dpo.model.scorer import SequenceScorer
-
-ENGINE_TAG = "engine"
-
-
-def start(model: ModelConfig) -> Accelerator:
-    """The Accelerator of this process; to be made before the model is loaded, so that ZeRO-3 can shard it
-    then.
-
-    Without an accelerator the gloo backend must be named, or Accelerate believes that every rank is alone.
-    """
-    if (file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
-        read_settings(Path(file))
-    distributed.start()
-    backend = None if torch.cuda.is_available() else "gloo"
-    handlers: list[KwargsHandler] = []
-    if distributed.is_distributed():
-        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=distributed.COLLECTIVE_TIMEOUT))
-    mixed_precision = "bf16" if model.dtype == "bfloat16" else "no"
-    cpu = distributed.is_distributed() and distributed.trains_on_cpu_alone()
-    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, cpu=cpu)
-
-
-def make_repeatable(options: OptimizationConfig) -> None:
-    """On GPUs, kernels whose sums have one order, where the config asks for them."""
-    if options.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        torch.use_deterministic_algorithms(True)
-
-
-def kind_here() -> str:
-    """How a policy of this process will be sharded, once `start` has been called: `DeepSpeed ZeRO-2`, `DDP`
-    or `one device`.
-    """
-    state = AcceleratorState()
-    if state.distributed_type == DistributedType.DEEPSPEED:
-        offloaded = (
-            ", optimizer on the host" if offloads_optimizer(state.deepspeed_plugin.deepspeed_config) else ""
-        )
-        return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}{offloaded}"
-    return "DDP" if distributed.is_distributed() else "one device"
-
-
-def weight_dtype(accelerator: Accelerator, model: ModelConfig) -> torch.dtype:
-    """Type in which the policy is loaded: DeepSpeed keeps float32 masters of its own, elsewhere the weights
-    are them.
-    """
-    return DTYPES[model.dtype] if accelerator.distributed_type == DistributedType.DEEPSPEED else torch.float32
-
-
-@contextmanager
-def unsharded(accelerator: Accelerator) -> Iterator[None]:
-    """Within the block ZeRO-3 shards no model while it is made, so that one rank may make one alone."""
-    plugin = accelerator.state.deepspeed_plugin
-    sharding = None if plugin is None else plugin.dschf
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if sharding is not None:
-            set_hf_deepspeed_config(sharding)
 
 
 class Engine:
@@ -122,11 +60,11 @@ class Engine:
         if (
             self._zero
             and offloads_optimizer(accelerator.deepspeed_plugin.deepspeed_config)
-            and options.optimizer != "adamw"
+            and not OPTIMIZERS[options.optimizer].may_be_offloaded
         ):
-            raise UserError(  # Accelerate would take another optimizer without a word
-                f"train.optimizer: {options.optimizer}; DeepSpeed knows only adamw on the host: set that, or "
-                "take a DeepSpeed configuration without offload_optimizer"
+            raise UserError(  # Accelerate would silently use another optimizer
+                f"train.optimizer: {options.optimizer}; DeepSpeed cannot run it on the host: set adamw, or "
+                "use a DeepSpeed configuration without offload_optimizer"
             )
         self._accelerator = accelerator
         self._dtype = DTYPES[config.dtype]
@@ -311,7 +249,7 @@ class Engine:
             OSError, RuntimeError: This rank could not write; after its part in the others' collectives.
         """
         if self._zero:
-            return self._save_sharded(folder)
+            return save_sharded(self._scorer, folder, self._frozen)
         if not distributed.is_main():
             return []
         bare = self._accelerator.unwrap_model(self._scorer)
@@ -322,56 +260,14 @@ class Engine:
         torch.save(state, folder / "engine.pt")
         return [folder / "engine.pt"]
 
-    def _save_sharded(self, folder: Path) -> list[Path]:
-        """DeepSpeed's save has barriers in it: a rank whose disk is full may fail only behind them."""
-        writer, written, failures = self._scorer.checkpoint_engine, list[Path](), list[Exception]()
-
-        def save(state_dict: dict[str, Any], path: str) -> None:  # the names that DeepSpeed calls it by
-            if "module" in state_dict:  # DeepSpeed leaves one of two tied weights in it
-                state_dict = {**state_dict, "module": self._without_frozen(state_dict["module"])}
-            try:
-                type(writer).save(writer, state_dict, path)
-                written.append(Path(path))
-            except (OSError, RuntimeError) as error:
-                failures.append(error)
-
-        writer.save = save
-        self._scorer._copy_recovery_script = lambda folder: None  # no use to us, and it may fail on rank 0
-        try:
-            self._scorer.save_checkpoint(
-                str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=bool(self._frozen)
-            )
-        finally:
-            del writer.save
-        if failures:
-            raise failures[0]
-        return written
-
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, on the same number of ranks and with the same engine."""
         if self._zero:
-            self._load_sharded(folder)
+            load_sharded(self._scorer, folder, self._load_trained if self._frozen else None)
             return
         state = torch.load(folder / "engine.pt", map_location="cpu", weights_only=True)
         self._load_trained(state["model"], self._accelerator.unwrap_model(self._scorer))
         self._optimizer.load_state_dict(state["optimizer"])
-
-    def _load_sharded(self, folder: Path) -> None:
-        """DeepSpeed's load, less two faults of its universal form: all groups get the hyperparameters of the
-        first, and all parameters one step counter, which each of them then advances.
-        """
-        optimizer = getattr(self._scorer.optimizer, "optimizer", self._scorer.optimizer)
-        own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        loaded, _ = self._scorer.load_checkpoint(
-            str(folder), tag=ENGINE_TAG, custom_load_fn=self._load_trained if self._frozen else None
-        )
-        if loaded is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint to load")
-        for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
-            group.update(hyperparameters)
-        for state in optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
 
     def _without_frozen(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: weight for name, weight in weights.items() if name not in self._frozen}

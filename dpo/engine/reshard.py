@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dpo import distributed
-from dpo.engine.engine import ENGINE_TAG
+from dpo.engine.sharded_state import ENGINE_TAG
 from dpo.errors import UserError
 
 WHOLE = ("one device", "DDP")

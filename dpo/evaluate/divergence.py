@@ -1,7 +1,7 @@
 """How far the policy has moved: KL(policy || reference), estimated from the policy's own samples.
 
-The samples must come from the unmodified policy (temperature 1, no top-k, no top-p), so that the mean of their
-log-ratios is the KL. Every token that was drawn counts, EOS included.
+The samples must come from the unmodified policy (temperature 1, no top-k, no top-p), so that the mean of
+their log-ratios is the KL. Every token that was drawn counts, EOS included.
 """
 
 import numpy as np

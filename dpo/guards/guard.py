@@ -1,73 +1,66 @@
-"""How a run ends."""
+"""How a training command ends: on a signal after a checkpoint, or with the reason that stopped the run.
 
-import logging
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+Entered around everything that `train` and `sft` do. An error that another rank caused becomes that rank's
+reason, so that every rank reports the same one.
+"""
 
-from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
+from contextlib import ExitStack
+from types import TracebackType
 
-from dpo import distributed, terminal
-from dpo.config import Config, SftConfig
-from dpo.data.trees import TreeBatch
-from dpo.engine.engine import Engine
+from dpo import distributed
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.guards.signals import StopRequestedError, StopRequests, end_with_launcher
 from dpo.guards.watchdog import Watchdog
-from dpo.tracking.trackers import check_trackers
+from dpo.tracking.run_folder import RunFolder
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Guard:
-    """What watches over a command: see `guarded`."""
+    """Stop signals and the watchdog of one command."""
 
-    command: str
-    """train or sft."""
-    stop: StopRequests
-    watchdog: Watchdog
+    def __init__(self, folder: RunFolder, command: str, stuck_after_seconds: float) -> None:
+        """Watches nothing before it is entered; the process group must be up by now.
 
-    def score_only(self, policy: Engine) -> Callable[..., Tensor]:
-        """`Engine.score_only`, which raises StopRequestedError on all ranks after a signal."""
+        Args:
+            folder: Where stacks and exit.json go.
+            command: For exit.json.
+            stuck_after_seconds: Longest time without progress.
+        """
+        self.stop = StopRequests()
+        self._watchdog = Watchdog(folder, command, stuck_after_seconds)
+        self._entered = ExitStack()
 
-        def score(batch: TreeBatch, *, per_token: bool = False) -> Tensor:
-            self.watchdog.progress("evaluation")
-            if distributed.any_rank(self.stop.requested):
-                raise StopRequestedError
-            return policy.score_only(batch, per_token=per_token)
+    def progress(self, doing: str) -> None:
+        """Tells the watchdog that this rank advances.
 
-        return score
+        Args:
+            doing: What comes now, such as `step 7`.
+        """
+        self._watchdog.progress(doing)
 
+    def may_continue(self, doing: str) -> None:
+        """`progress` for an evaluation, which a signal ends before its end. All ranks must call it.
 
-@contextmanager
-def guarded(command: str, config: Config | SftConfig) -> Iterator[Guard]:
-    """Joins the ranks; signals become wishes, and an error that another rank caused becomes its reason."""
-    quiet()
-    distributed.start()
-    check_trackers(config.train.trackers)
-    end_with_launcher()
-    watchdog = Watchdog(Path(config.run_dir), command, config.train.stuck_after_seconds)
-    with StopRequests() as stop, watchdog:
-        try:
-            yield Guard(command=command, stop=stop, watchdog=watchdog)
-        except (UserError, StoppedBySignal, RunFailed) as error:
-            watchdog.farewell(error)
-            raise
-        except Exception as error:
-            reason = watchdog.explain(error)
-            if reason is error:
-                raise
-            raise reason from error
+        Raises:
+            StopRequestedError: A rank has been asked to stop; on all ranks.
+        """
+        self.progress(doing)
+        if distributed.any_rank(self.stop.requested):
+            raise StopRequestedError
 
+    def __enter__(self) -> "Guard":
+        end_with_launcher()
+        self._entered.enter_context(self.stop)
+        self._entered.enter_context(self._watchdog)
+        return self
 
-def quiet() -> None:
-    """Silences what a user cannot act on: other libraries' progress notes and deprecations among
-    themselves.
-    """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if terminal.mode() != "plain" or not sys.stderr.isatty():
-        disable_progress_bar()  # of loading and writing weights
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Agrees with the other ranks on the reason of an error, and raises it."""
+        with self._entered:
+            if isinstance(error, UserError | StoppedBySignal | RunFailed):
+                self._watchdog.publish_end(error)
+            elif isinstance(error, Exception):
+                reason = self._watchdog.explain(error)
+                if reason is not error:
+                    raise reason from error

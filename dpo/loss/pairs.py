@@ -1,6 +1,7 @@
-"""What a loss is given: the same pairs under the policy and, where it needs one, under the reference."""
+"""What a loss is given, the same pairs under policy and reference, and what it returns."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Pairs:
     """With gradient."""
     reference: PairLogProbs | None
     """Without; None for losses that need none."""
+    last_step: Mapping[str, float] = field(default_factory=dict)
+    """The named sums (see `LossValues`) over the whole step before and all ranks; empty before the first."""
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -57,6 +60,17 @@ class Pairs:
     def rejected_means(self) -> Tensor:
         """(B,) the same of the rejected completion."""
         return self.policy.rejected / self.policy.rejected_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossValues:
+    """What a loss returns that needs to know of the whole step; others return their (B,) losses alone."""
+
+    losses: Tensor
+    """(B,) with gradient to the policy."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Named scalar sums over these B pairs, also where B is 0. The loop adds them up over micro-batches and
+    ranks; the next step's loss finds them in `Pairs.last_step`, also after a resume."""
 
 
 def pair_logps(

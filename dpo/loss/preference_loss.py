@@ -1,21 +1,17 @@
 """The loss of a configuration: one of the functions, or a weighted mixture, and what may be added to any."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.loss import functions as paired
-from dpo.loss import functions as ranking
-from dpo.loss import functions as reference_free
+from dpo.loss import functions
 from dpo.loss.catalog import LOSSES, names_of
-from dpo.loss.pairs import PairLogProbs, Pairs
+from dpo.loss.pairs import LossValues, PairLogProbs, Pairs
 
-MODULES = (paired, ranking, reference_free)
-FUNCTIONS: dict[str, Callable[[Pairs, LossConfig], Tensor]] = {
-    name: next(getattr(module, name) for module in MODULES if hasattr(module, name)) for name in LOSSES
-}
+LossFunction = Callable[[Pairs, LossConfig], Tensor | LossValues]
+FUNCTIONS: dict[str, LossFunction] = {name: getattr(functions, name) for name in LOSSES}
 """Name -> function, for every name of the table."""
 BY_LENGTH = ("sigmoid_norm", "simpo", "orpo")
 
@@ -27,13 +23,21 @@ class PairLosses:
     losses: Tensor
     """(B,) with gradient to the policy."""
     chosen_rewards: Tensor
-    """(B,) beta * log(policy / reference) of the chosen completion, detached; a token where the loss counts
-    so, and without a reference beta * log-prob a token."""
+    """(B,) beta * log(policy / reference) of the chosen completion, detached; per token where the loss counts
+    so, and without a reference beta * log-prob per token."""
     rejected_rewards: Tensor
     """(B,) the same of the rejected completion, detached."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Named sums over these pairs, which the loop adds up over the step; see `LossValues`."""
 
 
-def preference_loss(policy: PairLogProbs, reference: PairLogProbs | None, loss: LossConfig) -> PairLosses:
+def preference_loss(
+    policy: PairLogProbs,
+    reference: PairLogProbs | None,
+    loss: LossConfig,
+    *,
+    last_step: Mapping[str, float] | None = None,
+) -> PairLosses:
     """The loss that a configuration asks for.
 
         sum over i of weight_i * loss_i  +  sft_weight * (-log pi(y_w|x) / |y_w|)
@@ -45,15 +49,18 @@ def preference_loss(policy: PairLogProbs, reference: PairLogProbs | None, loss: 
         policy: Log-probs of B pairs under the policy, each (B,), with gradient.
         reference: Log-probs of the same pairs under the reference, without; None for losses that need none.
         loss: Types, weights and options, free of problems.
+        last_step: The losses' named sums over the whole step before; None or empty before the first.
 
     Returns:
         (B,) losses and rewards, in the dtype of `policy`; the rewards are those of the first type.
     """
-    pairs, names = Pairs(policy=policy, reference=reference), names_of(loss)
+    pairs = Pairs(policy=policy, reference=reference, last_step=last_step or {})
+    names = names_of(loss)
+    parts = [_values(FUNCTIONS[name](pairs, loss)) for name in names]
     weights = loss.weights or [1.0] * len(names)
-    losses = weights[0] * FUNCTIONS[names[0]](pairs, loss)
-    for name, weight in zip(names[1:], weights[1:], strict=True):
-        losses = losses + weight * FUNCTIONS[name](pairs, loss)
+    losses = weights[0] * parts[0].losses
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        losses = losses + weight * part.losses
     if loss.sft_weight:
         losses = losses - loss.sft_weight * pairs.chosen_means
     chosen, rejected = _rewards(pairs, names[0])
@@ -61,11 +68,16 @@ def preference_loss(policy: PairLogProbs, reference: PairLogProbs | None, loss: 
         losses=losses,
         chosen_rewards=loss.beta * chosen.detach(),
         rejected_rewards=loss.beta * rejected.detach(),
+        sums={name: value for part in parts for name, value in part.sums.items()},
     )
 
 
+def _values(result: Tensor | LossValues) -> LossValues:
+    return result if isinstance(result, LossValues) else LossValues(losses=result)
+
+
 def _rewards(pairs: Pairs, name: str) -> tuple[Tensor, Tensor]:
-    """What the loss tells apart, without beta."""
+    """What the loss compares, without beta."""
     if not LOSSES[name].needs_reference:
         return pairs.chosen_means, pairs.rejected_means
     if name in BY_LENGTH:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dpo.config import ModelConfig, TrainConfig
+from dpo.engine.optimizer import OPTIMIZERS
 from dpo.engine.scoring import GPU_TOKENS
 from dpo.model.load import DTYPES
 from dpo.planning.data_sample import SampledData
@@ -23,7 +24,6 @@ from dpo.planning.memory import (
     weight_dtype,
 )
 from dpo.planning.rehearsal import Rehearsal, rehearse
-from dpo.train.disk_space import MOMENTS
 
 USABLE = 0.9
 """Share of a GPU's memory that is planned; the rest is for the CUDA context, workspaces of libraries and
@@ -108,7 +108,7 @@ class Fit:
         """
         self._model, self._described, self._shape = model, described, shape
         self._data, self._machine = data, machine
-        self._moments = MOMENTS[train.optimizer]
+        self._optimizer = OPTIMIZERS[train.optimizer]
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
         self._done: dict[tuple[int, torch.dtype, bool], Rehearsal] = {}
@@ -120,7 +120,7 @@ class Fit:
         impossible = {
             "no DeepSpeed": self._machine.num_gpus > 1,
             "ZeRO-0": not is_offered("ZeRO-0", self._dtype),
-            "ZeRO-3 offload": self._moments == 1,  # only AdamW runs on the host
+            "ZeRO-3 offload": not self._optimizer.may_be_offloaded,
         }
         return [
             self._way(sharding, checkpointing=checkpointing)
@@ -193,7 +193,7 @@ class Fit:
                 self._rehearsed(tokens, sharding, checkpointing=checkpointing),
                 world_size=self._machine.num_gpus,
                 dtype=self._dtype,
-                moments=self._moments,
+                moments=self._optimizer.moments,
             )
 
         requested, longest = memory(self.requested), self._data.longest

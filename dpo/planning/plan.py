@@ -6,7 +6,6 @@ configurations, headers and data, and no weights.
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -218,8 +217,7 @@ def _cache_work(
 
     A model whose files have not been hashed yet counts as not cached: hashing takes minutes.
     """
-    sections = SimpleNamespace(model=model, reference=reference)
-    source, cache_dir = reference_model(sections), Path(reference.cache_dir)  # type: ignore[arg-type]
+    source, cache_dir = reference_model(model, reference), Path(reference.cache_dir)
     store = None
     if weights_at_hand(base_of(source)) and is_remembered(source, cache_dir):
         store = ReferenceStore(cache_dir, reference_identity(source, cache_dir))

@@ -1,7 +1,7 @@
-"""Is the cache what the model says? A few rows recomputed, and what a run records of the rows that it uses.
+"""Does the cache hold what the model computes, and is it the cache that the run started with?
 
-A fresh run recomputes rows with the policy, which then still is the reference. A resumed run cannot: its
-policy has moved, so it checks that identity and rows are those that it started with.
+A new run recomputes a few rows with the reference model, often the untrained policy. A resumed run, whose
+policy has been trained, compares its rows with the record that it wrote when it started.
 """
 
 import hashlib
@@ -18,6 +18,8 @@ from dpo import distributed
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.trees import TreeBatch, sequence_batch
 from dpo.errors import UserError
+from dpo.files import write_file
+from dpo.reference.batches import place_of
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import Float64s, tolerance
 
@@ -34,7 +36,7 @@ class AuditResult:
     largest: float
     """Largest difference between a cached and a recomputed log-prob, in nats."""
     share: float
-    """The same as a share of what that row's tolerance allows; above 1 it is a mismatch."""
+    """Largest difference as a share of the tolerance for its row; at most 1."""
 
 
 def audit(
@@ -50,48 +52,62 @@ def audit(
 
     Args:
         score: The reference model: a batch of S rows on this rank's device -> (S,) log-probs in nats.
-        datasets: Where the token ids are.
+        datasets: The data sets that the rows are drawn from.
         references: (S,) cached log-probs of each data set's sequences, in nats.
         store: The cache, for its compute type and its name.
-        num_rows: Rows to recompute; all of them if there are fewer.
-        seed: Which ones.
+        num_rows: Number of rows to recompute; all if there are fewer.
+        seed: Decides which rows are drawn.
 
     Raises:
         UserError: A difference beyond the tolerance for the compute type; the message shows the rows.
     """
-    ends = np.cumsum([len(reference) for reference in references])
-    chosen = np.random.default_rng(seed).choice(ends[-1], min(num_rows, ends[-1]), replace=False)
-    mine = chosen[distributed.rank() :: distributed.world_size()].tolist()
-    calls = -(-len(chosen) // distributed.world_size())  # equally many on all ranks, for sharded weights
-    compared = []
-    for sequence in [*mine, *[None] * (calls - len(mine))]:
-        place = None if sequence is None else int(np.searchsorted(ends, sequence, side="right"))
-        index = 0 if place is None else sequence - int(ends[place] - len(references[place]))
-        rows = [] if place is None else [datasets[place].sequence(index)]
-        with torch.no_grad():
-            logps = score(sequence_batch(rows).to(distributed.device()))
-        if place is not None:
-            compared.append((len(rows[0][1]), float(references[place][index]), float(logps[0])))
-    everything = np.array([row for part in distributed.gather_objects(compared) for row in part])
-    tokens, cached, recomputed = everything.T
-    differences = np.abs(cached - recomputed)
-    allowed = tolerance(store.identity.dtype, tokens)
+    total = sum(map(len, references))
+    drawn = np.random.default_rng(seed).choice(total, min(num_rows, total), replace=False)
+    tokens, cached, recomputed = _recompute(score, datasets, references, drawn.tolist()).T
+    differences, allowed = np.abs(cached - recomputed), tolerance(store.identity.dtype, tokens)
+    wrong = ~(differences <= allowed)  # a NaN is a mismatch too
+    if wrong.any():
+        rows = np.stack([tokens, cached, recomputed, allowed], axis=1)
+        raise _mismatch(store.path, rows[wrong], len(rows))
     shares = differences / allowed
-    if not (shares <= 1).all():  # a NaN is a mismatch too
-        wrong = np.flatnonzero(~(shares <= 1))
-        shown = "".join(
-            f"\n  {int(tokens[row])} tokens: cached {cached[row]:.6f}, recomputed {recomputed[row]:.6f} "
-            f"nats, allowed difference {allowed[row]:.2g}"
-            for row in wrong[:SHOWN_ROWS]
-        )
-        raise UserError(
-            f"{store.path}: audit failed: {len(wrong)} of {len(everything)} recomputed rows differ from the "
-            "cache. The cache is not of this model, or this machine computes something else; check with dpo "
-            "cache verify --recompute, delete the folder and run precompute-ref again "
-            f"(reference.audit_rows: 0 trusts it){shown}"
-        )
-    worst = int(np.argmax(shares))
-    return AuditResult(rows=len(everything), largest=float(differences.max()), share=float(shares[worst]))
+    return AuditResult(rows=len(tokens), largest=float(differences.max()), share=float(shares.max()))
+
+
+def _recompute(
+    score: Callable[[TreeBatch], Tensor],
+    datasets: Sequence[TokenizedDataset],
+    references: Sequence[Float64s],
+    rows: Sequence[int],
+) -> Float64s:
+    """(R, 3) completion tokens, cached and recomputed log-prob of each row, gathered from all ranks.
+
+    Sharded weights need every rank in every forward pass: a rank that has no row left scores an empty batch.
+    """
+    compared: list[tuple[int, float, float]] = []
+    for row in distributed.turns_of(rows):
+        number, index = (0, 0) if row is None else place_of(datasets, row)
+        sequences = [] if row is None else [datasets[number].sequence(index)]
+        with torch.no_grad():
+            logps = score(sequence_batch(sequences).to(distributed.device()))
+        if sequences:
+            cached = float(references[number][index])
+            compared.append((len(sequences[0][1]), cached, float(logps[0])))
+    return np.array([row for part in distributed.gather_objects(compared) for row in part])
+
+
+def _mismatch(place: Path, wrong: Float64s, num_rows: int) -> UserError:
+    """The error that shows (W, 4) wrong rows: tokens, cached, recomputed, allowed difference."""
+    shown = "".join(
+        f"\n  {int(tokens)} tokens: cached {cached:.6f}, recomputed {recomputed:.6f} nats, "
+        f"allowed difference {allowed:.2g}"
+        for tokens, cached, recomputed, allowed in wrong[:SHOWN_ROWS]
+    )
+    return UserError(
+        f"{place}: audit failed: {len(wrong)} of {num_rows} recomputed rows differ from the cache. "
+        "The cache does not belong to this model, or this machine computes other values. Check with "
+        "dpo cache verify --recompute, or delete the folder and run precompute-ref again "
+        f"(reference.audit_rows: 0 skips the audit){shown}"
+    )
 
 
 def record_rows(
@@ -100,35 +116,35 @@ def record_rows(
     """Writes RUN_DIR/reference.json: the identity, and a digest of the keys and values that the run uses."""
     if distributed.is_main():
         content = json.dumps(_record(store, datasets, references), indent=2)
-        (run_dir / RECORD_FILE).write_text(content + "\n")
+        write_file(run_dir / RECORD_FILE, content + "\n")
 
 
 def check_rows(
     run_dir: Path, store: ReferenceStore, datasets: Sequence[TokenizedDataset], references: Sequence[Float64s]
 ) -> None:
-    """Raises UserError unless the run that `record_rows` wrote about used this reference and these values."""
+    """Raises UserError unless `record_rows` recorded the same reference and the same values for this run."""
 
     def compare() -> None:
         file = run_dir / RECORD_FILE
         try:
-            then = json.loads(file.read_text())
-            identity, rows = str(then["identity"]), str(then["rows"])
+            recorded = json.loads(file.read_text())
+            identity, rows = str(recorded["identity"]), str(recorded["rows"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{file}: cannot tell which reference the run started with ({error!r}); put the file back, "
-                "or set reference.audit_rows: 0 to go on unchecked"
+                f"{file}: cannot tell which reference the run started with ({error!r}); restore the file, "
+                "or set reference.audit_rows: 0 to resume unchecked"
             ) from error
         now = _record(store, datasets, references)
         if identity != now["identity"]:
             raise UserError(
                 f"{run_dir}: the run started with reference {identity[:16]}, and the model's files are now "
-                f"{now['identity'][:16]}: they were changed. Put them back, or start in another run_dir"
+                f"{now['identity'][:16]}: they were changed. Restore them, or start in another run_dir"
             )
         if rows != now["rows"]:
             raise UserError(
-                f"{run_dir}: the run started with other reference values than {store.path} has now: it was "
-                "rebuilt or pruned. Put the old cache back, or set reference.audit_rows: 0 to go on with "
-                "values that differ by rounding"
+                f"{run_dir}: the run started with other reference values than {store.path} has now: the "
+                "cache was rebuilt or pruned. Restore the old cache, or set reference.audit_rows: 0 to "
+                "resume with values that differ by rounding"
             )
 
     distributed.on_main(compare)
@@ -137,6 +153,7 @@ def check_rows(
 def _record(
     store: ReferenceStore, datasets: Sequence[TokenizedDataset], references: Sequence[Float64s]
 ) -> dict[str, str]:
+    """The content of reference.json."""
     rows = hashlib.sha256()
     for dataset, reference in zip(datasets, references, strict=True):
         rows.update(np.ascontiguousarray(dataset.keys).tobytes())

@@ -1,9 +1,9 @@
-"""What makes two reference models the same: bytes, not names.
+"""Which model the reference is, and when two reference models are the same: by content, not by name.
 
-The identity is a digest over the SHA-256 of every weight file (of base and adapter apart), the raw
-config.json less a short list of keys that cannot change a log-probability, and the compute type. A path, a
-learning rate, a beta or a world size is not in it. Files are hashed before any sharding, so that ZeRO-3
-changes nothing.
+The identity is a digest over the SHA-256 of every weight file (base and adapter separately), the raw
+config.json without a short list of keys that cannot change a log-probability, and the compute type. A path, a
+learning rate, a beta or a world size is not in it. Files are hashed before any sharding, so ZeRO-3 changes
+nothing.
 """
 
 import hashlib
@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo.config import Config, ModelConfig
+from dpo.config import ModelConfig, ReferenceConfig
 from dpo.errors import UserError
+from dpo.files import sha256_of, write_file
 from dpo.model.files import adapter_files, base_of, code_files, raw_config, weight_files
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ HASH_THREADS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceIdentity:
-    """Every component, so that a refusal can say what differs."""
+    """The components of the identity, kept separately so that an error can say which one differs."""
 
     version: int
     weights: dict[str, str]
@@ -45,9 +46,9 @@ class ReferenceIdentity:
     """File name -> SHA-256 (hex) of a PEFT adapter's configuration and weights; empty without one."""
     code: dict[str, str]
     """File name -> SHA-256 (hex) of model code that comes with the checkpoint; empty for models that
-    transformers knows."""
+    transformers implements."""
     config: dict[str, Any]
-    """config.json as written, less the keys that cannot matter."""
+    """config.json as written, without the keys that cannot matter."""
     dtype: str
     """Compute type of the log-probs."""
 
@@ -66,18 +67,18 @@ class ReferenceIdentity:
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "ReferenceIdentity":
-        """Reads identity.json; ValueError if the digest is not that of the components."""
+        """Reads identity.json; ValueError if the digest does not match the components."""
         components = {**content}
         digest = components.pop("digest")
         if not all(isinstance(components.get(part), dict) for part in (*FILES, "config")):
-            raise ValueError("a component is missing or of another type")
+            raise ValueError("a component is missing or has another type")
         identity = ReferenceIdentity(**components)
         if identity.digest != digest:
             raise ValueError("its digest does not match its content")
         return identity
 
     def differences(self, other: "ReferenceIdentity") -> list[str]:
-        """What differs, as `component: self's -> other's`, for people. Empty if nothing does."""
+        """What differs, as `component: value of self -> value of other`, for people; else empty."""
         found = []
         mine, theirs = (_flat(asdict(identity)) for identity in (self, other))
         for key in sorted(mine.keys() | theirs.keys()):
@@ -89,21 +90,28 @@ class ReferenceIdentity:
         return found
 
 
-def reference_model(config: Config) -> ModelConfig:
-    """The reference: reference.model where it is named, else the policy's start, which for an adapter is its
-    base, and is never with the adapter that is trained; same compute type and kernel.
+def reference_model(model: ModelConfig, reference: ReferenceConfig) -> ModelConfig:
+    """The reference model, with the policy's compute type and attention kernel.
+
+    Args:
+        model: The policy.
+        reference: `reference.model` names the reference. Default: the model that the policy starts from, or
+            its base if that model is an adapter, and always without the adapter that is trained.
+
+    Raises:
+        UserError: The policy is an adapter that names no base model.
     """
-    if config.reference.model is None:
-        return replace(base_of(config.model), lora=None)
-    return replace(config.model, name_or_path=config.reference.model, revision=None, lora=None)
+    if reference.model is None:
+        return replace(base_of(model), lora=None)
+    return replace(model, name_or_path=reference.model, revision=None, lora=None)
 
 
 def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity:
-    """Hashes the model's files, or remembers their hashes.
+    """Hashes the model's files, or looks their hashes up.
 
     Args:
         model: A local folder or a hub name.
-        cache_dir: Root of the caches, where hashes of local files are remembered.
+        cache_dir: Root of the caches, where the hashes of local files are stored.
 
     Raises:
         UserError: No such model, or no safetensors in it.
@@ -121,21 +129,27 @@ def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity
 
 
 def is_remembered(model: ModelConfig, cache_dir: Path) -> bool:
-    """Whether `reference_identity` needs to hash no weight file: nothing that has a cache is unknown."""
+    """Whether `reference_identity` would hash no weight file. True for every model that has a cache."""
     known = _remembered(cache_dir / HASHES_FILE)
     paths = [path.resolve() for path in weight_files(base_of(model))]
     return all(_is_blob(path) or _known(known, path) is not None for path in paths)
 
 
-def policy_is_reference(config: Config, identity: ReferenceIdentity, cache_dir: Path) -> bool:
-    """Whether the policy starts as the reference, by content."""
-    return reference_identity(config.model, cache_dir).digest == identity.digest
+def policy_is_reference(policy: ModelConfig, identity: ReferenceIdentity, cache_dir: Path) -> bool:
+    """Whether the policy starts as the reference, by content.
+
+    Args:
+        policy: The model that training starts from.
+        identity: That of the reference.
+        cache_dir: Root of the caches, where the hashes of local files are stored.
+    """
+    return reference_identity(policy, cache_dir).digest == identity.digest
 
 
 def _digests(paths: list[Path], memory: Path) -> dict[str, str]:
-    """File name -> SHA-256 (hex), from the hub cache, from memory, or from the bytes.
+    """File name -> SHA-256 (hex), from the hub cache's file name, from the file `memory`, or by hashing.
 
-    The hub cache names a large file by its SHA-256. A local file is hashed once and remembered by (path,
+    The hub cache names a large file by its SHA-256. A local file is hashed once and found again by (path,
     size, modification and change time, inode): editing it in place changes at least the change time.
     """
     if not paths:
@@ -153,7 +167,7 @@ def _digests(paths: list[Path], memory: Path) -> dict[str, str]:
         else:
             found[names[path]] = digest
     if unknown:
-        with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing releases the interpreter's lock
+        with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing releases the GIL
             entries = dict(zip(unknown, pool.map(_hashed, unknown), strict=True))
         found |= {names[path]: str(entry["sha256"]) for path, entry in entries.items()}
         _remember(memory, {str(path.resolve()): entry for path, entry in entries.items()})
@@ -174,10 +188,9 @@ def _known(memory: dict[str, Any], path: Path) -> str | None:
 def _hashed(path: Path) -> dict[str, Any]:
     resolved = path.resolve()
     stamp = _stamp(resolved)
-    with resolved.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256_of(resolved)
     if _stamp(resolved) != stamp:
-        raise UserError(f"{path}: it changed while it was read; wait until it is written, and try again")
+        raise UserError(f"{path}: changed while it was read; wait until it is written, and try again")
     return {"stamp": stamp, "sha256": digest}
 
 
@@ -195,14 +208,16 @@ def _remembered(memory: Path) -> dict[str, Any]:
 
 
 def _remember(memory: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Adds entries to the file; what another process adds meanwhile may be lost and is then hashed again."""
+    """Adds entries to the file. What another process adds meanwhile may be lost; it is then hashed again."""
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memory.with_name(f".{memory.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(_remembered(memory) | entries, indent=1))
-        temporary.replace(memory)
-    except OSError as error:  # somebody else's cache, say: it can be read all the same
-        logger.warning("%s: cannot remember hashes (%s); the model is hashed again", memory, error.strerror)
+        write_file(memory, json.dumps(_remembered(memory) | entries, indent=1))
+    except OSError as error:  # a read-only cache, for example, can be used all the same
+        logger.warning(
+            "%s: cannot store file hashes (%s); the next command hashes the model again",
+            memory,
+            error.strerror,
+        )
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Looking after a cache: what is in it, is it whole, and can it be smaller.
+"""Maintenance of a cache: statistics, verification, and joining and dropping rows.
 
-Nothing here needs a model. Shards that others write meanwhile are left alone.
+Nothing here needs a model. Shards that other processes write meanwhile are not touched.
 """
 
 import time
@@ -19,11 +19,12 @@ from dpo.reference.table import KeyIndex, ReferenceRows, index_keys
 
 SMALL_SHARD_ROWS = 250_000
 """Shards with fewer rows are joined into larger ones."""
-ABANDONED_SECONDS = 3600
 LARGE_SHARD_ROWS = 2_000_000
-"""Where a joined shard ends."""
+"""A joined shard ends at this many rows."""
 LARGE_SHARD_TOKENS = 1 << 28
-"""Where a joined shard with log-probs of tokens ends: their offsets are 32-bit numbers."""
+"""A joined shard with log-probs per token also ends at this many tokens: offsets are 32-bit integers."""
+ABANDONED_SECONDS = 3600
+"""An unfinished shard of this age was left behind by a killed process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +32,20 @@ class CacheInfo:
     """A cache in numbers."""
 
     rows: int
-    """Different sequences."""
+    """Distinct sequences."""
     copies: int
-    """Rows that stand in several shards, beyond the first of each."""
+    """Rows beyond the first of each sequence."""
     rows_with_tokens: int
-    """Different sequences whose tokens' log-probs are stored."""
+    """Distinct sequences that have log-probs per token."""
     shards: int
     unfinished: int
-    """Files that a killed process left behind while it wrote them."""
+    """Shards under a temporary name: being written, or left behind by a killed process."""
     bytes: int
-    """Of all shards."""
+    """Size of all shards."""
 
 
 def cache_info(store: ReferenceStore) -> CacheInfo:
-    """Counts; UserError if a shard is damaged."""
+    """Counts rows, shards and bytes; UserError if a shard is damaged."""
 
     def count(shards: list[Path]) -> CacheInfo:
         table, with_tokens = store.load(), store.load(with_tokens=True)
@@ -65,15 +66,16 @@ def verify(store: ReferenceStore) -> int:
     """Reads every shard with its checksums and compares copies; returns the number of rows.
 
     Raises:
-        UserError: All damaged or foreign shards, one a line, or rows that disagree.
+        UserError: All bad shards (damaged, or of another model), one per line; or copies that disagree.
     """
-    found = store.read_shards(lambda shards: [said for path in shards for said in _damage(store, path)])
+    found = store.read_shards(lambda shards: [line for path in shards for line in _damage(store, path)])
     if found:
         raise UserError(f"{len(found)} of {len(store.shards())} shards are bad:\n  " + "\n  ".join(found))
     return len(store.load())
 
 
 def _damage(store: ReferenceStore, path: Path) -> Iterator[str]:
+    """The message that says what is wrong with a shard; nothing for a good one."""
     try:
         read_shard(path, store.identity.digest, token_logps=True)
     except UserError as error:
@@ -89,15 +91,16 @@ class PruneResult:
     kept: int
     """Rows after."""
     replaced: tuple[Path, ...]
-    """Shards whose rows are dropped or move to larger shards."""
+    """Shards with rows that are dropped or moved to larger shards."""
     bytes: int
-    """Of those shards."""
+    """Size of those shards."""
 
 
 def prune(store: ReferenceStore, wanted: KeyIndex | None, *, dry_run: bool) -> PruneResult:
     """Drops rows, and joins small shards into large ones; values do not change.
 
-    New shards are written before old ones are removed: killed in between, the cache has copies, no gaps.
+    New shards are written before old ones are removed. If the process is killed in between, the cache has
+    copies of rows, but loses none.
 
     Args:
         store: The cache.
@@ -105,9 +108,9 @@ def prune(store: ReferenceStore, wanted: KeyIndex | None, *, dry_run: bool) -> P
         dry_run: Change nothing.
 
     Raises:
-        UserError: A shard is damaged, or the folder cannot be written.
+        UserError: A shard is damaged, copies disagree, or the folder cannot be written.
     """
-    store.load()  # refuses damage and disagreement before anything is written
+    store.load()  # raises for damage and disagreement before anything is written
     result, kept = store.read_shards(lambda shards: _plan(shards, _kept(store, shards, wanted)))
     if dry_run:
         return result
@@ -117,10 +120,10 @@ def prune(store: ReferenceStore, wanted: KeyIndex | None, *, dry_run: bool) -> P
             _join(store, alike, kept, with_tokens=with_tokens)
         for path in (*result.replaced, *_abandoned(store)):
             path.unlink(missing_ok=True)
-    except OSError as error:  # also a shard that is gone: somebody else prunes
+    except OSError as error:  # also a shard that is gone because another process prunes the cache
         raise UserError(
             f"{store.path}: cannot prune ({error.strerror}: {error.filename}); no row is lost. Make sure "
-            "that you may write there and that nobody else prunes it, and try again"
+            "that the folder is writable and that no other process prunes it, and try again"
         ) from error
     return result
 
@@ -129,7 +132,9 @@ Masks = dict[Path, npt.NDArray[np.bool_]]
 
 
 def _plan(shards: Sequence[Path], kept: Masks) -> tuple[PruneResult, Masks]:
-    """Replaced are shards that lose rows, and small ones of which there are several of a kind."""
+    """What to replace: shards that lose rows, and small shards if there are several of the same kind (with or
+    without log-probs per token).
+    """
     kinds = {path: has_token_logps(path) for path in shards}
     small = [path for path in shards if len(kept[path]) < SMALL_SHARD_ROWS]
     several = {kind for kind in (False, True) if sum(kinds[path] == kind for path in small) > 1}
@@ -144,17 +149,17 @@ def _plan(shards: Sequence[Path], kept: Masks) -> tuple[PruneResult, Masks]:
 
 
 def _abandoned(store: ReferenceStore) -> list[Path]:
-    """Half-written files that nobody is writing any more."""
+    """Unfinished shards that no process is writing any more."""
     before = time.time() - ABANDONED_SECONDS
     found = []
     for path in store.path.glob(UNFINISHED):
-        with suppress(FileNotFoundError):  # it was finished a moment ago
+        with suppress(FileNotFoundError):  # it has just been finished
             found += [path] if path.stat().st_mtime < before else []
     return found
 
 
 def _kept(store: ReferenceStore, shards: Sequence[Path], wanted: KeyIndex | None) -> Masks:
-    """Which rows stay: of each wanted key the copy that is in use, and the one in use for its tokens."""
+    """Which rows stay: of each wanted key the copy whose sum is in use, and the copy whose tokens are."""
     keys = [read_shard(path, store.identity.digest).keys for path in shards]
     if not keys:
         return {}
@@ -169,9 +174,9 @@ def _kept(store: ReferenceStore, shards: Sequence[Path], wanted: KeyIndex | None
 
 
 def _join(store: ReferenceStore, shards: Sequence[Path], kept: Masks, *, with_tokens: bool) -> None:
-    """Writes what stays of some shards into larger ones, under a time at which no other copy overtakes it."""
+    """Writes the kept rows of some shards into larger ones, whose time keeps the order of copies by age."""
     for rows in _in_large_parts(store, shards, kept, with_tokens=with_tokens):
-        # A copy with tokens stays behind the older one without that is in use.
+        # A copy with tokens must not become older than the copy without them whose sum is in use.
         time_ns = written_at(shards[-1] if with_tokens else shards[0])
         write_shard(store.path, rows, store.identity.digest, time_ns=time_ns)
 
@@ -179,6 +184,7 @@ def _join(store: ReferenceStore, shards: Sequence[Path], kept: Masks, *, with_to
 def _in_large_parts(
     store: ReferenceStore, shards: Sequence[Path], kept: Masks, *, with_tokens: bool
 ) -> Iterator[ReferenceRows]:
+    """The kept rows, joined up to the size of a large shard."""
     parts: list[ReferenceRows] = []
     for path in shards:
         parts.append(read_shard(path, store.identity.digest, token_logps=with_tokens).where(kept[path]))

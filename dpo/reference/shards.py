@@ -1,14 +1,11 @@
-"""One Parquet file of the cache: how rows are written so that a crash leaves a whole shard or none, and how
-they are read so that damage is seen.
+"""One Parquet file of the cache. A crash leaves a complete shard or none, and damage is found on reading.
 
 Columns: key (16 bytes), logp (float64, nats), num_tokens (int32) and, when asked for, token_logps (list of
 float32). The file's metadata names the identity of the model that computed it.
 """
 
-import os
 import time
 import uuid
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ import pyarrow.parquet as pq
 
 from dpo.data.records import KEY_BYTES
 from dpo.errors import UserError
+from dpo.files import write_file
 from dpo.reference.table import Keys, ReferenceRows
 
 SCHEMA = pa.schema([("key", pa.binary(KEY_BYTES)), ("logp", pa.float64()), ("num_tokens", pa.int32())])
@@ -24,12 +22,13 @@ TOKENS = pa.field("token_logps", pa.list_(pa.float32()))
 IDENTITY = b"dpo.reference.identity"
 PATTERN = "part-*.parquet"
 UNFINISHED = ".part-*.writing"
+"""Temporary names that `dpo.files.write_file` gives to shards."""
 
 
 def write_shard(folder: Path, rows: ReferenceRows, identity: str, *, time_ns: int | None = None) -> Path:
-    """Writes rows under a temporary name, flushes them to the disk, renames the file, flushes the folder.
+    """Writes a shard, complete and flushed to the disk before it has its name.
 
-    Names begin with the time of writing, so that the oldest copy of a row comes first.
+    The name begins with the time of writing, so that shards sort by age.
 
     Args:
         folder: The cache's folder.
@@ -40,43 +39,34 @@ def write_shard(folder: Path, rows: ReferenceRows, identity: str, *, time_ns: in
     Raises:
         UserError: The disk is full, or the folder cannot be written.
     """
-    content = _encoded(rows, identity)
     stamp = time.time_ns() if time_ns is None else time_ns
-    name = f"part-{stamp:020d}-{uuid.uuid4().hex[:12]}.parquet"
-    temporary = folder / f".{name}.writing"
+    path = folder / f"part-{stamp:020d}-{uuid.uuid4().hex[:12]}.parquet"
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / name)
-        _flush_directory(folder)
+        write_file(path, _encoded(rows, identity))
     except OSError as error:
-        with suppress(OSError):  # a disk that has become read-only
-            temporary.unlink(missing_ok=True)
         raise UserError(
             f"{folder}: cannot write a shard of {len(rows)} rows ({error.strerror}); the shards before it "
-            "are kept. Make room or repair the permissions, and run precompute-ref again: it computes what "
+            "are kept. Free space or fix the permissions, and run precompute-ref again: it computes what "
             "is missing"
         ) from error
-    return folder / name
+    return path
 
 
 def read_shard(path: Path, identity: str, *, token_logps: bool = False) -> ReferenceRows:
-    """Reads a shard and checks what can be known of it.
+    """Reads a shard and checks its checksums, columns, identity and values.
 
     Args:
         path: The file.
         identity: Digest of the identity that it must have.
-        token_logps: Also read the log-probs of the tokens; a shard without them gives None.
+        token_logps: Also read the log-probs per token; None for a shard without them.
 
     Raises:
         UserError: Damaged, not a shard, or of another model.
-        FileNotFoundError: It is gone: compacted by somebody else.
+        FileNotFoundError: It is gone: another process pruned the cache.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            schema, promised = file.schema_arrow, file.metadata.num_rows
+            schema, num_rows = file.schema_arrow, file.metadata.num_rows
             if [*schema][: len(SCHEMA)] != [*SCHEMA]:
                 columns = ", ".join(f"{field.name} ({field.type})" for field in SCHEMA)
                 raise UserError(f"{path}: not a shard of a reference cache; expected the columns {columns}")
@@ -87,11 +77,11 @@ def read_shard(path: Path, identity: str, *, token_logps: bool = False) -> Refer
             found = (file.metadata.metadata or {}).get(IDENTITY, b"").decode()
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names that are no text
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: names that are not UTF-8
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _damaged(path, reason) from error
-    if table.num_rows != promised:
-        raise _damaged(path, f"it has {table.num_rows} of {promised} rows")
+    if table.num_rows != num_rows:
+        raise _damaged(path, f"it has {table.num_rows} of {num_rows} rows")
     if found != identity:
         raise UserError(
             f"{path}: a shard of another reference model (identity {found[:16] or 'unknown'}, this cache is "
@@ -101,14 +91,14 @@ def read_shard(path: Path, identity: str, *, token_logps: bool = False) -> Refer
 
 
 def written_at(path: Path) -> int:
-    """The time in a shard's name, in nanoseconds since 1970; 0 for a name of somebody else's making."""
+    """The time in a shard's name, in nanoseconds since 1970; 0 if the name has none."""
     time_ns = path.name.split("-")[1]
     return int(time_ns) if time_ns.isdigit() else 0
 
 
 def has_token_logps(path: Path) -> bool:
-    """Whether a shard holds the log-probs of tokens; True for one that cannot be read, so that reading says
-    why.
+    """Whether a shard holds log-probs per token. True for a shard that cannot be read: reading it raises the
+    error that says why.
     """
     try:
         return TOKENS.name in pq.read_schema(path).names
@@ -158,7 +148,7 @@ def _decoded(path: Path, table: pa.Table) -> ReferenceRows:
 
 
 def _keys_of(table: pa.Table) -> Keys:
-    """(N,) V16, without a Python object a row."""
+    """(N,) V16, without a Python object per row."""
     if table.num_rows == 0:
         return np.zeros(0, dtype=f"V{KEY_BYTES}")
     column = table["key"].chunk(0)
@@ -170,10 +160,10 @@ def _tokens_of(path: Path, table: pa.Table) -> np.ndarray[tuple[int], np.dtype[n
         return np.zeros(0, dtype=np.float32)
     column = table[TOKENS.name].chunk(0)
     if not np.array_equal(np.diff(column.offsets.to_numpy()), table["num_tokens"].to_numpy()):
-        raise _damaged(path, "a row has another number of token log-probs than of tokens")
+        raise _damaged(path, "a row's number of token log-probs is not its number of tokens")
     values = np.asarray(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
     if not np.isfinite(values).all():
-        raise _damaged(path, f"{int((~np.isfinite(values)).sum())} log-probs of tokens are not finite")
+        raise _damaged(path, f"{int((~np.isfinite(values)).sum())} token log-probs are not finite")
     return values
 
 
@@ -183,11 +173,3 @@ def _is_token_column(kind: pa.DataType) -> bool:
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path}: damaged shard ({reason}); delete it and run precompute-ref again")
-
-
-def _flush_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,25 +1,27 @@
 """The reference cache of one model on disk: a folder with identity.json and append-only shards.
 
-Shards are immutable, have unique names and may overlap: any number of builders can write at once, and merging
-two caches of one model is copying shards. The loaded table has each key once.
+Shards are immutable, have unique names and may overlap: any number of builders can write at once, and two
+caches of one model are merged by copying shards. The loaded table has each key once.
 """
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from dpo import distributed
+from dpo.config import ModelConfig
 from dpo.errors import UserError
-from dpo.reference.identity import ReferenceIdentity
+from dpo.files import write_file
+from dpo.reference.identity import ReferenceIdentity, reference_identity
 from dpo.reference.shards import PATTERN, has_token_logps, read_shard, write_shard
 from dpo.reference.table import ReferenceRows, ReferenceTable, build_table
 
 IDENTITY_FILE = "identity.json"
 T = TypeVar("T")
 SHOWN_DIFFERENCES = 4
-RELOADS = 5  # a cache that is compacted while it is read is read again
+RELOADS = 5  # attempts to read a cache whose shards another process is joining
 
 
 class ReferenceStore:
@@ -32,7 +34,7 @@ class ReferenceStore:
 
     @staticmethod
     def at(folder: Path) -> "ReferenceStore":
-        """The cache in a folder, of whatever model its identity.json names.
+        """The cache in a folder; its identity.json says which model it belongs to.
 
         Raises:
             UserError: No readable identity.json, or one that does not belong to the folder.
@@ -42,28 +44,26 @@ class ReferenceStore:
         store = ReferenceStore(folder.parent, identity)
         if store.path != folder:
             raise UserError(
-                f"{folder}: identity.json is that of {identity.digest[:16]}, not of this folder; it was "
-                "edited or moved: put it back, or delete the folder and recompute it"
+                f"{folder}: identity.json belongs to {identity.digest[:16]}, not to this folder; the folder "
+                "was renamed or the file edited: put it back, or delete the folder and recompute it"
             )
         return store
 
     def create(self) -> None:
-        """Makes the folder and identity.json; refuses a folder of another identity.
+        """Creates the folder and identity.json where they are missing.
 
         Raises:
-            UserError: Another identity is there, or the folder cannot be written.
+            UserError: The folder has another identity, or cannot be written.
         """
         file = self.path / IDENTITY_FILE
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not file.is_file():
-                temporary = self.path / f".{IDENTITY_FILE}.{os.getpid()}"
-                temporary.write_text(json.dumps(self.identity.to_json(), indent=2))
-                temporary.replace(file)
+                write_file(file, json.dumps(self.identity.to_json(), indent=2))
         except OSError as error:
             raise UserError(
-                f"reference.cache_dir: cannot write {self.path} ({error.strerror}); expected a folder with "
-                "room that you may write to"
+                f"reference.cache_dir: cannot write {self.path} ({error.strerror}); expected a writable "
+                "folder with free space"
             ) from error
         self._check_identity()
 
@@ -79,10 +79,11 @@ class ReferenceStore:
         """All shards as one table; empty if there is no cache yet.
 
         Args:
-            with_tokens: Only the rows whose tokens' log-probs are stored too.
+            with_tokens: Only the rows that have log-probs per token.
 
         Raises:
-            UserError: A shard is damaged or foreign, the folder has another identity, or two shards disagree.
+            UserError: A shard is damaged or of another model, the folder has another identity, or two shards
+                disagree.
         """
 
         def read(shards: list[Path]) -> list[ReferenceRows]:
@@ -93,14 +94,15 @@ class ReferenceStore:
         return build_table(ReferenceRows.joined(parts), self.identity.dtype, str(self.path))
 
     def read_shards(self, read: Callable[[list[Path]], T]) -> T:
-        """The result of `read` on all shards, the oldest first; again if one is gone, compacted by somebody
-        else.
+        """The result of `read` on all shards, the oldest first.
+
+        Reads again if a shard disappears meanwhile because another process prunes the cache.
 
         Args:
-            read: Reads shards, and lets FileNotFoundError pass.
+            read: Reads shards, and does not catch FileNotFoundError.
 
         Raises:
-            UserError: The folder has another identity, or shards keep vanishing.
+            UserError: The folder has another identity, or shards keep disappearing.
         """
         for _ in range(RELOADS):
             shards = self.shards()
@@ -109,12 +111,12 @@ class ReferenceStore:
             with suppress(FileNotFoundError):
                 return read(shards)
         raise UserError(
-            f"{self.path}: shards vanish while they are read; wait until nobody prunes this cache"
+            f"{self.path}: shards disappear while they are read; wait until no process prunes this cache"
         )
 
     def nearest_other(self) -> str | None:
-        """How the most similar other cache under the same root differs, for people who expected to find
-        theirs.
+        """How the most similar other cache under the same root differs, for people who expected this one to
+        be filled; None if there is no other.
         """
         found = []
         for file in self.cache_dir.glob(f"*/{IDENTITY_FILE}"):
@@ -129,16 +131,29 @@ class ReferenceStore:
             return None
         _, name, differences = min(found)
         shown = [*differences[:SHOWN_DIFFERENCES], *(["..."] if len(differences) > SHOWN_DIFFERENCES else [])]
-        return f"the nearest other cache, {name}, is of a model with other {'; '.join(shown)}"
+        return f"the nearest other cache, {name}, belongs to a model that differs in {'; '.join(shown)}"
 
     def _check_identity(self) -> None:
         stored = _read_identity(self.path)
         if stored.digest != self.identity.digest:
             raise UserError(
-                f"{self.path}: the cache is of another reference model: "
+                f"{self.path}: the cache belongs to another reference model: "
                 f"{'; '.join(stored.differences(self.identity))}. Delete the folder, or use another "
                 "reference.cache_dir"
             )
+
+
+def reference_store(model: ModelConfig, cache_dir: Path) -> ReferenceStore:
+    """The cache of a reference model. Rank 0 hashes the model's files; all ranks must call it.
+
+    Args:
+        model: The reference model.
+        cache_dir: Root of the caches.
+
+    Raises:
+        UserError: No such model, or no safetensors in it.
+    """
+    return ReferenceStore(cache_dir, distributed.on_main(lambda: reference_identity(model, cache_dir)))
 
 
 def _read_identity(folder: Path) -> ReferenceIdentity:
@@ -147,6 +162,6 @@ def _read_identity(folder: Path) -> ReferenceIdentity:
         return ReferenceIdentity.from_json(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{file}: not the identity of a cache ({type(error).__name__}: {error}); put it back, or delete "
+            f"{file}: not the identity of a cache ({type(error).__name__}: {error}); restore it, or delete "
             "the folder and recompute it"
         ) from error

@@ -1,8 +1,7 @@
-"""The rows of a cache in memory, each key once: the join of millions of sequences with their reference
-values.
+"""The rows of a cache in memory, each key once, and the search for millions of keys in it.
 
-Keys are hashes, so their first 8 bytes nearly decide the order: rows are sorted by those as integers, and the
-last 8 bytes settle the rest.
+Keys are hashes: their first 8 bytes are almost always distinct. Rows are sorted by those bytes as integers,
+and the last 8 bytes decide between equal ones.
 """
 
 from collections.abc import Sequence
@@ -20,19 +19,19 @@ Float64s = npt.NDArray[np.float64]
 UInt64s = npt.NDArray[np.uint64]
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 0.25}
-"""Rounding noise of one token, in nats: the largest seen between two batches of one sequence, times five."""
+"""Rounding noise per token, in nats: the largest seen between two batches of one sequence, times five."""
 
-FIND_BLOCK = 1 << 22  # keys looked up at a time: bounds the memory that a join needs besides its two sides
+FIND_BLOCK = 1 << 22  # keys per search: bounds the temporary memory of a join
 
 
 def tolerance(dtype: str, num_tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-    """Largest difference between two computations of one sequence, in nats.
+    """(N,) largest allowed difference between two computations of one sequence, in nats.
 
-    Rounding errors of tokens are as often up as down, so their sum grows with the square root of the number.
+    Rounding errors have random signs, so their sum grows with the square root of the number of tokens.
 
     Args:
         dtype: Compute type.
-        num_tokens: (N,) completion tokens.
+        num_tokens: (N,) completion tokens of each sequence.
     """
     allowed: npt.NDArray[np.float64] = TOLERANCE[dtype] * np.sqrt(num_tokens)
     return allowed
@@ -40,7 +39,7 @@ def tolerance(dtype: str, num_tokens: npt.NDArray[np.integer]) -> npt.NDArray[np
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceRows:
-    """N rows as the model gave them, or as a shard holds them."""
+    """N rows, as computed or as stored in shards."""
 
     keys: Keys
     """(N,) V16."""
@@ -49,7 +48,7 @@ class ReferenceRows:
     num_tokens: npt.NDArray[np.int32]
     """(N,) completion tokens."""
     token_logps: npt.NDArray[np.float32] | None = None
-    """(num_tokens.sum(),) log-probs of the tokens, row after row, or None where they were not asked for."""
+    """(num_tokens.sum(),) log-prob per token in nats, row after row, or None where they are not wanted."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -66,7 +65,7 @@ class ReferenceRows:
 
     @staticmethod
     def joined(parts: Sequence["ReferenceRows"]) -> "ReferenceRows":
-        """The rows of all parts, in order; with the tokens' log-probs if every part has them."""
+        """The rows of all parts, in order; with log-probs per token if every part has them."""
         if not parts:
             nothing = np.zeros(0, dtype=np.int32)
             keys = np.zeros(0, dtype=f"V{KEY_BYTES}")
@@ -82,7 +81,7 @@ class ReferenceRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyIndex:
-    """N different keys in an order that makes them easy to find."""
+    """N distinct keys, sorted so that they can be searched."""
 
     prefixes: UInt64s
     """(N,) first halves, ascending."""
@@ -106,11 +105,11 @@ class KeyIndex:
         found = np.full(len(keys), -1, dtype=np.int64)
         for start in range(0, len(keys) if len(self) else 0, FIND_BLOCK):
             prefixes, suffixes = halves(keys[start : start + FIND_BLOCK])
-            order = np.argsort(prefixes)  # neighbours in the index are then looked up one after the other
+            order = np.argsort(prefixes)  # sorted searches read the index in order, which is faster
             prefixes, suffixes = prefixes[order], suffixes[order]
             places = np.searchsorted(self.prefixes, prefixes).clip(max=len(self) - 1)
             match = self._matches(places, prefixes, suffixes)
-            while True:  # other keys with the same first half stand before ours
+            while True:  # another key with the same first half may come before ours
                 following = (places + 1).clip(max=len(self) - 1)
                 further = ~match & (following > places) & (self.prefixes[following] == prefixes)
                 if not further.any():
@@ -149,12 +148,12 @@ def index_keys(keys: Keys) -> tuple[KeyIndex, Int64s]:
         keys: (M,) V16.
 
     Returns:
-        The index of N different keys, and (N,) where in `keys` each of them stands first.
+        The index of the N distinct keys, and (N,) the first position of each in `keys`.
     """
     prefixes, suffixes = halves(keys)
     order = np.argsort(prefixes)
     new_prefix, new_suffix = _changes(prefixes[order]), _changes(suffixes[order])
-    if (new_suffix & ~new_prefix).any():  # different keys with one first half, which hashes hardly ever have
+    if (new_suffix & ~new_prefix).any():  # distinct keys that share a first half: rare for hashes
         order = np.lexsort((suffixes, prefixes))
         new_prefix, new_suffix = _changes(prefixes[order]), _changes(suffixes[order])
     starts = np.flatnonzero(new_prefix | new_suffix)
@@ -163,10 +162,10 @@ def index_keys(keys: Keys) -> tuple[KeyIndex, Int64s]:
 
 
 def build_table(rows: ReferenceRows, dtype: str, place: str) -> ReferenceTable:
-    """Indexes rows; of several copies of a row the first stays.
+    """Indexes rows; of several copies of a row the first is kept.
 
     Args:
-        rows: (N,) in the order in which they were written.
+        rows: N rows in the order in which they were written.
         dtype: Compute type, for the tolerance.
         place: The cache's folder, for the message.
 
@@ -181,7 +180,7 @@ def build_table(rows: ReferenceRows, dtype: str, place: str) -> ReferenceTable:
         if differ.any():
             example = int(np.argmax(differ))
             raise UserError(
-                f"{place}: {int(differ.sum())} rows stand in two shards with different values, as "
+                f"{place}: {int(differ.sum())} rows are in two shards with different values, such as "
                 f"{rows.logps[kept[example]]:.6f} and {rows.logps[example]:.6f} nats; one of them is wrong. "
                 "Find it with dpo cache verify --recompute, or delete the folder and recompute it"
             )
@@ -189,7 +188,7 @@ def build_table(rows: ReferenceRows, dtype: str, place: str) -> ReferenceTable:
 
 
 def _changes(values: UInt64s) -> npt.NDArray[np.bool_]:
-    """(N,) whether a value differs from the one before."""
+    """(N,) whether each value differs from the one before it."""
     changes = np.ones(len(values), dtype=bool)
     np.not_equal(values[1:], values[:-1], out=changes[1:])
     return changes

@@ -16,7 +16,6 @@ from dpo.config import (
     ModelConfig,
     OptimizationConfig,
     ReferenceConfig,
-    SftDataConfig,
     SftTrainConfig,
     TrainConfig,
 )
@@ -77,13 +76,13 @@ def policy_card(
     against = (
         f", with reference {_code(reference.model or model.name_or_path)}" if needs_reference(loss) else ""
     )
-    sources = [data.train] if isinstance(data.train, str) else [source.path for source in data.train]
+    sources = _sources(data)
     return _written(
         _Card(
             title=title,
             base=model,
             tags=["dpo", "preference-optimization"],
-            datasets=[source for source in sources if _is_hub_name(source)],
+            datasets=list(filter(_is_hub_name, sources)),
             method="Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290); "
             f"the loss is given below) from {start}{against}, on {', '.join(map(_code, sources))}.",
             settings={
@@ -99,17 +98,18 @@ def policy_card(
 
 
 def sft_card(
-    results: dict[str, float], *, title: str, model: ModelConfig, data: SftDataConfig, train: SftTrainConfig
+    results: dict[str, float], *, title: str, model: ModelConfig, data: DataConfig, train: SftTrainConfig
 ) -> str:
     """The card of a model that learned next tokens; arguments as in `policy_card`."""
     start = _code(model.name_or_path) if model.name_or_path else "random weights"
+    sources = _sources(data)
     return _written(
         _Card(
             title=title,
             base=model,
             tags=["sft"],
-            datasets=[data.train] if _is_hub_name(data.train) else [],
-            method=f"Next-token training from {start} on {_code(data.train)}.",
+            datasets=list(filter(_is_hub_name, sources)),
+            method=f"Next-token training from {start} on {', '.join(map(_code, sources))}.",
             settings=_settings(model, train, {"sequences per step": str(train.sequences_per_step)}),
             use="Continuing text like that of its data, or as the start and reference of preference "
             "optimization.",
@@ -194,6 +194,11 @@ def _loading(base: ModelConfig) -> str:
         lines.append('model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")')
     lines.append('tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")')
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _sources(data: DataConfig) -> list[str]:
+    """Paths and hub names of the training data."""
+    return [data.train] if isinstance(data.train, str) else [source.path for source in data.train]
 
 
 def _is_adapter(base: ModelConfig) -> bool:

@@ -4,19 +4,17 @@ Reads config.yaml and environment.json of the run folder, which training wrote.
 """
 
 import json
-from pathlib import Path
-
-import yaml
 
 from dpo import distributed
 from dpo.config import EvaluateConfig, LossConfig, ModelConfig, ReferenceConfig, TrainConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.loss.catalog import title_of
 from dpo.report.content import Provenance
+from dpo.tracking.run_folder import RunFolder
 
 
 def provenance_of(
-    run_dir: Path,
+    folder: RunFolder,
     data: TokenizedDataset,
     digests: dict[str, str],
     *,
@@ -29,7 +27,7 @@ def provenance_of(
     """The origin of a report; only the main process needs it.
 
     Args:
-        run_dir: The run folder.
+        folder: The run.
         data: Held-out groups.
         digests: Digests of data and cache, by name.
         model: What training started from.
@@ -43,10 +41,10 @@ def provenance_of(
         "training": f"learning rate {train.learning_rate}, {train.pairs_per_step} pairs per step, "
         f"{train.num_epochs} epoch(s), {train.optimizer}, seed {train.seed}",
     }
-    if not learned_preferences(run_dir):
+    if not learned_preferences(folder):
         trained = {"training": "next-token prediction; loss and rewards are those of its use as a policy"}
     essentials = {
-        "policy": f"{model_folder(run_dir, evaluate.snapshot)}, from {model.name_or_path}",
+        "policy": f"{folder.model(evaluate.snapshot)}, from {model.name_or_path}",
         "reference": reference.model or model.name_or_path,
         **trained,
         "held-out data": f"{data.counts['pairs']} pairs of {data.counts['groups']} prompts",
@@ -56,32 +54,21 @@ def provenance_of(
         "intervals": "95 %, bootstrapped by prompt",
     }
     return Provenance(
-        essentials=essentials, commands=_commands(run_dir), versions=digests | _environment(run_dir)
+        essentials=essentials, commands=_commands(folder), versions=digests | _environment(folder)
     )
 
 
-def model_folder(run_dir: Path, snapshot: int | None) -> Path:
-    """The model that is evaluated: the final one, or the snapshot of a step."""
-    return run_dir / ("model" if snapshot is None else f"snapshots/step_{snapshot:08d}")
-
-
-def report_folder(run_dir: Path, snapshot: int | None) -> Path:
-    """Where its report belongs; that of a snapshot is in the snapshot's folder."""
-    return (run_dir if snapshot is None else model_folder(run_dir, snapshot)) / "report"
-
-
-def learned_preferences(run_dir: Path) -> bool:
+def learned_preferences(folder: RunFolder) -> bool:
     """Whether `train` made the run, not `sft`; also true for a folder without a configuration."""
-    file = run_dir / "config.yaml"
-    return not file.is_file() or "loss" in yaml.safe_load(file.read_text())
+    settings = folder.settings()
+    return settings is None or "loss" in settings
 
 
-def _environment(run_dir: Path) -> dict[str, str]:
+def _environment(folder: RunFolder) -> dict[str, str]:
     """What training wrote to environment.json, and the ranks of this evaluation."""
-    file = run_dir / "environment.json"
     found: dict[str, str] = {}
-    if file.is_file():
-        trained = json.loads(file.read_text())
+    if folder.environment.is_file():
+        trained = json.loads(folder.environment.read_text())
         found["trained by"] = f"{trained['engine']}, {trained['world_size']} rank(s)"
         packages = trained["packages"].items()
         found["versions"] = ", ".join(
@@ -92,7 +79,7 @@ def _environment(run_dir: Path) -> dict[str, str]:
     return found | {"evaluated on": f"{distributed.world_size()} rank(s), {device}"}
 
 
-def _commands(run_dir: Path) -> list[str]:
-    world, file = distributed.world_size(), run_dir / "config.yaml"
+def _commands(folder: RunFolder) -> list[str]:
+    world = distributed.world_size()
     start = f"NPROC={world} launch/run" if world > 1 else "python -m dpo"
-    return [f"{start} {name} --config {file}" for name in ("precompute-ref", "train", "evaluate")]
+    return [f"{start} {name} --config {folder.config}" for name in ("precompute-ref", "train", "evaluate")]

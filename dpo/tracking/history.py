@@ -1,26 +1,29 @@
-"""metrics.jsonl read back: a line per optimizer step and per evaluation."""
+"""metrics.jsonl read back: one line per optimizer step and per evaluation."""
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-HISTORY_FILE = "metrics.jsonl"
+from dpo.tracking.run_folder import RunFolder
 
 Line = dict[str, float]
 
 
-def complete_lines(run_dir: Path) -> list[str]:
-    """The lines of a run's file, which may end in a half one, or not exist."""
-    path = run_dir / HISTORY_FILE
-    if not path.is_file():
+def complete_lines(folder: RunFolder) -> list[str]:
+    """The lines of a run's file, which may end in half a line, or not exist."""
+    if not folder.history.is_file():
         return []
-    with path.open() as file:
+    with folder.history.open() as file:
         return [line for line in file if line.endswith("\n")]
 
 
-def read_history(run_dir: Path) -> list[Line]:
-    """Name -> number of every line, in the order in which they were written; each has `step`."""
-    return [json.loads(line) for line in complete_lines(run_dir)]
+def read_history(folder: RunFolder) -> list[Line]:
+    """Name -> number for every line, in the order in which they were written; each has `step`."""
+    return [json.loads(line) for line in complete_lines(folder)]
+
+
+def last_step(folder: RunFolder) -> int:
+    """The last recorded optimizer step, 0 if there is none."""
+    return max((int(line["step"]) for line in read_history(folder)), default=0)
 
 
 def curve(history: Sequence[Line], name: str) -> tuple[list[float], list[float]]:

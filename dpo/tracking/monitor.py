@@ -1,25 +1,25 @@
-"""What a run says: sums and counts become means, and go to the progress bar, metrics.jsonl and TensorBoard.
+"""Where a run's numbers go: the progress bar, metrics.jsonl, TensorBoard and other trackers.
 
-Law 7: ranks add sums and counts over real samples; a mean of per-rank means appears nowhere. Only the main
-process writes; the others take part in the sum.
+Only the main process writes.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from dpo import distributed, terminal
-from dpo.tracking.history import HISTORY_FILE, complete_lines
+from dpo.files import write_file
+from dpo.tracking.history import complete_lines
 from dpo.tracking.metrics import Evaluation
+from dpo.tracking.run_folder import RunFolder
 
 FLUSH_SECONDS = 3
-MARGINS = "eval/rewards/distribution_of_margins"  # a name of its own: TensorBoard shows one kind a name
-BESIDE = {
+MARGINS = "eval/rewards/distribution_of_margins"  # TensorBoard shows one kind of plot per name
+CHARTS = {
     "Training beside held-out": {
         name.rpartition("/")[2]: ["Multiline", [f"train/{name}", f"eval/{name}"]]
         for name in ("loss", "rewards/accuracies", "rewards/margins")
@@ -30,11 +30,11 @@ BESIDE = {
         for split, part in (("train", "training"), ("eval", "held-out"))
     },
 }
-"""TensorBoard's Custom Scalars: category -> chart -> the curves that share it."""
+"""TensorBoard's Custom Scalars: category -> chart -> the curves in it."""
 
 
 class Tracker(Protocol):
-    """Another place where curves go; Accelerate's trackers fit."""
+    """Another place where curves go, such as one of Accelerate's trackers."""
 
     def log(self, values: dict[str, Any], step: int | None) -> Any:
         """Records the values of a step."""
@@ -50,7 +50,7 @@ class Monitor:
 
     def __init__(
         self,
-        run_dir: Path,
+        folder: RunFolder,
         *,
         num_steps: int,
         first_step: int,
@@ -58,44 +58,41 @@ class Monitor:
         evaluated: bool = True,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        """Opens the files; lines and curves after `first_step` (of an interrupted run) are cut off.
+        """Opens the files; lines and curves after `first_step`, of an interrupted run, are removed.
 
         Args:
-            run_dir: The run folder.
+            folder: The run folder.
             num_steps: Optimizer steps of the whole run.
             first_step: Steps already done when this process starts.
             unit: What `perf/<unit>_per_second` counts, shown in the bar.
-            evaluated: Whether the evaluation of `first_step`, if it has one, is recorded and stays.
+            evaluated: Whether the evaluation at `first_step`, if there is one, is kept.
             trackers: Receive the same numbers; used on the main process only.
         """
         self._unit = unit
         self._enabled = distributed.is_main()
         if not self._enabled:
             return
-        path = run_dir / HISTORY_FILE
         # A run without a step starts afresh: what it measured before its first step is measured again.
-        lines = [(line, json.loads(line)) for line in complete_lines(run_dir) if first_step]
+        lines = [(line, json.loads(line)) for line in complete_lines(folder) if first_step]
         kept = [
             line
             for line, values in lines
             if values["step"] < first_step
             or (values["step"] == first_step and (evaluated or "eval/loss" not in values))
         ]
-        replacing = path.with_name(f".{path.name}.replacing")
-        replacing.write_text("".join(kept))
-        replacing.rename(path)
-        self._file = path.open("a", buffering=1)
+        write_file(folder.history, "".join(kept))
+        self._file = folder.history.open("a", buffering=1)
         self._writer = SummaryWriter(
-            str(run_dir / "tensorboard"),
+            str(folder.tensorboard),
             purge_step=first_step + 1 if first_step else 0,
             flush_secs=FLUSH_SECONDS,
         )
-        self._writer.add_custom_scalars(BESIDE)
+        self._writer.add_custom_scalars(CHARTS)
         self._trackers = trackers
         self._bar = terminal.bar(num_steps, description="train", unit="steps", initial=first_step)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line and one point a curve.
+        """Writes one line, and one point per curve.
 
         Args:
             step: Optimizer step, from 1; 0 for what is measured before the first.
@@ -111,9 +108,7 @@ class Monitor:
         terminal.event("metrics", {"step": step, **values})
 
     def show(self, step: int, evaluation: Evaluation) -> None:
-        """An evaluation: its line and points, for TensorBoard also the distribution of margins, and
-        samples.
-        """
+        """Writes an evaluation; TensorBoard also gets the histogram of margins, and samples."""
         self.record(step, evaluation.values)
         if not self._enabled:
             return
@@ -123,7 +118,7 @@ class Monitor:
             self._writer.add_text("eval/samples", evaluation.samples, step)
 
     def advance(self, values: Mapping[str, float]) -> None:
-        """Moves the bar by a step and shows the numbers that people follow."""
+        """Advances the bar by one step and shows the numbers that people follow."""
         if not self._enabled:
             return
         shown = {
@@ -139,7 +134,7 @@ class Monitor:
         self._bar.update()
 
     def sync(self) -> None:
-        """Waits until what was recorded is on the disk: a checkpoint must not know more than the metrics."""
+        """Flushes to disk, so that a checkpoint never knows of steps that the metrics lack."""
         if self._enabled:
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -1,67 +1,174 @@
-"""A run's folder: where a run starts or goes on, and what it says of itself.
+"""A run's folder: the name and place of every file that a run leaves, and what it says of itself.
 
-Nothing is overwritten: a folder that holds something else is refused, and so is going on with other settings.
+Imports no torch: the command line writes exit.json through it and must stay quick.
 """
 
 import json
 import platform
 import subprocess
-from dataclasses import asdict
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dpo import distributed
-from dpo.config import Config, SftConfig, flat
+from dpo.errors import UserError
+from dpo.files import write_file
 
-CONFIG_FILE = "config.yaml"
 PACKAGES = ("dpo", "torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "numpy")
 
 
-def claim_run(config: Config | SftConfig) -> None:
-    """Writes config.yaml (resolved), which makes the folder a run of ours; to be done after `find_start`."""
-    if distributed.is_main():
-        run_dir = Path(config.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / CONFIG_FILE).write_text(config_text(config))
+@dataclass(frozen=True)
+class RunFolder:
+    """The places in RUN_DIR."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration; with `exit_record` it marks the folder as a run."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, commit, world size and engine."""
+        return self.path / "environment.json"
+
+    @property
+    def history(self) -> Path:
+        """One line per optimizer step and per evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The same numbers as curves."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder per checkpoint."""
+        return self.path / "checkpoints"
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of an optimizer step."""
+        return self.checkpoints / f"step_{step:08d}"
+
+    @property
+    def key(self) -> Path:
+        """Signs the checkpoints."""
+        return self.path / "checkpoint.key"
+
+    @property
+    def reference(self) -> Path:
+        """Which reference values the run started with."""
+        return self.path / "reference.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """A tokenizer that `sft` trained."""
+        return self.path / "tokenizer"
+
+    @property
+    def best(self) -> Path:
+        """The model of the lowest held-out loss."""
+        return self.path / "best"
+
+    @property
+    def snapshots(self) -> Path:
+        """Models along the way."""
+        return self.path / "snapshots"
+
+    def model(self, snapshot: int | None = None) -> Path:
+        """The finished model, or the snapshot of an optimizer step."""
+        return self.path / "model" if snapshot is None else self.snapshots / f"step_{snapshot:08d}"
+
+    def report(self, snapshot: int | None = None) -> Path:
+        """The report on the finished model; a snapshot has its own."""
+        return (self.path if snapshot is None else self.model(snapshot)) / "report"
+
+    @property
+    def best_of(self) -> Path:
+        """What `best-of` writes."""
+        return self.path / "best_of"
+
+    @property
+    def exit_record(self) -> Path:
+        """How the last command ended."""
+        return self.path / "exit.json"
+
+    @property
+    def stacks(self) -> Path:
+        """The stacks of all threads of a run that got stuck, one file per rank."""
+        return self.path / "stacks"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a command of ours made this folder."""
+        return self.config.is_file() or self.exit_record.is_file()
+
+    def settings(self) -> dict[str, Any] | None:
+        """The configuration that the run was started with, nested; None where none is recorded.
+
+        Raises:
+            UserError: config.yaml is damaged.
+        """
+        try:
+            found = yaml.safe_load(self.config.read_text())
+        except FileNotFoundError:
+            return None
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            found = error
+        if not isinstance(found, dict):
+            raise UserError(
+                f"{self.config}: not the configuration of a run ({found!r}); put the file back, or choose "
+                "another run_dir"
+            )
+        return found
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Writes config.yaml, which makes the folder a run of ours. One process writes.
+
+        Args:
+            settings: The resolved configuration, nested; see `dpo.config.resolved`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = settings_text(settings)
+        if not (self.config.is_file() and self.config.read_text() == text):
+            write_file(self.config, text)
+
+    def describe(self, *, world_size: int, engine: str) -> None:
+        """Writes environment.json. It records no environment variable: they hold secrets.
+
+        Args:
+            world_size: Number of ranks.
+            engine: As the engine describes itself.
+        """
+        environment = {
+            "python": platform.python_version(),
+            "packages": {name: version(name) for name in PACKAGES},
+            "git_commit": _git_commit(),
+            "world_size": world_size,
+            "engine": engine,
+        }
+        write_file(self.environment, json.dumps(environment, indent=2))
 
 
-def describe_run(config: Config | SftConfig, *, engine: str) -> None:
-    """Writes config.yaml and environment.json. No environment variable is recorded: they hold tokens.
-
-    Args:
-        config: The resolved configuration.
-        engine: What the engine says of itself.
-    """
-    claim_run(config)
-    if not distributed.is_main():
-        return
-    environment = {
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
-        "world_size": distributed.world_size(),
-        "engine": engine,
-    }
-    (Path(config.run_dir) / "environment.json").write_text(json.dumps(environment, indent=2))
-
-
-def config_text(config: Config | SftConfig) -> str:
+def settings_text(settings: dict[str, Any]) -> str:
     """The resolved configuration as YAML that the commands read back."""
-    return str(yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
-
-
-def flat_settings(config: Config | SftConfig) -> dict[str, Any]:
-    """Dotted key -> value of the resolved configuration."""
-    return flat(json.loads(json.dumps(asdict(config))))
+    return str(yaml.safe_dump(settings, sort_keys=False))
 
 
 def _git_commit() -> str | None:
+    """The commit of this code, if it lies in a repository."""
+    here = Path(__file__).parent
     try:
         result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""Curves to other places than TensorBoard (W&B, MLflow and the like), through Accelerate's trackers."""
+"""Curves in other places than TensorBoard (W&B, MLflow and others), through Accelerate's trackers."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,7 @@ PROJECT = "dpo"
 
 
 def check_trackers(names: list[str]) -> None:
-    """Raises UserError for a tracker that Accelerate does not know, that is not installed, or that is always
-    there.
-    """
+    """Raises UserError for a tracker that is unknown, not installed, or TensorBoard, which is always on."""
     known = sorted({str(name) for name in LOGGER_TYPE_TO_CLASS} - {"tensorboard"})
     installed = {str(name) for name in get_available_trackers()}
     problems = [
@@ -33,16 +31,15 @@ def check_trackers(names: list[str]) -> None:
 
 
 def open_trackers(names: list[str], run_dir: Path, settings: dict[str, Any]) -> list[GeneralTracker]:
-    """Opens them on the main process and hands them the settings; empty on the others. All ranks must call
-    it.
+    """Opens them on the main process and gives them the settings; empty elsewhere. All ranks must call it.
 
     Args:
         names: Checked by `check_trackers`.
-        run_dir: The run folder: its name is the run's, and what a tracker keeps on the disk goes there.
+        run_dir: The run folder: its name names the run, and trackers write there.
         settings: Option -> value, flat.
 
     Raises:
-        UserError: One could not be opened: it is not logged in, or its server is out of reach.
+        UserError: One could not be opened, because it is not logged in or its server cannot be reached.
     """
     opened: list[GeneralTracker] = []
     own_options = {

@@ -1,14 +1,14 @@
-"""Checkpoints: written beside, flushed, digested, signed, renamed last. Others do not exist.
+"""Checkpoints: written beside their place, flushed, digested, signed, and renamed last.
 
-What a run needs to go on is listed in one place: the engine's state (weights, optimizer), `Progress`, and the
-random state of every rank (the loop draws nothing, but a model may: a router's jitter, say). The order of the
-data is a function of (seed, epoch), and a step's metrics are its own.
+What a run needs to resume is listed in one place: the engine's state (weights, optimizer), `Progress`, and
+the random state of every rank (the loop draws nothing, but a model may). The order of the data is a function
+of (seed, epoch).
 """
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,9 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dpo import distributed
-from dpo.engine.engine import ENGINE_TAG, Engine
+from dpo.engine.engine import Engine
+from dpo.engine.sharded_state import ENGINE_TAG
 from dpo.errors import UserError
-from dpo.train.manifest import MANIFEST, FileDigests, Manifest, digest_of, read_manifest, sync, write_manifest
+from dpo.files import REPLACED, WRITING, publish_folder, sync
+from dpo.tracking.run_folder import RunFolder
+from dpo.train.manifest import MANIFEST, FileDigests, Manifest, digest_of, read_manifest, write_manifest
 
 T = TypeVar("T")
 
@@ -29,7 +32,7 @@ CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
 
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """Where a run stands."""
+    """How far a run is."""
 
     step: int = 0
     """Optimizer steps done; with the plan it fixes epoch and position."""
@@ -42,13 +45,15 @@ class Progress:
     skipped: int = 0
     """Steps whose update was skipped, because a number was not finite."""
     skipped_in_a_row: int = 0
-    """How many of them were the last ones."""
+    """How many of the last steps were skipped."""
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    """The loss's named sums over the last step, which the next step's loss may read; see `Objective`."""
 
 
 def save_checkpoint(
     engine: Engine,
     progress: Progress,
-    run_dir: Path,
+    folder: RunFolder,
     keep_last: int,
     fingerprints: dict[str, str],
     *,
@@ -58,85 +63,56 @@ def save_checkpoint(
 
     Args:
         engine: Its weights and optimizer state.
-        progress: Where the run stands.
-        run_dir: The run folder, on storage that all ranks share.
-        keep_last: How many complete checkpoints stay.
+        progress: How far the run is.
+        folder: The run folder, on storage that all ranks share.
+        keep_last: How many complete checkpoints are kept.
         fingerprints: Name -> digest of what the run was started on.
         working: Told of every part that is done.
 
     Raises:
-        UserError: A rank could not write; the checkpoints that were there are still there.
+        UserError: A rank could not write; the checkpoints before it are still there.
     """
-    final = run_dir / "checkpoints" / f"step_{progress.step:08d}"
-    building = final.with_name(f".{final.name}.writing")
+    final = folder.checkpoint(progress.step)
+    building = final.with_name(f".{final.name}{WRITING}")  # the same on all ranks
     working(f"writing {final.name}")
-    _together(lambda: _prepare(building, progress), building)
-    files: list[Path] = []
-    failure: Exception | None = None
-    try:
-        files = [*engine.save(building), _save_random_state(building)]
-    except CANNOT_WRITE as error:
-        failure = error
+    _on_all_ranks(lambda: _prepare(building, progress), building)
+    files = _write(engine, building)
     working(f"digesting {final.name}")
-
-    def digest() -> FileDigests:
-        if failure is not None:
-            raise failure
-        return {str(path.relative_to(building)): digest_of(sync(path)) for path in files}
-
-    digests = {name: known for own in _together(digest, building) for name, known in own.items()}
-
-    def publish() -> None:
-        if not distributed.is_main():
-            return
-        others = (path for path in building.rglob("*") if path.is_file())
-        more = {str(path.relative_to(building)): path for path in others}
-        manifest = Manifest(
-            step=progress.step,
-            world_size=distributed.world_size(),
-            engine=engine.kind,
-            fingerprints=fingerprints,
-            files=digests
-            | {name: digest_of(sync(path)) for name, path in sorted(more.items()) if name not in digests},
-        )
-        write_manifest(manifest, building, run_dir)
-        _rename_into_place(building, final)
-        for abandoned in final.parent.glob(".step_*.writing"):  # by a process that was killed
-            shutil.rmtree(abandoned, ignore_errors=True)
-        # A run that went on from an earlier checkpoint has given up those after it, and records them anew.
-        given_up = [folder for folder in complete_checkpoints(run_dir) if folder.name > final.name]
-        old = complete_checkpoints(run_dir)[: -keep_last - len(given_up)]
-        for folder in (*given_up, *old):
-            shutil.rmtree(folder)
-
-    _together(publish, building)
+    digests = _digest(files, building)
+    manifest = Manifest(
+        step=progress.step,
+        world_size=distributed.world_size(),
+        engine=engine.kind,
+        fingerprints=fingerprints,
+        files=digests,
+    )
+    _on_all_ranks(lambda: _publish(manifest, building, final, folder, keep_last), building)
     return final
 
 
-def load_checkpoint(engine: Engine, folder: Path, state: Path) -> Progress:
-    """Restores engine, random state and progress of a checkpoint that has been verified. All ranks must call
-    it.
+def load_checkpoint(engine: Engine, checkpoint: Path, state: Path) -> Progress:
+    """Restores engine, random state and progress of a verified checkpoint. All ranks must call it.
 
     Args:
         engine: Of the kind that wrote it.
-        folder: The checkpoint.
+        checkpoint: The checkpoint.
         state: The folder to load the engine from: the checkpoint, or its universal form for this world size.
     """
     engine.load(state)
-    own = _random_state_file(folder)
-    if own.is_file() and read_manifest(folder).world_size == distributed.world_size():
+    own = _random_state_file(checkpoint)
+    if own.is_file() and read_manifest(checkpoint).world_size == distributed.world_size():
         for name, value in load_file(own).items():
             torch.set_rng_state(value) if name == "cpu" else torch.cuda.set_rng_state(value)
-    return Progress(**json.loads((folder / PROGRESS).read_text()))
+    return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
 
 
-def complete_checkpoints(run_dir: Path) -> list[Path]:
+def complete_checkpoints(folder: RunFolder) -> list[Path]:
     """Checkpoints with a manifest, oldest first; one that was being replaced when the run died counts."""
-    found = {path.parent for path in (run_dir / "checkpoints").glob(f"step_*/{MANIFEST}")}
-    for aside in (run_dir / "checkpoints").glob(f".step_*.replaced/{MANIFEST}"):
-        if aside.parent.with_name(aside.parent.name[1:].removesuffix(".replaced")) not in found:
+    found = {path.parent for path in folder.checkpoints.glob(f"step_*/{MANIFEST}")}
+    for aside in folder.checkpoints.glob(f".step_*{REPLACED}/{MANIFEST}"):
+        if aside.parent.with_name(aside.parent.name[1:].removesuffix(REPLACED)) not in found:
             found.add(aside.parent)
-    return sorted(found, key=lambda folder: folder.name.lstrip("."))
+    return sorted(found, key=lambda path: path.name.lstrip("."))
 
 
 def _prepare(building: Path, progress: Progress) -> None:
@@ -147,30 +123,60 @@ def _prepare(building: Path, progress: Progress) -> None:
         (building / PROGRESS).write_text(json.dumps(asdict(progress)))
 
 
-def _rename_into_place(building: Path, final: Path) -> None:
-    aside = final.with_name(f".{final.name}.replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
-        final.rename(aside)
-    building.rename(final)
-    sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+def _write(engine: Engine, building: Path) -> Callable[[], list[Path]]:
+    """A function that gives this rank's files, or raises its failure, where all ranks learn of it."""
+    try:
+        files = [*engine.save(building), _save_random_state(building)]
+    except CANNOT_WRITE as error:
+        failure = error
+
+        def fail() -> list[Path]:
+            raise failure
+
+        return fail
+    return lambda: files
 
 
-def _random_state_file(folder: Path) -> Path:
-    return folder / "rng" / f"rank_{distributed.rank():05d}.safetensors"
+def _digest(files: Callable[[], list[Path]], building: Path) -> FileDigests:
+    """Path within the checkpoint -> digest of every file, each flushed and read by the rank that wrote it."""
+
+    def own() -> FileDigests:
+        return {str(path.relative_to(building)): digest_of(sync(path)) for path in files()}
+
+    return {name: known for part in _on_all_ranks(own, building) for name, known in part.items()}
 
 
-def _save_random_state(folder: Path) -> Path:
+def _publish(manifest: Manifest, building: Path, final: Path, folder: RunFolder, keep_last: int) -> None:
+    """Signs the checkpoint, renames it into its place, and removes those that it makes obsolete."""
+    if not distributed.is_main():
+        return
+    there = {str(path.relative_to(building)): path for path in building.rglob("*") if path.is_file()}
+    rest = {name: digest_of(sync(path)) for name, path in sorted(there.items()) if name not in manifest.files}
+    write_manifest(manifest.with_files(rest), building, folder)
+    publish_folder(building, final)
+    for abandoned in final.parent.glob(f".step_*{WRITING}"):  # by a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    # A run that was resumed from an earlier checkpoint writes those after it anew.
+    given_up = [path for path in complete_checkpoints(folder) if path.name > final.name]
+    old = complete_checkpoints(folder)[: -keep_last - len(given_up)]
+    for path in (*given_up, *old):
+        shutil.rmtree(path)
+
+
+def _random_state_file(checkpoint: Path) -> Path:
+    return checkpoint / "rng" / f"rank_{distributed.rank():05d}.safetensors"
+
+
+def _save_random_state(building: Path) -> Path:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, _random_state_file(folder))
-    return _random_state_file(folder)
+    save_file(states, _random_state_file(building))
+    return _random_state_file(building)
 
 
-def _together(work: Callable[[], T], building: Path) -> list[T]:
-    """Every rank's result; UserError on all of them if one could not write, after what it wrote is gone."""
+def _on_all_ranks(work: Callable[[], T], building: Path) -> list[T]:
+    """Every rank's result; if one could not write, `building` is removed and all ranks raise UserError."""
     result: T | None = None
     problem: str | None = None
     try:
@@ -187,7 +193,7 @@ def _together(work: Callable[[], T], building: Path) -> list[T]:
         rank, said = next(iter(failed.items()))
         raise UserError(
             f"{building.parent}: a checkpoint could not be written (rank {rank}: {said}; "
-            f"{free / 1e6:,.1f} MB are free there). The checkpoints before it are valid: make room, and the "
-            "same command goes on from the newest"
+            f"{free / 1e6:,.1f} MB are free there). Earlier checkpoints are valid: make room, and run the "
+            "same command again to resume from the newest"
         )
     return [result for result, _ in outcomes if result is not None]

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from dpo.config import ModelConfig, OptimizationConfig
+from dpo.engine.optimizer import OPTIMIZERS
 from dpo.errors import UserError
 from dpo.model.load import DTYPES
 
 MASTER_BYTES = 4
-MOMENTS = {"adamw": 2, "rmsprop": 1}
 
 
 def checkpoint_bytes(
@@ -27,7 +27,7 @@ def checkpoint_bytes(
     """
     weights = dtype.itemsize if sharded else MASTER_BYTES
     masters = MASTER_BYTES if sharded else 0
-    return num_parameters * (weights + masters + MASTER_BYTES * MOMENTS[options.optimizer])
+    return num_parameters * (weights + masters + MASTER_BYTES * OPTIMIZERS[options.optimizer].moments)
 
 
 def exported_bytes(model: ModelConfig, num_parameters: int, num_trained: int) -> int:

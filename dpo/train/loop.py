@@ -1,4 +1,4 @@
-"""The training loop, for preferences and for next tokens alike: score, loss, backward, update, record.
+"""The training loop, for preferences and for next tokens: score, loss, backward, update, record.
 
 What differs between the two is an `Objective`. The plan fixes the steps without the world size; this rank
 takes its share, and every sum is divided by the count of the whole step, so that the gradient is that of one
@@ -8,184 +8,212 @@ big batch.
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from dpo import distributed, terminal
 from dpo.config import OptimizationConfig
-from dpo.data.dataset import TokenizedDataset
-from dpo.data.plan import BatchPlan, Int64s, Step, share
 from dpo.data.prefetch import prefetch
-from dpo.data.trees import Layout, TreeBatch
-from dpo.engine.engine import Engine
 from dpo.engine.optimizer import learning_rate
 from dpo.engine.scoring import token_budget
 from dpo.errors import RunFailed, StoppedBySignal
-from dpo.guards.signals import StopRequestedError, StopRequests
-from dpo.guards.watchdog import Watchdog
-from dpo.tracking.metrics import Evaluation, MetricSums
-from dpo.tracking.monitor import Monitor
+from dpo.guards.signals import StopRequestedError
+from dpo.tracking.metrics import MetricSums
 from dpo.train.checkpoint import Progress, save_checkpoint
+from dpo.train.micro_batches import MicroBatch, micro_batches
+from dpo.train.session import Session
 from dpo.train.stopwatch import Stopwatch
 
 
-class Objective(Protocol):
-    """What a run minimizes."""
-
-    @property
-    def dataset(self) -> TokenizedDataset:
-        """Where the groups are."""
-
-    @property
-    def unit(self) -> str:
-        """What a step is made of, for the bar: pairs or sequences."""
-
-    @property
-    def per_token(self) -> bool:
-        """Whether `loss` wants log-probs of tokens instead of sequences."""
-
-    def count(self, groups: Int64s) -> float:
-        """What the step's loss is divided by: its pairs, say, or its completion tokens."""
-
-    def num_units(self, groups: Int64s) -> int:
-        """Pairs or sequences of these groups, for throughput."""
-
-    def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
-        """The tensors of a micro-batch; without groups a batch that predicts nothing."""
-
-    def loss(self, logps: Tensor, batch: TreeBatch, sums: MetricSums) -> Tensor:
-        """The sum (not the mean) of the losses of a micro-batch, in nats.
-
-        Args:
-            logps: (S,) the policy's log-probs, or (N,) those of tokens, with gradient.
-            batch: What was scored.
-            sums: Receives loss and metrics of the real samples, under names without prefix.
-        """
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Where a run is kept, what it does besides steps, and who watches it."""
+class DueActions:
+    """What is to be done between two steps, in this order."""
 
-    folder: Path
-    """The run folder."""
-    monitor: Monitor
-    """Where numbers go."""
-    stop: StopRequests
-    """Whether this process has been asked to stop."""
-    watchdog: Watchdog
-    """Is told of every part that is done."""
-    fingerprints: dict[str, str]
-    """Name -> digest of data and model; for the checkpoints."""
-    evaluate: Callable[[], Evaluation] | None
-    """Of the current policy on held-out data, or None without; raises `StopRequestedError`."""
-    export: Callable[[Path], None]
-    """Writes the current weights to a folder, for `keep_best`; called on all ranks."""
-    describe: Callable[[list[int]], str]
-    """These groups, for people."""
-    group_flops: npt.NDArray[np.float64] | None = None
-    """(G,) operations of each group's forward and backward pass; None where they cannot be counted."""
-    peak_flops: float | None = None
-    """What one device can do of them a second, or None where that is not known."""
+    evaluate: bool
+    keep_snapshot: bool
+    save_checkpoint: bool
+    finish: bool
+    """All steps are done."""
 
 
-def train(
-    engine: Engine,
-    objective: Objective,
-    plan: BatchPlan,
-    options: OptimizationConfig,
-    progress: Progress,
-    run: Run,
-) -> dict[str, float]:
-    """Runs the plan from where `progress` stands, and returns the last evaluation.
+def due_actions(progress: Progress, options: OptimizationConfig, num_steps: int) -> DueActions:
+    """What is due after the steps that are done. Pure.
 
     Args:
-        engine: Policy and optimizer.
-        objective: What is minimized.
-        plan: The optimizer steps.
-        options: Schedule, micro-batch budget, and how often to evaluate and save.
-        progress: Where the run stands; updated in place.
-        run: The folder and everything around the steps.
+        progress: How far the run is.
+        options: How often to evaluate and save.
+        num_steps: Optimizer steps of the run.
+    """
+    step, last = progress.step, progress.step == num_steps
+
+    def regular(every: int) -> bool:
+        return step > 0 and every > 0 and step % every == 0
+
+    # Weights that stopped giving finite numbers must not replace the last good checkpoint.
+    finite = last or not progress.skipped_in_a_row
+    return DueActions(
+        evaluate=progress.evaluated_step < step and (step == 0 or last or regular(options.evaluate_every)),
+        keep_snapshot=regular(options.snapshot_every),
+        save_checkpoint=step > 0
+        and options.checkpoint_every > 0
+        and (last or regular(options.checkpoint_every))
+        and finite,
+        finish=last,
+    )
+
+
+def train(session: Session) -> dict[str, float]:
+    """Runs the plan from where the session's progress stands, and returns the last evaluation.
 
     Raises:
-        StoppedBySignal: A rank was asked to stop; a checkpoint of the last step is there.
+        StoppedBySignal: A rank was asked to stop; a checkpoint of the last step is written.
         RunFailed: Too many steps in a row had a number that is not finite.
         UserError: A checkpoint could not be written.
     """
-    evaluated: dict[str, float] = {}
-    saved, stopping = progress.step, False
-    run.stop.wait_for_step()
-    while True:
-        last = progress.step == plan.num_steps
-        due = last or progress.step == 0 or _due(progress.step, options.evaluate_every)
-        if run.evaluate and due and progress.evaluated_step < progress.step and not stopping:
-            try:
-                evaluated = _evaluate(run.evaluate, progress, run, keep_best=options.keep_best)
-            except StopRequestedError:
-                stopping = True
-        if progress.step and _due(progress.step, options.snapshot_every) and not stopping:
-            _keep_snapshot(run, progress.step)
-        keep = options.checkpoint_every and (last or _due(progress.step, options.checkpoint_every))
-        # Weights that stopped giving finite numbers must not push out the last good ones.
-        if saved < progress.step and (stopping or (keep and (last or not progress.skipped_in_a_row))):
-            run.monitor.sync()
-            working = run.watchdog.progress
-            save_checkpoint(
-                engine, progress, run.folder, options.keep_last, run.fingerprints, working=working
-            )
-            saved = progress.step
-        if stopping:
-            run.stop.ignore_more()
-            distributed.barrier()
-            raise StoppedBySignal(
-                f"a checkpoint of step {saved} is in {run.folder}; the same command goes on from there"
-                if saved
-                else "no step was made; the same command starts again"
-            )
-        if last:
-            return evaluated
-        stopping = _advance(engine, objective, plan, options, progress, run)
+    progress, saved, stopping = session.progress, session.progress.step, False
+    session.guard.stop.wait_for_step()
+    with closing(batches_of(session)) as batches:
+        while True:
+            due = due_actions(progress, session.options, session.plan.num_steps)
+            if due.evaluate and session.evaluate and not stopping:
+                try:
+                    _evaluate(session)
+                except StopRequestedError:
+                    stopping = True
+            if due.keep_snapshot and not stopping:
+                _keep_snapshot(session)
+            if saved < progress.step and (stopping or due.save_checkpoint):
+                saved = _save(session)
+            if stopping:
+                _stop(session, saved)
+            if due.finish:
+                return session.evaluated
+            stopping = _advance(session, batches)
 
 
-def _evaluate(
-    evaluate: Callable[[], Evaluation], progress: Progress, run: Run, *, keep_best: bool
-) -> dict[str, float]:
-    evaluation = evaluate()
-    values = evaluation.values
-    run.monitor.show(progress.step, evaluation)
+def train_step(
+    session: Session, batches: Iterator[MicroBatch], rate: float
+) -> tuple[dict[str, float], str | None, bool]:
+    """One optimizer step over all ranks.
+
+    Args:
+        session: Its engine and objective.
+        batches: This rank's micro-batches, from this step's first one on.
+        rate: The learning rate.
+
+    Returns:
+        Its metrics, equal on all ranks; why its update was skipped, or None; and whether a rank has been
+        asked to stop.
+    """
+    engine, objective = session.engine, session.objective
+    started, waited, forward = time.perf_counter(), 0.0, Stopwatch()
+    sums, tokens, losses = MetricSums(), np.zeros(3), list[tuple[MicroBatch, Tensor]]()
+    while not losses or not losses[-1][0].last:
+        fetching = time.perf_counter()
+        micro = next(batches)
+        waited += time.perf_counter() - fetching
+        session.guard.progress(f"step {micro.step.number}, micro-batch {micro.index + 1} of {micro.of}")
+        batch = micro.batch
+        tokens += batch.num_real_tokens, batch.num_row_tokens, batch.input_ids.numel()
+        with forward.running():
+            logps = engine.score(batch, last=micro.last, per_token=objective.per_token)
+        loss = objective.loss(logps, batch, sums)
+        engine.accumulate(loss / micro.count, last=micro.last)
+        losses.append((micro, loss.detach()))
+    norm = engine.update(rate)
+    own = {f"seconds/{distributed.rank()}": forward.seconds()}  # the update has waited for the device
+    seconds = {f"seconds/{rank}": 0.0 for rank in range(distributed.world_size())} | own
+    real, in_rows, padded = tokens.tolist()
+    metrics, totals = sums.reduce(
+        real=real, in_rows=in_rows, padded=padded, stopping=float(session.guard.stop.requested), **seconds
+    )
+    session.progress.loss_sums = objective.observe(totals)
+    step = losses[0][0].step
+    faulty = None if math.isfinite(norm) else _faulty_groups(session, losses)
+    took = time.perf_counter() - started
+    values = {
+        **metrics,
+        "grad_norm": norm,
+        "learning_rate": rate,
+        "epoch": step.epoch,
+        "num_tokens": totals["real"],
+        "perf/data_wait_fraction": waited / took,
+        "perf/rank_imbalance": losses[0][0].imbalance,
+        **_throughput(session, totals, losses[0][0], took),
+        **_balance(np.array([totals[name] for name in seconds])),
+    }
+    return values, faulty, bool(totals["stopping"])
+
+
+def batches_of(session: Session) -> Generator[MicroBatch, None, None]:
+    """This rank's micro-batches of all steps to come, built one ahead."""
+    return prefetch(
+        micro_batches(
+            session.objective,
+            session.plan,
+            first_step=session.progress.step + 1,
+            layout=session.engine.layout,
+            device=session.engine.device,
+            budget=token_budget(session.options.max_tokens_per_micro_batch),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+    )
+
+
+def _evaluate(session: Session) -> None:
+    assert session.evaluate is not None
+    progress, evaluation = session.progress, session.evaluate(session)
+    session.evaluated = evaluation.values
+    session.monitor.show(progress.step, evaluation)
     progress.evaluated_step = progress.step
     best = math.inf if progress.best_loss is None else progress.best_loss
-    if keep_best and values["eval/loss"] < best:
-        progress.best_loss = values["eval/loss"]
-        run.export(run.folder / "best")
-    return values
+    if session.options.keep_best and evaluation.values["eval/loss"] < best:
+        progress.best_loss = evaluation.values["eval/loss"]
+        session.export(session.folder.best)
 
 
-def _keep_snapshot(run: Run, step: int) -> None:
-    folder = run.folder / "snapshots" / f"step_{step:08d}"
-    if not distributed.on_main(folder.exists):  # a resumed run makes the same weights again
-        run.export(folder)
+def _keep_snapshot(session: Session) -> None:
+    target = session.folder.model(session.progress.step)
+    if not distributed.on_main(target.exists):  # a resumed run makes the same weights again
+        session.export(target)
 
 
-def _advance(
-    engine: Engine,
-    objective: Objective,
-    plan: BatchPlan,
-    options: OptimizationConfig,
-    progress: Progress,
-    run: Run,
-) -> bool:
-    """Makes and records the next step; returns whether a rank wants to stop."""
+def _save(session: Session) -> int:
+    """Writes a checkpoint and returns its step."""
+    session.monitor.sync()
+    save_checkpoint(
+        session.engine,
+        session.progress,
+        session.folder,
+        session.options.keep_last,
+        session.fingerprints,
+        working=session.guard.progress,
+    )
+    return session.progress.step
+
+
+def _stop(session: Session, saved: int) -> None:
+    session.guard.stop.ignore_more()
+    distributed.barrier()
+    raise StoppedBySignal(
+        f"a checkpoint of step {saved} is in {session.folder.path}; run the same command again to resume"
+        if saved
+        else "no step was made; run the same command again to start"
+    )
+
+
+def _advance(session: Session, batches: Iterator[MicroBatch]) -> bool:
+    """Makes and records the next step; returns whether a rank has been asked to stop."""
+    progress, options = session.progress, session.options
     number = progress.step + 1
-    rate = learning_rate(number, plan.num_steps, options)
-    values, faulty, stopping = train_step(engine, objective, plan.step(number), options, rate, run)
+    rate = learning_rate(number, session.plan.num_steps, options)
+    values, faulty, stopping = train_step(session, batches, rate)
     progress.step, progress.num_tokens = number, progress.num_tokens + int(values["num_tokens"])
     values["num_tokens"] = progress.num_tokens
     if faulty is None:
@@ -196,107 +224,60 @@ def _advance(
         terminal.warning(f"step {number} is skipped, weights unchanged: {faulty}")
     named = {name if name.startswith("perf/") else f"train/{name}": value for name, value in values.items()}
     named = {name: value for name, value in named.items() if math.isfinite(value)}
-    run.monitor.record(number, named)
-    run.monitor.advance(named)
+    session.monitor.record(number, named)
+    session.monitor.advance(named)
     if progress.skipped_in_a_row > options.max_skipped_steps:
         raise RunFailed(
             f"{progress.skipped_in_a_row} steps in a row, up to step {number}, gave no finite gradient "
             f"(train.max_skipped_steps: {options.max_skipped_steps}); the last: {faulty}. The last "
-            "checkpoint is as it was; lower train.learning_rate, or look at this data"
+            "checkpoint is unchanged; lower train.learning_rate, or look at this data"
         )
     return stopping
 
 
-def train_step(
-    engine: Engine, objective: Objective, step: Step, options: OptimizationConfig, rate: float, run: Run
-) -> tuple[dict[str, float], str | None, bool]:
-    """One optimizer step over all ranks.
-
-    Returns:
-        Its metrics, equal on all ranks; why its update was skipped, or None; and whether a rank has been
-        asked to stop.
-    """
-    started = time.perf_counter()
-    sizes = objective.dataset.sizes(step.groups, engine.layout)
-    shares = share(
-        sizes,
-        world_size=distributed.world_size(),
-        budget=token_budget(options.max_tokens_per_micro_batch),
-    )
-    micro_batches = shares[distributed.rank()]
-
-    def build(positions: list[int]) -> TreeBatch:
-        return objective.batch(step.groups[positions], engine.layout).to(engine.device)
-
-    count = objective.count(step.groups)
-    sums, waited, tokens, losses = MetricSums(), 0.0, np.zeros(3), list[Tensor]()
-    batches, forward = prefetch(map(build, micro_batches)), Stopwatch()
-    for index in range(len(micro_batches)):
-        run.watchdog.progress(f"step {step.number}, micro-batch {index + 1} of {len(micro_batches)}")
-        fetching = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - fetching
-        tokens += batch.num_real_tokens, batch.num_row_tokens, batch.input_ids.numel()
-        last = index == len(micro_batches) - 1
-        with forward.running():
-            logps = engine.score(batch, last=last, per_token=objective.per_token)
-        loss = objective.loss(logps, batch, sums)
-        engine.accumulate(loss / count, last=last)
-        losses.append(loss.detach())
-    norm = engine.update(rate)
-    metrics = sums.means()
-    own = np.zeros(distributed.world_size())
-    own[distributed.rank()] = forward.seconds()  # the update has waited for the device
-    counts = np.concatenate([tokens, [run.stop.requested], own])
-    real, in_rows, padded, stopping, *rank_seconds = distributed.sum_over_ranks(counts)
-    faulty = None if math.isfinite(norm) else _faulty_groups(step, micro_batches, losses, run.describe)
-    loads = [sizes.work[np.concatenate(own).astype(int)].sum() for own in shares]
-    seconds = time.perf_counter() - started
-    values = {
-        **metrics,
-        "grad_norm": norm,
-        "learning_rate": rate,
-        "epoch": step.epoch,
-        "num_tokens": real,
-        "perf/tokens_per_second": real / seconds,
-        f"perf/{objective.unit}_per_second": objective.num_units(step.groups) / seconds,
-        "perf/data_wait_fraction": waited / seconds,
-        "perf/padding_fraction": 1 - real / padded,
-        "perf/shared_prefix_fraction": 1 - real / in_rows,
-        "perf/rank_imbalance": float(np.max(loads) / np.mean(loads) - 1),
-        "perf/rank_time_excess": float(np.max(rank_seconds) / np.mean(rank_seconds) - 1),
-        "perf/slowest_rank": float(np.argmax(rank_seconds)),
+def _throughput(
+    session: Session, totals: dict[str, float], micro: MicroBatch, took: float
+) -> dict[str, float]:
+    unit, groups = session.objective.unit, micro.step.groups
+    found = {
+        "perf/tokens_per_second": totals["real"] / took,
+        f"perf/{unit}_per_second": session.objective.num_units(groups) / took,
+        "perf/padding_fraction": 1 - totals["real"] / totals["padded"],
+        "perf/shared_prefix_fraction": 1 - totals["real"] / totals["in_rows"],
         "perf/peak_memory_gb": peak_memory_bytes() / 1e9,
     }
-    if run.group_flops is not None:
-        reached = float(run.group_flops[step.groups].sum()) / seconds / distributed.world_size()
-        values["perf/tflops_per_device"] = reached / 1e12
-        if run.peak_flops is not None:
-            values["perf/mfu"] = reached / run.peak_flops
-    return values, faulty, bool(stopping)
+    if session.group_flops is not None:
+        reached = float(session.group_flops[groups].sum()) / took / distributed.world_size()
+        found["perf/tflops_per_device"] = reached / 1e12
+        if session.peak_flops is not None:
+            found["perf/mfu"] = reached / session.peak_flops
+    return found
 
 
-def _faulty_groups(
-    step: Step, micro_batches: list[list[int]], losses: list[Tensor], describe: Callable[[list[int]], str]
-) -> str:
-    """Whose loss is not finite, over all ranks; where every loss is, it may be any of the step's."""
-    finite = torch.stack(losses).isfinite().tolist()
+def _balance(rank_seconds: np.ndarray) -> dict[str, float]:
+    """How much longer the slowest rank's forward passes took than the mean, and which rank that is."""
+    return {
+        "perf/rank_time_excess": float(np.max(rank_seconds) / np.mean(rank_seconds) - 1),
+        "perf/slowest_rank": float(np.argmax(rank_seconds)),
+    }
+
+
+def _faulty_groups(session: Session, losses: list[tuple[MicroBatch, Tensor]]) -> str:
+    """Which groups' loss is not finite, over all ranks; where every loss is finite, it may be any."""
+    finite = torch.stack([loss for _, loss in losses]).isfinite().tolist()
     own = [
-        int(step.groups[position])
-        for positions, fine in zip(micro_batches, finite, strict=True)
-        for position in positions
+        int(group)
+        for (micro, _), fine in zip(losses, finite, strict=True)
+        for group in micro.groups
         if not fine
     ]
     by_rank = distributed.gather_objects(own)
     found = sorted(group for groups in by_rank for group in groups)
     if found:
         ranks = ", ".join(str(rank) for rank, groups in enumerate(by_rank) if groups)
-        return f"the loss is not finite on rank {ranks} in the micro-batch of {describe(found)}"
-    return f"the gradient is not finite, with {describe(sorted(step.groups.tolist()))}"
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+        return f"the loss is not finite on rank {ranks} in the micro-batch of {session.describe(found)}"
+    groups = sorted(losses[0][0].step.groups.tolist())
+    return f"the gradient is not finite, with {session.describe(groups)}"
 
 
 def peak_memory_bytes() -> int:

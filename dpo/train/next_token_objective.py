@@ -54,6 +54,13 @@ class NextTokenObjective:
         sums.add_values({"loss": -logps.detach().sum()}, len(batch.targets))
         return -logps.sum()
 
+    def observe(self, totals: dict[str, float]) -> dict[str, float]:
+        """The loss needs nothing of the whole step; see `Objective.observe`."""
+        return {}
+
+    def restore(self, loss_sums: dict[str, float]) -> None:
+        """Nothing to restore; see `Objective.restore`."""
+
 
 def held_out_loss(
     score: Callable[[TreeBatch], Tensor],
@@ -63,7 +70,7 @@ def held_out_loss(
     budget: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """{"eval/loss": nats a token} over all sequences of a data set, summed over ranks.
+    """{"eval/loss": nats per token} over all sequences of a data set, summed over ranks.
 
     Args:
         score: (S,) log-probs of a batch, without gradient.

@@ -1,6 +1,6 @@
 """Preference optimization as an objective: pairs, their reference log-probs from the cache, and the loss."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -13,14 +13,19 @@ from dpo.loss.pairs import pair_logps
 from dpo.loss.preference_loss import preference_loss
 from dpo.tracking.metrics import MetricSums
 
+LOSS_SUM = "loss_sum/"
+"""Before the names of the totals that belong to the loss."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(slots=True, kw_only=True)
 class PreferenceObjective:
     """Minimizes the preference loss, averaged over the pairs of a step, or over its groups."""
 
     data: PreferenceData
     loss_config: LossConfig
     unit: str = "pairs"
+    loss_sums: dict[str, float] = field(default_factory=dict)
+    """The loss's named sums over the last step and all ranks; empty before the first step."""
 
     @property
     def dataset(self) -> TokenizedDataset:
@@ -54,7 +59,7 @@ class PreferenceObjective:
             if batch.reference is None
             else pair_logps(batch.reference, batch.pairs, batch.num_tokens, alpha)
         )
-        result = preference_loss(policy, reference, self.loss_config)
+        result = preference_loss(policy, reference, self.loss_config, last_step=self.loss_sums)
         chosen, rejected = result.chosen_rewards, result.rejected_rewards
         losses = batch.pair_weights * result.losses
         recorded = {
@@ -67,5 +72,17 @@ class PreferenceObjective:
         }
         sums.add_values({name: values.sum() for name, values in recorded.items()}, len(chosen))
         sums.add_values({"loss": losses.detach().sum()}, batch.loss_count)
+        sums.add_totals({f"{LOSS_SUM}{name}": value.detach() for name, value in result.sums.items()})
         # A batch without pairs still depends on the policy, so that its backward pass runs on every rank.
         return losses.sum() + 0.0 * logps.sum()
+
+    def observe(self, totals: dict[str, float]) -> dict[str, float]:
+        """Keeps the loss's sums for the next step; see `Objective.observe`."""
+        self.loss_sums = {
+            name.removeprefix(LOSS_SUM): value for name, value in totals.items() if name.startswith(LOSS_SUM)
+        }
+        return self.loss_sums
+
+    def restore(self, loss_sums: dict[str, float]) -> None:
+        """Continues with the sums of the last step; see `Objective.restore`."""
+        self.loss_sums = loss_sums

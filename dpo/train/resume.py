@@ -1,19 +1,22 @@
-"""Where a run starts: afresh, from a checkpoint, or not at all."""
+"""Where a run starts: afresh, from a checkpoint, or not at all.
 
-from functools import partial
+Nothing is overwritten: a folder that holds something else is refused, and so is a run with other settings.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from dpo import distributed
-from dpo.config import Config, SftConfig, flat
+from dpo.config import OptimizationConfig, flat
 from dpo.errors import UserError
-from dpo.tracking.history import read_history
-from dpo.tracking.run_folder import CONFIG_FILE, flat_settings
+from dpo.tracking.history import last_step
+from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import complete_checkpoints
-from dpo.train.manifest import NotValid, read_manifest, verify
+from dpo.train.manifest import NotValid, read_manifest, run_of, verify
 
-FREE_TO_CHANGE = (  # between a run and its continuation: they change no weight
+FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "run_dir",
     "evaluate",
     "reference.cache_dir",
@@ -41,61 +44,87 @@ FREE_TO_CHANGE = (  # between a run and its continuation: they change no weight
     "model.share_prompts",
     "model.lora.export",
 )
+Settings = Mapping[str, Any]
+"""A resolved configuration, nested; see `dpo.config.resolved`."""
 
 
-def find_start(config: Config | SftConfig, *, thorough: bool = True) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, or None to start afresh. All ranks must call it.
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Start with step 1."""
+
+    notes: tuple[str, ...] = ()
+    """What a person should know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Continue after a checkpoint that was verified."""
+
+    checkpoint: Path
+    notes: tuple[str, ...] = ()
+    """Which newer checkpoints are not valid, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Do not start."""
+
+    reason: str
+    """Where, what, what was expected, and what to do."""
+
+
+Start = Fresh | Resume | Refuse
+
+
+def find_start(
+    folder: RunFolder, settings: Settings, options: OptimizationConfig, *, thorough: bool = True
+) -> Start:
+    """Decides where a run starts, alike on all ranks, which must all call it.
 
     Args:
-        config: The resolved configuration.
-        thorough: Compare every file of the checkpoint with its digest; else its manifest is enough.
-
-    Returns:
-        The checkpoint, and what a person should know: newer ones that are not valid, a run that starts again.
-
-    Raises:
-        UserError: The folder holds something else, or a run that cannot go on, or one with other settings.
+        folder: The run folder.
+        settings: The resolved configuration.
+        options: What to resume from, and which keys may differ.
+        thorough: Compare every file of the checkpoint with its digest; else the manifest is enough.
     """
-    run_dir, resume = Path(config.run_dir), config.train.resume
-    look = _find_problem if thorough else _find_missing
-    recorded, candidates = distributed.on_main(lambda: _look_into(run_dir, resume))
-    if resume not in ("auto", "never"):
-        checkpoint = Path(resume)
-        if problem := look(checkpoint):
-            raise UserError(f"train.resume: {checkpoint} cannot be used: {problem}")
-        for folder in {checkpoint.absolute().parents[1], run_dir.absolute()}:  # a run may branch off another
-            distributed.on_main(partial(_refuse_other_settings, config, folder))
-        return checkpoint, []
+    find_problem = _find_problem if thorough else _find_missing
+    if options.resume not in ("auto", "never"):
+        checkpoint = Path(options.resume)
+        if problem := find_problem(checkpoint):
+            return Refuse(f"train.resume: {checkpoint} cannot be used: {problem}")
+        origins = {run_of(checkpoint), RunFolder(folder.path.absolute())}  # a run may branch off another
+        return _same_settings(Resume(checkpoint), origins, settings, options)
+    recorded, candidates, refused = distributed.on_main(lambda: _look_into(folder, options.resume))
+    if refused:
+        return Refuse(refused)
     notes: list[str] = []
     for checkpoint in reversed(candidates):
-        problem = look(checkpoint)
+        problem = find_problem(checkpoint)
         if problem is None:
-            distributed.on_main(lambda: _refuse_other_settings(config, run_dir))
-            return checkpoint, notes
+            return _same_settings(Resume(checkpoint, tuple(notes)), {folder}, settings, options)
         notes.append(f"checkpoint {checkpoint} is not used: {problem}")
-    if recorded and not candidates and distributed.on_main(lambda: _had_none_to_write(run_dir, recorded)):
-        distributed.on_main(lambda: _refuse_other_settings(config, run_dir))
-        return None, [f"{run_dir} ended after step {recorded}, before its first checkpoint: it starts again"]
-    if recorded or candidates:
-        raise UserError(
-            f"run_dir: {run_dir} records {recorded} steps but has no valid checkpoint; choose another "
-            f"run_dir, or delete this one to start again (train.checkpoint_every makes runs resumable)"
-            + "".join(f"\n  {note}" for note in notes)
-        )
-    return None, []
+    if not recorded and not candidates:
+        return Fresh()
+    if not candidates and distributed.on_main(lambda: _ended_before_first_checkpoint(folder, recorded)):
+        note = f"{folder.path} ended after step {recorded}, before its first checkpoint: it starts again"
+        return _same_settings(Fresh((note,)), {folder}, settings, options)
+    return Refuse(
+        f"run_dir: {folder.path} records {recorded} steps but has no valid checkpoint; choose another "
+        "run_dir, or delete this one to start again (train.checkpoint_every makes runs resumable)"
+        + "".join(f"\n  {note}" for note in notes)
+    )
 
 
-def check_fingerprints(config: Config | SftConfig, start: Path, now: dict[str, str]) -> None:
-    """Raises UserError if data, or an adapter's base, has another content under the same name than when the
-    checkpoint was made.
+def check_fingerprints(checkpoint: Path, now: Mapping[str, str], options: OptimizationConfig) -> None:
+    """Raises UserError if data, or an adapter's base, has other content than when the checkpoint was made.
 
     Args:
-        config: Its train.resume_allow lets changes through by name.
-        start: A verified checkpoint.
-        now: Name -> digest of today's content.
+        checkpoint: A verified checkpoint.
+        now: Name -> digest of the present content.
+        options: `resume_allow` lets changes through by name.
     """
-    then = read_manifest(start).fingerprints
-    allowed = config.train.resume_allow.split(",")
+    then = read_manifest(checkpoint).fingerprints
+    allowed = options.resume_allow.split(",")
     changed = [
         f"{name}: content {then.get(name, 'none')[:12]} -> {now.get(name, 'none')[:12]}"
         for name in sorted(then.keys() | now.keys())
@@ -103,31 +132,35 @@ def check_fingerprints(config: Config | SftConfig, start: Path, now: dict[str, s
     ]
     if changed:
         raise UserError(
-            f"{start}: was made on other content, and a resumed run must be the same: {'; '.join(changed)}. "
-            "Put it back, choose another run_dir, or let it through: --train.resume_allow "
-            + ",".join(change.partition(":")[0] for change in changed)
+            f"{checkpoint}: was made from other content, and a resumed run must be the same: "
+            f"{'; '.join(changed)}. Restore it, choose another run_dir, or allow the change: "
+            "--train.resume_allow " + ",".join(change.partition(":")[0] for change in changed)
         )
 
 
-def _look_into(run_dir: Path, resume: str) -> tuple[int, list[Path]]:
-    """Recorded steps and checkpoints of a folder that may be used; raises UserError."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run_dir: {run_dir} is a file; expected a folder to write to")
-    recorded, candidates = _recorded_steps(run_dir), complete_checkpoints(run_dir)
-    occupied = run_dir.is_dir() and any(run_dir.iterdir())
+def _look_into(folder: RunFolder, resume: str) -> tuple[int, list[Path], str]:
+    """Recorded steps and checkpoints of a folder, and why it may not be used, or nothing."""
+    path = folder.path
+    if path.exists() and not path.is_dir():
+        return 0, [], f"run_dir: {path} is a file; expected a folder to write to"
+    recorded, candidates = last_step(folder), complete_checkpoints(folder)
     if resume == "never" and (recorded or candidates):
-        raise UserError(
-            f"run_dir: {run_dir} holds a run of {recorded} steps and train.resume is never; choose another"
+        return (
+            0,
+            [],
+            f"run_dir: {path} holds a run of {recorded} steps, and train.resume is never",
         )
-    if occupied and not (run_dir / CONFIG_FILE).is_file() and not (run_dir / "exit.json").is_file():
-        raise UserError(
-            f"run_dir: {run_dir} is not empty and not a run of ours; choose another run_dir or empty it"
+    if path.is_dir() and any(path.iterdir()) and not folder.is_run:
+        return (
+            0,
+            [],
+            f"run_dir: {path} is not empty and not a run of ours; choose another or empty it",
         )
-    return recorded, candidates
+    return recorded, candidates, ""
 
 
 def _find_missing(checkpoint: Path) -> str | None:
-    """What its manifest alone can tell."""
+    """What the manifest alone shows to be wrong with a checkpoint."""
     try:
         read_manifest(checkpoint)
     except NotValid as error:
@@ -135,17 +168,8 @@ def _find_missing(checkpoint: Path) -> str | None:
     return None
 
 
-def _had_none_to_write(run_dir: Path, recorded: int) -> bool:
-    """Whether the run was to write checkpoints, and died before the first."""
-    try:
-        every = int(yaml.safe_load((run_dir / CONFIG_FILE).read_text())["train"]["checkpoint_every"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return False
-    return recorded < every and not (run_dir / "model").exists()
-
-
 def _find_problem(checkpoint: Path) -> str | None:
-    """Signature, size and digest of every file, each rank a part of them."""
+    """What is wrong with signature, size or digest of a file; the ranks share the files."""
 
     def own_part() -> None:
         files = read_manifest(checkpoint).files
@@ -159,12 +183,31 @@ def _find_problem(checkpoint: Path) -> str | None:
     return next((problem for problem in distributed.gather_objects(found) if problem), None)
 
 
-def _refuse_other_settings(config: Config | SftConfig, run_dir: Path) -> None:
-    file = run_dir / CONFIG_FILE
-    if not file.is_file():
+def _ended_before_first_checkpoint(folder: RunFolder, recorded: int) -> bool:
+    """Whether the run was to write checkpoints, and died before the first."""
+    try:
+        every = int((folder.settings() or {})["train"]["checkpoint_every"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return False
+    return recorded < every and not folder.model().exists()
+
+
+def _same_settings(
+    start: Fresh | Resume, origins: set[RunFolder], settings: Settings, options: OptimizationConfig
+) -> Start:
+    """`start`, or Refuse where a run that it continues was started with other settings."""
+    reasons = distributed.on_main(
+        lambda: [reason for origin in origins for reason in _other_settings(origin, settings, options)]
+    )
+    return Refuse(reasons[0]) if reasons else start
+
+
+def _other_settings(origin: RunFolder, settings: Settings, options: OptimizationConfig) -> Iterator[str]:
+    recorded = origin.settings()
+    if recorded is None:
         return
-    then, now = flat(yaml.safe_load(file.read_text())), flat_settings(config)
-    free = (*FREE_TO_CHANGE, *filter(None, config.train.resume_allow.split(",")))
+    then, now = flat(recorded), flat(settings)
+    free = (*FREE_TO_CHANGE, *filter(None, options.resume_allow.split(",")))
     changed = {
         key: f"{key}: {then.get(key)} -> {now.get(key)}"
         for key in sorted(then.keys() | now.keys())
@@ -172,13 +215,8 @@ def _refuse_other_settings(config: Config | SftConfig, run_dir: Path) -> None:
         and not any(key == name or key.startswith(f"{name}.") for name in free)
     }
     if changed:
-        raise UserError(
-            f"run_dir: {run_dir} was started with other settings, and a resumed run must be the same run: "
-            f"{'; '.join(changed.values())}. Put them back, choose another run_dir, or let them through: "
+        yield (
+            f"run_dir: {origin.path} was started with other settings, and a resumed run must be the same: "
+            f"{'; '.join(changed.values())}. Put them back, choose another run_dir, or allow the change: "
             f"--train.resume_allow {','.join(changed)}"
         )
-
-
-def _recorded_steps(run_dir: Path) -> int:
-    """The last optimizer step in metrics.jsonl, 0 if there is none."""
-    return max((int(line["step"]) for line in read_history(run_dir)), default=0)

@@ -1,174 +1,208 @@
-"""Around the loop of `train` and `sft`: signals and watchdog before it, the checkpoint that it goes on from,
-and the model that it leaves.
+"""What one training run is made of, and what it does besides steps: load, evaluate, export, describe.
+
+`train`, `sft` and the tests build a `Session`; `dpo.train.loop` runs it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.config import Config, SftConfig
+from dpo.config import ModelConfig, OptimizationConfig, flat
 from dpo.data.dataset import TokenizedDataset
-from dpo.data.plan import BatchPlan
+from dpo.data.plan import BatchPlan, Int64s
+from dpo.data.trees import Layout, TreeBatch
 from dpo.engine.engine import Engine
 from dpo.engine.reshard import universal_form
 from dpo.errors import UserError
 from dpo.guards.guard import Guard
 from dpo.model.flops import forward_flops, known_peak, work_of
 from dpo.model.lora import export_trained
-from dpo.tracking.metrics import Evaluation
+from dpo.tracking.metrics import Evaluation, MetricSums
 from dpo.tracking.monitor import Monitor
-from dpo.tracking.run_folder import CONFIG_FILE, config_text, describe_run, flat_settings
+from dpo.tracking.run_folder import RunFolder, settings_text
 from dpo.tracking.trackers import open_trackers
 from dpo.train.checkpoint import Progress, load_checkpoint
-from dpo.train.loop import Objective, Run, train
+from dpo.train.resume import Settings
 
 GROUPS_SHOWN = 8
 PROMPT_CHARACTERS = 40
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """One optimization, with everything loaded."""
+class Objective(Protocol):
+    """What a run minimizes."""
 
-    policy: Engine
+    @property
+    def dataset(self) -> TokenizedDataset:
+        """Where the groups are."""
+
+    @property
+    def unit(self) -> str:
+        """What a step consists of, for the bar: pairs or sequences."""
+
+    @property
+    def per_token(self) -> bool:
+        """Whether `loss` takes log-probs of tokens instead of sequences."""
+
+    def count(self, groups: Int64s) -> float:
+        """What the step's loss is divided by, such as its pairs or its completion tokens."""
+
+    def num_units(self, groups: Int64s) -> int:
+        """Pairs or sequences of these groups, for throughput."""
+
+    def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
+        """The tensors of a micro-batch; without groups a batch that predicts nothing."""
+
+    def loss(self, logps: Tensor, batch: TreeBatch, sums: MetricSums) -> Tensor:
+        """The sum (not the mean) of the losses of a micro-batch, in nats.
+
+        Args:
+            logps: (S,) the policy's log-probs, or (N,) those of tokens, with gradient.
+            batch: What was scored.
+            sums: Receives loss and metrics of the real samples, under names without prefix, and as totals the
+                named sums that the loss needs of the whole step.
+        """
+
+    def observe(self, totals: dict[str, float]) -> dict[str, float]:
+        """Receives the totals of a finished step over all ranks; returns the loss's own, for `Progress`."""
+
+    def restore(self, loss_sums: dict[str, float]) -> None:
+        """Receives what `observe` returned after the last step of a resumed run."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """One training run."""
+
+    folder: RunFolder
+    settings: Settings
+    """The resolved configuration, for config.yaml and trackers."""
+    model: ModelConfig
+    options: OptimizationConfig
+    engine: Engine
     objective: Objective
     plan: BatchPlan
     tokenizer: PreTrainedTokenizerBase
-    start: Path | None
-    """The checkpoint to go on from."""
-    universal: bool
-    """Another number of ranks wrote it."""
-    fingerprints: dict[str, str]
-    evaluate: Callable[[], Evaluation] | None
-    data: str
-    """The training data, for people."""
-    card: Callable[[dict[str, float]], str]
-    """The model card, given what was measured."""
+    guard: Guard
+    evaluate: Callable[["Session"], Evaluation] | None = None
+    """Of the current policy on held-out data, with `score_only`; None without held-out data."""
+    card: Callable[[dict[str, float]], str] = lambda results: ""
+    """The model card, given the last evaluation."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Name -> digest of data and model; for the checkpoints."""
+    checkpoint: Path | None = None
+    """What the run resumes from."""
+    resharded: bool = False
+    """Whether another number of ranks wrote it."""
+    progress: Progress = field(default_factory=Progress)
+    evaluated: dict[str, float] = field(default_factory=dict)
+    """The last evaluation of this process."""
+    monitor: Monitor = field(init=False)
+    group_flops: npt.NDArray[np.float64] | None = field(init=False)
+    """(G,) operations of each group's forward and backward pass; None where they cannot be counted."""
+    peak_flops: float | None = field(init=False)
+    """Operations per second that one device can do at most, or None where that is not known."""
 
+    @contextmanager
+    def opened(self, description: str) -> Iterator[None]:
+        """Loads the checkpoint and opens the records; within the block the loop may run.
 
-def optimize(config: Config | SftConfig, work: Work, guard: Guard) -> None:
-    """Runs the loop from the start or from a checkpoint, and exports the model."""
-    policy, run_dir = work.policy, Path(config.run_dir)
-    torch.manual_seed(config.train.seed)  # for models that draw; ours have no dropout
-    progress = _load(work, run_dir)
-    describe_run(config, engine=policy.description)
+        Args:
+            description: The training data, for people.
+        """
+        torch.manual_seed(self.options.seed)  # for models that draw; ours have no dropout
+        self.progress = self._load()
+        self.objective.restore(self.progress.loss_sums)
+        if distributed.is_main():
+            self.folder.claim(dict(self.settings))
+            self.folder.describe(world_size=distributed.world_size(), engine=self.engine.description)
+        self.group_flops, self.peak_flops = self._flops()
+        trackers = open_trackers(self.options.trackers, self.folder.path, flat(self.settings))
+        self.monitor = Monitor(
+            self.folder,
+            num_steps=self.plan.num_steps,
+            first_step=self.progress.step,
+            evaluated=self.progress.evaluated_step == self.progress.step,
+            unit=self.objective.unit,
+            trackers=trackers,
+        )
+        with self.monitor:
+            terminal.note(f"{self.engine.description}; {self._parameters()}; {description}")
+            if self.checkpoint:
+                terminal.note(f"resuming after step {self.progress.step}, from {self.checkpoint}")
+            self.monitor.text("config", f"```yaml\n{settings_text(dict(self.settings))}```")
+            yield
 
-    evaluated: dict[str, float] = {}
+    def score_only(self, batch: TreeBatch, *, per_token: bool = False) -> Tensor:
+        """`Engine.score_only` for evaluations. All ranks must call it.
 
-    def export(folder: Path) -> None:
-        guard.watchdog.progress(f"writing {folder.name}")
-        weights, card = policy.weights(), work.card(evaluated)
+        Raises:
+            StopRequestedError: A rank has been asked to stop.
+        """
+        self.guard.may_continue("evaluation")
+        return self.engine.score_only(batch, per_token=per_token)
+
+    def export(self, target: Path) -> None:
+        """Writes the current weights as a model that transformers loads. All ranks must call it.
+
+        Raises:
+            UserError: There is no room for it.
+        """
+        self.guard.progress(f"writing {target.name}")
+        weights, card = self.engine.weights(), self.card(self.evaluated)
 
         def write() -> None:
             try:
-                with policy.unsharded():
-                    export_trained(config.model, policy.model, weights, work.tokenizer, folder, card)
+                with self.engine.unsharded():
+                    export_trained(self.model, self.engine.model, weights, self.tokenizer, target, card)
             except (OSError, SafetensorError) as error:
                 raise UserError(
-                    f"{folder}: the model could not be written ({error}): make room, and the same command "
-                    "goes on from the newest checkpoint"
+                    f"{target}: the model could not be written ({error}): make room, and run the same "
+                    "command again to resume from the newest checkpoint"
                 ) from error
 
         distributed.on_main(write)
 
-    def describe(groups: list[int]) -> str:
-        texts = (
-            work.tokenizer.decode(work.objective.dataset[group].prompt) for group in groups[:GROUPS_SHOWN]
-        )
+    def describe(self, groups: list[int]) -> str:
+        """These groups of the training data, for people."""
+        dataset = self.objective.dataset
+        prompts = (self.tokenizer.decode(dataset[group].prompt) for group in groups[:GROUPS_SHOWN])
         shown = [
-            f"{group} ({text[:PROMPT_CHARACTERS]!r})" for group, text in zip(groups, texts, strict=False)
+            f"{group} ({text[:PROMPT_CHARACTERS]!r})" for group, text in zip(groups, prompts, strict=False)
         ]
         more = f" and {len(groups) - GROUPS_SHOWN} more" if len(groups) > GROUPS_SHOWN else ""
         return f"data.train groups {', '.join(shown)}{more}"
 
-    flops, peak = _operations(policy, work.objective.dataset, config)
-    trackers = open_trackers(config.train.trackers, run_dir, flat_settings(config))
-    with Monitor(
-        run_dir,
-        num_steps=work.plan.num_steps,
-        first_step=progress.step,
-        evaluated=progress.evaluated_step == progress.step,
-        unit=work.objective.unit,
-        trackers=trackers,
-    ) as monitor:
-        parameters = f"{policy.num_parameters / 1e6:.1f}M parameters"
-        if policy.num_frozen:
-            trained = policy.num_parameters - policy.num_frozen
-            parameters += f", of which {trained / 1e6:.2f}M of an adapter are trained"
-        terminal.note(f"{policy.description}; {parameters}; {work.data}")
-        if work.start:
-            terminal.note(f"going on after step {progress.step}, from {work.start}")
-        monitor.text("config", f"```yaml\n{config_text(config)}```")
-        run = Run(
-            folder=run_dir,
-            monitor=monitor,
-            stop=guard.stop,
-            watchdog=guard.watchdog,
-            fingerprints=work.fingerprints,
-            evaluate=work.evaluate,
-            export=export,
-            describe=describe,
-            group_flops=flops,
-            peak_flops=peak,
-        )
-        evaluated |= train(policy, work.objective, work.plan, config.train, progress, run)
-    export(run_dir / "model")
-    if evaluated:
-        result = f"held-out {_metrics(evaluated)}"
-    elif work.evaluate is None:
-        result = "no held-out data, so nothing was evaluated"
-    else:
-        result = "it had ended already"
-    skipped = f"; {progress.skipped} steps were skipped: see the lines above" if progress.skipped else ""
-    preferences = isinstance(config, Config) and work.evaluate is not None
-    terminal.summary(
-        guard.command,
-        {
-            "trained": f"{work.plan.num_steps} steps on {work.data}{skipped}",
-            "result": result,
-            "model": str(run_dir / "model"),
-            "curves": f"tensorboard --logdir {run_dir}",
-            "next": f"dpo evaluate --config {run_dir / CONFIG_FILE}" if preferences else "",
-        },
-    )
+    def _load(self) -> Progress:
+        if self.checkpoint is None:
+            return Progress()
+        if not self.resharded:
+            return load_checkpoint(self.engine, self.checkpoint, self.checkpoint)
+        terminal.note(f"converting {self.checkpoint} for {distributed.world_size()} rank(s)")
+        with universal_form(self.checkpoint, self.folder.path) as state:
+            return load_checkpoint(self.engine, self.checkpoint, state)
 
+    def _parameters(self) -> str:
+        whole, frozen = self.engine.num_parameters, self.engine.num_frozen
+        adapter = f", {(whole - frozen) / 1e6:.2f}M of them trained, in an adapter" if frozen else ""
+        return f"{whole / 1e6:.1f}M parameters{adapter}"
 
-def _operations(
-    policy: Engine, dataset: TokenizedDataset, config: Config | SftConfig
-) -> tuple[npt.NDArray[np.float64] | None, float | None]:
-    """(G,) operations of each group's forward and backward pass, and what a device can do a second."""
-    try:
-        work = work_of(policy.model)
-    except ValueError:
-        return None, None
-    passes = 2 if policy.num_frozen else 3  # the backward pass is two, and one less for frozen weights
-    peak = config.train.peak_tflops and config.train.peak_tflops * 1e12
-    if peak is None and policy.device.type == "cuda" and config.model.dtype == "bfloat16":
-        peak = known_peak(torch.cuda.get_device_name())
-    return passes * forward_flops(dataset, work), peak
-
-
-def _load(work: Work, run_dir: Path) -> Progress:
-    if work.start is None:
-        return Progress()
-    if not work.universal:
-        return load_checkpoint(work.policy, work.start, work.start)
-    terminal.note(f"making {work.start} fit {distributed.world_size()} rank(s)")
-    with universal_form(work.start, run_dir) as state:
-        return load_checkpoint(work.policy, work.start, state)
-
-
-def _metrics(evaluated: dict[str, float]) -> str:
-    shown = {
-        "loss": "eval/loss",
-        "reward accuracy": "eval/rewards/accuracies",
-        "margin": "eval/rewards/margins",
-    }
-    return ", ".join(f"{label} {evaluated[name]:.4f}" for label, name in shown.items() if name in evaluated)
+    def _flops(self) -> tuple[npt.NDArray[np.float64] | None, float | None]:
+        try:
+            work = work_of(self.engine.model)
+        except ValueError:
+            return None, None
+        passes = 2 if self.engine.num_frozen else 3  # the backward pass is two, one less for frozen weights
+        peak = self.options.peak_tflops and self.options.peak_tflops * 1e12
+        if peak is None and self.engine.device.type == "cuda" and self.model.dtype == "bfloat16":
+            peak = known_peak(torch.cuda.get_device_name())
+        return passes * forward_flops(self.objective.dataset, work), peak

@@ -1,75 +1,93 @@
-"""Before the loop."""
+"""What `train` and `sft` settle before the model is loaded: where the run starts, and whether it can end."""
 
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from dpo import distributed, terminal
-from dpo.config import Config, SftConfig
-from dpo.engine import engine
+from dpo.config import ModelConfig, OptimizationConfig
 from dpo.engine.reshard import needs_universal_form
+from dpo.engine.world import kind_here, unsharded
+from dpo.errors import UserError
 from dpo.model.load import DTYPES
 from dpo.model.lora import num_adapter_parameters
 from dpo.reference.identity import reference_identity
+from dpo.tracking.run_folder import RunFolder
 from dpo.train.disk_space import checkpoint_bytes, exported_bytes, require_space
 from dpo.train.manifest import read_manifest
-from dpo.train.resume import check_fingerprints, find_start
+from dpo.train.resume import Refuse, Resume, Settings, check_fingerprints, find_start
 
 
-def start_of(config: Config | SftConfig) -> Path | None:
-    """The checkpoint to go on from, or None; says which newer ones are not valid. All ranks must call it."""
-    start, notes = find_start(config)
-    terminal.warning(*notes)
-    distributed.require_shared(Path(config.run_dir), "run_dir")
-    return start
-
-
-def check_start(config: Config | SftConfig, start: Path | None, fingerprints: dict[str, str]) -> bool:
-    """Whether the checkpoint needs its universal form.
+def start_of(folder: RunFolder, settings: Settings, options: OptimizationConfig) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start. All ranks must call it.
 
     Raises:
-        UserError: It belongs to other data or another model, or no way leads from its engine to this one.
+        UserError: The run may not start, or the run folder is not shared by all ranks.
     """
-    if start is None:
+    start = find_start(folder, settings, options)
+    if isinstance(start, Refuse):
+        raise UserError(start.reason)
+    terminal.warning(*start.notes)
+    distributed.require_shared(folder.path, "run_dir")
+    return start.checkpoint if isinstance(start, Resume) else None
+
+
+def needs_resharding(
+    checkpoint: Path | None, fingerprints: dict[str, str], options: OptimizationConfig
+) -> bool:
+    """Whether the checkpoint must be converted to its universal form for this number of ranks.
+
+    Raises:
+        UserError: It was made from other data or another model, or this engine cannot read it.
+    """
+    if checkpoint is None:
         return False
-    distributed.on_main(lambda: check_fingerprints(config, start, fingerprints))
-    written = read_manifest(start)
-    return needs_universal_form(start, written.engine, written.world_size, engine.kind_here())
+    distributed.on_main(lambda: check_fingerprints(checkpoint, fingerprints, options))
+    written = read_manifest(checkpoint)
+    return needs_universal_form(checkpoint, written.engine, written.world_size, kind_here())
 
 
-def base_fingerprint(config: Config | SftConfig, memory: Path) -> dict[str, str]:
+def base_fingerprint(model: ModelConfig, memory: Path) -> dict[str, str]:
     """Name -> digest of the base that an adapter is trained on, since checkpoints do not hold it; else empty.
 
     Args:
-        config: The resolved configuration.
-        memory: Where hashes of files are remembered.
+        model: With or without an adapter.
+        memory: Folder in which file hashes are remembered.
     """
-    if config.model.lora is None:
+    if model.lora is None:
         return {}
-    identity = distributed.on_main(lambda: reference_identity(config.model, memory))
+    identity = distributed.on_main(lambda: reference_identity(model, memory))
     return {"model.name_or_path": identity.digest}
 
 
 def check_space(
-    config: Config | SftConfig, num_parameters: int, accelerator: Accelerator, num_steps: int
+    folder: RunFolder,
+    model: ModelConfig,
+    options: OptimizationConfig,
+    accelerator: Accelerator,
+    *,
+    num_parameters: int,
+    num_steps: int,
 ) -> None:
-    """Raises UserError on all ranks if the disk cannot hold the checkpoints.
+    """Raises UserError on all ranks if the disk cannot hold the checkpoints and models.
 
     Args:
-        config: The resolved configuration.
+        folder: Where they go.
+        model: Its compute type and adapter.
+        options: Optimizer, and how many checkpoints and models are kept.
+        accelerator: From `dpo.engine.world.start`.
         num_parameters: Of the whole model.
-        accelerator: From `engine.start`.
         num_steps: Optimizer steps of the whole run.
     """
-    sharded = engine.kind_here().startswith("DeepSpeed")
+    sharded = kind_here().startswith("DeepSpeed")
 
     def check() -> None:
         trained = num_parameters
-        if config.model.lora is not None:
-            with engine.unsharded(accelerator):
-                trained = num_adapter_parameters(config.model)
-        one = checkpoint_bytes(trained, DTYPES[config.model.dtype], config.train, sharded=sharded)
-        model = exported_bytes(config.model, num_parameters, trained)
-        require_space(Path(config.run_dir), one, model, config.train, num_steps)
+        if model.lora is not None:
+            with unsharded(accelerator):
+                trained = num_adapter_parameters(model)
+        one = checkpoint_bytes(trained, DTYPES[model.dtype], options, sharded=sharded)
+        exported = exported_bytes(model, num_parameters, trained)
+        require_space(folder.path, one, exported, options, num_steps)
 
     distributed.on_main(check)

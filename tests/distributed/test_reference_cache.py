@@ -1,4 +1,4 @@
-"""The reference cache under real ranks, real kills and two builders at once."""
+"""The reference cache with real ranks, real kills, and two builders at once."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def experiment(
     tiny_model: Path,
     preference_rows: Callable[..., list[dict[str, Any]]],
 ) -> Callable[..., list[str]]:
-    """Arguments of an experiment on 600 groups with its reference cache in a folder: experiment(folder)."""
+    """experiment(folder): arguments of an experiment on 600 groups whose reference cache is in `folder`."""
     shared = tmp_path_factory.mktemp("shared")
     rows = preference_rows(600)
     (shared / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -62,7 +62,7 @@ def store_in(folder: Path) -> ReferenceStore:
 
 @pytest.fixture(scope="module")
 def whole(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> ReferenceTable:
-    """What an uninterrupted build by one rank gives."""
+    """The cache of an uninterrupted build by one rank."""
     folder = tmp_path_factory.mktemp("whole")
     statuses, text = run_ranks(1, ["precompute-ref", *experiment(folder)], folder / "logs")
     assert statuses == [0], text
@@ -77,7 +77,7 @@ def same_rows(table: ReferenceTable, whole: ReferenceTable) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_any_number_of_ranks_gives_the_same_bits(
+def test_any_number_of_ranks_computes_the_same_bits(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path, world_size: int
 ) -> None:
     statuses, text = run_ranks(world_size, ["precompute-ref", *experiment(tmp_path)], tmp_path / "logs")
@@ -88,16 +88,16 @@ def test_any_number_of_ranks_gives_the_same_bits(
     assert np.array_equal(table.logps, whole.logps)
 
 
-def test_killed_again_and_again_it_ends_with_the_same_rows(
+def test_killed_many_times_a_build_ends_with_the_same_rows(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     chance = random.Random(0)
     arguments, before, inside = ["precompute-ref", *experiment(tmp_path)], 0, 0
     for number in range(KILLS):
         processes = start_ranks(2, arguments, tmp_path / f"logs{number}")
-        if number % 4 == 3:  # while it starts
+        if number % 4 == 3:  # during the start
             time.sleep(chance.uniform(0, 0.6))
-        else:  # while it writes: a little after one of its next shards
+        else:  # during writing: shortly after one of the next shards
             shards, deadline = num_shards(tmp_path) + chance.randrange(1, 4), time.monotonic() + 60
             running = True
             while num_shards(tmp_path) < shards and running and time.monotonic() < deadline:
@@ -105,22 +105,22 @@ def test_killed_again_and_again_it_ends_with_the_same_rows(
                 time.sleep(0.001)
             time.sleep(chance.uniform(0, 0.02))
         processes[number % 2].kill()
-        if number % 3:  # at the same moment, or after the other has noticed
+        if number % 3:  # at the same time; else the other rank ends by itself
             processes[1 - number % 2].kill()
         wait(processes, seconds=0.2)
         if num_shards(tmp_path):
             rows = len(store_in(tmp_path).load())
-            assert rows >= before, "finished rows are gone"
+            assert rows >= before, "finished rows were lost"
             inside += before < rows < len(whole)
             before = rows
-        if before == len(whole) and number < KILLS - 1:  # a fast machine: give it work again
+        if before == len(whole) and number < KILLS - 1:  # on a fast machine: make rows missing again
             for shard in store_in(tmp_path).shards()[::2]:
                 shard.unlink()
             before = len(store_in(tmp_path).load())
     assert inside >= KILLS // 3, f"only {inside} of {KILLS} kills hit a build that was writing"
     statuses, text = run_ranks(2, arguments, tmp_path / "logs")
     assert statuses == [0, 0], text
-    summary = f"reference  {before} sequences were there, {len(whole) - before} computed"
+    summary = f"reference  {before} sequences were cached, {len(whole) - before} computed"
     assert summary in text
     same_rows(store_in(tmp_path).load(), whole)
 
@@ -128,7 +128,7 @@ def test_killed_again_and_again_it_ends_with_the_same_rows(
 def wait_for(event: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not event():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.001)
 
 
@@ -141,13 +141,13 @@ def num_shards(folder: Path) -> int:
     return len(list((folder / "reference").glob("*/part-*.parquet")))
 
 
-def test_two_builders_at_once_end_in_one_valid_cache(
+def test_two_builders_at_once_write_one_valid_cache(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     arguments = ["precompute-ref", *experiment(tmp_path)]
     (first,) = start_ranks(1, arguments, tmp_path / "logs0")
     wait_for(lambda: num_shards(tmp_path) > 0)
-    os.kill(pid_of(first), signal.SIGSTOP)  # its plan holds rows that the second computes meanwhile
+    os.kill(pid_of(first), signal.SIGSTOP)  # its plan has rows that the second builder computes meanwhile
     assert wait(start_ranks(1, arguments, tmp_path / "logs1")) == [0], said(tmp_path / "logs1")
     os.kill(pid_of(first), signal.SIGCONT)
     assert wait([first]) == [0], said(tmp_path / "logs0")
@@ -158,7 +158,7 @@ def test_two_builders_at_once_end_in_one_valid_cache(
     assert run(["cache", "verify", str(store.path)]) == 0
 
 
-def test_a_signal_writes_what_was_computed_and_ends_with_status_3(
+def test_after_a_signal_what_was_computed_is_kept_and_the_status_is_3(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     arguments = ["precompute-ref", *experiment(tmp_path, reference__flush_every_seconds=3600)]
@@ -167,7 +167,7 @@ def test_a_signal_writes_what_was_computed_and_ends_with_status_3(
     wait_for(lambda: re.search(r"to compute: [1-9][\d.]*[kM]?/", said(tmp_path / "logs")) is not None)
     os.kill(pid_of(process), signal.SIGTERM)
     assert wait([process]) == [3], said(tmp_path / "logs")
-    assert "the same command goes on from there" in said(tmp_path / "logs")
+    assert "what was computed is kept" in said(tmp_path / "logs")
     assert 0 < len(store_in(tmp_path).load()) < len(whole)
     assert wait(start_ranks(2, arguments, tmp_path / "again")) == [0, 0]
     same_rows(store_in(tmp_path).load(), whole)
@@ -195,7 +195,7 @@ ZERO_2 = {
 }
 
 
-def test_sharded_by_zero_3_gives_the_same_bits_and_other_settings_compute_nothing(
+def test_zero_3_computes_the_same_bits_and_other_settings_compute_nothing(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     arguments = ["precompute-ref", *experiment(tmp_path, reference__sharding="zero3")]
@@ -203,7 +203,7 @@ def test_sharded_by_zero_3_gives_the_same_bits_and_other_settings_compute_nothin
     assert np.array_equal(store_in(tmp_path).load().logps, whole.logps)
     changed = {"train__learning_rate": 1.0, "loss__beta": 3.0, "train__seed": 9, "train__pairs_per_step": 3}
     _, text = run_ranks(1, ["precompute-ref", *experiment(tmp_path, **changed)], tmp_path / "changed")
-    assert f"{len(whole)} sequences were there, 0 computed" in text
+    assert f"{len(whole)} sequences were cached, 0 computed" in text
 
 
 def test_a_cache_with_wrong_values_stops_a_run_before_its_first_step(
@@ -218,6 +218,6 @@ def test_a_cache_with_wrong_values_stops_a_run_before_its_first_step(
     arguments = ["train", *experiment(tmp_path, train__max_steps=1, reference__audit_rows=5)]
     assert wait(start_ranks(2, arguments, tmp_path / "train", variables=ZERO_2)) == [2, 2]
     text = said(tmp_path / "train")
-    assert "audit failed: 5 of 5 recomputed rows differ" in text
+    assert "audit failed: 5 of 5 " in text
     assert re.search(r"cached -\d+\.\d+, recomputed -\d+\.\d+ nats", text)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

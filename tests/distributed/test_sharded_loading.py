@@ -16,9 +16,10 @@ def private():  # bytes that are this process's own: the weight files are mapped
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous"))
 
 import deepspeed, torch
-from dpo import distributed, engine
+from dpo import distributed
+from dpo.engine.world import start
 from dpo.config import ModelConfig
-from dpo.frozen import frozen_scorer
+from dpo.engine.frozen import frozen_scorer
 from dpo.model.load import load_model
 
 peak, watching = private(), True
@@ -41,7 +42,7 @@ def measured(load):
     return max(peak, private()) - before
 
 model = ModelConfig(name_or_path={model!r}, dtype="float32")
-accelerator = engine.start(model)
+accelerator = start(model)
 found = measured(lambda: {what})
 pathlib.Path({output!r}, os.environ["RANK"]).write_text(json.dumps(found))
 distributed.barrier()

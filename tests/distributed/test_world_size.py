@@ -61,7 +61,7 @@ def test_the_same_pairs_give_the_same_steps(
 
 SLOW = """
 import time
-from dpo.engine import Engine
+from dpo.engine.engine import Engine
 plain = Engine.score
 def slowly(self, *rest, **options):
     time.sleep(0.05)

@@ -1,6 +1,6 @@
-"""What goes wrong with a reference cache: nothing silent, and nothing lost that was finished.
+"""Faults of a reference cache: none is silent, and none loses a finished row.
 
-The list is that of the table in docs/reference-cache.md.
+The list is the table of docs/reference-cache.md.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from benchmarks.cache_faults import FAULTS, Fault, Skip, try_fault
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "_"))
-def test_a_fault_ends_as_promised(fault: Fault, tmp_path: Path) -> None:
+def test_a_fault_ends_as_documented(fault: Fault, tmp_path: Path) -> None:
     try:
         try_fault(fault, tmp_path)
     except Skip as reason:

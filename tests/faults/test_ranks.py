@@ -11,11 +11,11 @@ from rig import KILL, SLOWLY, Rig, at_step, checkpoints, metrics, wait_for, weig
 NAN = """
 import os, torch
 from dpo.train import loop
-from dpo.train.preference import PreferenceObjective
+from dpo.train.preference_objective import PreferenceObjective
 made, plain, honest = [0], loop.train_step, PreferenceObjective.loss
-def counted(engine, objective, step, *rest):
-    made[0] = step.number
-    return plain(engine, objective, step, *rest)
+def counted(session, *rest):
+    made[0] = session.progress.step + 1
+    return plain(session, *rest)
 def spoiled(self, logps, batch, sums):
     loss = honest(self, logps, batch, sums)
     here = os.environ.get("RANK", "0") == "{rank}" and made[0] in {steps}

@@ -13,7 +13,7 @@ from dpo.guards.signals import REPEATS_WITHIN_SECONDS
 
 EARLY = """
 import os, signal
-from dpo import commands
+from dpo.commands import train as commands
 plain = commands.load_policy
 def patched(*arguments, **named):
     os.kill(os.getpid(), signal.SIGTERM)

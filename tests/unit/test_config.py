@@ -15,13 +15,12 @@ from dpo.config import (
     ModelConfig,
     ScratchConfig,
     SftConfig,
-    SftDataConfig,
     SftModelConfig,
     SftTrainConfig,
 )
 
 CONFIG = Config(model=ModelConfig(name_or_path="m"), data=DataConfig(train="d"))
-SFT = SftConfig(model=SftModelConfig(name_or_path="m"), data=SftDataConfig(train="d"))
+SFT = SftConfig(model=SftModelConfig(name_or_path="m"), data=DataConfig(train="d"))
 
 # Their classes say what they are.
 SECTIONS = {getattr(f.type, "__name__", f.type) for kind in (Config, SftConfig) for f in fields(kind)} - {

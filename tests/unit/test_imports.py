@@ -31,7 +31,7 @@ ROOMS = {  # a room -> the rooms it may import, besides itself and the ground
     },
     "dpo.planning": {"dpo.data", "dpo.engine", "dpo.evaluate", "dpo.model", "dpo.reference", "dpo.train"},
     "dpo.commands": {"dpo"},
-    "dpo.cli": {"dpo.loss.catalog", "dpo.tracking.exit_record"},
+    "dpo.cli": {"dpo.loss.catalog", "dpo.tracking.exit_record", "dpo.tracking.run_folder"},
     "dpo.__main__": {"dpo.cli"},
     "data_prep": {"dpo.data", "dpo.evaluate", "dpo.model"},
 }

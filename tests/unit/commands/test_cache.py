@@ -1,4 +1,4 @@
-"""`dpo cache` on a real cache of a tiny model: what it says, what it changes, and its exit status."""
+"""`dpo cache` on a real cache of a tiny model: what it prints, what it changes, and its exit status."""
 
 import json
 import shutil
@@ -76,30 +76,31 @@ def damage(store: ReferenceStore) -> Path:
     return path
 
 
-def test_info_tells_identity_rows_and_bytes(store: ReferenceStore, dpo: Command) -> None:
+def test_info_prints_identity_rows_and_bytes(store: ReferenceStore, dpo: Command) -> None:
     rows, size = len(store.load()), store.shards()[0].stat().st_size
-    said = dpo("cache", "info", str(store.path))
-    assert said.startswith(f"{store.path}\n  identity      {store.identity.digest}\n")
-    assert f"model.safetensors sha256 {store.identity.weights['model.safetensors'][:16]}" in said
-    assert "  model         gpt2, float32\n" in said
+    output = dpo("cache", "info", str(store.path))
+    assert output.startswith(f"{store.path}\n  identity      {store.identity.digest}\n")
+    assert f"model.safetensors sha256 {store.identity.weights['model.safetensors'][:16]}" in output
+    assert "  model         gpt2, float32\n" in output
     assert (
-        f"  rows          {rows}, 0 of them with log-probs of tokens, {size / rows:.1f} bytes a row\n" in said
+        f"  rows          {rows}, 0 of them with log-probs per token, {size / rows:.1f} bytes per row\n"
+        in output
     )
-    assert said.endswith(f"  shards        1, {size} bytes, 0 copies of rows\n")
+    assert output.endswith(f"  shards        1, {size} bytes, 0 duplicate rows\n")
     (store.path / ".part-1-x.parquet.writing").write_bytes(b"half")
     assert dpo("cache", "info", str(store.path)).endswith(", 1 unfinished files of killed processes\n")
 
 
-def test_info_of_a_root_is_that_of_every_cache_in_it(
+def test_info_of_a_root_covers_every_cache_in_it(
     store: ReferenceStore, config: str, dpo: Command, tmp_path: Path
 ) -> None:
     dpo("precompute-ref", "--config", config, "--model.dtype", "bfloat16")
-    said = dpo("cache", "info", str(tmp_path / "reference"))
-    assert said.count("  identity      ") == 2
-    assert ("gpt2, float32" in said, "gpt2, bfloat16" in said) == (True, True)
+    output = dpo("cache", "info", str(tmp_path / "reference"))
+    assert output.count("  identity      ") == 2
+    assert ("gpt2, float32" in output, "gpt2, bfloat16" in output) == (True, True)
 
 
-def test_info_with_a_configuration_tells_what_is_covered(
+def test_info_with_a_configuration_prints_what_is_covered(
     store: ReferenceStore,
     config: str,
     dpo: Command,
@@ -110,36 +111,35 @@ def test_info_with_a_configuration_tells_what_is_covered(
     assert f"  train         {rows} of {rows} sequences covered\n" in dpo("cache", "info", "--config", config)
     half, more = preference_rows(12)[4:8], preference_rows(12)[8:]
     held_out = write_jsonl([*half, *more], "held_out.jsonl")
-    said = dpo("cache", "info", "--config", config, "--data.test", held_out)
+    output = dpo("cache", "info", "--config", config, "--data.test", held_out)
     covered, all_of = (sum(len(row["completions"]) for row in part) for part in (half, [*half, *more]))
-    assert f"  test          {covered} of {all_of} sequences covered\n" in said
+    assert f"  test          {covered} of {all_of} sequences covered\n" in output
 
 
 @pytest.mark.parametrize("action", ["info", "verify", "prune"])
-def test_a_cache_that_was_not_made_yet_is_refused_with_the_nearest(
+def test_a_cache_that_does_not_exist_yet_is_refused_with_the_nearest_other_one(
     store: ReferenceStore, config: str, dpo: Command, action: str
 ) -> None:
-    said = dpo("cache", action, "--config", config, "--model.dtype", "bfloat16", status=2)
-    assert (
-        f"no such cache yet (the nearest other cache, {store.path.name}, is of a model with other dtype"
-        in said
-    )
-    assert "precompute-ref makes it" in said
+    output = dpo("cache", action, "--config", config, "--model.dtype", "bfloat16", status=2)
+    assert store.path.name in output
+    assert "dtype: float32 -> bfloat16" in output
+    assert "precompute-ref" in output
 
 
 def test_verify_reads_every_shard(store: ReferenceStore, config: str, dpo: Command, tmp_path: Path) -> None:
     in_halves(store)
-    expected = f"{store.path}: {len(store.load())} rows in 2 shards, all whole\n"
+    expected = f"{store.path}: {len(store.load())} rows in 2 shards, none damaged\n"
     for target in ([str(store.path)], [str(tmp_path / "reference")], ["--config", config]):
         assert dpo("cache", "verify", *target) == expected
     damaged = damage(store)
-    said = dpo("cache", "verify", str(store.path), status=2)
-    assert said.startswith(f"dpo: error: 1 of 2 shards are bad:\n  {damaged}: damaged shard")
+    output = dpo("cache", "verify", str(store.path), status=2)
+    assert output.startswith("dpo: error: 1 of 2 shards")
+    assert str(damaged) in output
 
 
 def test_verify_recomputes_rows(store: ReferenceStore, config: str, dpo: Command) -> None:
-    said = dpo("cache", "verify", "--config", config, "--recompute", "5")
-    assert f"{store.path}: 5 rows recomputed, largest difference " in said
+    output = dpo("cache", "verify", "--config", config, "--recompute", "5")
+    assert f"{store.path}: 5 rows recomputed, largest difference " in output
     rows = len(store.load())
     assert f"{rows} rows recomputed" in dpo("cache", "verify", "--config", config, "--recompute", "10000")
 
@@ -151,12 +151,12 @@ def test_verify_finds_a_wrong_value_by_recomputing(store: ReferenceStore, config
     wrong[3] += 0.01
     path.unlink()
     store.append(replace(shard, logps=wrong))
-    assert "all whole" in dpo("cache", "verify", "--config", config)  # it is whole, only wrong
-    said = dpo("cache", "verify", "--config", config, "--recompute", "10000", status=2)
-    assert f"audit failed: 1 of {len(shard)} recomputed rows differ" in said
+    assert "none damaged" in dpo("cache", "verify", "--config", config)  # a wrong value, but no damage
+    output = dpo("cache", "verify", "--config", config, "--recompute", "10000", status=2)
+    assert f"audit failed: 1 of {len(shard)} " in output
 
 
-def test_verify_with_data_that_the_cache_lacks_is_refused(
+def test_verify_with_data_that_is_not_cached_is_refused(
     store: ReferenceStore,
     config: str,
     dpo: Command,
@@ -164,22 +164,22 @@ def test_verify_with_data_that_the_cache_lacks_is_refused(
     preference_rows: Callable[..., Rows],
 ) -> None:
     more = write_jsonl(preference_rows(9), "nine.jsonl")
-    said = dpo("cache", "verify", "--config", config, "--data.train", more, "--recompute", "2", status=2)
-    assert "the cache lacks" in said
+    output = dpo("cache", "verify", "--config", config, "--data.train", more, "--recompute", "2", status=2)
+    assert "the cache lacks" in output
 
 
-def test_prune_joins_shards_and_a_dry_run_only_says_so(store: ReferenceStore, dpo: Command) -> None:
+def test_prune_joins_shards_and_a_dry_run_changes_nothing(store: ReferenceStore, dpo: Command) -> None:
     in_halves(store)
     rows, shards = store.load(), store.shards()
     size = sum(path.stat().st_size for path in shards)
-    said = dpo("cache", "prune", str(store.path), "--dry_run")
+    output = dpo("cache", "prune", str(store.path), "--dry_run")
     number = len(rows)
-    assert said == (
+    assert output == (
         f"{store.path}: would keep {number} of {number} rows; 2 shards of {size} bytes would be rewritten\n"
     )
     assert store.shards() == shards
-    said = dpo("cache", "prune", str(store.path))
-    assert said == (
+    output = dpo("cache", "prune", str(store.path))
+    assert output == (
         f"{store.path}: kept {number} of {number} rows; 2 shards of {size} bytes were rewritten; "
         "now 1 shards\n"
     )
@@ -199,8 +199,8 @@ def test_prune_drops_what_no_configuration_needs(
     first = experiment(tmp_path, tiny_model, write_jsonl(rows[:3], "first.jsonl"), "first")
     second = experiment(tmp_path, tiny_model, write_jsonl(rows[5:], "second.jsonl"), "second")
     both = sum(counts[:3]) + sum(counts[5:])
-    said = dpo("cache", "prune", "--config", first, "--and_config", second)
-    assert f"kept {both} of {sum(counts)} rows" in said
+    output = dpo("cache", "prune", "--config", first, "--and_config", second)
+    assert f"kept {both} of {sum(counts)} rows" in output
     for config in (first, second):
         assert "0 computed" in dpo("precompute-ref", "--config", config)
     assert f"kept {sum(counts[:3])} of {both} rows" in dpo("cache", "prune", "--config", first)
@@ -215,22 +215,22 @@ def test_prune_refuses_a_configuration_of_another_model(
     eight = str(tmp_path / "eight.jsonl")
     other = experiment(tmp_path, tiny_model, eight, "other", reference=str(other_model))
     before = store.shards()
-    said = dpo("cache", "prune", "--config", config, "--and_config", other, status=2)
-    assert said.startswith("dpo: error: --and_config: its cache is ")
-    assert f"not {store.path}; prune that one apart" in said
+    output = dpo("cache", "prune", "--config", config, "--and_config", other, status=2)
+    assert output.startswith("dpo: error: --and_config: ")
+    assert str(store.path) in output
     assert store.shards() == before
 
 
-def test_prune_does_not_touch_a_damaged_cache(store: ReferenceStore, config: str, dpo: Command) -> None:
+def test_prune_does_not_change_a_damaged_cache(store: ReferenceStore, config: str, dpo: Command) -> None:
     in_halves(store)
     damaged, before = damage(store), store.shards()
-    assert f"{damaged}: damaged shard" in dpo("cache", "prune", "--config", config, status=2)
+    assert str(damaged) in dpo("cache", "prune", "--config", config, status=2)
     assert store.shards() == before
 
 
-def test_nothing_of_a_cache_command_is_a_run(store: ReferenceStore, config: str, dpo: Command) -> None:
+def test_cache_commands_write_no_run_folder(store: ReferenceStore, config: str, dpo: Command) -> None:
     run_dir = Path(json.loads(Path(config).read_text())["run_dir"])
-    shutil.rmtree(run_dir)  # precompute-ref leaves its exit status there
+    shutil.rmtree(run_dir)  # precompute-ref writes its exit status there
     for action in ("info", "verify", "prune"):
         dpo("cache", action, "--config", config)
     assert not run_dir.exists()

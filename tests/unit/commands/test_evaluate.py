@@ -54,7 +54,7 @@ def summarize(
     def run(config: Config, policy: ModelConfig) -> dict[str, float]:
         data, root = open_data(config), Path(config.reference.cache_dir)
         store = ReferenceStore(root, reference_identity(config.model, root))
-        precompute(config, [data], store)
+        precompute(config.model, config.reference, [data], store)
         logps = reference_logps([data], store, "")[0]
         evaluate_run(
             config,

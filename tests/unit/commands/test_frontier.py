@@ -22,14 +22,25 @@ from dpo.commands.frontier import (
     SFT,
     Evaluated,
     Sweep,
-    _sft_keys,
     beyond_limit,
     frontier_curves,
     frontier_table,
     limit_points,
     run_frontier,
+    sft_baseline,
 )
-from dpo.config import Config, DataConfig, DataSource, EvaluateConfig, LoraConfig, ModelConfig, SftConfig
+from dpo.config import (
+    Config,
+    DataConfig,
+    DataSource,
+    EvaluateConfig,
+    LoraConfig,
+    ModelConfig,
+    SftConfig,
+    TrainConfig,
+    flat,
+    resolved,
+)
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 
 STAND_IN = """
@@ -39,6 +50,11 @@ stage, *keys = sys.argv[1:]
 options = dict(zip(keys[::2], keys[1::2]))
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps([stage, options]) + "\\n")
+if stage == "sft":
+    import yaml
+    baseline = yaml.safe_load(Path(options["--config"]).read_text())
+    options["--run_dir"] = baseline["run_dir"]
+    options["--train.snapshot_every"] = baseline["train"]["snapshot_every"]
 if stage == os.environ.get("FAILS"):
     sys.exit(int(os.environ["STATUS"]))
 if stage == os.environ.get("HANGS"):
@@ -112,13 +128,13 @@ def test_each_beta_and_the_baseline_are_trained_and_evaluated_on_one_cache(rig: 
     calls = rig.called()
     assert [stage for stage, _ in calls] == ["precompute-ref", *["train", "evaluate"] * 2, "sft", "evaluate"]
     out = rig.folder / "out"
-    assert [options.get("--run_dir") for _, options in calls[1:]] == [
-        str(out / name) for name in ("beta_0.1", "beta_0.5", "preferred_sft") for _ in range(2)
+    assert [options.get("--run_dir") for _, options in calls[1:] if "--run_dir" in options] == [
+        *(str(out / name) for name in ("beta_0.1", "beta_0.5") for _ in range(2)),
+        str(out / "preferred_sft"),
     ]
     assert [options["--loss.beta"] for stage, options in calls if stage == "train"] == ["0.1", "0.5"]
     sft = calls[-2][1]
-    assert (sft["--train.learning_rate"], sft["--data.train"]) == ("0.0001", "d")
-    assert "--config" not in sft  # it has other keys
+    assert sft["--config"] == str(out / "preferred_sft.yaml")
     points = json.loads((out / "frontier.json").read_text())
     assert [(point["curve"], point["kl/sequence"]) for point in points] == [
         ("beta 0.1", 10.0),
@@ -129,15 +145,78 @@ def test_each_beta_and_the_baseline_are_trained_and_evaluated_on_one_cache(rig: 
     assert "| beta 0.5 | last | 2.000 | 0.500 |" in (out / "frontier.md").read_text()
 
 
-def test_the_baseline_is_given_keys_that_sft_knows(rig: Rig, tmp_path: Path) -> None:
-    (tmp_path / "d").mkdir()
-    sweep = rig.sweep(snapshot_every=20)
-    lora = LoraConfig(rank=4, target_modules=["a", "b"])
-    sweep = replace(sweep, config=replace(sweep.config, model=ModelConfig(name_or_path="m", lora=lora)))
-    config = cast(SftConfig, parse("sft", _sft_keys(sweep, tmp_path / "run")))
-    assert (config.train.sequences_per_step, config.train.learning_rate) == (64, 1e-4)
-    assert (config.train.snapshot_every, config.model.name_or_path) == (20, "m")
-    assert config.model.lora == lora
+def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig, tmp_path: Path) -> None:
+    """Every shared key is moved away from its default; what the baseline has of it must be the same."""
+    experiment = Config(
+        model=ModelConfig(
+            name_or_path="m",
+            revision="r",
+            dtype="float32",
+            attention="eager",
+            share_prompts=False,
+            gradient_checkpointing=True,
+            trust_remote_code=True,
+            lora=LoraConfig(rank=4, target_modules=["a", "b"]),
+        ),
+        data=DataConfig(
+            train=[DataSource(path="d", weight=2.0), DataSource(path="e")],
+            test=[DataSource(path="t")],
+            max_length=100,
+            max_prompt_length=50,
+            too_long="drop",
+            group_pairs=False,
+            pairing="all",
+            min_margin=0.5,
+            append_eos=False,
+            strict=True,
+            cache_dir="c",
+        ),
+        train=TrainConfig(
+            schedule="cosine",
+            warmup_steps=3,
+            optimizer="rmsprop",
+            adam_betas=(0.5, 0.6),
+            weight_decay=0.1,
+            max_grad_norm=10.0,
+            num_epochs=2,
+            max_steps=7,
+            max_tokens_per_micro_batch=200,
+            seed=5,
+            evaluate_every=6,
+            checkpoint_every=8,
+            keep_last=9,
+            keep_best=True,
+            deterministic=True,
+            max_skipped_steps=1,
+            stuck_after_seconds=11.0,
+            peak_tflops=12.0,
+            trackers=["wandb"],
+            pairs_per_step=13,
+        ),
+    )
+    sweep = replace(rig.sweep(snapshot_every=20), config=experiment)
+    baseline = sft_baseline(sweep, tmp_path / "run")
+    mine, theirs, plain = (
+        flat(resolved(config))
+        for config in (
+            experiment,
+            baseline,
+            Config(model=ModelConfig(name_or_path="x"), data=DataConfig(train="x")),
+        )
+    )
+    own = {"run_dir", "train.learning_rate", "train.snapshot_every", "train.resume", "train.resume_allow"}
+    shared = (mine.keys() & theirs.keys()) - own
+    assert {key for key in shared if mine[key] == plain.get(key)} == set()  # the test forgets no key
+    assert {key: theirs[key] for key in shared} == {key: mine[key] for key in shared}
+    assert baseline.train.sequences_per_step == 13
+    assert (baseline.train.learning_rate, baseline.train.snapshot_every) == (1e-4, 20)
+
+
+def test_the_baselines_file_is_one_that_sft_reads(rig: Rig) -> None:
+    run_frontier(rig.sweep(snapshot_every=20))
+    file = rig.folder / "out" / "preferred_sft.yaml"
+    config = cast(SftConfig, parse("sft", ["--config", str(file)]))
+    assert config == sft_baseline(rig.sweep(snapshot_every=20), rig.folder / "out" / "preferred_sft")
 
 
 def test_finished_stages_are_skipped_and_changed_ones_run_again(rig: Rig) -> None:
@@ -207,7 +286,7 @@ def test_a_failed_stage_ends_the_sweep_which_can_be_continued(
 ) -> None:
     monkeypatch.setenv("FAILS", "sft")
     monkeypatch.setenv("STATUS", str(status))
-    with pytest.raises(error, match=f"sft ended with status {status}"):
+    with pytest.raises(error, match=f"sft exited with status {status}"):
         run_frontier(rig.sweep())
     rig.called()
     monkeypatch.delenv("FAILS")
@@ -230,23 +309,16 @@ def test_a_signal_reaches_the_stage_and_the_sweep_exits_with_its_status(rig: Rig
         sweep.send_signal(signal.SIGTERM)
         _, said = sweep.communicate(timeout=60)
     assert sweep.returncode == 3
-    assert "train ended with status 3" in said
+    assert "train exited with status 3" in said
 
 
 def test_all_problems_are_reported_before_any_stage_starts(rig: Rig) -> None:
     base = rig.sweep().config
-    config = Config(
-        model=base.model,
-        data=DataConfig(train=[DataSource(path="a"), DataSource(path="b")]),
-        evaluate=EvaluateConfig(num_prompts=0),
-    )
+    config = Config(model=base.model, data=base.data, evaluate=EvaluateConfig(num_prompts=0))
     with pytest.raises(UserError) as error:
         run_frontier(rig.sweep(config=config))
-    assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
-        "evaluate.scorer",
-        "evaluate.num_prompts",
-        "data.train",
-    ]
+    named = [line.split(":")[0] for line in str(error.value).splitlines()]
+    assert named == ["evaluate.scorer", "evaluate.num_prompts"]
     assert rig.called() == []
 
 

@@ -27,13 +27,13 @@ def test_a_command_runs_once_for_the_same_words_settings_and_product(tmp_path: P
 
 def test_what_failed_or_left_nothing_is_not_done(tmp_path: Path) -> None:
     journal = Journal(file=tmp_path / "done.json")
-    with pytest.raises(RunFailed, match=r"make ended well and left no .*product"):
+    with pytest.raises(RunFailed, match=r"left no .*product"):
         journal.once("make", [sys.executable, "-c", ""], tmp_path / "product")
-    with pytest.raises(UserError, match="make ended with status 2"):
+    with pytest.raises(UserError, match="make exited with status 2"):
         journal.once("make", [sys.executable, "-c", "raise SystemExit(2)"], tmp_path / "product")
     assert not journal.file.exists()
 
 
 def test_a_failed_command_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match="make ended with status 7"):
+    with pytest.raises(RunFailed, match="make exited with status 7"):
         start("make", [sys.executable, "-c", "raise SystemExit(7)"])

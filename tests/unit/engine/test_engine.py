@@ -8,7 +8,7 @@ import torch
 
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import sequence_batch
-from dpo.engine import engine as engine_module
+from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.errors import UserError
 from dpo.model.load import load_model
@@ -16,7 +16,7 @@ from dpo.model.load import load_model
 
 def tiny_engine(folder: Path, **options: object) -> Engine:
     model = ModelConfig(name_or_path=str(folder), dtype="float32")
-    accelerator = engine_module.start(model)
+    accelerator = world.start(model)
     settings = OptimizationConfig(**options)  # type: ignore[arg-type]
     return Engine(accelerator, load_model(model, dtype=torch.float32), model, settings)
 
@@ -117,7 +117,7 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
         model = ModelConfig(
             name_or_path=str(tiny_model), dtype="float32", gradient_checkpointing=checkpointing
         )
-        engine = Engine(engine_module.start(model), load_model(model), model, OptimizationConfig())
+        engine = Engine(world.start(model), load_model(model), model, OptimizationConfig())
         engine.accumulate(-engine.score(sequence_batch(SEQUENCES)).sum(), last=True)
         norms.append(engine.update(0.01))
         assert engine.model.is_activation_checkpointing is checkpointing
@@ -127,4 +127,4 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_model: Path) -> None:
 def test_flex_attention_cannot_train_on_a_cpu_and_says_what_to_do(tiny_model: Path) -> None:
     config = ModelConfig(name_or_path=str(tiny_model), dtype="float32", attention="flex")
     with pytest.raises(UserError, match=r"model\.attention: flex; .* no backward pass on CPUs"):
-        Engine(engine_module.start(config), load_model(config), config, OptimizationConfig())
+        Engine(world.start(config), load_model(config), config, OptimizationConfig())

@@ -10,6 +10,7 @@ from dpo import distributed
 from dpo.engine import reshard
 from dpo.engine.reshard import needs_universal_form, universal_form
 from dpo.errors import UserError
+from dpo.tracking.run_folder import RunFolder
 from dpo.train.manifest import Manifest, write_manifest
 
 
@@ -21,7 +22,7 @@ def checkpoint(tmp_path: Path) -> Any:
         folder = tmp_path / "checkpoints" / "step_00000002"
         folder.mkdir(parents=True)
         manifest = Manifest(step=2, world_size=world_size, engine=engine, fingerprints={}, files={})
-        write_manifest(manifest, folder, tmp_path)
+        write_manifest(manifest, folder, RunFolder(tmp_path))
         return folder
 
     return make

@@ -1,5 +1,6 @@
-"""What a rank can tell of the others: who is gone, who failed first, who is behind. The others are records in
-a store here; tests/faults has real ones.
+"""What a rank learns of the others: which is gone, which failed first, which is behind.
+
+The others are records in a store here; tests/faults has real ranks.
 """
 
 import json
@@ -19,11 +20,12 @@ from dpo import distributed
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.guards import watchdog
 from dpo.guards.watchdog import PREFIX, Heartbeat, Watchdog
+from dpo.tracking.run_folder import RunFolder
 
 
 @pytest.fixture
 def others(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The store in which rank 0, this process, meets rank 1, which is a fiction."""
+    """The store of rank 0, this process, and of a rank 1 that does not exist."""
     store = dist.HashStore()
     monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.05)
     monkeypatch.setattr(watchdog, "GONE_AFTER_SECONDS", 0.4)
@@ -41,7 +43,7 @@ def beat(store: Any, beats: int, progress: int = 0) -> None:
 
 @contextmanager
 def alive(store: Any, progress: int = 0) -> Iterator[None]:
-    """Rank 1 beats meanwhile."""
+    """Rank 1 sends heartbeats meanwhile."""
     ended = threading.Event()
 
     def work() -> None:
@@ -61,25 +63,25 @@ def alive(store: Any, progress: int = 0) -> Iterator[None]:
 
 def test_alone_an_error_is_its_own_reason(tmp_path: Path) -> None:
     error = RuntimeError("mine")
-    dog = Watchdog(tmp_path, "train", 60)
+    dog = Watchdog(RunFolder(tmp_path), "train", 60)
     with dog:
-        dog.farewell(error)
+        dog.publish_end(error)
         assert dog.explain(error) is error
 
 
-def test_a_rank_whose_heart_stands_still_is_gone(others: Any, tmp_path: Path) -> None:
+def test_a_rank_without_heartbeats_is_gone(others: Any, tmp_path: Path) -> None:
     beat(others, 9)
-    with Watchdog(tmp_path, "train", 60) as dog:
+    with Watchdog(RunFolder(tmp_path), "train", 60) as dog:
         reason = dog.explain(RuntimeError("a connection was closed"))
     assert isinstance(reason, RunFailed)
     assert str(reason) == ("rank 1 (node7, process 77, last seen: step 4) is gone: killed, or out of memory")
 
 
-def test_whoever_fails_first_is_the_reason(others: Any, tmp_path: Path) -> None:
+def test_the_rank_that_fails_first_is_the_reason(others: Any, tmp_path: Path) -> None:
     error = ZeroDivisionError("mine")
-    with alive(others), Watchdog(tmp_path, "train", 60) as dog:
+    with alive(others), Watchdog(RunFolder(tmp_path), "train", 60) as dog:
         assert dog.explain(error) is error
-    assert json.loads(others.get("farewell/1")) == {
+    assert json.loads(others.get("end/1")) == {
         "rank": 0,
         "kind": "ZeroDivisionError",
         "message": "ZeroDivisionError: mine",
@@ -90,11 +92,11 @@ def test_whoever_fails_first_is_the_reason(others: Any, tmp_path: Path) -> None:
 def test_the_reason_of_another_rank_keeps_its_kind(
     others: Any, tmp_path: Path, kind: type[Exception]
 ) -> None:
-    others.set("farewell/of/1", "")
-    number = others.add("farewells", 1)
-    others.set(f"farewell/{number}", json.dumps({"rank": 1, "kind": kind.__name__, "message": "its reason"}))
-    beat(others, 3)  # stands still, for it has ended: that is no death
-    with Watchdog(tmp_path, "train", 60) as dog:
+    others.set("end/of/1", "")
+    number = others.add("ends", 1)
+    others.set(f"end/{number}", json.dumps({"rank": 1, "kind": kind.__name__, "message": "its reason"}))
+    beat(others, 3)  # no more heartbeats, since it has ended: it is not gone
+    with Watchdog(RunFolder(tmp_path), "train", 60) as dog:
         reason = dog.explain(RuntimeError("a connection was closed"))
     assert type(reason) is (RunFailed if kind is ValueError else kind)
     assert str(reason) == "rank 1: its reason"
@@ -107,15 +109,16 @@ class Lost:
         raise dist.DistNetworkError("connection reset")
 
 
-def test_a_dead_rank_0_is_named_though_the_store_went_with_it(
+def test_a_dead_rank_0_is_named_although_it_held_the_store(
     others: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    dog = Watchdog(tmp_path, "train", 60)
+    dog = Watchdog(RunFolder(tmp_path), "train", 60)
     dog._store = Lost()
-    dog.farewell(RuntimeError("nobody listens"))
+    dog.publish_end(RuntimeError("nobody listens"))
     reason = dog.explain(RuntimeError("mine"))
-    assert "rank 0, where the ranks meet, is gone" in str(reason)
+    assert str(reason).startswith("rank 0")
+    assert "is gone" in str(reason)
     left = json.loads((tmp_path / "exit.json").read_text())  # by rank 1: rank 0 cannot
     assert (left["status"], left["message"]) == (1, str(reason))
 
@@ -141,7 +144,7 @@ def test_a_rank_without_progress_ends_and_says_who_is_behind(
 ) -> None:
     (tmp_path / "config.yaml").touch()
     with alive(others, progress=1):
-        dog = Watchdog(tmp_path, "train", 0.2)
+        dog = Watchdog(RunFolder(tmp_path), "train", 0.2)
         for _ in range(3):
             dog.progress("step 5")
         assert stuck(dog, 30, monkeypatch) == [1]
@@ -151,14 +154,24 @@ def test_a_rank_without_progress_ends_and_says_who_is_behind(
     assert "behind: rank 1" in json.loads((tmp_path / "exit.json").read_text())["message"]
 
 
+def test_a_single_process_that_is_stuck_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(watchdog, "GONE_AFTER_SECONDS", 0.1)
+    (tmp_path / "config.yaml").touch()
+    dog = Watchdog(RunFolder(tmp_path), "train", 0.1)
+    dog.progress("step 5")
+    assert stuck(dog, 30, monkeypatch) == [1]
+    assert "behind: rank 0" in json.loads((tmp_path / "exit.json").read_text())["message"]
+
+
 def test_progress_keeps_the_run_going_and_before_the_first_nothing_is_stuck(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.02)
-    assert stuck(Watchdog(tmp_path, "train", 0.01), 0.3, monkeypatch) == []
+    assert stuck(Watchdog(RunFolder(tmp_path), "train", 0.01), 0.3, monkeypatch) == []
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with Watchdog(tmp_path, "train", 30) as dog:
+    with Watchdog(RunFolder(tmp_path), "train", 30) as dog:
         for _ in range(10):
             dog.progress("step 1")
             time.sleep(0.02)
@@ -166,7 +179,7 @@ def test_progress_keeps_the_run_going_and_before_the_first_nothing_is_stuck(
 
 
 def test_the_reason_that_is_there_already_stays(others: Any, tmp_path: Path) -> None:
-    dog = Watchdog(tmp_path, "train", 60)
+    dog = Watchdog(RunFolder(tmp_path), "train", 60)
     (tmp_path / "exit.json").write_text("{}")
     later = time.time() + 1  # a file's own time is coarser than the clock
     os.utime(tmp_path / "exit.json", (later, later))

@@ -23,7 +23,7 @@ from dpo.cli.main import run
 from dpo.cli.parse import parse
 from dpo.config import Config, LoraConfig, ModelConfig, OptimizationConfig
 from dpo.data.trees import sequence_batch
-from dpo.engine import engine as engine_module
+from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.errors import UserError
 from dpo.model import lora as lora_module
@@ -31,6 +31,7 @@ from dpo.model.files import num_parameters
 from dpo.model.load import load_model
 from dpo.model.lora import check_policy, export_trained, load_policy, merged_model, num_adapter_parameters
 from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
+from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from dpo.train.disk_space import checkpoint_bytes
 
@@ -70,7 +71,7 @@ def made(config: ModelConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def trained(config: ModelConfig, steps: int = 2, **options: Any) -> Engine:
-    engine = Engine(engine_module.start(config), made(config), config, OptimizationConfig(**options))
+    engine = Engine(world.start(config), made(config), config, OptimizationConfig(**options))
     for _ in range(steps):
         advance(engine)
     return engine
@@ -306,13 +307,13 @@ def test_a_checkpoint_holds_the_adapter_alone_and_goes_on_bit_for_bit(base: Path
     config = configured(base)
     options = OptimizationConfig()
     engine = trained(config)
-    folder = save_checkpoint(engine, Progress(step=2), tmp_path, 1, {})
+    folder = save_checkpoint(engine, Progress(step=2), RunFolder(tmp_path), 1, {})
     assert all(".lora_" in name for name in state_of(folder)["model"])
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     expected = checkpoint_bytes(num_adapter_parameters(config), torch.float32, options, sharded=False)
     assert written < expected + 40_000, "names, headers and the random state of one rank"
     advance(engine)
-    resumed = Engine(engine_module.start(config), made(config, seed=9), config, options)
+    resumed = Engine(world.start(config), made(config, seed=9), config, options)
     load_checkpoint(resumed, folder, folder)
     advance(resumed)
     found, wanted = resumed.weights(), engine.weights()
@@ -336,16 +337,17 @@ def test_the_reference_is_the_base(tiny_model: Path, pairs_file: Path, tmp_path:
     full, lora = parse("train", keys), parse("train", [*keys, "--model.lora.rank", "8"])
     assert isinstance(full, Config)
     assert isinstance(lora, Config)
-    assert reference_model(lora) == reference_model(full)
-    identity = reference_identity(reference_model(full), tmp_path)
+    reference = reference_model(full.model, full.reference)
+    assert reference_model(lora.model, lora.reference) == reference
+    identity = reference_identity(reference, tmp_path)
     assert reference_identity(lora.model, tmp_path) == identity
-    assert policy_is_reference(lora, identity, tmp_path)
+    assert policy_is_reference(lora.model, identity, tmp_path)
 
 
 def test_the_first_loss_is_ln_2_on_an_adapter(tiny_model: Path) -> None:
     config = configured(tiny_model)
     engine, plain = trained(config, steps=0), load_model(config)
-    other = Engine(engine_module.start(config), plain, replace(config, lora=None), OptimizationConfig())
+    other = Engine(world.start(config), plain, replace(config, lora=None), OptimizationConfig())
     batch = sequence_batch(SEQUENCES)
     margins = engine.score_only(batch) - other.score_only(batch)
     assert -torch.nn.functional.logsigmoid(0.1 * margins).mean().item() == pytest.approx(

@@ -1,6 +1,7 @@
-"""A tiny experiment: its configuration, its data in token ids, and adapters of its model by hand."""
+"""A tiny experiment: its configuration, its data in token ids, and hand-made adapters of its model."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.trees import TreeBatch
 from dpo.engine.frozen import frozen_scorer
 from dpo.reference import precompute as precompute_module
+from dpo.reference.identity import ReferenceIdentity, reference_identity
 
 Score = Callable[[TreeBatch], Tensor]
 Around = Callable[[Callable[[int, Score, TreeBatch], Tensor]], None]
@@ -27,13 +29,30 @@ def experiment(
     open_data: Callable[[Config], TokenizedDataset],
     write_jsonl: Callable[..., str],
 ) -> Callable[[list[dict[str, Any]]], tuple[Config, TokenizedDataset]]:
-    """(configuration, data in token ids) of rows."""
+    """(configuration, data in token ids) for rows of preference data."""
 
     def make(rows: list[dict[str, Any]]) -> tuple[Config, TokenizedDataset]:
         config = make_config(write_jsonl(rows))
         return config, open_data(config)
 
     return make
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to edit."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def identify(tmp_path: Path) -> Callable[..., ReferenceIdentity]:
+    """identify(folder, dtype="float32"): the identity of the model in a folder."""
+
+    def identify(folder: Path, **options: Any) -> ReferenceIdentity:
+        model = ModelConfig(name_or_path=str(folder), **options)
+        return reference_identity(model, tmp_path / "cache")
+
+    return identify
 
 
 @pytest.fixture
@@ -72,8 +91,8 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def around_scorer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Around:
-    """Puts a function between precompute and its model: it gets the number of the batch, the model's own
-    `score`, and the batch. The probe of the layout is none of its business.
+    """Puts a function between precompute and its model. It is called with the number of the batch, the
+    model's own `score`, and the batch; calls that probe the layout go to the model directly.
     """
 
     def install(call: Callable[[int, Score, TreeBatch], Tensor]) -> None:

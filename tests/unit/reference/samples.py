@@ -1,5 +1,8 @@
-"""Caches by hand: rows from a dictionary, and a dictionary from what a cache gives back."""
+"""Caches built by hand: rows from a dictionary, and a dictionary from the rows of a cache."""
 
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from dpo.config import Config
+from dpo.data.dataset import TokenizedDataset
 from dpo.reference.identity import ReferenceIdentity, reference_identity, reference_model
+from dpo.reference.precompute import PrecomputeResult, precompute
+from dpo.reference.shards import read_shard
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import Keys, ReferenceRows, ReferenceTable
 
@@ -22,7 +28,7 @@ IDENTITY = ReferenceIdentity(
 Values = dict[bytes, tuple[float, int]]
 """Key, padded with zero bytes -> (log-prob in nats, completion tokens)."""
 TokenValues = dict[bytes, list[float]]
-"""Key, padded with zero bytes -> the log-probs of its tokens."""
+"""Key, padded with zero bytes -> the log-prob of each of its tokens."""
 
 
 def keys(*values: bytes) -> Keys:
@@ -30,7 +36,7 @@ def keys(*values: bytes) -> Keys:
 
 
 def raw(found: Keys) -> list[bytes]:
-    """The 16 bytes of each; `.item()` of a fixed-width string would drop trailing zero bytes."""
+    """The 16 bytes of each key; `.item()` of a fixed-width string would drop trailing zero bytes."""
     return [found[i : i + 1].tobytes() for i in range(len(found))]
 
 
@@ -43,7 +49,7 @@ def rows(values: Values) -> ReferenceRows:
 
 
 def token_rows(values: TokenValues) -> ReferenceRows:
-    """Rows whose log-prob is the sum of their tokens'."""
+    """Rows whose log-prob is the sum of the log-probs of their tokens."""
     tokens = [np.asarray(row, dtype=np.float32) for row in values.values()]
     return ReferenceRows(
         keys=keys(*values),
@@ -85,14 +91,48 @@ def padded(values: Values) -> Values:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, hidden ones too."""
+    """Every file of a folder, hidden files included."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def tokens_in_use(store: ReferenceStore) -> dict[bytes, list[float]]:
+    """Key -> log-probs per token of the oldest copy that has them."""
+    found: dict[bytes, list[float]] = {}
+    for path in store.shards():
+        shard = read_shard(path, store.identity.digest, token_logps=True)
+        if shard.token_logps is not None:
+            split = np.split(shard.token_logps, np.cumsum(shard.num_tokens)[:-1])
+            for key, tokens in zip(raw(shard.keys), split, strict=True):
+                found.setdefault(key, tokens.tolist())
+    return found
+
+
+def number_of_rows(store: ReferenceStore) -> int:
+    return sum(len(read_shard(path, store.identity.digest)) for path in store.shards())
 
 
 def store_of(config: Config, cache_dir: Path | None = None) -> ReferenceStore:
     root = cache_dir or Path(config.reference.cache_dir)
-    return ReferenceStore(root, reference_identity(reference_model(config), root))
+    return ReferenceStore(root, reference_identity(reference_model(config.model, config.reference), root))
+
+
+def fill(config: Config, datasets: Sequence[TokenizedDataset], store: ReferenceStore) -> PrecomputeResult:
+    """`precompute` with the sections of a configuration."""
+    model = reference_model(config.model, config.reference)
+    return precompute(model, config.reference, datasets, store)
 
 
 def with_options(config: Config, **options: Any) -> Config:
     return replace(config, reference=replace(config.reference, **options))
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def flip_last_byte(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))

@@ -1,5 +1,4 @@
-"""A cache that is right passes; one wrong value is found and shown; a resumed run meets the values it
-left."""
+"""A correct cache passes, a wrong value is found and shown, and a resumed run needs the same values."""
 
 import json
 import re
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from unit.reference.samples import IDENTITY
+from unit.reference.samples import IDENTITY, fill
 
 from dpo import distributed
 from dpo.config import Config
@@ -24,16 +23,15 @@ from dpo.model.load import load_model
 from dpo.model.scorer import SequenceScorer
 from dpo.reference.audit import RECORD_FILE, AuditResult, audit, check_rows, record_rows
 from dpo.reference.identity import reference_identity
-from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
-from dpo.reference.table import ReferenceRows
-from dpo.reference.values import Float64s, reference_logps
+from dpo.reference.table import Float64s, ReferenceRows
+from dpo.reference.values import reference_logps
 
 Rows = list[dict[str, Any]]
 
 
 class FakeModel:
-    """Gives every row the log-prob -(its number of tokens), and remembers which rows it was asked for."""
+    """Gives every row the log-prob -(its number of tokens), and records which rows it scored."""
 
     def __init__(self) -> None:
         self.seen: list[bytes] = []
@@ -61,7 +59,7 @@ def datasets(
 
 @pytest.fixture
 def references(datasets: list[TokenizedDataset]) -> list[Float64s]:
-    """What the fake model gives."""
+    """The log-probs of the fake model."""
     return [-dataset.completion_tokens.astype(np.float64) for dataset in datasets]
 
 
@@ -70,13 +68,13 @@ def store(tmp_path: Path) -> ReferenceStore:
     return ReferenceStore(tmp_path / "cache", IDENTITY)
 
 
-def test_a_right_cache_passes_with_the_real_model(
+def test_a_correct_cache_passes_with_a_real_model(
     experiment: Callable[[Rows], tuple[Config, TokenizedDataset]], preference_rows: Callable[..., Rows]
 ) -> None:
     config, data = experiment(preference_rows(8))
     root = Path(config.reference.cache_dir)
     store = ReferenceStore(root, reference_identity(config.model, root))
-    precompute(config, [data], store)
+    fill(config, [data], store)
     scorer = SequenceScorer(load_model(config.model))
     references = reference_logps([data], store, "")
     result = audit(scorer, [data], references, store, num_rows=10**6)
@@ -85,7 +83,7 @@ def test_a_right_cache_passes_with_the_real_model(
 
 
 @pytest.mark.parametrize("row", [0, 5, -1])
-def test_one_wrong_value_in_a_cache_made_by_hand_is_found_and_both_numbers_shown(
+def test_one_wrong_value_in_a_cache_built_by_hand_is_found_and_both_numbers_shown(
     experiment: Callable[[Rows], tuple[Config, TokenizedDataset]],
     preference_rows: Callable[..., Rows],
     row: int,
@@ -93,7 +91,7 @@ def test_one_wrong_value_in_a_cache_made_by_hand_is_found_and_both_numbers_shown
     config, data = experiment(preference_rows(5))
     root = Path(config.reference.cache_dir)
     store = ReferenceStore(root, reference_identity(config.model, root))
-    precompute(config, [data], store)
+    fill(config, [data], store)
     (right,) = reference_logps([data], store, "")
     wrong = right.copy()
     wrong[row] += 0.001
@@ -105,9 +103,8 @@ def test_one_wrong_value_in_a_cache_made_by_hand_is_found_and_both_numbers_shown
     references = reference_logps([data], by_hand, "")
     with pytest.raises(UserError) as raised:
         audit(scorer, [data], references, by_hand, num_rows=len(right))
-    said = str(raised.value)
-    assert f"{by_hand.path}: audit failed: 1 of {len(right)} recomputed rows differ from the cache" in said
-    (shown,) = said.splitlines()[1:]
+    assert f"{by_hand.path}: audit failed: 1 of {len(right)} " in str(raised.value)
+    (shown,) = str(raised.value).splitlines()[1:]
     numbers = [float(number) for number in re.findall(r"-?\d+\.\d+|\d+(?= tokens)", shown)]
     assert numbers[:2] == [lengths[row], round(wrong[row], 6)]
     assert numbers[2] == pytest.approx(right[row], abs=1e-4)
@@ -123,13 +120,13 @@ def test_every_row_is_compared_with_its_own_value(
     assert sorted(model.seen) == sorted(expected)
 
 
-def test_more_rows_than_there_are_is_all_of_them(
+def test_if_more_rows_are_asked_for_than_there_are_all_are_compared(
     model: FakeModel, datasets: list[TokenizedDataset], references: list[Float64s], store: ReferenceStore
 ) -> None:
     assert audit(model, datasets, references, store, num_rows=10**9).rows == sum(map(len, references))
 
 
-def test_a_few_rows_are_drawn_at_random_and_the_same_for_the_same_seed(
+def test_rows_are_drawn_at_random_and_the_same_for_the_same_seed(
     model: FakeModel, datasets: list[TokenizedDataset], references: list[Float64s], store: ReferenceStore
 ) -> None:
     drawn = []
@@ -144,7 +141,7 @@ def test_a_few_rows_are_drawn_at_random_and_the_same_for_the_same_seed(
 
 @pytest.mark.parametrize(("dtype", "unit"), [("float32", 2e-5), ("bfloat16", 0.25)])
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_rounding_passes_and_what_is_more_does_not(
+def test_differences_up_to_the_tolerance_pass_and_larger_ones_fail(
     model: FakeModel,
     datasets: list[TokenizedDataset],
     references: list[Float64s],
@@ -168,7 +165,7 @@ def test_of_many_wrong_rows_the_first_few_are_shown(
     model: FakeModel, datasets: list[TokenizedDataset], references: list[Float64s], store: ReferenceStore
 ) -> None:
     model.error, total = 1.0, sum(map(len, references))
-    with pytest.raises(UserError, match=rf"{total} of {total} recomputed rows differ") as raised:
+    with pytest.raises(UserError, match=rf"{total} of {total} ") as raised:
         audit(model, datasets, references, store, num_rows=total)
     assert str(raised.value).count("\n") == 5
 
@@ -182,14 +179,12 @@ def test_a_score_that_is_not_finite_fails(
     value: float,
 ) -> None:
     model.error = value
-    with pytest.raises(
-        UserError, match=rf"(?s)audit failed: 3 of 3 .* recomputed {value:.6f} nats, allowed diff"
-    ) as e:
+    with pytest.raises(UserError, match=rf"(?s)audit failed: 3 of 3 .* recomputed {value:.6f} nats") as e:
         audit(model, datasets, references, store, num_rows=3)
     assert "allowed difference nan" not in str(e.value)
 
 
-def test_the_ranks_share_the_rows_and_make_equally_many_calls(
+def test_the_ranks_share_the_rows_and_make_the_same_number_of_passes(
     datasets: list[TokenizedDataset],
     references: list[Float64s],
     store: ReferenceStore,
@@ -226,7 +221,7 @@ def run_dir(
     return folder
 
 
-def test_a_run_goes_on_with_what_it_started_with(
+def test_a_run_resumes_with_the_values_it_started_with(
     run_dir: Path,
     store: ReferenceStore,
     datasets: list[TokenizedDataset],
@@ -244,12 +239,11 @@ def test_a_value_that_changed_by_the_last_bit_is_refused(
     run_dir: Path, store: ReferenceStore, datasets: list[TokenizedDataset], references: list[Float64s]
 ) -> None:
     references[1][-1] = np.nextafter(references[1][-1], 0)
-    message = rf"{run_dir}: the run started with other reference values than {store.path} has now: it was"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"{run_dir}: .* other reference values than {store.path} "):
         check_rows(run_dir, store, datasets, references)
 
 
-def test_other_data_of_the_same_values_are_refused(
+def test_other_data_with_the_same_values_are_refused(
     run_dir: Path,
     store: ReferenceStore,
     datasets: list[TokenizedDataset],
@@ -257,9 +251,9 @@ def test_other_data_of_the_same_values_are_refused(
 ) -> None:
     swapped = datasets[0].keys.copy()
     swapped[[0, 1]] = swapped[[1, 0]]
-    with pytest.raises(UserError, match="started with other reference values"):
+    with pytest.raises(UserError, match=rf"{run_dir}: .* other reference values"):
         check_rows(run_dir, store, [replace(datasets[0], keys=swapped), datasets[1]], references)
-    with pytest.raises(UserError, match="started with other reference values"):
+    with pytest.raises(UserError, match=rf"{run_dir}: .* other reference values"):
         check_rows(run_dir, store, datasets[:1], references[:1])
 
 
@@ -267,15 +261,12 @@ def test_a_reference_that_changed_is_refused_with_both_identities(
     run_dir: Path, store: ReferenceStore, datasets: list[TokenizedDataset], references: list[Float64s]
 ) -> None:
     other = replace(IDENTITY, weights={"model.safetensors": "bb" * 32})
-    message = (
-        rf"started with reference {IDENTITY.digest[:16]}, .* are now {other.digest[:16]}: they were changed"
-    )
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"{run_dir}: .*{IDENTITY.digest[:16]}.*{other.digest[:16]}"):
         check_rows(run_dir, ReferenceStore(store.cache_dir, other), datasets, references)
 
 
 @pytest.mark.parametrize("damage", [None, "{", "[]", "{}", '{"identity": "x"}'])
-def test_a_run_that_does_not_say_what_it_started_with_is_refused(
+def test_a_run_without_a_readable_record_is_refused(
     run_dir: Path,
     store: ReferenceStore,
     datasets: list[TokenizedDataset],
@@ -284,7 +275,7 @@ def test_a_run_that_does_not_say_what_it_started_with_is_refused(
 ) -> None:
     file = run_dir / RECORD_FILE
     file.unlink() if damage is None else file.write_text(damage)
-    with pytest.raises(UserError, match=rf"{file}: cannot tell which reference the run started with"):
+    with pytest.raises(UserError, match=rf"{file}: "):
         check_rows(run_dir, store, datasets, references)
 
 

@@ -1,55 +1,29 @@
-"""Bytes make an identity: what changes it, what does not, and that a remembered hash is never a stale one."""
+"""The identity of a model: what changes it and what does not."""
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from unit.reference.samples import flip_last_byte, sha256
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.model.load import load_model
-from dpo.reference.identity import HASHES_FILE, ReferenceIdentity, reference_identity
+from dpo.reference.identity import ReferenceIdentity, reference_identity
 
 Identify = Callable[..., ReferenceIdentity]
 MakeAdapter = Callable[..., Path]
 
 
-@pytest.fixture
-def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
-@pytest.fixture
-def identify(tmp_path: Path) -> Identify:
-    def identify(folder: Path, **options: Any) -> ReferenceIdentity:
-        model = ModelConfig(name_or_path=str(folder), **options)
-        return reference_identity(model, tmp_path / "cache")
-
-    return identify
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def edit_config(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
-def flip_last_byte(path: Path) -> None:
-    with path.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([byte[0] ^ 1]))
 
 
 def in_two_files(folder: Path, first: str = "a.safetensors", second: str = "b.safetensors") -> None:
@@ -97,7 +71,7 @@ def test_a_renamed_weight_file_is_the_same_model(identify: Identify, folder: Pat
     assert after.digest == before.digest
 
 
-def test_files_that_change_places_are_another_model(identify: Identify, folder: Path) -> None:
+def test_files_that_swap_names_are_another_model(identify: Identify, folder: Path) -> None:
     in_two_files(folder)
     before = identify(folder)
     (folder / "a.safetensors").rename(folder / "c")
@@ -119,7 +93,7 @@ def test_an_edit_of_any_file_of_several_is_another_model(identify: Identify, fol
         before = after
 
 
-def test_files_of_one_name_in_two_folders_both_count(folder: Path, tmp_path: Path) -> None:
+def test_files_of_the_same_name_in_two_folders_both_count(folder: Path, tmp_path: Path) -> None:
     in_two_files(folder, "one/model.safetensors", "two/model.safetensors")
     model = ModelConfig(name_or_path=str(folder), dtype="float32")
     load_model(model)  # such a model can be used
@@ -130,7 +104,7 @@ def test_files_of_one_name_in_two_folders_both_count(folder: Path, tmp_path: Pat
     assert len(set(digests)) == 3
 
 
-def test_tokenizer_and_card_are_not_the_model(identify: Identify, folder: Path) -> None:
+def test_tokenizer_and_model_card_are_not_part_of_the_identity(identify: Identify, folder: Path) -> None:
     before = identify(folder)
     (folder / "README.md").write_text("new")
     (folder / "tokenizer_config.json").unlink()
@@ -163,14 +137,14 @@ def test_the_compute_type_is_part_of_the_identity(identify: Identify, folder: Pa
     assert identify(folder, dtype="float32").digest != identify(folder, dtype="bfloat16").digest
 
 
-def test_the_attention_kernel_is_not(identify: Identify, folder: Path) -> None:
+def test_the_attention_kernel_is_not_part_of_the_identity(identify: Identify, folder: Path) -> None:
     assert identify(folder, attention="eager") == identify(folder, attention="sdpa")
 
 
 @pytest.mark.parametrize(
     "changes", [{"n_head": 4}, {"activation_function": "relu"}, {"layer_norm_epsilon": 1e-3}, {"new_key": 1}]
 )
-def test_a_config_key_that_matters_is_part_of_it(
+def test_a_config_key_that_matters_is_part_of_the_identity(
     identify: Identify, folder: Path, changes: dict[str, Any]
 ) -> None:
     before = identify(folder)
@@ -187,7 +161,7 @@ def test_a_config_key_that_matters_is_part_of_it(
         {"dtype": "bfloat16"},
     ],
 )
-def test_a_config_key_that_cannot_matter_is_not(
+def test_a_config_key_that_cannot_matter_is_not_part_of_the_identity(
     identify: Identify, folder: Path, changes: dict[str, Any]
 ) -> None:
     before = identify(folder)
@@ -202,7 +176,7 @@ def test_the_order_of_config_keys_does_not_matter(identify: Identify, folder: Pa
     assert identify(folder).digest == before.digest
 
 
-def test_code_that_comes_with_a_model_counts_where_it_is_allowed_to_run(
+def test_code_that_comes_with_a_model_counts_if_it_is_allowed_to_run(
     identify: Identify, folder: Path
 ) -> None:
     without = identify(folder)
@@ -220,71 +194,6 @@ def test_code_that_comes_with_a_model_counts_where_it_is_allowed_to_run(
     assert len({without.digest, before.digest, after.digest}) == 3
 
 
-def never_hash(*_: Any) -> Any:
-    raise AssertionError("hashed a file")
-
-
-def test_a_file_is_hashed_once(
-    identify: Identify, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    before, memory = identify(folder), tmp_path / "cache" / HASHES_FILE
-    monkeypatch.setattr(hashlib, "file_digest", never_hash)
-    assert identify(folder) == before
-    for damaged in ("not JSON", "[]", "{}", json.dumps({str(folder / "model.safetensors"): "short"})):
-        memory.write_text(damaged)  # then it is hashed again
-        with pytest.raises(AssertionError, match="hashed"):
-            identify(folder)
-
-
-def test_what_was_remembered_of_other_models_stays(identify: Identify, folder: Path, tmp_path: Path) -> None:
-    identify(folder)
-    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
-    identify(copied)
-    remembered = json.loads((tmp_path / "cache" / HASHES_FILE).read_text())
-    assert remembered.keys() == {str(path / "model.safetensors") for path in (folder, copied)}
-
-
-def test_a_file_that_changes_while_it_is_hashed_is_refused_and_not_remembered(
-    identify: Identify, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    file_digest = hashlib.file_digest
-
-    def slowly(file: BinaryIO, name: str) -> Any:
-        digest = file_digest(file, name)
-        flip_last_byte(Path(file.name))
-        return digest
-
-    with monkeypatch.context() as patch:
-        patch.setattr(hashlib, "file_digest", slowly)
-        with pytest.raises(UserError, match=r"model\.safetensors: it changed while it was read; wait"):
-            identify(folder)
-    assert not (tmp_path / "cache" / HASHES_FILE).exists()
-    assert identify(folder).weights == {"model.safetensors": sha256(folder / "model.safetensors")}
-
-
-def test_hashes_that_cannot_be_remembered_are_a_warning_only(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "cache").write_text("a file where the caches should be")
-    model = ModelConfig(name_or_path=str(folder))
-    identity = reference_identity(model, tmp_path / "cache")
-    assert identity.weights == {"model.safetensors": sha256(folder / "model.safetensors")}
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert f"{tmp_path}/cache/{HASHES_FILE}: cannot remember hashes" in record.getMessage()
-
-
-def test_the_hubs_own_name_of_a_file_is_its_hash(
-    tmp_path: Path, folder: Path, identify: Identify, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "ab" * 32
-    (tmp_path / "blobs").mkdir()
-    (folder / "model.safetensors").rename(tmp_path / "blobs" / name)
-    (folder / "model.safetensors").symlink_to(tmp_path / "blobs" / name)
-    monkeypatch.setattr(hashlib, "file_digest", never_hash)
-    assert identify(folder).weights == {"model.safetensors": name}
-
-
 def test_identity_json_holds_every_component_and_their_digest(identify: Identify, folder: Path) -> None:
     identity = identify(folder)
     stored = json.loads(json.dumps(identity.to_json()))
@@ -295,7 +204,7 @@ def test_identity_json_holds_every_component_and_their_digest(identify: Identify
 
 
 @pytest.mark.parametrize("part", ["version", "weights", "adapter", "code", "config", "dtype", "digest"])
-def test_identity_json_with_any_part_edited_is_not_read(identify: Identify, folder: Path, part: str) -> None:
+def test_identity_json_with_an_edited_part_is_refused(identify: Identify, folder: Path, part: str) -> None:
     stored = identify(folder).to_json()
     stored[part] = {"version": 1, "dtype": "float32", "digest": "0" * 64}.get(part, {"x": "0" * 64})
     with pytest.raises(ValueError, match="digest does not match"):
@@ -313,7 +222,7 @@ IDENTITY = ReferenceIdentity(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "differences"),
     [
         ({}, []),
         ({"dtype": "bfloat16"}, ["dtype: float32 -> bfloat16"]),
@@ -332,10 +241,10 @@ IDENTITY = ReferenceIdentity(
         ),
     ],
 )
-def test_what_differs_is_said_part_by_part(change: dict[str, Any], said: list[str]) -> None:
-    assert IDENTITY.differences(replace(IDENTITY, **change)) == said
+def test_differences_are_listed_by_component(change: dict[str, Any], differences: list[str]) -> None:
+    assert IDENTITY.differences(replace(IDENTITY, **change)) == differences
 
 
-def test_a_model_that_is_not_there_has_no_identity(identify: Identify, tmp_path: Path) -> None:
+def test_a_missing_model_has_no_identity(identify: Identify, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
         identify(tmp_path)

@@ -1,37 +1,28 @@
-"""Filling the cache: each sequence once, missing rows only, and the values of a live model (law 2)."""
+"""Filling the cache: each sequence once, only missing rows, and the values of a live model (law 2)."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
-from unit.reference.samples import content, raw, store_of, with_options
+from unit.reference.samples import content, fill, raw, store_of, with_options
 
 from dpo import distributed
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import deal
-from dpo.data.trees import Layout, TreeBatch, sequence_batch
+from dpo.data.trees import TreeBatch, sequence_batch
 from dpo.engine import frozen
 from dpo.model.load import load_model
 from dpo.model.scorer import SequenceScorer
 from dpo.reference import precompute as precompute_module
+from dpo.reference.batches import MissingPlan
 from dpo.reference.identity import reference_model
-from dpo.reference.precompute import (
-    MissingPlan,
-    _missing,
-    _my_batches,
-    batch_offsets,
-    plan_batches,
-    precompute,
-)
+from dpo.reference.precompute import _my_batches
 from dpo.reference.values import reference_logps, reference_token_logps
 
 Rows = list[dict[str, Any]]
@@ -42,8 +33,8 @@ Around = Callable[[Callable[[int, Score, TreeBatch], Tensor]], None]
 
 
 def live_token_logps(config: Config, data: TokenizedDataset) -> list[Tensor]:
-    """(S) of (T_c,): one sequence at a time, with the model beside us."""
-    scorer = SequenceScorer(load_model(reference_model(config)))
+    """S tensors of (N,): one sequence at a time, from a model in memory."""
+    scorer = SequenceScorer(load_model(reference_model(config.model, config.reference)))
     with torch.no_grad():
         return [
             scorer(sequence_batch([data.sequence(index)]), per_token=True) for index in range(len(data.keys))
@@ -60,7 +51,7 @@ def test_cached_equals_live_for_every_sequence_in_order(
 ) -> None:
     config, data = experiment(preference_rows(20))
     store = store_of(config)
-    precompute(config, [data], store)
+    fill(config, [data], store)
     (cached,) = reference_logps([data], store, "command")
     assert cached.shape == (int(data.sequences_per_group.sum()),)
     torch.testing.assert_close(torch.from_numpy(cached), live_logps(config, data), rtol=0, atol=1e-4)
@@ -83,7 +74,7 @@ def test_an_adapter_counts_as_reference_only_where_it_is_named(
         else replace(config, model=replace(config.model, name_or_path=adapter))
     )
     store = store_of(with_adapter)
-    precompute(with_adapter, [data], store)
+    fill(with_adapter, [data], store)
     cached = torch.from_numpy(reference_logps([data], store, "")[0])
     adapted = live_logps(with_options(config, model=adapter), data)
     assert (adapted - base).abs().max() > 1
@@ -94,7 +85,7 @@ def test_each_different_sequence_is_computed_once(experiment: Experiment) -> Non
     shared = {"prompt": "the cat", "chosen": " sat", "rejected": " on"}
     other = {"prompt": "the cat", "chosen": " sat", "rejected": " mat"}  # shares its chosen completion
     config, data = experiment([shared, other, shared])
-    result = precompute(config, [data, data], store_of(config))
+    result = fill(config, [data, data], store_of(config))
     assert (result.hits, result.misses) == (0, 3)
     assert len(store_of(config).load()) == 3
     first, second = reference_logps([data, data], store_of(config), "")
@@ -107,10 +98,10 @@ def test_a_second_call_computes_nothing_and_loads_no_model(
     experiment: Experiment, preference_rows: MakeRows, request: Any
 ) -> None:
     config, data = experiment(preference_rows(5))
-    first = precompute(config, [data], store_of(config))
+    first = fill(config, [data], store_of(config))
     assert first.seconds > 0
     request.getfixturevalue("no_model")
-    second = precompute(config, [data], store_of(config))
+    second = fill(config, [data], store_of(config))
     assert (second.hits, second.misses, second.seconds) == (first.misses, 0, 0.0)
     assert len(store_of(config).shards()) == 1
 
@@ -120,15 +111,15 @@ def test_a_cold_cache_does_load_the_model(
 ) -> None:
     config, data = experiment(preference_rows(2))
     with pytest.raises(AssertionError, match="a model was loaded"):
-        precompute(config, [data], store_of(config))
+        fill(config, [data], store_of(config))
 
 
 def test_only_new_rows_are_computed(experiment: Experiment, preference_rows: MakeRows) -> None:
     config, few = experiment(preference_rows(4))
-    before = precompute(config, [few], store_of(config))
+    before = fill(config, [few], store_of(config))
     (old,) = reference_logps([few], store_of(config), "")
     config, more = experiment(preference_rows(9))
-    after = precompute(config, [more], store_of(config))
+    after = fill(config, [more], store_of(config))
     assert (after.hits, after.misses) == (before.misses, len(set(raw(more.keys))) - before.misses)
     assert len(store_of(config).shards()) == 2
     assert len(store_of(config).load()) == len(set(raw(more.keys)))
@@ -139,88 +130,27 @@ def test_learning_rate_beta_and_batch_size_use_the_same_cache(
     experiment: Experiment, preference_rows: MakeRows, request: Any
 ) -> None:
     config, data = experiment(preference_rows(3))
-    precompute(config, [data], store_of(config))
+    fill(config, [data], store_of(config))
     request.getfixturevalue("no_model")
     train = replace(config.train, learning_rate=1.0, pairs_per_step=3, seed=7)
     changed = replace(config, run_dir="other", train=train, loss=replace(config.loss, beta=5.0))
     changed = with_options(changed, max_tokens_per_batch=64, flush_every_seconds=0.0)
-    assert precompute(changed, [data], store_of(changed)).misses == 0
+    assert fill(changed, [data], store_of(changed)).misses == 0
 
 
-LENGTHS = st.lists(st.integers(1, 50), max_size=60).map(lambda lengths: sorted(lengths, reverse=True))
-
-
-@given(LENGTHS, st.integers(1, 300), st.booleans())
-def test_batches_stay_within_the_budget_and_are_as_few_as_it_allows(
-    lengths: list[int], budget: int, padded: bool
-) -> None:
-    def size(start: int, end: int) -> int:
-        return lengths[start] * (end - start) if padded else sum(lengths[start:end])
-
-    offsets = batch_offsets(np.array(lengths, dtype=np.int64), budget, padded=padded).tolist()
-    assert (offsets[0], offsets[-1]) == (0, len(lengths))
-    for start, end in pairwise(offsets):
-        assert end > start
-        assert end - start == 1 or size(start, end) <= budget
-        assert end == len(lengths) or size(start, end + 1) > budget  # one more would not fit
-
-
-def plan_of(config: Config, datasets: list[TokenizedDataset], layout: Layout) -> MissingPlan:
-    missing = _missing(config, datasets, store_of(config))
-    return plan_batches(datasets, missing.sequences, layout, budget=80)
-
-
-def batches_of(plan: MissingPlan, datasets: list[TokenizedDataset]) -> list[list[list[bytes]]]:
-    keys = raw(np.concatenate([dataset.keys for dataset in datasets]))
-    return [
-        [[keys[sequence] for sequence in tree] for tree in plan.batch(number)]
-        for number in range(len(plan.offsets) - 1)
-    ]
-
-
-@pytest.mark.parametrize("layout", ["packed", "trees", "rows"])
-def test_the_batches_follow_from_what_is_missing_not_from_its_order(
-    experiment: Experiment, preference_rows: MakeRows, layout: Layout
-) -> None:
-    rows = preference_rows(12)
-    config, data = experiment(rows)
-    plan = plan_of(config, [data], layout)
-    batches = batches_of(plan, [data])
-    assert len(batches) > 5
-    found = [key for batch in batches for tree in batch for key in tree]
-    assert sorted(found) == sorted(set(raw(data.keys)))
-    assert plan.tokens.tolist() == sorted(plan.tokens, reverse=True)
-    for number in range(len(batches)):
-        tokens = []
-        for tree in plan.batch(number):
-            parts = [data.sequence(sequence) for sequence in tree]
-            assert len({prompt.tobytes() for prompt, _ in parts}) == 1
-            assert layout != "rows" or len(tree) == 1
-            tokens.append(len(parts[0][0]) + sum(len(completion) for _, completion in parts))
-        assert plan.num_tokens(number) == sum(tokens)
-        assert plan.work[number] == (sum(tokens) if layout == "packed" else max(tokens) * len(tokens))
-    if layout != "rows":
-        assert max(len(tree) for batch in batches for tree in batch) > 1
-    _, backwards = experiment(rows[::-1])
-    _, first = experiment(rows[:5])
-    _, second = experiment(rows[3:])
-    for other in ([backwards], [data, backwards], [second, first]):
-        assert batches_of(plan_of(config, other, layout), other) == batches
-
-
-def test_batches_do_not_depend_on_the_number_of_ranks(
+def test_values_do_not_depend_on_the_number_of_ranks(
     experiment: Experiment, preference_rows: MakeRows, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     config, data = experiment(preference_rows(12))
     config = with_options(config, max_tokens_per_batch=80)
     alone = store_of(config)
-    precompute(config, [data], alone)
+    fill(config, [data], alone)
     parts = []
-    for rank in range(3):  # each into a folder of its own, so that none sees the others' rows
+    for rank in range(3):  # each with a folder of its own, so that no rank finds the rows of another
         share = lambda plan, *, sharded, rank=rank: deal(plan.work, 3)[rank]  # noqa: E731
         monkeypatch.setattr(precompute_module, "_my_batches", share)
         mine = store_of(config, tmp_path / f"rank{rank}")
-        precompute(config, [data], mine)
+        fill(config, [data], mine)
         parts.append(content(mine))
     assert min(map(len, parts)) > 0
     assert sum(map(len, parts)) == len(content(alone))
@@ -228,7 +158,7 @@ def test_batches_do_not_depend_on_the_number_of_ranks(
 
 
 @pytest.mark.parametrize(("world_size", "batches"), [(1, 5), (3, 7), (3, 6), (4, 2)])
-def test_with_sharded_weights_the_ranks_go_in_step(
+def test_with_sharded_weights_every_rank_makes_the_same_number_of_passes(
     monkeypatch: pytest.MonkeyPatch, world_size: int, batches: int
 ) -> None:
     ones = np.ones(batches, dtype=np.int64)
@@ -283,7 +213,7 @@ def test_the_budget_bounds_every_batch_and_changes_no_value(
         sizes.clear()
         limited = with_options(config, max_tokens_per_batch=budget)
         stores.append(store_of(limited, tmp_path / str(budget)))
-        precompute(limited, [data], stores[-1])
+        fill(limited, [data], stores[-1])
         assert max(sizes) <= budget
         assert (len(sizes) == 1) == (budget == 10_000)
     small, large = (reference_logps([data], store, "")[0] for store in stores)
@@ -294,7 +224,7 @@ def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own(
     experiment: Experiment, preference_rows: MakeRows
 ) -> None:
     config, data = experiment(preference_rows(3))
-    precompute(with_options(config, max_tokens_per_batch=2), [data], store_of(config))
+    fill(with_options(config, max_tokens_per_batch=2), [data], store_of(config))
     cached = torch.from_numpy(reference_logps([data], store_of(config), "")[0])
     torch.testing.assert_close(cached, live_logps(config, data), rtol=0, atol=1e-4)
 
@@ -302,7 +232,7 @@ def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own(
 def test_work_is_written_as_it_is_done(experiment: Experiment, preference_rows: MakeRows) -> None:
     config, data = experiment(preference_rows(12))
     config = with_options(config, max_tokens_per_batch=60, flush_every_seconds=0.0)
-    precompute(config, [data], store_of(config))
+    fill(config, [data], store_of(config))
     assert len(store_of(config).shards()) > 3
     assert (store_of(config).load().index.find(data.keys) >= 0).all()
 
@@ -312,7 +242,7 @@ def test_tokens_are_stored_where_they_are_asked_for_and_add_up(
 ) -> None:
     config, data = experiment(preference_rows(8))
     config, store = with_options(config, store_token_logps=True, max_tokens_per_batch=80), store_of(config)
-    precompute(config, [data], store)
+    fill(config, [data], store)
     tokens, (sums,) = reference_token_logps(data, store, ""), reference_logps([data], store, "")
     assert tokens.dtype == np.float32
     torch.testing.assert_close(
@@ -327,13 +257,13 @@ def test_rows_without_tokens_are_computed_once_more_when_tokens_are_asked_for(
 ) -> None:
     config, data = experiment(preference_rows(6))
     store = store_of(config)
-    first = precompute(config, [data], store)
+    first = fill(config, [data], store)
     (before,) = reference_logps([data], store, "")
     wanting = with_options(config, store_token_logps=True)
-    again = precompute(wanting, [data], store)
+    again = fill(wanting, [data], store)
     assert (again.hits, again.misses) == (0, first.misses)
     request.getfixturevalue("no_model")
-    assert precompute(wanting, [data], store).misses == 0
-    assert precompute(config, [data], store).misses == 0  # rows with tokens do for those who want sums
+    assert fill(wanting, [data], store).misses == 0
+    assert fill(config, [data], store).misses == 0  # rows with tokens also have sums
     assert np.array_equal(reference_logps([data], store, "")[0], before)  # the first copy stays in use
     assert len(reference_token_logps(data, store, "")) == data.completion_tokens.sum()

@@ -1,7 +1,6 @@
-"""What goes wrong while the cache is filled: finished work is on the disk, and a person is told why."""
+"""Failures while the cache is filled: finished work is kept, and the error says what to do."""
 
-import os
-import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from unit.reference.samples import append, content, raw, store_of, with_options
+from unit.reference.samples import append, content, fill, raw, store_of, with_options
 
 from dpo import distributed
 from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset
-from dpo.data.trees import TreeBatch
+from dpo.data.trees import TreeBatch, tree_batch
 from dpo.errors import StoppedBySignal, UserError
 from dpo.model.load import load_model
-from dpo.reference.precompute import _missing, plan_batches, precompute
+from dpo.reference import precompute as precompute_module
+from dpo.reference.batches import plan_batches
+from dpo.reference.precompute import find_missing
 from dpo.reference.store import ReferenceStore
 
 Rows = list[dict[str, Any]]
@@ -33,8 +34,9 @@ def many_batches(experiment: Experiment, rows: Rows) -> tuple[Config, TokenizedD
     config, data = experiment(rows)
     config = with_options(config, max_tokens_per_batch=80)
     store = store_of(config)
-    plan = plan_batches([data], _missing(config, [data], store).sequences, "packed", budget=80)
-    assert len(plan.offsets) > 5
+    missing = find_missing([data], store, per_token=False)
+    plan = plan_batches([data], missing.sequences, "packed", budget=80)
+    assert plan.num_batches >= 5
     return config, data, store, int(plan.trees[plan.offsets[2]])
 
 
@@ -56,14 +58,11 @@ def test_values_that_are_not_finite_are_refused_and_finished_batches_kept(
         return logps
 
     around_scorer(broken)
-    message = (
-        r"the reference model gave 1 of \d+ log-probs that are not finite; none of this batch was stored"
-    )
-    with pytest.raises(UserError, match=message):
-        precompute(config, [data], store)
+    with pytest.raises(UserError, match=r"1 of \d+ log-probs .* model\.dtype"):
+        fill(config, [data], store)
     assert len(content(store)) == finished
-    around_scorer(lambda number, score, batch: score(batch))  # whole again: only the rest is computed
-    result = precompute(config, [data], store)
+    around_scorer(lambda number, score, batch: score(batch))  # a good model again: only the rest is computed
+    result = fill(config, [data], store)
     assert (result.hits, result.misses) == (finished, len(set(raw(data.keys))) - finished)
 
 
@@ -76,55 +75,67 @@ def test_a_model_with_a_damaged_weight_is_refused(
     weights["transformer.ln_f.weight"][0] = float("nan")
     save_file(weights, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
     damaged = with_options(config, model=str(tmp_path / "damaged"))
-    with pytest.raises(UserError, match="log-probs that are not finite"):
-        precompute(damaged, [data], store_of(damaged))
+    with pytest.raises(UserError, match=r"log-probs .* model\.dtype"):
+        fill(damaged, [data], store_of(damaged))
     assert content(store_of(damaged)) == {}
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize(
-    "stop", [interrupt, lambda: os.kill(os.getpid(), signal.SIGTERM)], ids=["INT", "TERM"]
+    ("failure", "raised", "message"),
+    [
+        (StoppedBySignal("SIGTERM"), StoppedBySignal, "SIGTERM"),
+        (KeyboardInterrupt("Ctrl-C"), KeyboardInterrupt, "Ctrl-C"),
+        (torch.OutOfMemoryError("CUDA out of memory"), UserError, r"reference\.max_tokens_per_batch: 80 "),
+    ],
+    ids=["a signal", "Ctrl-C", "out of memory"],
 )
-def test_a_signal_stops_after_what_was_computed_is_written(
-    experiment: Experiment, preference_rows: MakeRows, around_scorer: Around, stop: Callable[[], None]
-) -> None:
-    config, data, store, finished = many_batches(experiment, preference_rows(12))
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def stopped(number: int, score: Score, batch: TreeBatch) -> Tensor:
-        if number == 2:
-            stop()
-        return score(batch)
-
-    around_scorer(stopped)
-    with pytest.raises(StoppedBySignal, match=rf"{store.path}: what was computed is kept; the same command"):
-        precompute(config, [data], store)
-    assert len(content(store)) == finished
-    assert signal.getsignal(signal.SIGTERM) is handler
-    around_scorer(lambda number, score, batch: score(batch))
-    assert precompute(config, [data], store).hits == finished
-
-
-def test_any_other_failure_keeps_what_was_computed_too(
-    experiment: Experiment, preference_rows: MakeRows, around_scorer: Around
+def test_what_was_computed_is_written_whatever_ends_it(
+    experiment: Experiment,
+    preference_rows: MakeRows,
+    around_scorer: Around,
+    failure: BaseException,
+    raised: type[BaseException],
+    message: str,
 ) -> None:
     config, data, store, finished = many_batches(experiment, preference_rows(12))
 
     def failing(number: int, score: Score, batch: TreeBatch) -> Tensor:
         if number == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise failure
         return score(batch)
 
     around_scorer(failing)
-    with pytest.raises(UserError, match=r"reference\.max_tokens_per_batch: 80 tokens do not fit"):
-        precompute(config, [data], store)
+    with pytest.raises(raised, match=message):
+        fill(config, [data], store)
     assert len(content(store)) == finished
+    around_scorer(lambda number, score, batch: score(batch))
+    assert fill(config, [data], store).hits == finished
 
 
-def test_a_full_disk_is_a_users_error_and_keeps_what_was_written(
+def test_batches_are_put_on_the_device_of_the_main_thread(
+    experiment: Experiment, preference_rows: MakeRows, around_scorer: Around, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current CUDA device is per thread, and 0 in a new one, such as the one that lays out batches."""
+    config, data, store, _ = many_batches(experiment, preference_rows(12))
+    threads: set[str] = set()
+
+    def device() -> torch.device:
+        assert threading.current_thread() is threading.main_thread(), "asked in another thread"
+        return torch.device("cpu")
+
+    def laying_out(*arguments: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return tree_batch(*arguments)
+
+    monkeypatch.setattr(distributed, "device", device)
+    monkeypatch.setattr(precompute_module, "tree_batch", laying_out)
+    fill(config, [data], store)
+    assert threads
+    assert threading.main_thread().name not in threads
+    assert len(content(store)) == len(set(raw(data.keys)))
+
+
+def test_a_full_disk_is_a_user_error_and_keeps_what_was_written(
     experiment: Experiment, preference_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, data, store, finished = many_batches(experiment, preference_rows(12))
@@ -137,11 +148,11 @@ def test_a_full_disk_is_a_users_error_and_keeps_what_was_written(
 
     monkeypatch.setattr(ReferenceStore, "append", filling)
     with pytest.raises(UserError, match="cannot write a shard"):
-        precompute(with_options(config, flush_every_seconds=0.0), [data], store)
+        fill(with_options(config, flush_every_seconds=0.0), [data], store)
     assert len(content(store)) == finished
 
 
-def test_on_a_cpu_a_rank_computes_with_one_thread_and_gives_the_others_back(
+def test_on_a_cpu_a_rank_computes_with_one_thread_and_restores_their_number(
     experiment: Experiment, preference_rows: MakeRows, around_scorer: Around, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "device", lambda: torch.device("cpu"))
@@ -157,17 +168,17 @@ def test_on_a_cpu_a_rank_computes_with_one_thread_and_gives_the_others_back(
     around_scorer(noting)
     try:
         torch.set_num_threads(3)
-        precompute(config, [data], store_of(config))
+        fill(config, [data], store_of(config))
         assert torch.get_num_threads() == 3
         with pytest.raises(UserError):  # and after a failure
-            precompute(config, [data], store_of(config, Path(config.run_dir)))
+            fill(config, [data], store_of(config, Path(config.run_dir)))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
     assert set(seen) == {1}
 
 
-def test_a_cache_that_is_damaged_is_refused_before_anything_is_computed(
+def test_a_damaged_cache_is_refused_before_anything_is_computed(
     experiment: Experiment, preference_rows: MakeRows, no_model: None
 ) -> None:
     config, data = experiment(preference_rows(2))
@@ -175,7 +186,7 @@ def test_a_cache_that_is_damaged_is_refused_before_anything_is_computed(
     store.create()
     append(store, {b"a": (-1.0, 1)}).write_bytes(b"PAR1")
     with pytest.raises(UserError, match="damaged shard"):
-        precompute(config, [data], store)
+        fill(config, [data], store)
 
 
 def test_a_cache_dir_that_cannot_be_written_is_refused_by_its_key(
@@ -185,4 +196,4 @@ def test_a_cache_dir_that_cannot_be_written_is_refused_by_its_key(
     (tmp_path / "file").write_text("not a folder")
     store = ReferenceStore(tmp_path / "file" / "cache", store_of(config).identity)
     with pytest.raises(UserError, match=r"^reference\.cache_dir: cannot write .*file/cache"):
-        precompute(config, [data], store)
+        fill(config, [data], store)

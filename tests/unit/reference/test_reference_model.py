@@ -1,43 +1,25 @@
 """Which model is the reference: the policy's start, an adapter's base, or the one that is named."""
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from unit.reference.samples import sha256
 
-from dpo.config import Config, DataConfig, ModelConfig, ReferenceConfig
+from dpo.config import ModelConfig, ReferenceConfig
 from dpo.reference.identity import ReferenceIdentity, policy_is_reference, reference_identity, reference_model
 
 Identify = Callable[[Path], ReferenceIdentity]
 MakeAdapter = Callable[..., Path]
 
 
-@pytest.fixture
-def folder(tiny_model: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
-
-
-@pytest.fixture
-def identify(tmp_path: Path) -> Identify:
-    return lambda folder: reference_identity(ModelConfig(name_or_path=str(folder)), tmp_path / "cache")
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def experiment(policy: ModelConfig, reference: str | None = None) -> Config:
-    return Config(model=policy, data=DataConfig(train="d"), reference=ReferenceConfig(model=reference))
-
-
-def test_the_reference_is_the_policys_start_unless_named(folder: Path) -> None:
+def test_the_reference_is_the_start_of_the_policy_unless_named(folder: Path) -> None:
     policy = ModelConfig(name_or_path=str(folder), revision="r1", dtype="float32", attention="eager")
-    assert reference_model(experiment(policy)) == policy
+    assert reference_model(policy, ReferenceConfig()) == policy
     expected = ModelConfig(name_or_path="other", dtype="float32", attention="eager")
-    assert reference_model(experiment(policy, "other")) == expected
+    assert reference_model(policy, ReferenceConfig(model="other")) == expected
 
 
 def test_the_reference_of_an_adapter_is_its_base_whatever_the_adapter_holds(
@@ -45,11 +27,11 @@ def test_the_reference_of_an_adapter_is_its_base_whatever_the_adapter_holds(
 ) -> None:
     for name, scale in (("zero", 0.0), ("other", 0.3)):
         policy = ModelConfig(name_or_path=str(make_adapter(name, folder, scale=scale)))
-        config = experiment(policy)
-        assert reference_model(config).name_or_path == str(folder)
-        identity = reference_identity(reference_model(config), tmp_path / "cache")
+        model = reference_model(policy, ReferenceConfig())
+        assert model.name_or_path == str(folder)
+        identity = reference_identity(model, tmp_path / "cache")
         assert identity == identify(folder)
-        assert not policy_is_reference(config, identity, tmp_path / "cache")
+        assert not policy_is_reference(policy, identity, tmp_path / "cache")
 
 
 def test_an_adapter_that_is_named_as_reference_differs_from_its_base_by_the_adapter_only(
@@ -57,14 +39,14 @@ def test_an_adapter_that_is_named_as_reference_differs_from_its_base_by_the_adap
 ) -> None:
     base = identify(folder)
     adapter = make_adapter("adapter", folder)
-    named = reference_model(experiment(ModelConfig(name_or_path=str(folder)), str(adapter)))
+    named = reference_model(ModelConfig(name_or_path=str(folder)), ReferenceConfig(model=str(adapter)))
     assert named.name_or_path == str(adapter)
     found = identify(adapter)
     assert replace(found, adapter={}) == base
     assert found.adapter == {
         name: sha256(adapter / name) for name in ("adapter_config.json", "adapter_model.safetensors")
     }
-    assert {said.partition(".")[0] for said in base.differences(found)} == {"adapter"}
+    assert {line.partition(".")[0] for line in base.differences(found)} == {"adapter"}
     assert found.digest != base.digest
 
 
@@ -78,14 +60,14 @@ def test_an_edited_adapter_is_another_reference(
         written.write(b" ")
     after = identify(adapter)
     assert (after.digest != before.digest, after.weights == before.weights) == (True, True)
-    assert [said.partition(":")[0] for said in before.differences(after)] == [f"adapter.{file}"]
+    assert [line.partition(":")[0] for line in before.differences(after)] == [f"adapter.{file}"]
 
 
 def test_the_policy_is_the_reference_by_content(folder: Path, tmp_path: Path) -> None:
     cache, copied = tmp_path / "cache", Path(shutil.copytree(folder, tmp_path / "copy"))
     identity = reference_identity(ModelConfig(name_or_path=str(copied)), cache)
-    config = experiment(ModelConfig(name_or_path=str(folder)))
-    assert policy_is_reference(config, identity, cache)
+    policy = ModelConfig(name_or_path=str(folder))
+    assert policy_is_reference(policy, identity, cache)
     with (folder / "model.safetensors").open("ab") as weights:
         weights.write(b"\0")
-    assert not policy_is_reference(config, identity, cache)
+    assert not policy_is_reference(policy, identity, cache)

@@ -1,9 +1,9 @@
-"""One file of the cache: rows come back exactly, or the file is refused in words that say why."""
+"""One file of the cache: rows are read back exactly, or the error says what is wrong with the file."""
 
 import errno
 import os
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,15 @@ from unit.reference.samples import Values, content, files, keys, made, random_ro
 
 from dpo.errors import UserError
 from dpo.reference import shards as shards_module
-from dpo.reference.shards import IDENTITY, SCHEMA, has_token_logps, read_shard, write_shard, written_at
+from dpo.reference.shards import (
+    IDENTITY,
+    SCHEMA,
+    UNFINISHED,
+    has_token_logps,
+    read_shard,
+    write_shard,
+    written_at,
+)
 from dpo.reference.table import ReferenceRows
 
 MODEL, OTHER_MODEL = "ab" * 32, "cd" * 32
@@ -45,7 +53,7 @@ TOKENS = st.dictionaries(
 
 @given(values=ROWS)
 @settings(max_examples=30, deadline=None)
-def test_rows_come_back_in_order_to_the_last_bit(
+def test_rows_are_read_back_in_order_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, values: Values
 ) -> None:
     path = write_shard(tmp_path_factory.mktemp("shard"), rows(values), MODEL)
@@ -54,7 +62,7 @@ def test_rows_come_back_in_order_to_the_last_bit(
 
 @given(values=TOKENS)
 @settings(max_examples=30, deadline=None)
-def test_tokens_come_back_when_they_are_asked_for(
+def test_token_log_probs_are_read_back_when_they_are_asked_for(
     tmp_path_factory: pytest.TempPathFactory, values: dict[bytes, list[float]]
 ) -> None:
     written = token_rows(values)
@@ -63,7 +71,7 @@ def test_tokens_come_back_when_they_are_asked_for(
     assert_equal(read_shard(path, MODEL), replace(written, token_logps=None))
 
 
-def test_a_shard_larger_than_a_page_comes_back(tmp_path: Path) -> None:
+def test_a_shard_larger_than_a_page_is_read_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     number = 300_000  # of 16, 8 and 4 bytes: several pages of each column
     written = ReferenceRows(
@@ -96,7 +104,7 @@ def test_the_columns_are_the_documented_ones_and_the_model_is_named(tmp_path: Pa
         assert file.schema_arrow.field("token_logps").type == pa.list_(pa.float32())
 
 
-def test_names_sort_by_time_and_tell_it(tmp_path: Path) -> None:
+def test_names_sort_by_time_and_contain_it(tmp_path: Path) -> None:
     times = (1_700_000_000_000_000_000, 5, 99, 10**18)
     written = {write_shard(tmp_path, random_rows(1), MODEL, time_ns=time): time for time in times}
     assert [written_at(path) for path in sorted(written)] == sorted(times)
@@ -113,7 +121,7 @@ def test_whether_a_shard_has_tokens_is_read_from_it(tmp_path: Path) -> None:
     path = write_shard(tmp_path, random_rows(2, with_tokens=True), MODEL)
     assert has_token_logps(path)
     path.write_bytes(path.read_bytes()[:-9])
-    assert has_token_logps(path)  # so that it is read, and reading says what is wrong
+    assert has_token_logps(path)  # so that it is read, which says what is wrong
     path.unlink()
     with pytest.raises(FileNotFoundError):
         has_token_logps(path)
@@ -123,7 +131,7 @@ def test_whether_a_shard_has_tokens_is_read_from_it(tmp_path: Path) -> None:
 def shard(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, bytes, ReferenceRows]:
-    """(path, its bytes, its rows); a test may write what it likes to the path."""
+    """(path, its bytes, its rows); a test may overwrite the file."""
     expected = random_rows(12, with_tokens=request.param)
     path = write_shard(tmp_path_factory.mktemp("flip"), expected, MODEL)
     return path, path.read_bytes(), expected
@@ -132,7 +140,7 @@ def shard(
 Shard = tuple[Path, bytes, ReferenceRows]
 
 
-def test_no_flipped_bit_changes_a_value_unseen(shard: Shard) -> None:
+def test_no_flipped_bit_changes_a_value_unnoticed(shard: Shard) -> None:
     path, original, expected = shard
     refused = 0
     for position in range(len(original)):
@@ -144,22 +152,22 @@ def test_no_flipped_bit_changes_a_value_unseen(shard: Shard) -> None:
         except UserError:
             refused += 1
             continue
-        if found.token_logps is None:  # their column has another name now: as if they were not stored
+        if found.token_logps is None:  # the column has another name now, as if it were not stored
             found = replace(found, token_logps=expected.token_logps)
-        assert_equal(found, expected)  # a byte that means nothing to a reader
+        assert_equal(found, expected)  # a byte that no reader uses
     assert refused > len(original) / 2
 
 
-def test_a_flipped_byte_among_the_values_is_found_by_the_pages_checksum(tmp_path: Path) -> None:
+def test_a_flipped_byte_among_the_values_is_found_by_the_page_checksum(tmp_path: Path) -> None:
     expected = random_rows(200)
     path = write_shard(tmp_path, expected, MODEL)
     original = path.read_bytes()
     lowest_bytes = expected.logps.view(np.uint8).reshape(-1, 8)[:, 0].tobytes()  # byte streams are split
     position = original.index(lowest_bytes[:64])
     path.write_bytes(original[:position] + bytes([original[position] ^ 4]) + original[position + 1 :])
-    unchecked = pq.read_table(path)["logp"].to_numpy()  # nothing but a checksum can see it
+    unchecked = pq.read_table(path)["logp"].to_numpy()  # only a checksum finds it
     assert np.flatnonzero(unchecked != expected.logps).tolist() == [0]
-    with pytest.raises(UserError, match=r"damaged shard \(.*\); delete it and run precompute-ref again"):
+    with pytest.raises(UserError, match=rf"{path}: damaged shard"):
         read_shard(path, MODEL)
 
 
@@ -174,12 +182,12 @@ def test_a_truncated_shard_is_refused(shard: Shard, share: float) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_log_prob_that_is_not_finite_is_refused_when_it_is_read(tmp_path: Path, value: float) -> None:
     path = write_shard(tmp_path, rows({b"a": (-1.0, 1), b"b": (value, 1)}), MODEL)
-    with pytest.raises(UserError, match=r"damaged shard \(1 log-probs are not finite"):
+    with pytest.raises(UserError, match=rf"{path}: damaged shard \(1 "):
         read_shard(path, MODEL)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_a_tokens_log_prob_that_is_not_finite_is_refused_too(tmp_path: Path, value: float) -> None:
+def test_a_token_log_prob_that_is_not_finite_is_refused_too(tmp_path: Path, value: float) -> None:
     sums = rows({b"a": (-1.0, 1), b"b": (-2.0, 2)})
     tokens = np.array([-1.0, value, -1.0], dtype=np.float32)
     path = write_shard(tmp_path, replace(sums, token_logps=tokens), MODEL)
@@ -197,7 +205,7 @@ def by_hand(folder: Path, arrays: list[pa.Array], schema: pa.Schema = SCHEMA) ->
 KEY = pa.array([b"k" * 16, b"l" * 16], pa.binary(16))
 
 
-def test_what_is_written_by_hand_is_read_if_it_is_whole(tmp_path: Path) -> None:
+def test_a_file_by_another_writer_is_read_if_it_is_complete(tmp_path: Path) -> None:
     found = read_shard(by_hand(tmp_path, [KEY, pa.array([-1.0, -2.0]), pa.array([1, 2], pa.int32())]), MODEL)
     assert_equal(found, rows({b"k" * 16: (-1.0, 1), b"l" * 16: (-2.0, 2)}))
     empty = by_hand(tmp_path, [KEY[:0], pa.array([], pa.float64()), pa.array([], pa.int32())])
@@ -206,7 +214,7 @@ def test_what_is_written_by_hand_is_read_if_it_is_whole(tmp_path: Path) -> None:
 
 def test_an_empty_cell_is_refused(tmp_path: Path) -> None:
     path = by_hand(tmp_path, [KEY, pa.array([-1.0, None]), pa.array([1, 2], pa.int32())])
-    with pytest.raises(UserError, match=r"damaged shard \(it has empty cells"):
+    with pytest.raises(UserError, match=rf"{path}: damaged shard"):
         read_shard(path, MODEL)
 
 
@@ -215,7 +223,7 @@ def test_another_number_of_token_log_probs_than_of_tokens_is_refused(tmp_path: P
     arrays = [KEY, pa.array([-1.0, -2.0]), pa.array([1, 2], pa.int32()), lists]
     path = by_hand(tmp_path, arrays, SCHEMA.append(shards_module.TOKENS))
     assert len(read_shard(path, MODEL)) == 2
-    with pytest.raises(UserError, match="another number of token log-probs than of tokens"):
+    with pytest.raises(UserError, match=rf"{path}: damaged shard"):
         read_shard(path, MODEL, token_logps=True)
 
 
@@ -224,7 +232,7 @@ def test_another_number_of_token_log_probs_than_of_tokens_is_refused(tmp_path: P
     [pa.array(["a", "b"]), pa.array([1.0, 2.0]), pa.array([{"list": [1.0]}, {"list": [2.0, 3.0]}])],
     ids=["text", "numbers", "a struct, as a flipped bit makes it"],
 )
-def test_token_log_probs_that_are_no_lists_are_refused(tmp_path: Path, column: pa.Array) -> None:
+def test_token_log_probs_that_are_not_lists_are_refused(tmp_path: Path, column: pa.Array) -> None:
     arrays = [KEY, pa.array([-1.0, -2.0]), pa.array([1, 2], pa.int32()), column]
     path = by_hand(tmp_path, arrays, SCHEMA.append(pa.field("token_logps", column.type)))
     with pytest.raises(UserError, match=str(path)):
@@ -245,21 +253,18 @@ def test_token_log_probs_that_are_no_lists_are_refused(tmp_path: Path, column: p
 )
 def test_a_file_with_other_columns_is_refused_with_ours(tmp_path: Path, table: pa.Table) -> None:
     pq.write_table(table, tmp_path / "part-other.parquet")
-    message = r"not a shard of a reference cache; expected the columns key \(fixed_size_binary\[16\]\), logp"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"part-other\.parquet: .* key \(fixed_size_binary\[16\]\), logp"):
         read_shard(tmp_path / "part-other.parquet", MODEL)
 
 
 def test_a_shard_of_another_model_is_refused_with_both_names(tmp_path: Path) -> None:
     path = write_shard(tmp_path, random_rows(3), OTHER_MODEL)
     assert len(read_shard(path, OTHER_MODEL)) == 3
-    names = rf"\(identity {OTHER_MODEL[:16]}, this cache is {MODEL[:16]}\)"
-    message = rf"^{path}: a shard of another reference model {names}; move it out of the folder"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=rf"^{path}: .*{OTHER_MODEL[:16]}.*{MODEL[:16]}"):
         read_shard(path, MODEL)
 
 
-def test_a_shard_that_does_not_say_its_model_is_refused(tmp_path: Path) -> None:
+def test_a_shard_that_does_not_name_its_model_is_refused(tmp_path: Path) -> None:
     table = pa.table([KEY, pa.array([-1.0, -2.0]), pa.array([1, 2], pa.int32())], schema=SCHEMA)
     pq.write_table(table, tmp_path / "part-x.parquet")
     with pytest.raises(UserError, match="identity unknown"):
@@ -272,7 +277,7 @@ def test_a_shard_that_is_gone_is_not_called_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "No space left"), (errno.EIO, "Input/output")])
-def test_a_full_disk_is_said_leaves_nothing_half_and_keeps_what_was_there(
+def test_a_full_disk_is_reported_and_leaves_the_cache_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
 ) -> None:
     store = made(tmp_path)
@@ -284,19 +289,19 @@ def test_a_full_disk_is_said_leaves_nothing_half_and_keeps_what_was_there(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=rf"{store.path}: cannot write a shard of 2 rows \({said}"):
+        with pytest.raises(UserError, match=rf"{store.path}: .* 2 rows \({said}"):
             store.append(rows({b"b": (-2.0, 1), b"c": (-3.0, 1)}))
     assert files(store.path) == before
-    store.append(rows({b"b": (-2.0, 1)}))  # there is room again
+    store.append(rows({b"b": (-2.0, 1)}))  # there is free space again
     assert len(content(store)) == 2
 
 
-def test_a_folder_that_is_gone_is_a_users_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot write a shard of 1 rows \(No such file or directory"):
+def test_a_folder_that_is_gone_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone: .*No such file or directory"):
         write_shard(tmp_path / "gone", random_rows(1), MODEL)
 
 
-def test_a_shard_is_on_the_disk_before_it_has_its_name(
+def test_a_shard_is_on_the_disk_before_it_has_its_final_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flushed: list[list[str]] = []
@@ -308,7 +313,10 @@ def test_a_shard_is_on_the_disk_before_it_has_its_name(
 
     monkeypatch.setattr(os, "fsync", noting)
     path = write_shard(tmp_path, random_rows(1), MODEL)
-    assert flushed == [[f".{path.name}.writing"], [path.name]]  # the file, then the folder
+    (temporary,), final = flushed  # the file, then the folder
+    assert final == [path.name]
+    assert temporary.startswith(f".{path.name}.")
+    assert PurePath(temporary).match(UNFINISHED)
 
 
 def test_a_half_written_file_is_not_a_shard(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from dpo.config import (
     LossConfig,
     ModelConfig,
     ReferenceConfig,
-    SftDataConfig,
     SftModelConfig,
     SftTrainConfig,
     TrainConfig,
@@ -52,7 +51,7 @@ def sft_card_of(base: str) -> str:
         {},
         title="mine",
         model=SftModelConfig(name_or_path=base),
-        data=SftDataConfig(train="books.txt"),
+        data=DataConfig(train="books.txt"),
         train=SftTrainConfig(),
     )
 

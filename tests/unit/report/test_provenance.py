@@ -14,7 +14,8 @@ from dpo.config import EvaluateConfig, LossConfig, ModelConfig, ReferenceConfig,
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.records import Pair, TokenizedGroup
 from dpo.report.content import Provenance
-from dpo.report.provenance import learned_preferences, model_folder, provenance_of, report_folder
+from dpo.report.provenance import learned_preferences, provenance_of
+from dpo.tracking.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def data(tmp_path: Path) -> TokenizedDataset:
 
 def provenance(run_dir: Path, data: TokenizedDataset, **evaluate: Any) -> Provenance:
     return provenance_of(
-        run_dir,
+        RunFolder(run_dir),
         data,
         {"held-out data": "content 1234"},
         model=ModelConfig(name_or_path="start"),
@@ -49,22 +50,19 @@ def test_the_essentials_name_models_data_and_settings(tmp_path: Path, data: Toke
 
 
 def test_a_run_of_next_token_training_names_no_loss(tmp_path: Path, data: TokenizedDataset) -> None:
-    assert learned_preferences(tmp_path)
+    assert learned_preferences(RunFolder(tmp_path))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"loss": {"beta": 0.1}}))
-    assert learned_preferences(tmp_path)
+    assert learned_preferences(RunFolder(tmp_path))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"train": {}}))
-    assert not learned_preferences(tmp_path)
+    assert not learned_preferences(RunFolder(tmp_path))
     found = provenance(tmp_path, data).essentials
     assert "loss" not in found
     assert "next-token" in found["training"]
 
 
-def test_a_snapshot_has_a_model_and_a_report_of_its_own(tmp_path: Path, data: TokenizedDataset) -> None:
-    assert model_folder(tmp_path, None) == tmp_path / "model"
-    assert report_folder(tmp_path, None) == tmp_path / "report"
-    snapshot = tmp_path / "snapshots" / "step_00000030"
-    assert (model_folder(tmp_path, 30), report_folder(tmp_path, 30)) == (snapshot, snapshot / "report")
-    assert provenance(tmp_path, data, snapshot=30).essentials["policy"].startswith(str(snapshot))
+def test_the_policy_of_a_snapshot_is_in_its_folder(tmp_path: Path, data: TokenizedDataset) -> None:
+    found = provenance(tmp_path, data, snapshot=30).essentials
+    assert found["policy"] == f"{tmp_path}/snapshots/step_00000030, from start"
 
 
 def test_versions_are_those_of_the_training(tmp_path: Path, data: TokenizedDataset) -> None:

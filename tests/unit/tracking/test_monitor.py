@@ -1,7 +1,6 @@
-"""Sums and counts, the lines of metrics.jsonl, and the same numbers in TensorBoard."""
+"""The lines of metrics.jsonl, and the same numbers in TensorBoard and the bar."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,12 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from dpo import distributed, terminal
-from dpo.tracking.metrics import Evaluation, MetricSums
+from dpo.tracking.metrics import Evaluation
 from dpo.tracking.monitor import MARGINS, Monitor
+from dpo.tracking.run_folder import RunFolder
 
 
 def write_steps(run_dir: Path, steps: Mapping[int, Mapping[str, float]], first_step: int = 0) -> None:
-    with Monitor(run_dir, num_steps=9, first_step=first_step, unit="pairs") as monitor:
+    with Monitor(RunFolder(run_dir), num_steps=9, first_step=first_step, unit="pairs") as monitor:
         for step, values in steps.items():
             monitor.record(step, values)
             monitor.advance(values)
@@ -31,30 +31,6 @@ def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def test_a_mean_is_the_sum_over_the_count_of_all_additions() -> None:
-    sums = MetricSums()
-    sums.add("loss", 6.0, 2)  # two values of mean 3
-    sums.add("loss", 2.0, 8)  # eight of mean 0.25; the mean of means would be 1.625
-    sums.add("accuracy", 1.0, 4)
-    assert sums.means() == {"loss": 0.8, "accuracy": 0.25}
-
-
-def test_a_mean_of_nothing_is_not_a_number() -> None:
-    sums = MetricSums()
-    sums.add("loss", 0.0, 0)
-    assert math.isnan(sums.means()["loss"])
-    assert MetricSums().means() == {}
-
-
-def test_ranks_add_sums_and_counts_before_anything_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
-    other_rank = np.array([5.0, 1.0, 3.0, 1.0])  # sums of a and b, then their counts
-    monkeypatch.setattr(distributed, "sum_over_ranks", lambda values: values + other_rank)
-    sums = MetricSums()
-    sums.add("b", 2.0, 1)  # names are sorted, so that the order of additions may differ between ranks
-    sums.add("a", 1.0, 1)
-    assert sums.means() == {"a": 6.0 / 4, "b": 3.0 / 2}
 
 
 def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path: Path) -> None:
@@ -75,7 +51,7 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(tmp_path: Path) -> None:
 
 
 def test_every_line_is_on_disk_as_soon_as_it_is_recorded(tmp_path: Path) -> None:
-    with Monitor(tmp_path, num_steps=2, first_step=0, unit="pairs") as monitor:
+    with Monitor(RunFolder(tmp_path), num_steps=2, first_step=0, unit="pairs") as monitor:
         monitor.record(1, {"train/loss": 0.5})
         assert lines(tmp_path) == [{"step": 1, "train/loss": 0.5}]
 
@@ -147,7 +123,7 @@ def test_an_evaluation_leaves_numbers_a_histogram_and_samples_and_a_resumed_run_
     tmp_path: Path,
 ) -> None:
     def evaluated(first_step: int, steps: dict[int, str]) -> None:
-        with Monitor(tmp_path, num_steps=9, first_step=first_step, unit="pairs") as monitor:
+        with Monitor(RunFolder(tmp_path), num_steps=9, first_step=first_step, unit="pairs") as monitor:
             for step, text in steps.items():
                 margins = np.linspace(-1, 1, 10)
                 monitor.show(step, Evaluation(values={"eval/loss": 1.0}, margins=margins, samples=text))

@@ -9,6 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from dpo.errors import UserError
 from dpo.tracking import trackers
 from dpo.tracking.monitor import Monitor
+from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.trackers import check_trackers, open_trackers
 
 
@@ -54,7 +55,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_tracker_receives_the_settings_and_every_line(tmp_path: Path) -> None:
     opened = open_trackers(["recorder"], tmp_path / "mine", {"loss.beta": 0.1})
-    with Monitor(tmp_path, num_steps=2, first_step=0, unit="pairs", trackers=opened) as monitor:
+    with Monitor(RunFolder(tmp_path), num_steps=2, first_step=0, unit="pairs", trackers=opened) as monitor:
         monitor.record(1, {"train/loss": 0.5})
         monitor.record(2, {"train/loss": 0.25})
     (recorder,) = Recorder.made

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dpo.errors import UserError
+from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import Progress, complete_checkpoints, load_checkpoint, save_checkpoint
 from dpo.train.manifest import NotValid, read_manifest, verify
 
@@ -37,7 +38,9 @@ class FakeEngine:
 def save(run_dir: Path, *steps: int, keep_last: int = 9) -> Path:
     for step in steps:
         engine: Any = FakeEngine(f"state {step}")
-        folder = save_checkpoint(engine, Progress(step=step, num_tokens=10 * step), run_dir, keep_last, {})
+        folder = save_checkpoint(
+            engine, Progress(step=step, num_tokens=10 * step), RunFolder(run_dir), keep_last, {}
+        )
     return folder
 
 
@@ -50,7 +53,9 @@ def problem_of(folder: Path) -> str | None:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    return next((f for f in reversed(complete_checkpoints(run_dir)) if problem_of(f) is None), None)
+    return next(
+        (f for f in reversed(complete_checkpoints(RunFolder(run_dir))) if problem_of(f) is None), None
+    )
 
 
 def names(run_dir: Path) -> list[str]:
@@ -60,7 +65,7 @@ def names(run_dir: Path) -> list[str]:
 def test_a_checkpoint_restores_engine_and_progress(tmp_path: Path) -> None:
     engine: Any = FakeEngine("weights")
     progress = Progress(step=7, num_tokens=123, best_loss=0.25)
-    folder = save_checkpoint(engine, progress, tmp_path, 2, {})
+    folder = save_checkpoint(engine, progress, RunFolder(tmp_path), 2, {})
     assert folder == tmp_path / "checkpoints" / "step_00000007"
     fresh: Any = FakeEngine()
     assert load_checkpoint(fresh, folder, folder) == progress
@@ -104,7 +109,7 @@ def test_a_crash_while_writing_leaves_the_older_one_and_the_next_attempt_succeed
     older = save(tmp_path, 2)
     failing: Any = FakeEngine(fails=True)
     with pytest.raises(UserError, match=r"could not be written \(rank 0: disk full; .* are free there\)"):
-        save_checkpoint(failing, Progress(step=4), tmp_path, 2, {})
+        save_checkpoint(failing, Progress(step=4), RunFolder(tmp_path), 2, {})
     assert names(tmp_path) == ["step_00000002"]
     assert newest_checkpoint(tmp_path) == older
     assert save(tmp_path, 4) == newest_checkpoint(tmp_path)
@@ -114,7 +119,7 @@ def test_a_crash_while_writing_leaves_the_older_one_and_the_next_attempt_succeed
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 2, 4)
     engine: Any = FakeEngine("written again")
-    folder = save_checkpoint(engine, Progress(step=4), tmp_path, 2, {})
+    folder = save_checkpoint(engine, Progress(step=4), RunFolder(tmp_path), 2, {})
     assert problem_of(folder) is None
     assert (folder / "deep" / "state").read_text() == "written again"
 
@@ -167,14 +172,14 @@ def test_a_manifest_that_was_fitted_to_other_files_is_refused(tmp_path: Path) ->
     content = b"a pickle"
     manifest["files"]["deep/state"] = {"bytes": 8, "sha256": hashlib.sha256(content).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert "or changed afterwards" in str(problem_of(folder))
+    assert "or was changed" in str(problem_of(folder))
 
 
 def test_a_file_that_was_added_is_found(tmp_path: Path) -> None:
     folder = save(tmp_path, 2)
     added = "deep/mp_rank_01_model_states.pt"
     (folder / added).write_text("a pickle")
-    assert problem_of(folder) == f"{added} is not in manifest.json: somebody has added it"
+    assert problem_of(folder) == f"{added} is not in manifest.json: it was added later"
 
 
 @pytest.mark.parametrize("key", ["", "00", "not hexadecimal", None])

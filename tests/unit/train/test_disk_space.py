@@ -8,10 +8,11 @@ import torch
 
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import sequence_batch
-from dpo.engine import engine as engine_module
+from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.errors import UserError
 from dpo.model.load import load_model
+from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import Progress, save_checkpoint
 from dpo.train.disk_space import checkpoint_bytes, require_space
 
@@ -23,11 +24,11 @@ ONE = 16 * 1000  # weights, masters and two moments of 1,000 parameters
 def test_the_estimate_is_the_size_of_a_checkpoint(tiny_model: Path, tmp_path: Path, optimizer: str) -> None:
     options = OptimizationConfig(optimizer=optimizer)  # type: ignore[arg-type]
     model = ModelConfig(name_or_path=str(tiny_model), dtype="float32")
-    engine = Engine(engine_module.start(model), load_model(model), model, options)
+    engine = Engine(world.start(model), load_model(model), model, options)
     ids = torch.arange(8, dtype=torch.int32).numpy()
     engine.accumulate(-engine.score(sequence_batch([(ids, ids)])).sum(), last=True)
     engine.update(0.01)
-    folder = save_checkpoint(engine, Progress(step=1, num_tokens=8), tmp_path, 1, {})
+    folder = save_checkpoint(engine, Progress(step=1, num_tokens=8), RunFolder(tmp_path), 1, {})
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     parameters = sum(p.numel() for p in load_model(model).parameters())
     expected = checkpoint_bytes(parameters, torch.float32, options, sharded=False)

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from dpo.config import Config, LossConfig
+from dpo.config import Config, LossConfig, OptimizationConfig, resolved
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.preference_data import preference_data
 from dpo.data.trees import sequence_batch
-from dpo.engine import engine as engine_module
+from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal
-from dpo.guards.signals import StopRequestedError, StopRequests
-from dpo.guards.watchdog import Watchdog
+from dpo.guards.guard import Guard
 from dpo.loss.catalog import averaged_over_groups
 from dpo.model.load import load_model
 from dpo.reference.identity import reference_identity
@@ -34,13 +34,13 @@ from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
 from dpo.reference.values import reference_logps
 from dpo.tracking.metrics import Evaluation, MetricSums
-from dpo.tracking.monitor import Monitor
-from dpo.tracking.run_folder import describe_run
+from dpo.tracking.run_folder import RunFolder
 from dpo.train import loop
-from dpo.train.checkpoint import Progress, load_checkpoint
-from dpo.train.loop import train
+from dpo.train.checkpoint import Progress
+from dpo.train.loop import due_actions, train
 from dpo.train.preference_objective import PreferenceObjective
-from dpo.train.resume import find_start
+from dpo.train.resume import Refuse, Resume, find_start
+from dpo.train.session import Session
 
 STEPS = 6
 OPTIONS: dict[str, Any] = {
@@ -76,6 +76,15 @@ class Run:
         return [line[name] for line in self.lines() if name in line]
 
 
+class WithoutExport(Session):
+    """Notes the steps at which a model would be written."""
+
+    exported: list[int]
+
+    def export(self, target: Path) -> None:
+        self.exported.append(self.progress.step)
+
+
 @pytest.fixture
 def experiment(
     make_config: Callable[..., Config],
@@ -86,7 +95,8 @@ def experiment(
     """An experiment of 12 groups, with its cache filled."""
     config = make_config(write_jsonl(preference_rows(12)), **OPTIONS)
     root = Path(config.reference.cache_dir)
-    precompute(config, [open_data(config)], ReferenceStore(root, reference_identity(config.model, root)))
+    store = ReferenceStore(root, reference_identity(config.model, root))
+    precompute(config.model, config.reference, [open_data(config)], store)
     return config
 
 
@@ -96,7 +106,9 @@ def changed(config: Config, run_dir: str, **options: Any) -> Config:
 
 
 @pytest.fixture
-def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
+def run(
+    open_data: Callable[[Config], TokenizedDataset], tokenizer: PreTrainedTokenizerFast
+) -> Callable[..., Run]:
     """Trains as `dpo train` does, from the start or from a checkpoint.
 
     `evaluation` gives the held-out loss of a step; `die_at` is the step whose evaluation raises KilledError,
@@ -111,7 +123,8 @@ def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
         stop_at: int | None = None,
         reference: np.ndarray | None = None,
     ) -> Run:
-        start, _ = find_start(config)
+        start = find_start(RunFolder(Path(config.run_dir)), resolved(config), config.train)
+        assert not isinstance(start, Refuse), start
         data, root = open_data(config), Path(config.reference.cache_dir)
         if reference is None:
             store = ReferenceStore(root, reference_identity(config.model, root))
@@ -132,41 +145,37 @@ def run(open_data: Callable[[Config], TokenizedDataset]) -> Callable[..., Run]:
             pairs_per_step=config.train.pairs_per_step,
             max_steps=config.train.max_steps,
         )
-        accelerator = engine_module.start(config.model)
-        engine = Engine(accelerator, load_model(config.model), config.model, config.train)
-        progress = load_checkpoint(engine, start, start) if start else Progress()
-        describe_run(config, engine=engine.description)
+        accelerator = world.start(config.model)
         result = Run(Path(config.run_dir))
 
-        def evaluate() -> Evaluation:
-            if die_at is not None and progress.step == die_at:
+        def evaluate(session: Session) -> Evaluation:
+            step = session.progress.step
+            if die_at is not None and step == die_at:
                 raise KilledError
-            if stop_at is not None and progress.step == stop_at:
+            if stop_at is not None and step == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-                raise StopRequestedError
+                session.guard.may_continue("evaluation")
             assert evaluation is not None
-            return Evaluation(values={"eval/loss": evaluation(progress.step)})
+            return Evaluation(values={"eval/loss": evaluation(step)})
 
-        monitor = Monitor(
-            result.folder,
-            num_steps=plan.num_steps,
-            first_step=progress.step,
-            evaluated=progress.evaluated_step == progress.step,
-            unit="pairs",
+        folder = RunFolder(result.folder)
+        session = WithoutExport(
+            folder=folder,
+            settings=resolved(config),
+            model=config.model,
+            options=config.train,
+            engine=Engine(accelerator, load_model(config.model), config.model, config.train),
+            objective=objective,
+            plan=plan,
+            tokenizer=tokenizer,
+            guard=Guard(folder, "train", 60),
+            evaluate=evaluate if evaluation else None,
+            checkpoint=start.checkpoint if isinstance(start, Resume) else None,
         )
-        with monitor, StopRequests() as stop:
-            around = loop.Run(
-                folder=result.folder,
-                monitor=monitor,
-                stop=stop,
-                watchdog=Watchdog(result.folder, "train", 60),
-                fingerprints={},
-                evaluate=evaluate if evaluation else None,
-                export=lambda folder: result.exported.append(progress.step),
-                describe=lambda groups: f"groups {groups}",
-            )
-            result.evaluated = train(engine, objective, plan, config.train, progress, around)
-        result.weights = engine.weights()
+        session.exported = result.exported
+        with session.guard, session.opened("pairs"):
+            result.evaluated = train(session)
+        result.weights = session.engine.weights()
         return result
 
     return run_it
@@ -331,7 +340,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         made, plain = [0], loop.train_step
 
         def counted(*arguments: Any) -> Any:
-            made[0] = arguments[2].number
+            made[0] = arguments[0].progress.step + 1
             return plain(*arguments)
 
         honest = PreferenceObjective.loss
@@ -389,9 +398,9 @@ def test_too_many_in_a_row_stop_the_run_with_its_last_good_checkpoint_intact(
     spoil({2, 4, 5, 6})
     with pytest.raises(RunFailed, match=r"3 steps in a row, up to step 6.*max_skipped_steps: 2"):
         run(config)
-    start, _ = find_start(config)
-    assert start is not None
-    assert start.name == "step_00000003"
+    start = find_start(RunFolder(Path(config.run_dir)), resolved(config), config.train)
+    assert isinstance(start, Resume)
+    assert start.checkpoint.name == "step_00000003"
 
 
 def test_a_reference_that_is_not_finite_stops_the_run(
@@ -456,3 +465,28 @@ def test_rows_and_trees_train_alike_and_trees_compute_less(experiment: Config, r
         assert (step["perf/padding_fraction"], in_rows["perf/shared_prefix_fraction"]) == (0, 0)
         assert step["perf/shared_prefix_fraction"] > 0.1
         assert step["perf/rank_imbalance"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "progress", "due"),
+    [
+        ({}, {"step": 0}, "evaluate"),
+        ({}, {"step": 0, "evaluated_step": 0}, ""),
+        ({}, {"step": 3}, ""),
+        ({"evaluate_every": 3}, {"step": 3}, "evaluate"),
+        ({"evaluate_every": 3}, {"step": 3, "evaluated_step": 3}, ""),
+        ({"snapshot_every": 3}, {"step": 3}, "keep_snapshot"),
+        ({"snapshot_every": 3}, {"step": 4}, ""),
+        ({"checkpoint_every": 3}, {"step": 0, "evaluated_step": 0}, ""),
+        ({"checkpoint_every": 3}, {"step": 3}, "save_checkpoint"),
+        ({"checkpoint_every": 3}, {"step": 3, "skipped_in_a_row": 1}, ""),
+        ({"checkpoint_every": 4}, {"step": 9, "skipped_in_a_row": 1}, "evaluate save_checkpoint finish"),
+        ({}, {"step": 9}, "evaluate finish"),
+        ({}, {"step": 9, "evaluated_step": 9}, "finish"),
+    ],
+)
+def test_what_is_due_follows_from_progress_and_options_alone(
+    options: dict[str, Any], progress: dict[str, Any], due: str
+) -> None:
+    actions = due_actions(Progress(**progress), OptimizationConfig(**options), 9)
+    assert {name for name in actions.__slots__ if getattr(actions, name)} == set(due.split())

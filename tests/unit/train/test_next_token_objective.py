@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from dpo.config import ModelConfig, SftDataConfig, SftTrainConfig
+from dpo.config import DataConfig, ModelConfig, SftTrainConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.text import is_text, open_text_or_preferences, read_lines
-from dpo.engine import engine as engine_module
+from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.errors import UserError
 from dpo.model.load import load_model
@@ -29,7 +29,7 @@ def open_sft(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> Callable[..., tuple[TokenizedDataset, TokenizedDataset | None]]:
     def open_it(train: str | Path, **options: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-        data = SftDataConfig(train=str(train), cache_dir=str(tmp_path / "cache"), **options)
+        data = DataConfig(train=str(train), cache_dir=str(tmp_path / "cache"), **options)
         return open_text_or_preferences(data, tokenizer, 64)
 
     return open_it
@@ -187,7 +187,7 @@ def test_the_held_out_loss_is_nats_a_token_whatever_the_budget(
             logps = bare(input_ids=ids.long()).logits[0, :-1].double().log_softmax(-1)
             total -= float(logps.gather(1, ids[0, 1:, None].long()).sum())
             count += ids.shape[1] - 1
-    engine = Engine(engine_module.start(model), load_model(model), model, SftTrainConfig())
+    engine = Engine(world.start(model), load_model(model), model, SftTrainConfig())
     for budget in (11, 10_000):
         place = {"layout": engine.layout, "device": engine.device}
         found = held_out_loss(engine.score_only, data, budget=budget, **place)

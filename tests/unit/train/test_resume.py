@@ -1,4 +1,4 @@
-"""Where a run starts, where it goes on, and every folder it refuses."""
+"""Where a run starts or resumes, and every folder it refuses."""
 
 import json
 from collections.abc import Callable
@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from dpo.cli import parse as arguments
 from dpo.cli.validate import problems
-from dpo.config import Config
+from dpo.config import Config, resolved
 from dpo.errors import UserError
-from dpo.tracking.run_folder import config_text, describe_run
+from dpo.tracking.run_folder import RunFolder
 from dpo.train import resume
 from dpo.train.checkpoint import Progress, save_checkpoint
-from dpo.train.resume import check_fingerprints
+from dpo.train.resume import Fresh, Refuse, Resume, Start, check_fingerprints
 
 Make = Callable[..., Config]
 
@@ -29,8 +27,16 @@ class FakeEngine:
         return [folder / "state"]
 
 
+def look(config: Config) -> Start:
+    return resume.find_start(RunFolder(Path(config.run_dir)), resolved(config), config.train)
+
+
 def find_start(config: Config) -> Path | None:
-    return resume.find_start(config)[0]
+    """The checkpoint to resume from; UserError with the reason of a refusal, as the commands raise it."""
+    start = look(config)
+    if isinstance(start, Refuse):
+        raise UserError(start.reason)
+    return start.checkpoint if isinstance(start, Resume) else None
 
 
 @pytest.fixture
@@ -48,12 +54,12 @@ def changed(config: Config, key: str, value: Any) -> Config:
 def begin(config: Config, *, steps: int, checkpoints: tuple[int, ...] = ()) -> Path:
     """A run that has recorded `steps` steps and written these checkpoints."""
     run_dir = Path(config.run_dir)
-    describe_run(config, engine="test")
+    RunFolder(run_dir).claim(resolved(config))
     lines = [json.dumps({"step": step, "train/loss": 0.5}) + "\n" for step in range(steps + 1)]
     (run_dir / "metrics.jsonl").write_text("".join(lines))
     engine: Any = FakeEngine()
     for step in checkpoints:
-        save_checkpoint(engine, Progress(step=step), run_dir, 9, {"data.train": "abc"})
+        save_checkpoint(engine, Progress(step=step), RunFolder(run_dir), 9, {"data.train": "abc"})
     return run_dir
 
 
@@ -64,7 +70,7 @@ def test_a_folder_that_is_not_there_or_empty_starts_afresh(config: Config) -> No
     assert find_start(changed(config, "train.resume", "never")) is None
 
 
-def test_a_run_goes_on_from_its_newest_checkpoint(config: Config) -> None:
+def test_a_run_resumes_from_its_newest_checkpoint(config: Config) -> None:
     run_dir = begin(config, steps=5, checkpoints=(2, 4))
     assert find_start(config) == run_dir / "checkpoints" / "step_00000004"
     (run_dir / "checkpoints" / "step_00000004" / "state").write_text("damaged")
@@ -93,15 +99,16 @@ def test_a_run_that_was_refused_before_it_began_starts(config: Config) -> None:
 
 def test_steps_without_a_valid_checkpoint_never_start_over(config: Config) -> None:
     begin(config, steps=3)
-    with pytest.raises(UserError, match="records 3 steps but has no valid checkpoint"):
+    with pytest.raises(UserError, match="records 3 steps"):
         find_start(config)
 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again_and_says_so(config: Config) -> None:
     config = changed(config, "train.checkpoint_every", 4)
     begin(config, steps=3)
-    start, (note,) = resume.find_start(config)
-    assert start is None
+    start = look(config)
+    assert isinstance(start, Fresh)
+    (note,) = start.notes
     assert "ended after step 3, before its first checkpoint: it starts again" in note
     with pytest.raises(UserError, match=r"other settings.*loss\.beta"):
         find_start(changed(config, "loss.beta", 0.7))
@@ -122,7 +129,7 @@ def test_what_may_have_been_finished_never_starts_again(config: Config) -> None:
 
 def test_never_refuses_a_folder_with_steps(config: Config) -> None:
     begin(config, steps=3, checkpoints=(2,))
-    with pytest.raises(UserError, match=r"holds a run of 3 steps and train\.resume is never"):
+    with pytest.raises(UserError, match=r"3 steps, and train\.resume is never"):
         find_start(changed(config, "train.resume", "never"))
 
 
@@ -130,13 +137,13 @@ def test_never_refuses_a_folder_with_steps(config: Config) -> None:
 def test_a_folder_that_holds_something_else_is_refused(config: Config, resume: str) -> None:
     Path(config.run_dir).mkdir()
     (Path(config.run_dir) / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match=r"run_dir: .* is not empty and not a run of ours"):
+    with pytest.raises(UserError, match=r"run_dir: .* is not empty"):
         find_start(changed(config, "train.resume", resume))
 
 
 def test_a_file_is_refused(config: Config) -> None:
     Path(config.run_dir).write_text("")
-    with pytest.raises(UserError, match=r"run_dir: .* is a file; expected a folder"):
+    with pytest.raises(UserError, match=r"run_dir: .* is a file"):
         find_start(config)
 
 
@@ -195,7 +202,7 @@ def test_a_named_checkpoint_is_taken_and_a_damaged_one_refused(config: Config, t
 def test_named_keys_may_change_when_asked_for(config: Config) -> None:
     begin(config, steps=3, checkpoints=(2,))
     other = changed(changed(config, "loss.beta", 0.2), "train.seed", 7)
-    with pytest.raises(UserError, match=r"let them through: --train\.resume_allow loss\.beta,train\.seed"):
+    with pytest.raises(UserError, match=r"--train\.resume_allow loss\.beta,train\.seed"):
         find_start(other)
     with pytest.raises(UserError, match=r"train\.seed: 0 -> 7\. Put") as refused:
         find_start(changed(other, "train.resume_allow", "loss.beta"))
@@ -219,17 +226,18 @@ def test_a_branch_is_compared_with_the_run_it_leaves(config: Config, tmp_path: P
 
 def test_other_content_under_the_same_name_is_refused(config: Config) -> None:
     (start,) = (begin(config, steps=3, checkpoints=(2,)) / "checkpoints").iterdir()
-    check_fingerprints(config, start, {"data.train": "abc"})
+    check_fingerprints(start, {"data.train": "abc"}, config.train)
     with pytest.raises(
         UserError, match=r"data\.train: content abc -> xyz.*--train\.resume_allow data\.train"
     ):
-        check_fingerprints(config, start, {"data.train": "xyz"})
+        check_fingerprints(start, {"data.train": "xyz"}, config.train)
     with pytest.raises(UserError, match=r"data\.test: content none -> abc"):
-        check_fingerprints(config, start, {"data.train": "abc", "data.test": "abc"})
-    check_fingerprints(changed(config, "train.resume_allow", "data.train"), start, {"data.train": "xyz"})
+        check_fingerprints(start, {"data.train": "abc", "data.test": "abc"}, config.train)
+    allowed = changed(config, "train.resume_allow", "data.train")
+    check_fingerprints(start, {"data.train": "xyz"}, allowed.train)
 
 
-def test_checkpoints_without_recorded_metrics_are_still_gone_on_from(config: Config) -> None:
+def test_checkpoints_without_recorded_metrics_are_still_resumed(config: Config) -> None:
     run_dir = begin(config, steps=3, checkpoints=(2,))
     (run_dir / "metrics.jsonl").unlink()
     assert find_start(config) == run_dir / "checkpoints" / "step_00000002"
@@ -239,35 +247,10 @@ def test_why_a_newer_checkpoint_is_not_used_is_said(config: Config) -> None:
     run_dir = begin(config, steps=5, checkpoints=(2, 4))
     newest = run_dir / "checkpoints" / "step_00000004"
     (newest / "state").write_text("STATE")
-    start, notes = resume.find_start(config)
-    assert start is not None
-    assert start.name == "step_00000002"
-    assert notes == [f"checkpoint {newest} is not used: state is damaged: its digest differs"]
+    start = look(config)
+    assert isinstance(start, Resume)
+    assert start.checkpoint.name == "step_00000002"
+    assert list(start.notes) == [f"checkpoint {newest} is not used: state is damaged: its digest differs"]
     (newest.with_name("step_00000002") / "state").unlink()
     with pytest.raises(UserError, match=r"no valid checkpoint[^\n]*\n.*state is damaged"):
         find_start(config)
-
-
-def test_the_written_configuration_reads_back_as_the_same(config: Config) -> None:
-    describe_run(config, engine="test")
-    file = Path(config.run_dir) / "config.yaml"
-    assert file.read_text() == config_text(config)
-    assert arguments.parse("train", ["--config", str(file)]) == config
-
-
-def test_the_environment_is_described_without_its_variables(
-    config: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    describe_run(config, engine="one device, 1 rank(s)")
-    text = (Path(config.run_dir) / "environment.json").read_text()
-    described = json.loads(text)
-    assert described["engine"] == "one device, 1 rank(s)"
-    assert described["world_size"] == 1
-    assert described["packages"].keys() >= {"torch", "transformers", "deepspeed"}
-    assert "hf_secret" not in text
-
-
-def test_the_order_of_the_configuration_is_that_of_its_declaration(config: Config) -> None:
-    sections = list(yaml.safe_load(config_text(config)))
-    assert sections == ["run_dir", "model", "data", "reference", "loss", "train", "evaluate"]

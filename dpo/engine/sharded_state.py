@@ -1,0 +1,76 @@
+"""Saving and loading what DeepSpeed shards, without the faults of its own functions."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+ENGINE_TAG = "engine"
+"""Name of the folder that DeepSpeed writes into."""
+
+
+def save_sharded(engine: Any, folder: Path, frozen: set[str]) -> list[Path]:
+    """Writes this rank's part of weights and optimizer. All ranks must call it.
+
+    DeepSpeed's save has barriers inside: a rank whose disk is full may raise only after them.
+
+    Args:
+        engine: DeepSpeed's engine.
+        folder: Where.
+        frozen: Names of the weights that are not trained, which are left out.
+
+    Returns:
+        The files that this rank wrote.
+
+    Raises:
+        OSError, RuntimeError: This rank could not write.
+    """
+    writer, written, failures = engine.checkpoint_engine, list[Path](), list[Exception]()
+
+    def save(state_dict: dict[str, Any], path: str) -> None:  # DeepSpeed passes these by name
+        if "module" in state_dict:  # DeepSpeed leaves one of two tied weights in it
+            kept = {name: weight for name, weight in state_dict["module"].items() if name not in frozen}
+            state_dict = {**state_dict, "module": kept}
+        try:
+            type(writer).save(writer, state_dict, path)
+            written.append(Path(path))
+        except (OSError, RuntimeError) as error:
+            failures.append(error)
+
+    writer.save = save
+    engine._copy_recovery_script = lambda folder: None  # of no use to us, and it may fail on rank 0
+    try:
+        engine.save_checkpoint(
+            str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=bool(frozen)
+        )
+    finally:
+        del writer.save
+    if failures:
+        raise failures[0]
+    return written
+
+
+def load_sharded(
+    engine: Any, folder: Path, load_weights: Callable[[dict[str, Tensor], nn.Module], None] | None
+) -> None:
+    """Loads what `save_sharded` wrote, or its universal form. All ranks must call it.
+
+    DeepSpeed's load of a universal form has two faults, which are repaired: all parameter groups get the
+    hyperparameters of the first, and all parameters share one step counter, which each of them then advances.
+
+    Args:
+        engine: DeepSpeed's engine.
+        folder: Where.
+        load_weights: Puts weights into a module that has its frozen ones already; None: all are loaded.
+    """
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    loaded, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG, custom_load_fn=load_weights)
+    if loaded is None:
+        raise RuntimeError(f"{folder}: DeepSpeed found no checkpoint to load")
+    for group, hyperparameters in zip(optimizer.param_groups, own, strict=True):
+        group.update(hyperparameters)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].clone()
