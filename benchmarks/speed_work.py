@@ -8,7 +8,6 @@ tokenizer call gives the same ids, so that no system has fewer tokens because it
 """
 
 import json
-import lzma
 import resource
 import shutil
 import sys
@@ -35,7 +34,9 @@ from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.records import PreferenceGroup
-from dpo.data.rows import group_from_row, open_source, read_groups
+from dpo.data.rows import group_from_row, read_groups
+from dpo.data.sources import open_source
+from dpo.data.text import read_lines
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.errors import UserError
 from dpo.model.flops import forward_flops, work_of
@@ -142,9 +143,8 @@ def hh_rows(settings: Settings) -> Iterator[Row]:
 
 def book_rows(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
     """Beginnings of paragraphs, the true continuation and three passages from elsewhere, randomly scored."""
-    path = Path(settings.books)
-    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
-        paragraphs = [line.strip() for line in file if len(line) > 4 * (QUERY_TOKENS + RESPONSE_TOKENS)]
+    long = 4 * (QUERY_TOKENS + RESPONSE_TOKENS)
+    paragraphs = [line for line in read_lines(settings.books, "--books") if len(line) >= long]
     rng = np.random.default_rng(settings.seed)
     elsewhere = passages(paragraphs, rng, tokenizer)
     for index in rng.permutation(len(paragraphs)):

@@ -1,13 +1,11 @@
 """Preference groups -> the folder that training reads: train.parquet, test.parquet and manifest.json.
 
-The folder is written beside its place under a temporary name and renamed last, so that it is whole or not
-there. Memory holds a thousand groups at a time; Parquet pages carry checksums.
+Every source of data_prep ends here. The folder appears complete or not at all. At most a thousand groups per
+split are in memory; Parquet pages have checksums.
 """
 
 import argparse
-import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -21,8 +19,9 @@ import pyarrow.parquet as pq
 
 from dpo import terminal
 from dpo.data.records import PreferenceGroup
-from dpo.data.rows import Split
+from dpo.data.sources import Split
 from dpo.errors import UserError
+from dpo.files import publish_folder, sha256_of, sync_tree, temporary_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -48,22 +47,22 @@ class PreferenceWriter:
         """Checks that `output` may be written.
 
         Args:
-            output: The folder to make; missing, empty, or with `overwrite` one that a writer made before.
+            output: The folder to make; missing, empty, or with `overwrite` one with a manifest.
             overwrite: Replace preference files that are there.
-            completions_are_complete: Whether completions end where their writer ended (EOS follows them), or
-                were cut at a fixed length.
-            source: What the data were made from and with which options, for the manifest; JSON values.
+            completions_are_complete: Whether completions end where their author ended, so that EOS follows,
+                or were cut at a fixed length.
+            source: What the data is made from and with which options, for the manifest; JSON values.
 
         Raises:
-            UserError: Something is in the way.
+            UserError: `output` is a file, or a folder that may not be replaced.
         """
         self.drops: Counter[str] = Counter()
         """Dropped rows (and pairs) by reason; goes into the manifest."""
         self.sources: list[dict[str, Any]] = []
-        """The files that were read, each as `describe_file` gives it; goes into the manifest."""
+        """The files that were read, each as from `describe_file`; goes into the manifest."""
         self._output = output.resolve()
-        self.folder = self._output.with_name(f".{self._output.name}.partial-{os.getpid()}")
-        """The folder while it is written; further files put here come along."""
+        self.folder = temporary_of(self._output)
+        """The folder while it is written; a source may put further files here."""
         self._complete = completions_are_complete
         self._source = source
         self._buffers: dict[Split, list[PreferenceGroup]] = {split: [] for split in SPLITS}
@@ -100,8 +99,8 @@ class PreferenceWriter:
             self._as_messages = as_messages
         if as_messages is not self._as_messages:
             raise UserError(
-                "the data has both text prompts and message prompts; expected one kind. Prepare them one by "
-                "one, and give the folders as a list in data.train"
+                "the data has both text prompts and message prompts; expected one kind. Prepare each kind by "
+                "itself, and give the folders as a list in data.train"
             )
         self._buffers[split].append(group)
         self._rows[split] += 1
@@ -110,7 +109,7 @@ class PreferenceWriter:
             self._flush(split)
 
     def write_all(self, groups: Iterable[tuple[Split, PreferenceGroup]]) -> None:
-        """Adds a stream of groups under a progress bar."""
+        """Adds a stream of groups, with a progress bar."""
         for split, group in terminal.progress(groups, description="data_prep", unit="groups"):
             self.write(split, group)
 
@@ -169,29 +168,18 @@ class PreferenceWriter:
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (self.folder / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
-        self._take_place()
-
-    def _take_place(self) -> None:
-        """Renames the finished folder over its place; an older one steps aside and goes last."""
-        if not self._output.exists():
-            self.folder.rename(self._output)
-            return
-        old = self.folder.with_name(f"{self.folder.name}.old")
-        self._output.rename(old)
-        self.folder.rename(self._output)
-        shutil.rmtree(old)
+        sync_tree(self.folder)
+        publish_folder(self.folder, self._output)
 
 
 def describe_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The command line as the manifest keeps it: source and options, without where the output went."""
+    """The command line for the manifest: source and options, without the place of the output."""
     return {name: value for name, value in vars(args).items() if name not in ("output", "overwrite")}
 
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Name, size in bytes and SHA-256 of a file, for the manifest."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:
@@ -201,5 +189,5 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"--output: {output} is not empty; choose another folder, or add --overwrite")
-    if not (output / MANIFEST).is_file():  # someone mistook a folder of theirs for one of ours
+    if not (output / MANIFEST).is_file():  # data_prep did not write this folder
         raise UserError(f"--output: {output} holds other files than preference files; choose another folder")

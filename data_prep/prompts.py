@@ -5,26 +5,23 @@ overlap, and train and test prompts come from different documents where there ar
 """
 
 import argparse
-import gzip
-import lzma
 import random
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from data_prep.splits import open_inputs, prompt_key, read_inputs
 from dpo import terminal
 from dpo.data.records import Message
-from dpo.data.rows import Split, group_from_row, open_source, read_rows
+from dpo.data.rows import group_from_row
+from dpo.data.sources import Split, open_source, read_rows
 from dpo.errors import UserError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and `--help` must not
     from transformers import PreTrainedTokenizerBase
 
-TEXT_SUFFIXES = (".txt", ".txt.gz", ".txt.xz")
 FEWEST_DOCUMENTS = 10
 """With fewer, train and test prompts come from two disjoint parts of the text instead."""
 HUB_ROWS_PER_PROMPT = 20
@@ -58,12 +55,6 @@ def ready_prompts(args: argparse.Namespace, drops: Counter[str]) -> list[Prompt]
     return [prompt for split in found for prompt in islice(found[split].values(), limits[split])]
 
 
-def text_files(path: Path) -> list[Path]:
-    """The text files that `path` names: itself, or those of a folder in name order; none if it is no text."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return [file for file in files if file.name.endswith(TEXT_SUFFIXES) and file.is_file()]
-
-
 def read_documents(path: str, *, max_rows: int | None, num_prompts: int) -> Iterator[list[str]]:
     """Streams the documents of a text file, of a folder of such, or of a data set with a column `text`.
 
@@ -80,9 +71,11 @@ def read_documents(path: str, *, max_rows: int | None, num_prompts: int) -> Iter
     Raises:
         UserError: Nothing is there, a damaged file, or rows without text.
     """
-    files = text_files(Path(path))
-    if files:
-        lines = chain.from_iterable((*_lines(file), "") for file in files)
+    from dpo.data.text import TEXT_SUFFIXES, is_text, lines_of, text_files
+
+    if is_text(path):
+        files = text_files(Path(path))
+        lines = chain.from_iterable(chain(lines_of(file, "input"), [""]) for file in files)
         for empty, paragraphs in groupby(islice(lines, max_rows), key=lambda line: not line):
             if not empty:
                 yield list(paragraphs)
@@ -193,14 +186,3 @@ def _spread(texts: Sequence[str], count: int) -> list[str]:
 
 def _encode(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     return list(tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids) if texts else []
-
-
-def _lines(file: Path) -> Iterator[str]:
-    """Streams the lines of a text, without white space around them."""
-    unpack: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
-    try:
-        with unpack.get(file.suffix, open)(file, mode="rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield line.strip()
-    except (UnicodeDecodeError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read to its end ({error}); expected UTF-8 text") from error

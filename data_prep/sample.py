@@ -18,7 +18,6 @@ from data_prep.prompts import (
     is_preference_folder,
     read_documents,
     ready_prompts,
-    text_files,
     text_prompts,
 )
 from dpo.config import ModelConfig
@@ -118,6 +117,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _writer(args: argparse.Namespace) -> PreferenceWriter:
+    from dpo.data.text import text_files
+
     writer = PreferenceWriter(
         args.output,
         overwrite=args.overwrite,
@@ -126,7 +127,7 @@ def _writer(args: argparse.Namespace) -> PreferenceWriter:
     )
     path = Path(args.input)
     files = sorted(path.glob("*.parquet")) if is_preference_folder(args.input) else text_files(path)
-    writer.sources.extend(map(describe_file, files or filter(Path.is_file, [path])))
+    writer.sources.extend(describe_file(file) for file in files if file.is_file())
     return writer
 
 
@@ -136,7 +137,10 @@ def _prepare(
     tokenizer: "PreTrainedTokenizerBase",
     writer: PreferenceWriter,
 ) -> list[PromptIds]:
-    """The prompts with their token ids, those left out that leave no room for a continuation."""
+    """The prompts with their token ids, without those that leave no room for a continuation."""
+    from jinja2 import TemplateError
+
+    from dpo.data.tokenize import encode_prompt
     from dpo.model.files import max_positions
 
     if is_preference_folder(args.input):
@@ -157,38 +161,21 @@ def _prepare(
     positions = max_positions(model)
     prepared = []
     for prompt in prompts:
-        ids = _encode(prompt, tokenizer)
+        try:
+            ids = encode_prompt(prompt.content, tokenizer, key="--model")
+        except TemplateError:
+            writer.drops["template_refuses_dialogue"] += 1
+            continue
         if positions is not None and len(ids) + args.completion_tokens > positions:
             writer.drops["prompt_too_long"] += 1
         else:
-            prepared.append((prompt, ids))
+            prepared.append((prompt, np.asarray(ids, dtype=np.int32)))
     if not prepared:
         raise UserError(
             f"input: no prompt of {args.input} is left that {args.completion_tokens} tokens can follow "
             f"within {args.model}'s {positions} positions; dropped {dict(writer.drops) or 'none'}"
         )
     return prepared
-
-
-def _encode(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase") -> TokenIds:
-    """(T,) ids, T >= 1: text with BOS where the tokenizer starts texts with it, messages by the template."""
-    if not isinstance(prompt.content, str):
-        if tokenizer.chat_template is None:
-            raise UserError(
-                "--model: the prompts are chat messages and the model's tokenizer has no chat template; "
-                "expected a chat model, or prompts as text"
-            )
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt.content]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    else:
-        starts_with_bos = list(tokenizer("").input_ids)[:1] == [tokenizer.bos_token_id]
-        ids = list(tokenizer(prompt.content, add_special_tokens=False).input_ids)
-        if starts_with_bos or not ids:
-            ids = [
-                tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
-                *ids,
-            ]
-    return np.asarray(ids, dtype=np.int32)
 
 
 def _continue(

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from data_prep.files import describe_file
 from dpo.data.records import PreferenceGroup
-from dpo.data.rows import PreferenceSource, Split, convert_rows, has_split, open_source, read_rows
+from dpo.data.rows import convert_rows
+from dpo.data.sources import PreferenceSource, Split, has_split, open_source, read_rows
 from dpo.errors import UserError
 
 Rows = Iterable[tuple[str, Any]]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from dpo import distributed, terminal
 from dpo.commands.best_of import check_best_of
-from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig, resolved
+from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig, resolved
 from dpo.data.build import check_sources
-from dpo.data.text import is_text, read_lines
+from dpo.data.text import check_text, is_text
 from dpo.errors import UserError
 from dpo.model.files import check_model_path
 from dpo.model.lora import check_policy
@@ -29,7 +29,10 @@ def check(command: str, config: Config | SftConfig) -> None:
         check_trackers(config.train.trackers)
         check_start(folder, resolved(config), config.train)
     if isinstance(config, SftConfig):
-        check_text_or_preferences(config.data)
+        if is_text(config.data.train):
+            check_text(config.data)
+        else:
+            check_sources(config.data)
     else:
         if config.reference.model is not None:
             check_model_path(config.reference.model, "reference.model")
@@ -50,16 +53,6 @@ def check_start(folder: RunFolder, settings: Settings, options: OptimizationConf
     start = find_start(folder, settings, options, thorough=False)
     if isinstance(start, Refuse):
         raise UserError(start.reason)
-
-
-def check_text_or_preferences(data: DataConfig) -> None:
-    """Raises UserError where there is no text, or no preference data, to learn from."""
-    if not (isinstance(data.train, str) and is_text(data.train)):
-        check_sources(data)
-        return
-    for key, path in (("data.train", data.train), ("data.test", data.test)):
-        if path is not None and next(read_lines(str(path), key), None) is None:
-            raise UserError(f"{key}: {path} has no text")
 
 
 def finished_model(config: Config) -> ModelConfig:

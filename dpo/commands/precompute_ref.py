@@ -39,7 +39,7 @@ def _precompute_ref(config: Config) -> None:
         "precompute-ref",
         {
             "reference": f"{result.hits} sequences were cached, {result.misses} computed{rate}",
-            "cold": f"the cache was empty: {nearest}" if nearest else "",
+            "cold": f"no sequence was cached; {nearest}" if nearest else "",
             "cache": str(store.path),
             "data": f"{described('train', train_data)}\n{described('test', test_data)}",
             "next": "dpo train with the same configuration",

@@ -145,12 +145,13 @@ def open_tokenizer(config: SftConfig, folder: RunFolder) -> tuple[PreTrainedToke
         return load_tokenizer(config.model), max_positions(config.model)
 
     def make() -> None:
-        source = config.data.train
-        if scratch.tokenizer is None and not (isinstance(source, str) and is_text(source)):
+        train = config.data.train
+        if scratch.tokenizer is None and not is_text(train):
             raise UserError(
                 "data.train: a tokenizer is trained on text files; give text, or model.scratch.tokenizer"
             )
-        scratch_tokenizer(scratch, read_lines(str(source), "data.train")).save_pretrained(folder.tokenizer)
+        lines = read_lines(train, "data.train") if is_text(train) else ()
+        scratch_tokenizer(scratch, lines).save_pretrained(folder.tokenizer)
 
     distributed.on_main(make)
     return load_tokenizer(ModelConfig(name_or_path=str(folder.tokenizer))), scratch_positions(scratch)

@@ -1,4 +1,8 @@
-"""From the sources that a configuration names to token ids: weighted, filtered, cut, tokenized once."""
+"""From the sources that a configuration names to token ids: read, weighted, filtered, truncated, tokenized.
+
+Rank 0 tokenizes, once for all ranks and for every later run with the same content and options. What is
+written is named by a digest of everything that decides it, so a folder is never stale.
+"""
 
 import hashlib
 import json
@@ -13,28 +17,39 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
 from dpo.config import DataConfig, DataSource
-from dpo.data.dataset import FORMAT_VERSION, SourceGroups, TokenizedDataset, map_dataset, write_dataset
+from dpo.data.dataset import (
+    FORMAT_VERSION,
+    SourceGroups,
+    TokenizedDataset,
+    is_written,
+    map_dataset,
+    write_dataset,
+)
 from dpo.data.records import Pair, PreferenceGroup, TokenizedGroup
-from dpo.data.rows import PreferenceSource, has_split, open_source, read_groups
+from dpo.data.rows import read_groups
+from dpo.data.sources import PreferenceSource, has_split, open_source
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups, tokenizer_digest
 from dpo.errors import UserError
 
 DEFAULT_MAX_LENGTH = 1024
-WEIGHT_SEED = 0  # the half of a source that weight 0.5 takes is the same in every run
+WEIGHT_SEED = 0  # weight 0.5 takes the same half of a source in every run
+
+Weighted = tuple[PreferenceSource, float]
+"""A source and its weight."""
 
 
 def open_datasets(
     data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Training and held-out data in token ids; tokenized by rank 0 where that has not been done yet.
+    """Training and held-out preferences in token ids; rank 0 tokenizes what is not there yet.
 
     Args:
-        data: Where the data is and how it becomes ids.
-        tokenizer: The policy's.
-        positions: The model's longest sequence, or None without a limit.
+        data: Where the data is and how it becomes token ids.
+        tokenizer: The policy's tokenizer.
+        positions: The model's longest sequence in tokens, or None without a limit.
 
     Raises:
-        UserError: Missing or malformed data, nothing left, or lengths beyond the model's.
+        UserError: Missing or malformed data, nothing left after filtering, or lengths beyond the model's.
     """
     max_length = resolve_max_length(data.max_length, positions)
     if data.max_prompt_length is not None and data.max_prompt_length >= max_length:
@@ -49,7 +64,7 @@ def open_datasets(
 
 
 def resolve_max_length(max_length: int | None, positions: int | None) -> int:
-    """The option, or its default; UserError beyond the model's positions."""
+    """`data.max_length` or its default, in tokens; UserError if it exceeds the model's positions."""
     if max_length is None:
         return min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
     if positions is not None and max_length > positions:
@@ -59,13 +74,10 @@ def resolve_max_length(max_length: int | None, positions: int | None) -> int:
 
 def check_sources(data: DataConfig) -> None:
     """Opens every source and reads its first group, without a tokenizer. Raises UserError."""
-    for weighted in [*train_sources_of(data), *test_sources_of(data)]:
+    for source, _ in [*train_sources_of(data), *test_sources_of(data)]:
         drops: Counter[str] = Counter()
-        if next(_read(weighted[0], data, drops), None) is None:
-            raise UserError(f"{weighted[0].path}: nothing left after filtering: {_listed(drops)}")
-
-
-Weighted = tuple[PreferenceSource, float]
+        if next(_read(source, data, drops), None) is None:
+            raise UserError(f"{source.path}: nothing left after filtering: {_listed(drops)}")
 
 
 def train_sources_of(data: DataConfig) -> list[Weighted]:
@@ -74,7 +86,7 @@ def train_sources_of(data: DataConfig) -> list[Weighted]:
 
 
 def test_sources_of(data: DataConfig) -> list[Weighted]:
-    """The held-out sources: data.test, or the test splits that stand beside data.train."""
+    """The held-out sources: data.test, or the test splits beside the sources of data.train."""
     if data.test is not None:
         return _sources(data.test, "test", "data.test")
     paths = [data.train] if isinstance(data.train, str) else [source.path for source in data.train]
@@ -86,10 +98,39 @@ def _sources(named: str | list[DataSource], split: Literal["train", "test"], key
     return [(open_source(source.path, split, key=key), source.weight) for source in listed]
 
 
-def _place(
+def _open(
+    sources: list[Weighted],
+    data: DataConfig,
+    max_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+) -> TokenizedDataset:
+    digest = _digest(sources, data, max_length, tokenizer)
+    folder = Path(data.cache_dir) / digest[:16]
+
+    def tokenize_once() -> None:
+        if not is_written(folder):
+            counts: Counter[str] = Counter()
+            of_sources: list[SourceGroups] = []
+            groups = _tokenized(sources, data, max_length, tokenizer, counts, of_sources, split)
+            write_dataset(groups, folder, counts, of_sources)
+        elif data.strict:
+            # The digest says that the folder holds what would be written again, and another job may have
+            # it mapped: so the rows are checked, and the folder stays.
+            _check_all_rows(sources, data)
+
+    distributed.on_main(tokenize_once)
+    dataset = map_dataset(folder, digest)
+    if len(dataset) == 0:
+        names = ", ".join(source.path for source, _ in sources)
+        raise UserError(f"data.{split}: {names}: nothing left after filtering: {_listed(dataset.counts)}")
+    return dataset
+
+
+def _digest(
     sources: list[Weighted], data: DataConfig, max_length: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Path, str]:
-    """Folder of the tokenized data, and the digest that names it."""
+) -> str:
+    """SHA-256 (hex) of everything that decides the tokenized data."""
     decisive = {
         "format": FORMAT_VERSION,
         "sources": [(source.fingerprint, weight) for source, weight in sources],
@@ -101,32 +142,7 @@ def _place(
             if key not in ("train", "test", "strict", "cache_dir")
         },
     }
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-    return Path(data.cache_dir) / digest[:16], digest
-
-
-def _open(
-    sources: list[Weighted],
-    data: DataConfig,
-    max_length: int,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-) -> TokenizedDataset:
-    folder, digest = _place(sources, data, max_length, tokenizer)
-
-    def write_once() -> None:
-        if data.strict or not (folder / "counts.json").is_file():
-            counts: Counter[str] = Counter()
-            of_sources: list[SourceGroups] = []
-            groups = _tokenized(sources, data, max_length, tokenizer, counts, of_sources, split)
-            write_dataset(groups, folder, counts, of_sources)
-
-    distributed.on_main(write_once)
-    dataset = map_dataset(folder, digest)
-    if len(dataset) == 0:
-        named = ", ".join(str(source.path) for source, _ in sources)
-        raise UserError(f"data.{split}: {named}: nothing left after filtering: {_listed(dataset.counts)}")
-    return dataset
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenized(
@@ -138,8 +154,9 @@ def _tokenized(
     of_sources: list[SourceGroups],
     split: str,
 ) -> Iterator[TokenizedGroup]:
+    """Streams the groups of all sources; `counts` and `of_sources` are complete when the stream has ended."""
     for source, weight in sources:
-        number = 0
+        num_groups = 0
         drops: Counter[str] = Counter()
         groups = terminal.progress(
             read_weighted(source, weight, data, drops),
@@ -148,10 +165,16 @@ def _tokenized(
             leave=False,
         )
         for group in tokenize_source(groups, source, data, max_length, tokenizer, counts):
-            number += 1
+            num_groups += 1
             yield group
-        of_sources.append(SourceGroups(str(source.path), number))
+        of_sources.append(SourceGroups(source.path, num_groups))
         counts.update({f"dropped/{reason}": number for reason, number in drops.items()})
+
+
+def _check_all_rows(sources: list[Weighted], data: DataConfig) -> None:
+    for source, _ in sources:
+        for _ in _read(source, data, Counter()):
+            pass
 
 
 def tokenize_source(
@@ -162,7 +185,16 @@ def tokenize_source(
     tokenizer: PreTrainedTokenizerBase,
     counts: Counter[str],
 ) -> Iterator[TokenizedGroup]:
-    """Token ids of groups of one source, by the options of the data; drops and cuts are added to `counts`."""
+    """Streams the groups of one source in token ids.
+
+    Args:
+        groups: Text groups of the source.
+        source: Its manifest says whether completions end with EOS, unless `data.append_eos` does.
+        data: The options.
+        max_length: Longest prompt + completion, in tokens.
+        tokenizer: The policy's tokenizer.
+        counts: Receives what is dropped and truncated, by reason.
+    """
     complete = source.completions_are_complete
     options = TokenizeOptions(
         max_length=max_length,
@@ -171,38 +203,42 @@ def tokenize_source(
         append_eos=data.append_eos if data.append_eos is not None else complete is not False,
     )
     for group in tokenize_groups(groups, tokenizer, options, counts):
-        yield from [group] if data.group_pairs else _split(group)
+        yield from [group] if data.group_pairs else split_pairs(group)
+
+
+def split_pairs(group: TokenizedGroup) -> Iterator[TokenizedGroup]:
+    """Every pair of a group as a group of its own, with its margin."""
+    margins = group.margins or [None] * len(group.pairs)
+    for (chosen, rejected), margin in zip(group.pairs, margins, strict=True):
+        yield TokenizedGroup(
+            prompt=group.prompt,
+            completions=(group.completions[chosen], group.completions[rejected]),
+            pairs=(Pair(0, 1),),
+            margins=None if margin is None else (margin,),
+        )
 
 
 def read_weighted(
     source: PreferenceSource, weight: float, data: DataConfig, drops: Counter[str]
 ) -> Iterator[PreferenceGroup]:
-    """The source's groups in their order, as often as its weight says."""
-    return _weighted(_read(source, data, drops), weight)
+    """Streams the source's groups: each floor(weight) times, and once more with the probability that is left.
+
+    Args:
+        source: From `open_source`.
+        weight: Above 0.
+        data: How rows become groups.
+        drops: Counts dropped rows by reason.
+    """
+    generator = np.random.default_rng(WEIGHT_SEED)
+    for group in _read(source, data, drops):
+        for _ in range(int(weight + generator.random())):
+            yield group
 
 
 def _read(source: PreferenceSource, data: DataConfig, drops: Counter[str]) -> Iterator[PreferenceGroup]:
     return read_groups(
         source, pairing=data.pairing, min_margin=data.min_margin, strict=data.strict, drops=drops
     )
-
-
-def _weighted(groups: Iterable[PreferenceGroup], weight: float) -> Iterator[PreferenceGroup]:
-    """Each group floor(weight) times, and once more with the probability that is left."""
-    generator = np.random.default_rng(WEIGHT_SEED)
-    for group in groups:
-        for _ in range(int(weight + generator.random())):
-            yield group
-
-
-def _split(group: TokenizedGroup) -> Iterator[TokenizedGroup]:
-    """Every pair a group of its own."""
-    for chosen, rejected in group.pairs:
-        yield TokenizedGroup(
-            prompt=group.prompt,
-            completions=(group.completions[chosen], group.completions[rejected]),
-            pairs=(Pair(0, 1),),
-        )
 
 
 def _listed(counts: dict[str, int]) -> str:

@@ -1,14 +1,13 @@
 """Tokenized groups on disk, memory-mapped: tokenized once by one rank, shared by all ranks and later runs.
 
-A folder is named by a digest of everything that decides its content (source bytes, tokenizer, options), so it
-can be deleted at any time and never be stale. It holds flat arrays; a group is a view into them.
+A folder holds flat arrays, and a group is a view into them. It appears in one rename, complete, and is named
+by a digest of everything that decides its content (source bytes, tokenizer, options): it is never stale and
+can be deleted at any time.
 """
 
 import hashlib
 import json
 import math
-import os
-import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,35 +23,39 @@ import numpy.typing as npt
 from dpo.data.plan import Sizes
 from dpo.data.records import KEY_BYTES, Pair, TokenIds, TokenizedGroup, sequence_key
 from dpo.data.trees import Layout, Tree
+from dpo.files import atomic_folder
 
 FORMAT_VERSION = 3
-"""Of the files in a folder; part of every digest that names one, so that none of another form is read."""
+"""Version of the files in a folder; part of every digest that names one, so another version is not read."""
+_COUNTS = "counts.json"
 
 
 class SourceGroups(NamedTuple):
-    """A source's part of a data set: its groups stand together."""
+    """A source's part of a data set: its groups are contiguous."""
 
     name: str
-    """As the configuration names it: a path or a hub name."""
+    """As in the configuration: a path or a hub name."""
     groups: int
+    """Number of groups that it contributed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedDataset:
     """G groups in flat arrays. Segment 0 of a group is its prompt, the others are its completions.
 
-    The sequences of all groups are numbered in order: sequence s is the prompt and one completion of its
-    group.
+    A sequence is a prompt with one of its completions; the S sequences of all groups are numbered in order.
+    P is the number of pairs of all groups.
     """
 
     path: Path
     digest: str
-    """Names the content: source bytes, tokenizer and options."""
+    """SHA-256 (hex) of what decides the content: source bytes, tokenizer and options."""
     counts: dict[str, int]
-    """groups, pairs, tokens, and what was dropped or cut, by reason."""
+    """groups, pairs, tokens, and what was dropped or truncated, by reason."""
     sources: tuple[SourceGroups, ...]
-    """In the order of their groups; empty where nobody said."""
+    """In the order of their groups; empty where the writer named none."""
     tokens: npt.NDArray[np.int32]
+    """Token ids of all segments, one segment after the other."""
     segment_offsets: npt.NDArray[np.int64]
     """Segment i is tokens[segment_offsets[i] : segment_offsets[i + 1]]."""
     group_segments: npt.NDArray[np.int64]
@@ -62,7 +65,7 @@ class TokenizedDataset:
     group_pairs: npt.NDArray[np.int64]
     """(G + 1,) first pair of each group."""
     margins: npt.NDArray[np.float64]
-    """(P,) score of the chosen less that of the rejected completion; NaN where the data has no scores."""
+    """(P,) score of the chosen minus score of the rejected completion; NaN where the data has no scores."""
     keys: npt.NDArray[np.void]
     """(S,) content key of each sequence, dtype V16."""
 
@@ -75,39 +78,41 @@ class TokenizedDataset:
         first, end = int(self.group_segments[index]), int(self.group_segments[index + 1])
         cuts = self.segment_offsets[first : end + 1]
         segments = [self.tokens[start:stop] for start, stop in pairwise(cuts)]
-        pairs = self.pairs[self.group_pairs[index] : self.group_pairs[index + 1]]
+        mine = slice(int(self.group_pairs[index]), int(self.group_pairs[index + 1]))
+        margins = tuple(self.margins[mine].tolist())
+        scored = bool(margins) and not any(map(math.isnan, margins))
         return TokenizedGroup(
             prompt=segments[0],
             completions=tuple(segments[1:]),
-            pairs=tuple(Pair(int(chosen), int(rejected)) for chosen, rejected in pairs),
+            pairs=tuple(Pair(chosen, rejected) for chosen, rejected in self.pairs[mine].tolist()),
+            margins=margins if scored else None,
         )
 
     def content_digest(self) -> str:
-        """SHA-256 (hex) of sequences, groups and pairs in their order, whatever file they came from."""
+        """SHA-256 (hex) of sequences, groups and pairs in their order, whichever files they came from."""
         content = hashlib.sha256()
         for part in (self.keys, self.group_segments, self.pairs, self.group_pairs):
             content.update(np.ascontiguousarray(part).tobytes())
         return content.hexdigest()
 
     def margins_digest(self) -> str:
-        """SHA-256 (hex) of the pairs' score margins, for losses that weigh by them."""
+        """SHA-256 (hex) of the pairs' score margins, for losses that weight pairs by them."""
         return hashlib.sha256(np.ascontiguousarray(self.margins).tobytes()).hexdigest()
 
     @cached_property
     def pairs_per_group(self) -> npt.NDArray[np.int64]:
-        """(G,)."""
+        """(G,) number of pairs of each group."""
         return np.diff(self.group_pairs)
 
     @cached_property
     def sequences_per_group(self) -> npt.NDArray[np.int64]:
-        """(G,)."""
+        """(G,) number of sequences of each group."""
         return np.diff(self.group_segments) - 1
 
     @cached_property
     def first_sequence(self) -> npt.NDArray[np.int64]:
-        """(G,) number of each group's first sequence: every group before it has one segment that is a
-        prompt.
-        """
+        """(G,) index of each group's first sequence."""
+        # Each group before it has one segment that is a prompt and so no sequence.
         return self.group_segments[:-1] - np.arange(len(self))
 
     @cached_property
@@ -119,8 +124,11 @@ class TokenizedDataset:
         """The values of these groups' sequences, or of their completion tokens, one group after the other.
 
         Args:
-            values: (S,) one a sequence, or (N,) one a completion token, of the whole data set.
-            groups: Which groups, in which order.
+            values: (S,) one value per sequence, or (N,) one per completion token, of the whole data set.
+            groups: Indices of groups, in the order of the result.
+
+        Returns:
+            (s,) or (n,) float64, where these groups have s sequences with n completion tokens.
         """
         first, end = self.first_sequence[groups], (self.first_sequence + self.sequences_per_group)[groups]
         if len(values) != len(self.keys):
@@ -130,7 +138,7 @@ class TokenizedDataset:
 
     @cached_property
     def completion_offsets(self) -> npt.NDArray[np.int64]:
-        """(S + 1,) completion token number at which each sequence begins."""
+        """(S + 1,) index of each sequence's first completion token among all completion tokens."""
         return np.concatenate([[0], np.cumsum(self.completion_tokens)])
 
     @cached_property
@@ -149,11 +157,11 @@ class TokenizedDataset:
 
     @cached_property
     def tree_tokens(self) -> npt.NDArray[np.int64]:
-        """(G,) tokens of each group when its prompt stands once."""
+        """(G,) tokens of each group's tree, in which the prompt occurs once."""
         return np.diff(self.segment_offsets[self.group_segments])
 
     def sizes(self, groups: npt.NDArray[np.int64], layout: Layout) -> Sizes:
-        """What these groups take in a batch of this layout."""
+        """Rows and tokens of these groups in a batch of this layout."""
         if layout == "rows":
             return Sizes(rows=self.sequences_per_group[groups], width=self.longest[groups], padded=True)
         return Sizes(rows=np.ones_like(groups), width=self.tree_tokens[groups], padded=layout == "trees")
@@ -171,29 +179,29 @@ def longest_tree(datasets: Sequence[TokenizedDataset]) -> Tree:
     return group.prompt, group.completions
 
 
+def is_written(folder: Path) -> bool:
+    """Whether `write_dataset` has written this folder."""
+    return (folder / _COUNTS).is_file()
+
+
 def write_dataset(
     groups: Iterable[TokenizedGroup], folder: Path, counts: Counter[str], sources: Sequence[SourceGroups] = ()
 ) -> None:
-    """Writes the arrays beside `folder` and renames them into place, so that a reader never sees half of
-    them.
+    """Writes a data set; a reader sees all of it or nothing.
+
+    If another process writes the same folder at the same time, the one that finishes first wins, and the
+    other's copy, which has the same content, is dropped.
 
     Args:
-        groups: A stream; only offsets are held in memory.
-        folder: The final place.
-        counts: What was dropped and cut; groups, pairs and tokens are added.
-        sources: Where the groups come from, complete when the stream has ended.
+        groups: A stream; only offsets and keys are held in memory.
+        folder: The final place. If it is there and complete it stays as it is.
+        counts: What was dropped and truncated; groups, pairs and tokens are added.
+        sources: Where the groups come from; complete when the stream has ended.
     """
-    building = folder.with_name(f"{folder.name}.building-{os.getpid()}")
-    shutil.rmtree(building, ignore_errors=True)  # of a process that died under this number
-    building.mkdir(parents=True)
-    try:
+    damaged = folder.is_dir() and not is_written(folder)  # something deleted files in it
+    with atomic_folder(folder, replace=damaged) as building:
         _write_arrays(groups, building, counts)
         (building / "sources.json").write_text(json.dumps(list(sources)))
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
 
 
 def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Counter[str]) -> None:
@@ -218,21 +226,24 @@ def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Coun
     np.save(building / "margins.npy", np.frombuffer(margins, dtype=np.float64))
     np.save(building / "keys.npy", np.frombuffer(bytes(keys), dtype=f"V{KEY_BYTES}"))
     counts.update(groups=len(group_segments) - 1, pairs=len(pairs) // 2, tokens=segment_offsets[-1])
-    (building / "counts.json").write_text(json.dumps(dict(sorted(counts.items())), indent=2))
+    (building / _COUNTS).write_text(json.dumps(dict(sorted(counts.items())), indent=2))
 
 
 def map_dataset(folder: Path, digest: str) -> TokenizedDataset:
-    """Maps the arrays of a folder that `write_dataset` made."""
+    """Maps the arrays of a folder that `write_dataset` wrote.
+
+    Args:
+        folder: The folder.
+        digest: Of what decides its content.
+    """
     tokens = folder / "tokens.bin"
     names = ("segment_offsets", "group_segments", "pairs", "group_pairs", "margins", "keys")
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
     return TokenizedDataset(
         path=folder,
         digest=digest,
-        counts=json.loads((folder / "counts.json").read_text()),
+        counts=json.loads((folder / _COUNTS).read_text()),
         sources=tuple(SourceGroups(*source) for source in json.loads((folder / "sources.json").read_text())),
-        tokens=np.memmap(tokens, dtype="<i4", mode="r")
-        if tokens.stat().st_size
-        else np.zeros(0, dtype=np.int32),
+        tokens=np.memmap(tokens, dtype="<i4", mode="r") if tokens.stat().st_size else np.zeros(0, np.int32),
         **arrays,
     )

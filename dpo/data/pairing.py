@@ -1,6 +1,6 @@
-"""Scores -> pairs: which of a prompt's scored completions are preferred to which.
+"""Scores -> pairs: which of a prompt's scored completions are preferred to which others.
 
-Used where data has scores and no pairs, by training and by data_prep alike. Ties never make a pair.
+Used by training and data_prep where data has scores and no pairs. Ties never make a pair.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ def pairs_from_scores(
     """The pairs (chosen, rejected) whose scores differ by more than `min_margin`.
 
     Args:
-        scores: One finite score a completion, higher is better; at least one.
-        rule: best-vs-rest: the best completion against each other one. best-vs-worst: one pair. all: every
-            completion against every lower one. Of equally good completions the first counts as the best, of
-            equally bad ones as the worst.
-        min_margin: >= 0, in units of the score; a difference of exactly this makes no pair.
+        scores: One finite score per completion, higher is better; at least one.
+        rule: best-vs-rest: the best completion against every other. best-vs-worst: one pair. all: every
+            completion against every one with a lower score. Of completions that tie for best or worst, the
+            first is taken.
+        min_margin: At least 0, in units of the score; a difference of exactly this makes no pair.
 
     Returns:
-        The pairs by ascending index, possibly none.
+        The pairs in ascending order of their indices; possibly none.
     """
     indices = range(len(scores))
     best = max(indices, key=scores.__getitem__)

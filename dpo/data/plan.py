@@ -1,8 +1,8 @@
 """The batch plan: which groups make each optimizer step, and how a step is cut for the ranks.
 
-Two pure functions. `plan_steps` never sees the world size, so one GPU and sixty-four walk the same steps over
-the same pairs; `share` cuts one step: longest group first to the least loaded rank, then micro-batches by
-token budget.
+Two pure functions. `plan_steps` does not take the world size, so one GPU and sixty-four do the same steps
+over the same pairs. `share` cuts one step: longest group first to the least loaded rank, then micro-batches
+by token budget.
 """
 
 import heapq
@@ -19,18 +19,18 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What G groups take in a batch."""
+    """Rows and tokens that G groups take in a batch."""
 
     rows: Int64s
-    """(G,) rows of each group."""
+    """(G,) number of rows of each group."""
     width: Int64s
-    """(G,) tokens of its longest row."""
+    """(G,) tokens of each group's longest row."""
     padded: bool
-    """Whether all rows of a micro-batch are as wide as its widest; otherwise nothing is."""
+    """Whether the rows of a micro-batch are padded to its longest; otherwise there is no padding."""
 
     @property
     def work(self) -> Int64s:
-        """(G,) tokens of each group, its own padding included."""
+        """(G,) tokens of each group, padding to its own longest row included."""
         return self.rows * self.width
 
 
@@ -49,9 +49,9 @@ def plan_steps(pairs_per_group: Int64s, *, seed: int, epoch: int, pairs_per_step
 
     Args:
         pairs_per_group: (G,) number of pairs of each group, at least 1.
-        seed: Order of the data.
-        epoch: Number of the pass, from 0; each has its own order.
-        pairs_per_step: Pairs of an optimizer step. The last step of an epoch may have fewer.
+        seed: Decides the order of the data.
+        epoch: Number of the pass, from 0; each pass has its own order.
+        pairs_per_step: Most pairs of an optimizer step; the last step of an epoch may have far fewer.
 
     Raises:
         UserError: A group has more pairs than a step.
@@ -84,7 +84,7 @@ class Step:
 
 
 class BatchPlan:
-    """All optimizer steps of a run: the epochs' plans one after the other, one of them in memory."""
+    """All optimizer steps of a run: the plans of its epochs in order, one of them in memory at a time."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class BatchPlan:
     ) -> None:
         self._plan = partial(plan_steps, pairs_per_group, seed=seed, pairs_per_step=pairs_per_step)
         self._epoch, self._current = 0, self._plan(epoch=0)
-        # How many steps an epoch has depends on its order only where groups differ in their pairs.
+        # The number of steps depends on an epoch's order only where groups differ in their number of pairs.
         alike = len(pairs_per_group) == 0 or bool((pairs_per_group == pairs_per_group[0]).all())
         counts = [len(self._current.offsets) - 1]
         for epoch in range(1, num_epochs):
@@ -117,34 +117,35 @@ class BatchPlan:
         return Step(number=number, epoch=float(epoch + done), groups=groups)
 
 
-def deal(work: Int64s, num_hands: int) -> list[list[int]]:
-    """Deals pieces so that the hands are equally full: each goes to the hand with the least work so far.
+def deal(work: Int64s, num_parts: int) -> list[list[int]]:
+    """Distributes items over parts of about equal work: each item goes to the part with the least so far.
 
     Args:
-        work: (B,) of each piece, in the order of dealing; the largest first gives the fairest hands.
-        num_hands: Ranks, or micro-batches.
+        work: (W,) work of each item, in the order in which they are distributed; the largest first gives the
+            most even parts.
+        num_parts: Number of ranks, or of micro-batches.
 
     Returns:
-        For each hand the numbers of its pieces, in the order of dealing.
+        For each part the indices of its items, in the order in which they were added.
     """
-    loads = [(0, hand) for hand in range(num_hands)]
-    hands: list[list[int]] = [[] for _ in range(num_hands)]
-    for number, amount in enumerate(work.tolist()):
-        load, hand = loads[0]
-        hands[hand].append(number)
-        heapq.heapreplace(loads, (load + amount, hand))
-    return hands
+    loads = [(0, part) for part in range(num_parts)]
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    for index, amount in enumerate(work.tolist()):
+        load, part = loads[0]
+        parts[part].append(index)
+        heapq.heapreplace(loads, (load + amount, part))
+    return parts
 
 
 def share(sizes: Sizes, *, world_size: int, budget: int) -> list[list[list[int]]]:
     """Cuts a step's groups for the ranks and into micro-batches.
 
-    The longest group goes first to the least loaded rank. Every rank gets the same number of micro-batches,
-    some of them empty where there are too few groups: ranks must make the same number of engine calls or
-    ZeRO-3 deadlocks. A group larger than the budget is a micro-batch of its own.
+    Longest group first, each to the least loaded rank. Every rank gets the same number of micro-batches, some
+    of them empty where there are too few groups: ranks must make the same number of engine calls, or ZeRO-3
+    deadlocks. A group larger than the budget is a micro-batch of its own.
 
     Args:
-        sizes: Of the G groups.
+        sizes: Of the step's G groups.
         world_size: Number of ranks.
         budget: Most tokens of a micro-batch, padding included.
 
@@ -153,27 +154,25 @@ def share(sizes: Sizes, *, world_size: int, budget: int) -> list[list[list[int]]
     """
     work = sizes.work
     largest_first = np.lexsort((np.arange(len(work)), -work))
-    mine = [largest_first[hand] for hand in deal(work[largest_first], world_size)]
+    of_ranks = [largest_first[part] for part in deal(work[largest_first], world_size)]
     if sizes.padded:
-        shares = [_padded(positions, sizes, budget) for positions in mine]
+        shares = [_padded(positions, sizes, budget) for positions in of_ranks]
         most = max(map(len, shares))
         return [[*batches, *([[]] * (most - len(batches)))] for batches in shares]
-    most = max(_num_packed(work[positions], budget) for positions in mine)
-    return [[positions[hand].tolist() for hand in deal(work[positions], most)] for positions in mine]
+    most = max(_num_packed(work[positions], budget) for positions in of_ranks)
+    return [[positions[part].tolist() for part in deal(work[positions], most)] for positions in of_ranks]
 
 
 def _num_packed(work: Int64s, budget: int) -> int:
-    """How many equally full micro-batches hold these groups, the largest first."""
+    """How many micro-batches of about equal size hold these groups, given the largest first."""
     number = max(1, -(-int(work.sum()) // budget))
-    while any(len(hand) > 1 and work[hand].sum() > budget for hand in deal(work, number)):
+    while any(len(part) > 1 and work[part].sum() > budget for part in deal(work, number)):
         number += max(1, number // 64)
     return number
 
 
 def _padded(positions: Int64s, sizes: Sizes, budget: int) -> list[list[int]]:
-    """Groups of similar length together, as many as the budget holds when all rows are padded to the
-    longest.
-    """
+    """Micro-batches of groups of similar length, as many as the budget holds with all rows padded."""
     batches: list[list[int]] = []
     rows, width = 0, 0
     for position in sorted(positions.tolist(), key=lambda p: (-int(sizes.width[p]), p)):

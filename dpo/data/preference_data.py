@@ -1,4 +1,7 @@
-"""Batches of groups with what a preference loss reads besides: reference values, and weights of pairs."""
+"""A data set with what a preference loss reads besides: reference log-probs, and weights of pairs.
+
+The training loop asks it for the batch of each micro-batch and for what the step's mean is divided by.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -15,29 +18,29 @@ Float64s = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceData:
-    """A data set, and what belongs to its sequences and pairs."""
+    """A data set of S sequences, N completion tokens and P pairs, with their values."""
 
     dataset: TokenizedDataset
     reference: npt.NDArray[np.float64] | npt.NDArray[np.float32] | None
     """(S,) reference log-probs of the sequences in nats, or (N,) of the completion tokens; None for losses
     that need none."""
     weights: Float64s
-    """(P,) how much each pair counts."""
+    """(P,) weight of each pair in the loss."""
     units: Float64s
-    """(P,) what each pair adds to what a mean is over: its weight, or its share of its group."""
+    """(P,) what each pair adds to the denominator of a mean: its weight, or its share of its group."""
 
     def count(self, groups: Int64s) -> float:
-        """What the summed losses of these groups are divided by."""
+        """The denominator of the mean loss over these groups."""
         return float(self._of_pairs(self.units, groups).sum())
 
     def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
-        """Trees of these groups with reference values of all completions and weights of all pairs."""
-        made = group_batch([self.dataset[int(group)] for group in groups], layout)
+        """The batch of these groups, with reference values of all completions and weights of all pairs."""
+        batch = group_batch([self.dataset[int(group)] for group in groups], layout)
         weights = torch.from_numpy(self._of_pairs(self.weights, groups))
-        made = replace(made, pair_weights=weights, loss_count=self.count(groups))
+        batch = replace(batch, pair_weights=weights, loss_count=self.count(groups))
         if self.reference is None:
-            return made
-        return replace(made, reference=torch.from_numpy(self.dataset.values_of(self.reference, groups)))
+            return batch
+        return replace(batch, reference=torch.from_numpy(self.dataset.values_of(self.reference, groups)))
 
     def _of_pairs(self, values: Float64s, groups: Int64s) -> Float64s:
         first, end = self.dataset.group_pairs[groups], self.dataset.group_pairs[np.asarray(groups) + 1]
@@ -52,16 +55,16 @@ def preference_data(
     by_margin: bool = False,
     over_groups: bool = False,
 ) -> PreferenceData:
-    """Puts a data set and its values together.
+    """Combines a data set with reference values and pair weights.
 
     Args:
         dataset: Tokenized groups.
         reference: As in `PreferenceData`.
-        by_margin: Weigh pairs by how far their scores are apart.
-        over_groups: Means are over groups: all pairs of a group count as much as one pair of a group of two.
+        by_margin: Weight each pair by its score margin.
+        over_groups: Means are over groups: the pairs of a group together count as one.
 
     Raises:
-        ValueError: By margin, and the data has no scores.
+        ValueError: `by_margin`, and the data has pairs without scores.
     """
     ones = np.ones(len(dataset.pairs))
     weights = np.asarray(dataset.margins, dtype=np.float64) if by_margin else ones

@@ -1,4 +1,7 @@
-"""The next batch is built by a thread while the device works on this one."""
+"""Prefetching: a thread builds the next batch while the device works on the current one.
+
+The order of items does not change, and an error in the thread is raised in the loop that asks for the item.
+"""
 
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +11,10 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterable[Item]) -> Generator[Item, None, None]:
-    """The same items, with one made ahead by a thread; an error in making one is raised here.
+    """Streams the same items, each computed by a thread while the one before is in use.
 
     Args:
-        items: Made lazily, such as `map(build, positions)`; only the thread iterates over them.
+        items: Computed lazily, such as `map(build, positions)`; only the thread iterates over them.
     """
     end = object()
     source = iter(items)

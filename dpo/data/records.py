@@ -1,18 +1,15 @@
-"""The nouns that travel between stages: preference groups in text and token ids, and pair log-probabilities.
+"""The records that pass between stages: preference groups in text and in token ids, and sequence keys.
 
-Plain immutable records without behaviour of a stage; every stage reads what the one before wrote.
+They are immutable and have no behaviour; every stage reads what the one before wrote.
 """
 
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:  # torch takes seconds to import, and `--help` must not
-    pass
 
 TokenIds = npt.NDArray[np.int32]
 KEY_BYTES = 16
@@ -42,8 +39,9 @@ class PreferenceGroup:
     completions: tuple[str, ...]
     pairs: tuple[Pair, ...]
     scores: tuple[float, ...] | None = None
-    """One score a completion, higher is better, where a scorer made the pairs."""
+    """One score per completion, higher is better; None where the data has none."""
     id: str | None = None
+    """The data's own name for the group, if it has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +55,7 @@ class TokenizedGroup:
     completions: tuple[TokenIds, ...]
     pairs: tuple[Pair, ...]
     margins: tuple[float, ...] | None = None
-    """Score of the chosen less that of the rejected completion, one a pair, where the data has scores."""
+    """Score of the chosen minus score of the rejected completion, one per pair; None without scores."""
 
 
 def sequence_key(prompt: TokenIds, completion: TokenIds) -> bytes:

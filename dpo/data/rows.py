@@ -1,8 +1,7 @@
-"""Raw rows -> preference groups: every form in which the field keeps preference data, as one stream.
+"""Raw rows -> preference groups: every common format of preference data, as one stream.
 
 A row is a pair (prompt, chosen, rejected, as text or as messages, the prompt possibly implied) or a group
-(prompt, completions, and pairs or scores). A faulty row never passes: it is dropped and counted by reason, or
-is an error.
+(prompt, completions, and pairs or scores). A faulty row is dropped and counted by reason, or is an error.
 """
 
 import math
@@ -13,29 +12,17 @@ from typing import Any
 
 from dpo.data.pairing import PairingRule, pairs_from_scores
 from dpo.data.records import Message, Pair, PreferenceGroup
-from dpo.data.sources import PreferenceSource, Split, has_split, open_source, read_rows
+from dpo.data.sources import PreferenceSource, read_rows
 from dpo.errors import UserError
 
-__all__ = [
-    "PreferenceSource",
-    "RowError",
-    "Split",
-    "convert_rows",
-    "group_from_row",
-    "has_split",
-    "open_source",
-    "read_groups",
-    "read_rows",
-]
-
 ASSISTANT_TURN = "\n\nAssistant:"
-"""How dialogues of the HH kind start a turn of the assistant."""
+"""Start of the assistant's turn in dialogues of HH-RLHF's format."""
 
 Prompt = str | tuple[Message, ...]
 
 
 class RowError(ValueError):
-    """What is wrong with one row: a short snake_case reason to count by, and the detail for a person."""
+    """What is wrong with one row: a short snake_case reason to count by, and a message with the details."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -56,10 +43,10 @@ def read_groups(
     Args:
         source: From `open_source`.
         pairing: How scores become pairs, where rows have scores and no pairs.
-        min_margin: Pairs whose scores differ by no more than this are not made.
+        min_margin: Scores that differ by no more than this make no pair.
         strict: Make the first faulty row an error.
-        drops: Counts dropped rows by reason; added to while the stream is read.
-        columns: Field's name -> the data's own name for it, where they differ: {"prompt": "question"}.
+        drops: Counts dropped rows by reason while the stream is read.
+        columns: Name of a field -> the data's own name for it, where they differ: {"prompt": "question"}.
 
     Raises:
         UserError: A broken line or damaged file; with `strict`, a faulty row.
@@ -96,10 +83,10 @@ def group_from_row(
     min_margin: float = 0.0,
     columns: Mapping[str, str] | None = None,
 ) -> PreferenceGroup:
-    """One row in any of the field's forms as a preference group; arguments as of `read_groups`.
+    """One row in any of the formats as a preference group; arguments as for `read_groups`.
 
     Raises:
-        RowError: The row is none of them, or makes no preference.
+        RowError: The row has none of the formats, or no preference.
     """
     if not isinstance(row, Mapping):
         raise RowError(
@@ -161,15 +148,15 @@ def _prompt_and_texts(prompt: Any, values: Sequence[Any]) -> tuple[Prompt, tuple
 
 
 def _implied_prompt(chosen: str, rejected: str) -> tuple[str, tuple[str, ...]]:
-    """Splits two texts after their common part: a dialogue before the assistant's turn, others between words.
+    """Splits two texts after their common part: dialogues after "Assistant:", other texts between words.
 
-    "A b c", "A b d" have the prompt "A b" and the completions " c", " d".
+    "A b c" and "A b d" give the prompt "A b" and the completions " c" and " d".
     """
     length = min(len(chosen), len(rejected))
     common = chosen[: next((i for i in range(length) if chosen[i] != rejected[i]), length)]
     if (turn := common.rfind(ASSISTANT_TURN)) >= 0:
         end = turn + len(ASSISTANT_TURN)
-    else:  # a space opens the completion, a newline ends the prompt
+    else:  # a space belongs to the completion, a newline to the prompt
         end = max(common.rfind(" "), common.rfind("\n") + 1)
     return common[:end], (chosen[end:], rejected[end:])
 
@@ -177,7 +164,7 @@ def _implied_prompt(chosen: str, rejected: str) -> tuple[str, tuple[str, ...]]:
 def _prompt_of_conversations(
     prompt: Prompt | None, conversations: Sequence[tuple[Message, ...]]
 ) -> tuple[Message, ...]:
-    """The turns before the last one, which may repeat the prompt, hold it, or be left to the prompt field."""
+    """The turns before the completion: from the prompt field, from the conversations, or in both."""
     shared = conversations[0][:-1]
     for turns in conversations:
         if turns[-1]["role"] != "assistant":
@@ -189,7 +176,7 @@ def _prompt_of_conversations(
             raise RowError("prompts_differ", "the completions do not share all turns before the last one")
     if isinstance(prompt, tuple):
         if shared and shared != prompt:
-            raise RowError("prompts_differ", "the completions' first turns are not those of the prompt")
+            raise RowError("prompts_differ", "the completions' first turns differ from the prompt")
         return prompt
     if shared:
         return shared
@@ -202,7 +189,7 @@ def _messages(value: Any, name: str) -> tuple[Message, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise RowError(
             "not_text",
-            f"{name} is {_brief(value)}; expected a string or a list of messages, as the rest of the row",
+            f"{name} is {_brief(value)}; expected a string or a list of messages, like the rest of the row",
         )
     turns = []
     for turn in value:
@@ -247,7 +234,7 @@ def _pairs(value: Any, num_completions: int) -> tuple[Pair, ...]:
 
 def _check_pairs(pairs: Sequence[Pair], completions: Sequence[str]) -> None:
     if not pairs:
-        raise RowError("no_pairs", "no completion is preferred to another")
+        raise RowError("no_pairs", "the row prefers no completion to another")
     preferences = {(completions[pair.chosen], completions[pair.rejected]) for pair in pairs}
     for chosen, rejected in preferences:
         if chosen == rejected:

@@ -1,7 +1,7 @@
-"""Where preference data lies, and its raw rows: prepared folders, Parquet, JSON Lines, hub data sets.
+"""Where preference data is, and its raw rows: prepared folders, Parquet, JSON Lines, hub data sets.
 
-Rows come as a stream, each with its place (file and line) for messages; a file is never in memory whole.
-`dpo.data.load` turns them into preference groups.
+The first stage of reading data: `dpo.data.rows` turns the rows into preference groups. Rows are streamed,
+each with its place (file and line) for messages; no file is in memory as a whole.
 """
 
 import gzip
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo.errors import UserError
+from dpo.files import sha256_of
 
 Split = Literal["train", "test"]
 
@@ -30,30 +31,30 @@ _ROWS_PER_BATCH = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceSource:
-    """One split of one data set, known to exist."""
+    """One split of one data set, which exists."""
 
     path: str
     """As the user wrote it: a folder, a file or a hub name."""
     split: Split
-    """Which part of a folder or a hub data set; means nothing for a single file."""
+    """Which part of a folder or a hub data set; no meaning for a single file."""
     files: tuple[Path, ...]
     """The files that are read; empty for a hub data set."""
     completions_are_complete: bool | None
-    """What manifest.json says of the completions; None where there is none."""
+    """From manifest.json; None where there is none."""
     fingerprint: str
-    """SHA-256 in hex over the content (a hub data set: its name, split and revision) and the field above."""
+    """SHA-256 (hex) of the content (of a hub data set: name, split and revision) and of the field above."""
 
 
 def open_source(path: str, split: Split, *, key: str) -> PreferenceSource:
-    """Finds preference data and fingerprints it, without reading a row.
+    """Finds preference data and computes its fingerprint, without reading a row.
 
     Args:
         path: A prepared folder, a .parquet, .jsonl or .jsonl.gz file, or a hub name.
-        split: The part of a folder or hub data set to read; a single file is read whole.
-        key: The option that holds `path`, for messages: data.train, say.
+        split: The part of a folder or hub data set to read; a single file is read as a whole.
+        key: The option that holds `path`, for messages; data.train, for example.
 
     Raises:
-        UserError: Nothing is there, it is of no known form, or the hub does not have it or is out of reach.
+        UserError: Nothing is there, its format is unknown, or the hub does not have it or cannot be reached.
     """
     local = Path(path).expanduser()
     if path and local.is_dir():
@@ -65,7 +66,9 @@ def open_source(path: str, split: Split, *, key: str) -> PreferenceSource:
         return _local_source(path, split, file, complete=_completions_are_complete(local / "manifest.json"))
     if path and local.is_file():
         if not local.name.endswith(FILE_SUFFIXES):
-            raise UserError(f"{key}: {path} ends with none of {', '.join(FILE_SUFFIXES)}; convert it to one")
+            raise UserError(
+                f"{key}: {path}; expected a name that ends with {', '.join(FILE_SUFFIXES)}: convert the file"
+            )
         return _local_source(path, split, local, complete=None)
     if not path or _looks_local(path):
         raise UserError(f"{key}: {path or 'an empty path'} does not exist; expected {_EXPECTED}")
@@ -79,9 +82,9 @@ def open_source(path: str, split: Split, *, key: str) -> PreferenceSource:
 
 
 def has_split(path: str, split: Split) -> bool:
-    """Whether `path` has this split of its own: a folder by its files, a hub data set by its list of splits.
+    """Whether `path` has this split: a folder by its files, a hub data set by its list of splits.
 
-    A single file has none, and neither has a hub data set that cannot be reached.
+    A single file does not, and neither does a hub data set that cannot be reached.
     """
     local = Path(path).expanduser()
     if local.exists() or not path or _looks_local(path):
@@ -93,7 +96,7 @@ def has_split(path: str, split: Split) -> bool:
 
 
 def read_rows(source: PreferenceSource) -> Iterator[tuple[str, Any]]:
-    """Streams (place, row) pairs: `file:line` of JSON Lines, the row's number (from 1) otherwise.
+    """Streams (place, row): the place is `file:line` for JSON Lines, else the row's number from 1.
 
     Raises:
         UserError: A broken JSON line, a damaged file, or a hub that fails.
@@ -105,9 +108,7 @@ def read_rows(source: PreferenceSource) -> Iterator[tuple[str, Any]]:
 
 
 def _local_source(path: str, split: Split, file: Path, *, complete: bool | None) -> PreferenceSource:
-    with file.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
-    digest = hashlib.sha256(f"{content} completions_are_complete={complete}".encode())
+    digest = hashlib.sha256(f"{sha256_of(file)} completions_are_complete={complete}".encode())
     return PreferenceSource(
         path=path,
         split=split,
@@ -144,7 +145,7 @@ def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{file}:{number}", json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{file}:{number}: not valid JSON ({error}); expected one JSON object a line"
+            f"{file}:{number}: not valid JSON ({error}); expected one JSON object per line"
         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{file}: damaged after line {number} ({error}); fetch the file again") from error
@@ -177,7 +178,7 @@ def _hub_rows(source: PreferenceSource) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_builder(path: str, key: str) -> Any:
-    """The data set's builder; `hash` of it is the revision. Raises UserError for whatever the hub raises."""
+    """The data set's builder; its `hash` is the revision. Raises UserError for every error of the hub."""
     import datasets  # takes a second to import, and most data are local files
 
     try:
@@ -198,7 +199,7 @@ def _hub_splits(path: str, key: str) -> list[str]:
 
 
 def _reach_hub(path: str) -> None:
-    """Asks the hub once, since `datasets` retries for half a minute; a mistyped path should fail at once."""
+    """Asks the hub once: `datasets` retries for half a minute, and a mistyped path should fail at once."""
     import huggingface_hub
 
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -208,6 +209,6 @@ def _reach_hub(path: str) -> None:
 def _hub_error(path: str, key: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split()) or "no reason given"
     return UserError(
-        f"{key}: {path} is no file or folder here, and the hub did not deliver it ({type(error).__name__}: "
+        f"{key}: {path} is not a file or folder, and loading it from the hub failed ({type(error).__name__}: "
         f"{reason[:200]}); expected {_EXPECTED}. Without network, HF_HUB_OFFLINE=1 uses the hub's cache"
     )

@@ -1,8 +1,7 @@
-"""Text groups -> token-id groups: template, BOS and EOS, the prompt's boundary, truncation; every drop has a
-reason.
+"""Text groups -> groups of token ids: chat template, BOS and EOS, the prompt's boundary, truncation.
 
-Guarantees: a prompt has the same ids for all of its completions, is never empty (the first completion token
-needs a predictor), and a completion that was cut never ends with EOS.
+Guarantees: a prompt has the same ids for all of its completions and is never empty (the first completion
+token needs a predictor); a truncated completion never ends with EOS; what is dropped is counted by reason.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.records import Pair, PreferenceGroup, TokenIds, TokenizedGroup
+from dpo.data.records import Message, Pair, PreferenceGroup, TokenIds, TokenizedGroup
 from dpo.errors import UserError
 
 GROUPS_PER_CALL = 512  # the fast tokenizers work in parallel inside one call
@@ -25,14 +24,14 @@ GROUPS_PER_CALL = 512  # the fast tokenizers work in parallel inside one call
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizeOptions:
-    """What decides the ids of a group, besides the tokenizer and the text."""
+    """What decides the ids of a group besides the tokenizer and the text; lengths in tokens."""
 
     max_length: int
-    """Longest prompt + completion, in tokens."""
+    """Longest prompt + completion."""
     max_prompt_length: int | None
     """Longest prompt; None: what the longest completion leaves, and at least half of max_length."""
     drop_too_long: bool
-    """Drop a group that does not fit instead of cutting it."""
+    """Drop a group that does not fit instead of truncating it."""
     append_eos: bool
     """Completions are complete: end them with EOS."""
 
@@ -49,8 +48,8 @@ def tokenize_groups(
         groups: Text groups; prompts as text or as chat turns.
         tokenizer: The policy's tokenizer; needs a chat template for chat turns.
         options: Lengths and EOS.
-        counts: Receives the reasons of dropped groups and pairs (`dropped/...`) and of cuts
-            (`truncated/...`).
+        counts: Receives the number of dropped groups and pairs by reason (`dropped/...`), and of truncated
+            prompts and completions (`truncated/...`).
 
     Raises:
         UserError: Chat turns and a tokenizer without a chat template.
@@ -66,13 +65,45 @@ def tokenize_groups(
                 yield fitted
 
 
-def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of a prompt: BOS once if the tokenizer adds it, and BOS or EOS if there is nothing else."""
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    bos = bos_prefix(tokenizer)
-    return bos + without_bos(ids, bos) or [
-        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ]
+def encode_prompt(
+    prompt: str | Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, key: str = "data.train"
+) -> list[int]:
+    """The ids of a prompt, at least one.
+
+    Args:
+        prompt: Text, which starts with BOS once if the tokenizer adds BOS to texts, and is BOS or EOS alone
+            if there is nothing else; or chat turns, for which the chat template decides.
+        tokenizer: The policy's tokenizer; needs a chat template for chat turns.
+        key: The option that the prompt belongs to, for messages.
+
+    Raises:
+        UserError: Chat turns and a tokenizer without a chat template.
+        TemplateError: The template refuses the turns.
+    """
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+        bos = bos_prefix(tokenizer)
+        ids = bos + without_bos(ids, bos)
+        if ids:
+            return ids
+        return [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{key}: the prompts are chat messages and the tokenizer has no chat template; use a tokenizer "
+            "that has one, or prepare the data as text (python -m data_prep hh --format text, for example)"
+        )
+    return _templated(prompt, tokenizer, add_generation_prompt=True)
+
+
+def _templated(
+    turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False
+) -> list[int]:
+    dialogue: list[dict[str, Any]] = [dict(turn) for turn in turns]
+    return list(
+        tokenizer.apply_chat_template(
+            dialogue, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+    )
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -87,9 +118,7 @@ def without_bos(ids: list[int], bos: list[int]) -> list[int]:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 (hex) of everything in the tokenizer that decides ids, so that tokenized data cannot go
-    stale.
-    """
+    """SHA-256 (hex) of everything in the tokenizer that decides ids; tokenized data is named by it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
@@ -104,7 +133,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def _encode(
     groups: Sequence[PreferenceGroup], tokenizer: PreTrainedTokenizerBase, append_eos: bool
 ) -> Iterator[tuple[list[int], list[list[int]] | str]]:
-    """Prompt ids and completion ids of each group, or the reason why it has none."""
+    """Prompt ids and completion ids of each group, or instead of the latter the reason to drop it."""
     texts = [group for group in groups if isinstance(group.prompt, str)]
     joint = iter(_encode_batch([f"{g.prompt}{c}" for g in texts for c in g.completions], tokenizer))
     apart = iter(_encode_batch([c for g in texts for c in g.completions], tokenizer))
@@ -113,13 +142,14 @@ def _encode(
         if not isinstance(group.prompt, str):
             yield _encode_chat(group, tokenizer)
             continue
-        prompt = encode_text(group.prompt, tokenizer)
+        prompt = encode_prompt(group.prompt, tokenizer)
         plain = without_bos(prompt, bos)
         completions = []
         for _ in group.completions:
             together, alone = without_bos(next(joint), bos), next(apart)
-            # The ids of the joint text are what a tokenizer that marks word starts means; where the boundary
-            # falls inside a token the parts stand alone, as when a policy continued the prompt's ids.
+            # The ids of the joint text are right for tokenizers that mark word starts. Where the boundary
+            # falls inside a token, prompt and completion are encoded apart, as if a policy had continued the
+            # prompt's ids.
             fits = group.prompt and together[: len(plain)] == plain and len(together) > len(plain)
             ids = together[len(plain) :] if fits else alone
             if append_eos and ids[-1:] != [tokenizer.eos_token_id]:
@@ -137,22 +167,17 @@ def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
 def _encode_chat(
     group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[list[int]] | str]:
-    """Ids through the chat template, which owns BOS and the end of a turn.
+    """Ids through the chat template, which decides on BOS and the end of a turn.
 
     The prefix property: the templated dialogue must start with the templated prompt. Templates that rewrite
-    history (dropping earlier reasoning, say) break it, and a log-prob of the completion would then be of
-    another prompt.
+    history (by dropping earlier reasoning, say) break it, and a log-prob of the completion would then belong
+    to another prompt.
     """
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "data.train: the prompts are chat messages and the tokenizer has no chat template; use one "
-            "that has, or prepare the data as text (python -m data_prep hh --format text, for example)"
-        )
-    turns: list[dict[str, Any]] = [dict(message) for message in group.prompt if isinstance(message, dict)]
-    answers = [{"role": "assistant", "content": completion} for completion in group.completions]
+    assert not isinstance(group.prompt, str)
+    answers = [Message(role="assistant", content=completion) for completion in group.completions]
     try:
-        prompt = list(tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
-        dialogues = [list(tokenizer.apply_chat_template([*turns, a], return_dict=False)) for a in answers]
+        prompt = encode_prompt(group.prompt, tokenizer)
+        dialogues = [_templated([*group.prompt, answer], tokenizer) for answer in answers]
     except TemplateError:  # many templates refuse turns that do not alternate, or a system turn
         return [], "template_refuses_dialogue"
     completions = []
@@ -171,7 +196,7 @@ def _fit(
     options: TokenizeOptions,
     counts: Counter[str],
 ) -> TokenizedGroup | None:
-    """Cuts or drops what is too long; drops pairs that became identical. None if nothing is left."""
+    """Truncates or drops what is too long; drops pairs that became identical. None if nothing is left."""
     longest = max(map(len, completions))
     limit = options.max_prompt_length or max(options.max_length - longest, options.max_length // 2)
     room = options.max_length - min(len(prompt), limit)
@@ -201,11 +226,11 @@ def _without_unused(
     pairs: tuple[Pair, ...],
     scores: tuple[float, ...] | None,
 ) -> TokenizedGroup:
-    """Keeps each different completion that some pair names once: nothing is computed for the others."""
+    """Keeps each distinct completion that some pair names, once: nothing is computed for the others."""
     position: dict[tuple[int, ...], int] = {}
     for index in sorted({index for pair in pairs for index in pair}):
         position.setdefault(tuple(completions[index]), len(position))
-    margins: dict[Pair, float] = {}  # of pairs that became the same the first counts
+    margins: dict[Pair, float] = {}  # of pairs that became equal the first counts
     for chosen, rejected in pairs:
         renamed = Pair(position[tuple(completions[chosen])], position[tuple(completions[rejected])])
         margins.setdefault(renamed, scores[chosen] - scores[rejected] if scores else 0.0)

@@ -1,14 +1,14 @@
 """Groups of token ids -> the tensors of one micro-batch: each prompt once, then its completions.
 
-A tree is a prompt and its completions one after the other; positions restart at the prompt's end in each
-completion. A token sees the tokens of its own segment and of its prompt whose position is not after its own:
-what it would see in a row of its own (law 3). A completion that stands in several pairs stands here once.
+A tree is a prompt followed by its completions; in each completion, positions continue from the prompt's end.
+A token attends to tokens of its own segment and of its prompt whose position is not after its own: exactly
+what it would attend to in a row of its own (law 3). A completion that is in several pairs occurs once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,21 +18,30 @@ from torch import Tensor
 from dpo.data.records import TokenIds, TokenizedGroup
 
 Layout = Literal["flex", "packed", "trees", "rows"]
-"""How trees lie in a batch. flex and packed: all in one row, for attention that skips what a tree does not
-see (flex: padded to whole blocks of FlexAttention); trees: one a row under a mask, padded; rows: one
-completion a row with its own copy of the prompt, padded, for models that cannot share one."""
+"""How trees are placed in a batch.
+
+packed: all trees in one row, for attention that skips what a token does not attend to. flex: the same, padded
+to whole blocks of FlexAttention. trees: one tree per row under a mask, padded. rows: one completion per row
+with its own copy of the prompt, padded, for models that cannot share a prompt.
+"""
 
 FLEX_BLOCK = 128
 PADDING = -1
+NO_WORK = (np.zeros(1, dtype=np.int32), [np.zeros(1, dtype=np.int32)])
+"""The tree of a batch without sequences: ranks that have run out of work still call the engine."""
 
 Int64s = npt.NDArray[np.int64]
 Tree = tuple[TokenIds, Sequence[TokenIds]]
 """A prompt and its completions."""
+_NONE: Int64s = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeBatch:
-    """R rows of T tokens, with S sequences in them and the B pairs between these.
+    """R rows of T tokens that hold S sequences with N completion tokens, and the B pairs between sequences.
+
+    Sequences are numbered in the order of their completions; so are segments, each prompt before its
+    completions.
 
     >>> # prompt [7, 8] with completions [1] and [2, 3], the first preferred, in the layout `packed`
     >>> # input_ids = [[7, 8, 1, 2, 3]]     positions = [[0, 1, 2, 2, 3]]
@@ -42,47 +51,47 @@ class TreeBatch:
 
     layout: Layout
     trees: tuple[tuple[int, ...], ...]
-    """Tokens of the segments of each tree, its prompt first, in the order of the tokens."""
+    """Number of tokens of each segment of each tree, the prompt first."""
     input_ids: Tensor
-    """(R, T) int64."""
+    """(R, T) int64 token ids, 0 for padding."""
     positions: Tensor
-    """(R, T) int64: of each token in its own sequence."""
+    """(R, T) int64: position of each token in its own sequence."""
     segments: Tensor
     """(R, T) int32: number of the token's segment in the batch, -1 for padding."""
     prefixes: Tensor
-    """(R, T) int32: number of the segment of its prompt."""
+    """(R, T) int32: number of the segment of the token's prompt, -1 for padding."""
     predicts: Tensor
-    """(N,) int64: where in the flattened rows the hidden state lies that predicts each completion token."""
+    """(N,) int64: index in the flattened rows of the hidden state that predicts each completion token."""
     targets: Tensor
-    """(N,) int64: the completion tokens, sequence after sequence."""
+    """(N,) int64: the completion tokens, one sequence after the other."""
     sequences: Tensor
     """(N,) int64: the sequence of each target."""
     num_tokens: Tensor
-    """(S,) int64: completion tokens of each sequence."""
+    """(S,) int64: number of completion tokens of each sequence."""
     pairs: Tensor
     """(B, 2) int64: sequences of the chosen and the rejected completion."""
     reference: Tensor | None = None
-    """(S,) float64 reference log-probs in nats, or (N,) of completion tokens; None where nothing compares."""
+    """(S,) float64 reference log-probs in nats, or (N,) of completion tokens; None where none are needed."""
     pair_weights: Tensor | None = None
-    """(B,) float64: how much each pair counts, for training on preferences."""
+    """(B,) float64 weight of each pair, for training on preferences."""
     loss_count: float = 0.0
     """What the sum of the pairs' losses is divided by in a mean, for training on preferences."""
     num_real_tokens: int
-    """Tokens of all trees, without padding."""
+    """Tokens in the rows, without padding."""
     num_row_tokens: int
-    """Tokens that the same sequences have in rows of their own, without padding."""
+    """Tokens that the same sequences have in the layout `rows`, without padding."""
 
     def to(self, device: torch.device) -> "TreeBatch":
         """The same batch on `device`."""
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        if device.type == "cuda":  # or the copy would wait for the device
+        if device.type == "cuda":  # copies from pageable memory would wait for the device
             tensors = {name: v.pin_memory() for name, v in tensors.items()}
         moved: dict[str, Any] = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
         return replace(self, **moved)
 
 
 def group_batch(groups: Sequence[TokenizedGroup], layout: Layout) -> TreeBatch:
-    """The groups' trees one after the other, with their pairs."""
+    """The trees of groups, in order, with their pairs; see `tree_batch`."""
     pairs: list[tuple[int, int]] = []
     first = 0
     for group in groups:
@@ -92,55 +101,43 @@ def group_batch(groups: Sequence[TokenizedGroup], layout: Layout) -> TreeBatch:
 
 
 def tree_batch(trees: Sequence[Tree], layout: Layout, pairs: Sequence[tuple[int, int]] = ()) -> TreeBatch:
-    """Lays out trees; sequences are numbered in the order in which their completions come.
-
-    Without trees the batch is one of two tokens that predicts nothing: ranks that have run out of work still
-    call the engine with it.
+    """Lays out trees as the tensors of a batch.
 
     Args:
-        trees: Prompts of at least one token, each with at least one completion.
-        layout: How they lie in rows.
-        pairs: (chosen, rejected) sequences.
+        trees: Prompts of at least one token, each with at least one completion; without any, the batch is a
+            row of two tokens that predicts nothing.
+        layout: How trees are placed in rows.
+        pairs: (chosen, rejected) sequence numbers.
     """
-    real = sum(len(prompt) + sum(map(len, completions)) for prompt, completions in trees)
-    alone = [(prompt, [completion]) for prompt, completions in trees for completion in completions]
-    in_rows = sum(len(prompt) + len(completion) for prompt, (completion,) in alone)
-    if layout == "rows":
-        trees, real = alone, in_rows
-    trees = trees or [(np.zeros(1, dtype=np.int32), [np.zeros(1, dtype=np.int32)])]
-    lengths = tuple((len(prompt), *map(len, completions)) for prompt, completions in trees)
-    tokens = [np.concatenate([prompt, *completions]) for prompt, completions in trees]
-    segments, prefixes, positions, predicts = _describe(lengths)
-    if layout in ("flex", "packed"):
-        rows = np.zeros(len(segments), dtype=np.int64)
-        columns = np.arange(len(segments))
-        width = len(segments) if layout == "packed" else -(-len(segments) // FLEX_BLOCK) * FLEX_BLOCK
-    else:
-        sizes = np.array([len(part) for part in tokens])
-        rows = np.repeat(np.arange(len(tokens)), sizes)
-        columns = np.arange(len(segments)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        width = int(sizes.max())
-    shape = (int(rows[-1]) + 1, width)
-    completion_tokens = [len(completion) for _, (completion,) in alone]
-    places = rows * width + columns
+    laid_out = LAYOUTS[layout](trees or [NO_WORK])
+    lengths = tuple((len(prompt), *map(len, completions)) for prompt, completions in laid_out.trees)
+    tokens = np.concatenate(
+        [part for prompt, completions in laid_out.trees for part in (prompt, *completions)]
+    )
+    structure = _structure(lengths)
+    completions = [completion for _, completions in trees for completion in completions]
+    num_tokens = [len(completion) for completion in completions]
+    predicts = laid_out.places[structure.predictors] if trees else _NONE
+
+    def placed(values: npt.NDArray[np.integer], dtype: type, padding: int = 0) -> Tensor:
+        rows: npt.NDArray[np.integer] = np.full(laid_out.shape, padding, dtype=dtype)
+        rows.reshape(-1)[laid_out.places] = values
+        return torch.from_numpy(rows)
+
     return TreeBatch(
         layout=layout,
         trees=lengths,
-        input_ids=_filled(shape, places, np.concatenate(tokens), np.int64),
-        positions=_filled(shape, places, positions, np.int64),
-        segments=_filled(shape, places, segments, np.int32, PADDING),
-        prefixes=_filled(shape, places, prefixes, np.int32, PADDING),
-        predicts=torch.from_numpy(places[predicts] if alone else np.zeros(0, dtype=np.int64)),
-        targets=torch.from_numpy(
-            np.concatenate([np.zeros(0, dtype=np.int64), *(completion for _, (completion,) in alone)]).astype(
-                np.int64
-            )
-        ),
-        sequences=torch.from_numpy(np.repeat(np.arange(len(alone)), completion_tokens)),
-        num_tokens=torch.tensor(completion_tokens or [0], dtype=torch.int64),
+        input_ids=placed(tokens, np.int64),
+        positions=placed(structure.positions, np.int64),
+        segments=placed(structure.segments, np.int32, PADDING),
+        prefixes=placed(structure.prefixes, np.int32, PADDING),
+        predicts=torch.from_numpy(predicts),
+        targets=torch.from_numpy(np.concatenate([_NONE, *completions]).astype(np.int64)),
+        sequences=torch.from_numpy(np.repeat(np.arange(len(num_tokens)), num_tokens)),
+        num_tokens=torch.tensor(num_tokens or [0], dtype=torch.int64),
         pairs=torch.tensor(list(pairs), dtype=torch.int64).reshape(-1, 2),
-        num_real_tokens=real,
-        num_row_tokens=in_rows,
+        num_real_tokens=len(tokens) if trees else 0,
+        num_row_tokens=sum(len(p) + len(c) for p, completions in trees for c in completions),
     )
 
 
@@ -149,28 +146,84 @@ def sequence_batch(sequences: Sequence[tuple[TokenIds, TokenIds]], layout: Layou
     return tree_batch([(prompt, [completion]) for prompt, completion in sequences], layout)
 
 
-def _describe(lengths: Sequence[tuple[int, ...]]) -> tuple[Int64s, Int64s, Int64s, Int64s]:
-    """Segment, prompt's segment and position of each token, and the place that predicts each completion
-    token.
-    """
+class _LaidOut(NamedTuple):
+    """Where the tokens of trees go."""
+
+    trees: Sequence[Tree]
+    """As they are in the rows; their tokens are numbered in this order."""
+    shape: tuple[int, int]
+    """R rows of T tokens."""
+    places: Int64s
+    """Index of each token in the flattened rows."""
+
+
+def _packed(trees: Sequence[Tree]) -> _LaidOut:
+    """One row without padding."""
+    total = int(_sizes(trees).sum())
+    return _LaidOut(trees, (1, total), np.arange(total))
+
+
+def _flex(trees: Sequence[Tree]) -> _LaidOut:
+    """One row, padded to whole blocks."""
+    packed = _packed(trees)
+    blocks = -(-packed.shape[1] // FLEX_BLOCK)
+    return packed._replace(shape=(1, blocks * FLEX_BLOCK))
+
+
+def _trees(trees: Sequence[Tree]) -> _LaidOut:
+    """One tree per row, padded to the longest."""
+    sizes = _sizes(trees)
+    width = int(sizes.max())
+    before = np.cumsum(sizes) - sizes
+    shift = np.arange(len(sizes)) * width - before
+    return _LaidOut(trees, (len(sizes), width), np.arange(int(sizes.sum())) + np.repeat(shift, sizes))
+
+
+def _rows(trees: Sequence[Tree]) -> _LaidOut:
+    """One completion per row, after its own copy of the prompt."""
+    return _trees([(prompt, [completion]) for prompt, completions in trees for completion in completions])
+
+
+LAYOUTS: dict[Layout, Callable[[Sequence[Tree]], _LaidOut]] = {
+    "flex": _flex,
+    "packed": _packed,
+    "trees": _trees,
+    "rows": _rows,
+}
+
+
+def _sizes(trees: Sequence[Tree]) -> Int64s:
+    """Tokens of each tree."""
+    return np.array([len(prompt) + sum(map(len, completions)) for prompt, completions in trees])
+
+
+class _Structure(NamedTuple):
+    """What each token is, in the order of the trees' tokens."""
+
+    segments: Int64s
+    """Number of its segment."""
+    prefixes: Int64s
+    """Number of its prompt's segment."""
+    positions: Int64s
+    """Position in its sequence."""
+    predictors: Int64s
+    """For each completion token, the number of the token whose hidden state predicts it."""
+
+
+def _structure(lengths: Sequence[tuple[int, ...]]) -> _Structure:
     sizes = np.array(list(chain.from_iterable(lengths)))
     per_tree = np.array([len(tree) for tree in lengths])
-    first = np.cumsum(per_tree) - per_tree  # segment of each tree's prompt
-    prompt_of = np.repeat(first, per_tree)
+    prompt_of = np.repeat(np.cumsum(per_tree) - per_tree, per_tree)  # of each segment
     is_prompt = np.arange(len(sizes)) == prompt_of
     starts = np.cumsum(sizes) - sizes
-    begins = np.where(is_prompt, 0, sizes[prompt_of])  # position of each segment's first token
+    first_position = np.where(is_prompt, 0, sizes[prompt_of])
     segments = np.repeat(np.arange(len(sizes)), sizes)
-    places = np.arange(int(sizes.sum()))
-    positions = places - starts[segments] + begins[segments]
-    completion = ~is_prompt[segments]
-    before = np.where(places == starts[segments], (starts + sizes)[prompt_of[segments]] - 1, places - 1)
-    return segments, prompt_of[segments], positions, before[completion]
-
-
-def _filled(
-    shape: tuple[int, int], places: Int64s, values: npt.NDArray[np.integer], dtype: type, padding: int = 0
-) -> Tensor:
-    filled: npt.NDArray[np.integer] = np.full(shape[0] * shape[1], padding, dtype=dtype)
-    filled[places] = values
-    return torch.from_numpy(filled.reshape(shape))
+    tokens = np.arange(int(sizes.sum()))
+    last_of_prompt = (starts + sizes)[prompt_of] - 1
+    predictors = np.where(tokens == starts[segments], last_of_prompt[segments], tokens - 1)
+    return _Structure(
+        segments=segments,
+        prefixes=prompt_of[segments],
+        positions=tokens - starts[segments] + first_position[segments],
+        predictors=predictors[~is_prompt[segments]],
+    )

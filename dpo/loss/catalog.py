@@ -1,7 +1,7 @@
 """Which losses there are, what each needs and which options it uses: the table that everything else reads.
 
-It knows no tensors, so that a configuration is checked without them. The functions of the same names are in
-`dpo.loss.paired`, `dpo.loss.reference_free` and `dpo.loss.ranking`; `dpo.loss.preference` puts them together.
+It imports no tensors, so that a configuration is checked without torch. The functions of the same names are
+in `dpo.loss.functions`; `dpo.loss.preference_loss` combines them.
 """
 
 from collections.abc import Iterator
@@ -17,13 +17,13 @@ class LossKind:
     """What a loss needs."""
 
     uses: frozenset[str] = frozenset({"beta"})
-    """Options of `LossConfig` that it reads, besides those that any loss may be combined with."""
+    """Options of `LossConfig` that it reads, besides those of `ANY_LOSS`."""
     needs_reference: bool = True
-    """Whether it compares with a reference, and training therefore needs the cache."""
+    """Whether it compares policy and reference, so that training needs the cache."""
     averaged_over: str = "pairs"
     """pairs: its mean is over pairs; groups: over groups, each a ranking of its completions."""
-    shortens: bool = True
-    """Whether `ld_alpha` makes sense: it sums log-probs over the completion."""
+    per_token: bool = False
+    """Whether it divides log-probs by the completion's length; `ld_alpha` then makes no sense."""
 
 
 LOSSES = {
@@ -37,19 +37,20 @@ LOSSES = {
     "apo_zero": LossKind(),
     "apo_down": LossKind(),
     "discopop": LossKind(uses=frozenset({"beta", "discopop_tau"})),
-    "sigmoid_norm": LossKind(uses=SIGMOID_LIKE, shortens=False),
+    "sigmoid_norm": LossKind(uses=SIGMOID_LIKE, per_token=True),
     "plackett_luce": LossKind(averaged_over="groups"),
-    "simpo": LossKind(uses=frozenset({"beta", "simpo_gamma"}), needs_reference=False, shortens=False),
-    "orpo": LossKind(needs_reference=False, shortens=False),
+    "simpo": LossKind(uses=frozenset({"beta", "simpo_gamma"}), needs_reference=False, per_token=True),
+    "orpo": LossKind(needs_reference=False, per_token=True),
 }
 """Name -> what it needs."""
 
-NEEDS_SMOOTHING = ("exo_pair", "robust")  # without, one is infinite and the other is sigmoid
+NEEDS_SMOOTHING = ("exo_pair", "robust")  # with 0, exo_pair is infinite and robust is sigmoid
 ANY_LOSS = {"type", "weights", "sft_weight", "ld_alpha", "pair_weights"}
+"""Options that may be combined with any loss."""
 
 
 def names_of(loss: LossConfig) -> list[str]:
-    """The losses of a configuration: one, or those of a mixture."""
+    """The losses of a configuration: one, or several that are added."""
     return [loss.type] if isinstance(loss.type, str) else list(loss.type)
 
 
@@ -64,19 +65,19 @@ def averaged_over_groups(loss: LossConfig) -> bool:
 
 
 def title_of(loss: LossConfig) -> str:
-    """The loss and every option that it uses, for people."""
+    """The loss and every option that it uses, to be shown in reports."""
     names = names_of(loss)
     weights = loss.weights or [1.0] * len(names)
     mixed = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))
     used = sorted(set().union(*(LOSSES[name].uses for name in names)))
-    said = [f"{name.replace('_', ' ')} {getattr(loss, name):g}" for name in used]
+    shown = [f"{name.replace('_', ' ')} {getattr(loss, name):g}" for name in used]
     plain = LossConfig()
-    said += [
+    shown += [
         f"{name.replace('_', ' ')} {getattr(loss, name)}"
         for name in sorted(ANY_LOSS - {"type", "weights"})
         if getattr(loss, name) != getattr(plain, name)
     ]
-    return ", ".join([names[0] if len(names) == 1 else mixed, *said])
+    return ", ".join([names[0] if len(names) == 1 else mixed, *shown])
 
 
 def loss_problems(loss: LossConfig) -> Iterator[str]:
@@ -90,30 +91,30 @@ def loss_problems(loss: LossConfig) -> Iterator[str]:
     if len({*names}) < len(names):
         yield f"loss.type: {names}; expected each loss once"
     if loss.weights is not None and len(loss.weights) != len(names):
-        yield f"loss.weights: {len(loss.weights)} of them for {len(names)} losses; expected one for each"
+        yield f"loss.weights: {len(loss.weights)} weights for {len(names)} losses; expected one for each"
     if not unknown and names:
         yield from _problems_of_use(loss, names)
 
 
 def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
-    """Options that nothing would read, and combinations that mean nothing."""
-    plain, said = LossConfig(), ", ".join(names)
+    """Options that no loss of the configuration reads, and combinations without a meaning."""
+    plain, losses = LossConfig(), ", ".join(names)
     used = ANY_LOSS.union(*(LOSSES[name].uses for name in names))
     for option in (field.name for field in fields(loss)):
         if option not in used and getattr(loss, option) != getattr(plain, option):
-            yield f"loss.{option}: {getattr(loss, option)}; {said} does not use it: leave it out"
+            yield f"loss.{option}: {getattr(loss, option)}; {losses} does not use it: leave it out"
     if loss.label_smoothing == 0:
         for name in names:
             if name in NEEDS_SMOOTHING:
                 yield f"loss.label_smoothing: 0; {name} needs a number above 0, such as 0.001"
     if loss.ld_alpha is not None:
         for name in names:
-            if not LOSSES[name].shortens:
+            if LOSSES[name].per_token:
                 yield f"loss.ld_alpha: {loss.ld_alpha}; {name} divides by the length already: leave it out"
     if averaged_over_groups(loss):
         if len(names) > 1:
             yield f"loss.type: {names}; a loss over rankings does not mix with losses over pairs"
         if loss.pair_weights != "equal":
-            yield f"loss.pair_weights: {loss.pair_weights}; {said} is over rankings: leave it out"
+            yield f"loss.pair_weights: {loss.pair_weights}; {losses} is over rankings: leave it out"
         if loss.sft_weight:
-            yield f"loss.sft_weight: {loss.sft_weight}; {said} is over rankings: leave it out"
+            yield f"loss.sft_weight: {loss.sft_weight}; {losses} is over rankings: leave it out"

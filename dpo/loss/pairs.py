@@ -1,4 +1,7 @@
-"""What a loss is given, the same pairs under policy and reference, and what it returns."""
+"""What a loss reads, the same pairs under policy and reference, and what it returns.
+
+`pair_logps` makes them from the log-probs of a micro-batch, one value per sequence or per token.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,23 +17,23 @@ class PairLogProbs:
     chosen: Tensor
     """(B,) log p(chosen | prompt), float32 or float64."""
     rejected: Tensor
-    """(B,) log p(rejected | prompt)."""
+    """(B,) log p(rejected | prompt), same dtype."""
     chosen_tokens: Tensor
-    """(B,) int64, tokens of the chosen completion."""
+    """(B,) int64, number of tokens of the chosen completion."""
     rejected_tokens: Tensor
-    """(B,) int64."""
+    """(B,) int64, number of tokens of the rejected completion."""
     chosen_sequences: Tensor | None = None
-    """(B,) int64: number of the chosen completion, equal in pairs that share it; for losses over rankings."""
+    """(B,) int64, index of the chosen completion, equal in pairs that share it; for losses over rankings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pairs:
-    """B pairs; the pairs of a group stand together, and every group is whole."""
+    """B pairs of whole groups; the pairs of a group are contiguous."""
 
     policy: PairLogProbs
     """With gradient."""
     reference: PairLogProbs | None
-    """Without; None for losses that need none."""
+    """Without gradient; None for losses that need none."""
     last_step: Mapping[str, float] = field(default_factory=dict)
     """The named sums (see `LossValues`) over the whole step before and all ranks; empty before the first."""
 
@@ -42,23 +45,23 @@ class Pairs:
 
     @property
     def rejected_logratios(self) -> Tensor:
-        """(B,) the same of the rejected completion."""
+        """(B,) log(policy / reference) of the rejected completion, in nats."""
         assert self.reference is not None
         return self.policy.rejected - self.reference.rejected
 
     @property
     def margins(self) -> Tensor:
-        """(B,) chosen less rejected log-ratio."""
+        """(B,) log-ratio of the chosen minus that of the rejected completion, in nats."""
         return self.chosen_logratios - self.rejected_logratios
 
     @property
     def chosen_means(self) -> Tensor:
-        """(B,) log-prob of the chosen completion a token, under the policy."""
+        """(B,) log-prob per token of the chosen completion under the policy, in nats."""
         return self.policy.chosen / self.policy.chosen_tokens
 
     @property
     def rejected_means(self) -> Tensor:
-        """(B,) the same of the rejected completion."""
+        """(B,) log-prob per token of the rejected completion under the policy, in nats."""
         return self.policy.rejected / self.policy.rejected_tokens
 
 
@@ -76,16 +79,19 @@ class LossValues:
 def pair_logps(
     logps: Tensor, pairs: Tensor, num_tokens: Tensor, ld_alpha: float | None = None
 ) -> PairLogProbs:
-    """Picks the pairs' values out of one value per sequence.
+    """Selects the values of pairs from one value per sequence, or with `ld_alpha` from one per token.
 
-    With `ld_alpha` (LD-DPO, arXiv 2409.06411), out of one value per token: as many tokens as both completions
-    of a pair have count once, the rest of the longer one counts `ld_alpha` times.
+    `ld_alpha` (LD-DPO, arXiv 2409.06411): the first min(|y_w|, |y_l|) tokens of both completions count fully,
+    the rest of the longer one `ld_alpha` times.
 
     Args:
-        logps: (S,) summed log-probs in nats; (N,) log-probs of tokens with `ld_alpha`.
-        pairs: (B, 2) int64, sequences of the chosen and the rejected completion.
+        logps: (S,) summed log-probs in nats; with `ld_alpha` (N,) log-probs of tokens.
+        pairs: (B, 2) int64, sequence indices of the chosen and the rejected completion.
         num_tokens: (S,) int64, completion tokens of each sequence.
-        ld_alpha: Weight of the rest, in [0, 1].
+        ld_alpha: Weight of the tokens beyond the shorter length, in [0, 1].
+
+    Returns:
+        (B,) values; float64 with `ld_alpha`, else in the dtype of `logps`.
     """
     chosen, rejected = pairs[:, 0], pairs[:, 1]
     tokens = num_tokens[chosen], num_tokens[rejected]

@@ -1,4 +1,7 @@
-"""The loss of a configuration: one of the functions, or a weighted mixture, and what may be added to any."""
+"""The loss of a configuration: one of `dpo.loss.functions` or a weighted sum of them, and an NLL term.
+
+Training calls it with the policy's log-probs of a micro-batch and the cached ones of the reference.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,21 +15,20 @@ from dpo.loss.pairs import LossValues, PairLogProbs, Pairs
 
 LossFunction = Callable[[Pairs, LossConfig], Tensor | LossValues]
 FUNCTIONS: dict[str, LossFunction] = {name: getattr(functions, name) for name in LOSSES}
-"""Name -> function, for every name of the table."""
-BY_LENGTH = ("sigmoid_norm", "simpo", "orpo")
+"""Name -> function, for every loss in the catalog."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLosses:
-    """The loss of each of B pairs, and the implicit rewards it rests on."""
+    """The loss of each of B pairs, and the implicit rewards."""
 
     losses: Tensor
     """(B,) with gradient to the policy."""
     chosen_rewards: Tensor
-    """(B,) beta * log(policy / reference) of the chosen completion, detached; per token where the loss counts
-    so, and without a reference beta * log-prob per token."""
+    """(B,) beta * log(policy / reference) of the chosen completion, detached; per token for losses that
+    divide by the length; without a reference, beta * log-prob per token."""
     rejected_rewards: Tensor
-    """(B,) the same of the rejected completion, detached."""
+    """(B,) the same for the rejected completion, detached."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     """Named sums over these pairs, which the loop adds up over the step; see `LossValues`."""
 
@@ -42,13 +44,14 @@ def preference_loss(
 
         sum over i of weight_i * loss_i  +  sft_weight * (-log pi(y_w|x) / |y_w|)
 
-    The second part is the negative log-likelihood that iterative RPO adds (arXiv 2404.19733, Eq. 1), a mean
+    The second term is the negative log-likelihood that iterative RPO adds (arXiv 2404.19733, Eq. 1), a mean
     over the tokens of each chosen completion.
 
     Args:
-        policy: Log-probs of B pairs under the policy, each (B,), with gradient.
-        reference: Log-probs of the same pairs under the reference, without; None for losses that need none.
-        loss: Types, weights and options, free of problems.
+        policy: Log-probs of B pairs under the policy, each (B,), with gradient; groups are whole.
+        reference: Log-probs of the same pairs under the reference, without gradient; None for losses that
+            need none.
+        loss: Types, weights and options without `loss_problems`.
         last_step: The losses' named sums over the whole step before; None or empty before the first.
 
     Returns:
@@ -77,10 +80,10 @@ def _values(result: Tensor | LossValues) -> LossValues:
 
 
 def _rewards(pairs: Pairs, name: str) -> tuple[Tensor, Tensor]:
-    """What the loss compares, without beta."""
+    """The quantities that the loss compares, without beta."""
     if not LOSSES[name].needs_reference:
         return pairs.chosen_means, pairs.rejected_means
-    if name in BY_LENGTH:
+    if LOSSES[name].per_token:
         return (
             pairs.chosen_logratios / pairs.policy.chosen_tokens,
             pairs.rejected_logratios / pairs.policy.rejected_tokens,

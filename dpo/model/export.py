@@ -1,12 +1,19 @@
-"""The finished model as others load it: safetensors, tokenizer, generation config and a model card."""
+"""The finished model as others load it: safetensors, tokenizer, generation config and a model card.
 
-import shutil
+Training ends here. The folder appears complete or not at all, and its files have the permissions that the
+umask asks for, so that whoever may read the folder may read the weights.
+"""
+
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo.files import atomic_folder
+
+CARD = "README.md"
 
 
 def export_model(
@@ -16,41 +23,54 @@ def export_model(
     folder: Path,
     card: str,
 ) -> None:
-    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads; complete or not there at all.
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
-        model: The bare model, for its config and for which weights are tied.
+        model: The bare model; its config is saved, and it says which weights are tied.
         weights: Its full state dict on the CPU.
         tokenizer: The tokenizer it was trained with.
-        folder: Where; replaced if it exists.
+        folder: The final place; replaced if it exists. May be a link to a folder elsewhere.
         card: The model card, Markdown.
     """
-    tied = getattr(model, "all_tied_weights_keys", {})  # a cast copy of one is not seen as shared any more
-    model.config.use_cache = True  # off during training only
-    _mend_generation_config(model)
-    with complete_folder(folder) as building:
-        model.save_pretrained(
-            building,
-            state_dict={name: weight for name, weight in weights.items() if tied.get(name) not in weights},
-        )
-        model.config.use_cache = False
-        tokenizer.save_pretrained(building)
-        (building / "README.md").write_text(card)
+    tied = getattr(model, "all_tied_weights_keys", {})  # copies in another dtype no longer share memory
+    untied = {name: weight for name, weight in weights.items() if tied.get(name) not in weights}
+    _make_generation_config_valid(model)
+    with exported_folder(tokenizer, folder, card) as building:
+        model.config.use_cache = True  # it is off during training only
+        try:
+            model.save_pretrained(building, state_dict=untied)
+        finally:
+            model.config.use_cache = False
 
 
 @contextmanager
-def complete_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` that takes its place at the end of the block; not after an error."""
-    building = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    yield building
-    shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
+def exported_folder(tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> Iterator[Path]:
+    """A folder to write weights to; at the end of the block it gets tokenizer and card and takes its place.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        folder: The final place; replaced if it exists. After an error it is as it was.
+        card: The model card, Markdown.
+    """
+    with atomic_folder(folder) as building:
+        yield building
+        tokenizer.save_pretrained(building)
+        (building / CARD).write_text(card, encoding="utf-8")
+        _follow_umask(building)
 
 
-def _mend_generation_config(model: PreTrainedModel) -> None:
-    """Lets a base model's temperature or top-p without do_sample be saved; transformers refuses to."""
+def _follow_umask(folder: Path) -> None:
+    """Gives all files the permissions of one that was made plainly: safetensors makes its own 0600."""
+    mode = (folder / CARD).stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def _make_generation_config_valid(model: PreTrainedModel) -> None:
+    """Turns sampling on where a base model has a temperature or top-p without it: transformers would not save
+    that.
+    """
     settings = model.generation_config
     if settings is None:
         return

@@ -1,6 +1,7 @@
-"""Where a model's files are: its config.json, weights, adapter and code, in a local folder or on the hub.
+"""Where a model's files are: config.json, weights, adapter and code, in a local folder or on the hub.
 
-Nothing here loads a weight; parameters are counted in the headers of the files.
+Nothing here loads weights or makes tensors; parameters are counted in the headers of the weight files. A file
+that is missing is a `UserError` that names the option.
 """
 
 import json
@@ -17,10 +18,13 @@ from transformers.utils.hub import cached_file
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
+POSITION_KEYS = ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx")
+"""Keys of config.json that limit the length of a sequence; the first that is there counts."""
 CODE_KINDS = ("AutoConfig", "AutoModelForCausalLM")
+"""Entries of `auto_map` whose code runs when a model is loaded."""
 
 
 def check_model_path(name_or_path: str, key: str) -> None:
@@ -48,7 +52,7 @@ def check_model_path(name_or_path: str, key: str) -> None:
 
 def raw_config(model: ModelConfig) -> dict[str, Any]:
     """The model's config.json as written, before transformers fills in the defaults of its version."""
-    path = Path(_resolve(model, "config.json"))
+    path = _resolve(model, "config.json")
     try:
         return dict(json.loads(path.read_text()))
     except ValueError as error:
@@ -56,44 +60,39 @@ def raw_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def max_positions(model: ModelConfig) -> int | None:
-    """Longest sequence the model's config allows, in tokens, or None where it names no limit."""
+    """Longest sequence that the model's config allows, in tokens, or None where it has no limit."""
     check_model_path(model.name_or_path, "model.name_or_path")
     return positions_of(raw_config(base_of(model)))
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
-    """Longest sequence of a raw config.json, in tokens, or None where it names no limit."""
+    """Longest sequence that a raw config.json allows, in tokens, or None where it has no limit."""
     config = config.get("text_config", config)
-    for key in ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return None
+    return next((int(config[key]) for key in POSITION_KEYS if isinstance(config.get(key), int)), None)
 
 
 def weight_files(model: ModelConfig) -> list[Path]:
-    """The safetensors files that hold the model's weights, in name order; downloaded if they are on the
-    hub.
-    """
+    """The model's safetensors files in name order; those of the hub are downloaded. Raises UserError."""
     try:
         single = cached_file(
             model.name_or_path,
-            "model.safetensors",
+            WEIGHTS,
             revision=model.revision,
             _raise_exceptions_for_missing_entries=False,
         )
         if single is not None:
             return [Path(single)]
-        index = json.loads(Path(_resolve(model, "model.safetensors.index.json")).read_text())
+        names = _sharded_names(_resolve(model, WEIGHTS_INDEX))
     except OSError as error:
         raise UserError(
-            f"model.name_or_path: {model.name_or_path} has no model.safetensors; expected safetensors: "
+            f"model.name_or_path: {model.name_or_path} has no {WEIGHTS}; expected safetensors: "
             f"{first_line(error)}"
         ) from error
-    return [Path(_resolve(model, name)) for name in sorted(set(index["weight_map"].values()))]
+    return [_resolve(model, name) for name in names]
 
 
 def weights_at_hand(model: ModelConfig) -> bool:
-    """Whether all weight files are on this machine: reading their headers downloads nothing."""
+    """Whether all weight files are on this machine, so that reading their headers downloads nothing."""
 
     def local(name: str) -> str | None:
         found: str | None = cached_file(
@@ -106,20 +105,37 @@ def weights_at_hand(model: ModelConfig) -> bool:
         )
         return found
 
-    if local("model.safetensors") is not None:
+    if local(WEIGHTS) is not None:
         return True
-    index = local("model.safetensors.index.json")
-    names = set(json.loads(Path(index).read_text())["weight_map"].values()) if index is not None else set()
+    index = local(WEIGHTS_INDEX)
+    names = [] if index is None else _sharded_names(Path(index))
     return bool(names) and all(local(name) is not None for name in names)
 
 
+def _sharded_names(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
 def num_parameters(model: ModelConfig) -> int:
-    """Parameters of the model, counted in the headers of its weight files: nothing is loaded."""
+    """Number of parameters of the model (of an adapter's base), from the headers of its weight files."""
     total = 0
     for path in weight_files(base_of(model)):
         with safe_open(path, framework="np") as file:
             total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     return total
+
+
+def adapter_config(model: ModelConfig) -> Path | None:
+    """The configuration file of a PEFT adapter, or None for a model without one."""
+    check_model_path(model.name_or_path, "model.name_or_path")
+    found = find_adapter_config_file(model.name_or_path, revision=model.revision)
+    return None if found is None else Path(found)
+
+
+def adapter_files(model: ModelConfig) -> list[Path]:
+    """Configuration and weights of a PEFT adapter; empty for a model without one."""
+    found = adapter_config(model)
+    return [] if found is None else [found, _resolve(model, ADAPTER_WEIGHTS)]
 
 
 def base_of(model: ModelConfig) -> ModelConfig:
@@ -136,17 +152,11 @@ def base_of(model: ModelConfig) -> ModelConfig:
     return replace(model, name_or_path=base, revision=None)
 
 
-def adapter_files(model: ModelConfig) -> list[Path]:
-    """Configuration and weights of a PEFT adapter; empty for a model without one."""
-    found = adapter_config(model)
-    return [] if found is None else [found, Path(_resolve(model, ADAPTER_WEIGHTS))]
-
-
 def code_files(model: ModelConfig) -> list[Path]:
-    """The code that a model brings along (`auto_map` in its config.json), if it may run; else empty.
+    """The Python files of a model's own code (`auto_map` in its config.json); empty if it may not run.
 
-    Of a local folder every .py file; of a hub repository the modules of configuration and model, and what
-    they import from beside them, as transformers fetches them.
+    Of a local folder every .py file; of a hub repository the modules of configuration and model and what they
+    import relatively, as transformers fetches them.
     """
     mapped = raw_config(model).get("auto_map", {}) if model.trust_remote_code else {}
     entries = [mapped[kind] for kind in CODE_KINDS if isinstance(mapped.get(kind), str)]
@@ -160,27 +170,22 @@ def code_files(model: ModelConfig) -> list[Path]:
         names, seen = {name.partition(".")[0]}, set[str]()
         while names - seen:
             seen.add(name := min(names - seen))
-            files.add(Path(_resolve(home, f"{name}.py")))
-            names |= set(get_relative_imports(_resolve(home, f"{name}.py")))
+            file = _resolve(home, f"{name}.py")
+            files.add(file)
+            names |= set(get_relative_imports(file))
     return sorted(files)
 
 
-def adapter_config(model: ModelConfig) -> Path | None:
-    """The configuration file of a PEFT adapter, or None for a model without one."""
-    check_model_path(model.name_or_path, "model.name_or_path")
-    found = find_adapter_config_file(model.name_or_path, revision=model.revision)
-    return None if found is None else Path(found)
-
-
-def _resolve(model: ModelConfig, name: str) -> str:
-    reason = "no such file"  # a folder without config.json is not an error to transformers
+def _resolve(model: ModelConfig, name: str) -> Path:
+    """A file of the model, downloaded if it is on the hub; UserError where there is none."""
+    reason = "no such file"  # transformers returns None for a file that a local folder lacks
     try:
         path = cached_file(model.name_or_path, name, revision=model.revision)
     except OSError as error:
         path, reason = None, first_line(error)
     if path is None:
         raise UserError(f"model.name_or_path: no {name} in {model.name_or_path}: {reason}")
-    return str(path)
+    return Path(path)
 
 
 def first_line(error: Exception) -> str:

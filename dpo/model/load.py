@@ -1,7 +1,8 @@
 """Model and tokenizer from a local folder or the hub: safetensors only, every dropout at zero.
 
-Law 0: policy and reference run without dropout; every key of the model's config that ends in a dropout rate
-is set to 0, so that training, precompute and evaluation see the same function.
+Law 0: policy and reference run without dropout. Every dropout rate and router jitter in the model's config is
+set to 0, so that training, precompute and evaluation compute the same function. What cannot be loaded is a
+`UserError`; a missing weight is never replaced by random numbers.
 """
 
 import ctypes
@@ -29,7 +30,10 @@ from dpo.model.files import adapter_config, base_of, check_model_path, first_lin
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
-"""What transformers is asked for; None: SDPA where the model has it. FlexAttention comes with the trees."""
+"""`model.attention` -> attn_implementation of transformers; None: SDPA where the model has it.
+
+FlexAttention is set up by `dpo.model.scorer`, on a model that is loaded with SDPA.
+"""
 NOISE_SUFFIXES = (
     "dropout",
     "pdrop",
@@ -39,10 +43,18 @@ NOISE_SUFFIXES = (
     "dropout_p",
     "jitter_noise",
 )
+"""Ends of the config keys that hold a rate of random noise."""
+LARGE_BLOCK = 2**20
+"""Bytes from which freed memory is returned to the system; see `return_large_blocks`."""
+_M_MMAP_THRESHOLD = -3  # of mallopt, from malloc.h
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with EOS as padding where it has none (padding is always masked)."""
+    """The model's tokenizer, with EOS as padding where it has none; padding is always masked.
+
+    Raises:
+        UserError: There is no tokenizer, or it has no EOS token.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -51,7 +63,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         raise UserError(
             f"model.name_or_path: no tokenizer in {model.name_or_path}: {first_line(error)}"
         ) from error
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # transformers makes one up that knows no text
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up by transformers
         raise UserError(
             f"model.name_or_path: no tokenizer in {model.name_or_path}; save one beside the model"
         )
@@ -65,7 +77,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:
-    """The model's configuration without dropout; OSError or ValueError where there is none."""
+    """The model's transformers config, or that of an adapter's base, without dropout.
+
+    Raises:
+        OSError: There is no config.json.
+        ValueError: It is not valid.
+    """
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config: PreTrainedConfig = AutoConfig.from_pretrained(base_of(model).name_or_path, **options)
     remove_dropout(config)
@@ -73,23 +90,26 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
 
 
 def empty_model(config: PreTrainedConfig, model: ModelConfig, *, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that `config` describes, as `load_model` would set it up, with weights that mean nothing.
+    """The model that `config` describes, set up as by `load_model`, with arbitrary weights.
 
     For the meta device or FakeTensors.
 
     Args:
-        config: Without dropout.
+        config: From `load_config`.
         model: Its attention, and whether its own code may run.
         dtype: Type of the weights.
     """
-    attention = OWN_ATTENTION[model.attention]
-    options = {"attn_implementation": attention, "trust_remote_code": model.trust_remote_code}
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    return ready(made)
+    empty: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config,
+        dtype=dtype,
+        attn_implementation=OWN_ATTENTION[model.attention],
+        trust_remote_code=model.trust_remote_code,
+    )
+    return ready(empty)
 
 
 def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The causal language model on the CPU, dropout-free, in evaluation mode.
+    """The causal language model on the CPU, without dropout, in evaluation mode.
 
     Args:
         model: Which model, and its compute dtype.
@@ -104,8 +124,8 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             f"model.name_or_path: {model.name_or_path} is a PEFT adapter; pip install peft to load it, or "
             "merge it into its base and give the merged model"
         )
-    transformers_logging.disable_progress_bar()  # one bar a rank for a load of seconds
-    if is_deepspeed_zero3_enabled():  # from_pretrained then shards each weight as soon as it is there
+    transformers_logging.disable_progress_bar()  # a load takes seconds, and every rank would have a bar
+    if is_deepspeed_zero3_enabled():  # from_pretrained then gathers and shards weight by weight
         return_large_blocks()
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
@@ -127,16 +147,16 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
     if missing := sorted(report["missing_keys"]):  # transformers fills them with random numbers
         raise UserError(
             f"model.name_or_path: {model.name_or_path} lacks {len(missing)} weights of "
-            f"{type(loaded).__name__}, {missing[0]} for one; expected a complete causal language model"
+            f"{type(loaded).__name__}, such as {missing[0]}; expected a complete causal language model"
         )
     return ready(loaded)
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in evaluation mode, without a cache of keys, and with its slow activations as fast ones.
+    """The model in evaluation mode, without a key-value cache, and with a faster form of `gelu_new`.
 
-    `gelu_new` is four passes over its input and `torch.nn.GELU("tanh")` is the same function in one; the
-    config still says `gelu_new`, which is what is saved.
+    `gelu_new` makes four passes over its input; `torch.nn.GELU("tanh")` is the same function in one. The
+    config still says `gelu_new`, and that is what is saved.
     """
     model.config.use_cache = False
     slow = [
@@ -152,7 +172,7 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def remove_dropout(config: Any) -> None:
-    """Sets every dropout rate (and router jitter) of a transformers config, nested ones included, to 0."""
+    """Sets every dropout rate and router jitter of a transformers config to 0, nested configs included."""
     for key, value in vars(config).items():
         if hasattr(value, "to_dict"):
             remove_dropout(value)
@@ -160,18 +180,11 @@ def remove_dropout(config: Any) -> None:
             setattr(config, key, 0.0)
 
 
-LARGE_BLOCK = 2**20
-"""Bytes from which a block is mapped apart, and given back to the system when it is freed."""
-
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
-
-
 def return_large_blocks() -> None:
-    """From now on this process gives large blocks back when they are freed; without glibc it does nothing.
+    """From now on this process returns large blocks to the system when they are freed; only with glibc.
 
-    A large block then costs a system call and its pages' first touch each time: little beside the collective
-    that fills it, and the reason why processes that shard nothing stay as they are.
+    Every large block then costs a system call and page faults: little compared with the collective that fills
+    it, but too much for processes that do not shard, so it is left off there.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo.config import LoraConfig, ModelConfig
 from dpo.errors import UserError
-from dpo.model.export import complete_folder, export_model
+from dpo.model.export import export_model, exported_folder
 from dpo.model.files import ADAPTER_WEIGHTS, adapter_files
 from dpo.model.load import DTYPES, empty_model, load_config, load_model
 
@@ -159,10 +159,8 @@ def export_trained(
         merged = merged_model(config, weights)
         export_model(merged, merged.state_dict(), tokenizer, folder, card)
     else:
-        with complete_folder(folder) as building:
+        with exported_folder(tokenizer, folder, card) as building:
             save_adapter(policy, weights, building)
-            tokenizer.save_pretrained(building)
-            (building / "README.md").write_text(card)
 
 
 def merged_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:

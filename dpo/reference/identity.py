@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo.config import ModelConfig, ReferenceConfig
+from dpo.config import ModelConfig, ReferenceConfig, flat
 from dpo.errors import UserError
 from dpo.files import sha256_of, write_file
 from dpo.model.files import adapter_files, base_of, code_files, raw_config, weight_files
@@ -80,7 +80,7 @@ class ReferenceIdentity:
     def differences(self, other: "ReferenceIdentity") -> list[str]:
         """What differs, as `component: value of self -> value of other`, for people; else empty."""
         found = []
-        mine, theirs = (_flat(asdict(identity)) for identity in (self, other))
+        mine, theirs = (flat(asdict(identity)) for identity in (self, other))
         for key in sorted(mine.keys() | theirs.keys()):
             before, after = mine.get(key), theirs.get(key)
             if before != after:
@@ -116,13 +116,13 @@ def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity
     Raises:
         UserError: No such model, or no safetensors in it.
     """
-    base, memory = base_of(model), cache_dir / HASHES_FILE
+    base, hashes = base_of(model), cache_dir / HASHES_FILE
     raw = raw_config(base)
     return ReferenceIdentity(
         version=IDENTITY_VERSION,
-        weights=_digests(weight_files(base), memory),
-        adapter=_digests(adapter_files(model), memory),
-        code=_digests(code_files(base), memory),
+        weights=_digests(weight_files(base), hashes),
+        adapter=_digests(adapter_files(model), hashes),
+        code=_digests(code_files(base), hashes),
         config={key: value for key, value in raw.items() if key not in INERT_CONFIG_KEYS},
         dtype=model.dtype,
     )
@@ -130,7 +130,7 @@ def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity
 
 def is_remembered(model: ModelConfig, cache_dir: Path) -> bool:
     """Whether `reference_identity` would hash no weight file. True for every model that has a cache."""
-    known = _remembered(cache_dir / HASHES_FILE)
+    known = _read_hashes(cache_dir / HASHES_FILE)
     paths = [path.resolve() for path in weight_files(base_of(model))]
     return all(_is_blob(path) or _known(known, path) is not None for path in paths)
 
@@ -146,15 +146,15 @@ def policy_is_reference(policy: ModelConfig, identity: ReferenceIdentity, cache_
     return reference_identity(policy, cache_dir).digest == identity.digest
 
 
-def _digests(paths: list[Path], memory: Path) -> dict[str, str]:
-    """File name -> SHA-256 (hex), from the hub cache's file name, from the file `memory`, or by hashing.
+def _digests(paths: list[Path], hashes: Path) -> dict[str, str]:
+    """File name -> SHA-256 (hex), from the hub cache's file name, from the file `hashes`, or by hashing.
 
     The hub cache names a large file by its SHA-256. A local file is hashed once and found again by (path,
     size, modification and change time, inode): editing it in place changes at least the change time.
     """
     if not paths:
         return {}
-    known = _remembered(memory)
+    known = _read_hashes(hashes)
     root = os.path.commonpath([path.parent for path in paths])
     names = {path: str(path.relative_to(root)) for path in paths}
     found: dict[str, str] = {}
@@ -170,7 +170,7 @@ def _digests(paths: list[Path], memory: Path) -> dict[str, str]:
         with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing releases the GIL
             entries = dict(zip(unknown, pool.map(_hashed, unknown), strict=True))
         found |= {names[path]: str(entry["sha256"]) for path, entry in entries.items()}
-        _remember(memory, {str(path.resolve()): entry for path, entry in entries.items()})
+        _add_hashes(hashes, {str(path.resolve()): entry for path, entry in entries.items()})
     return {name: found[name] for name in names.values()}
 
 
@@ -178,8 +178,8 @@ def _is_blob(path: Path) -> bool:
     return path.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", path.name) is not None
 
 
-def _known(memory: dict[str, Any], path: Path) -> str | None:
-    entry = memory.get(str(path))
+def _known(hashes: dict[str, Any], path: Path) -> str | None:
+    entry = hashes.get(str(path))
     if not isinstance(entry, dict) or entry.get("stamp") != _stamp(path):
         return None
     return str(entry["sha256"])
@@ -199,32 +199,22 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _remembered(memory: Path) -> dict[str, Any]:
+def _read_hashes(hashes: Path) -> dict[str, Any]:
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(hashes.read_text())
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
 
 
-def _remember(memory: Path, entries: dict[str, dict[str, Any]]) -> None:
+def _add_hashes(hashes: Path, entries: dict[str, dict[str, Any]]) -> None:
     """Adds entries to the file. What another process adds meanwhile may be lost; it is then hashed again."""
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_file(memory, json.dumps(_remembered(memory) | entries, indent=1))
+        hashes.parent.mkdir(parents=True, exist_ok=True)
+        write_file(hashes, json.dumps(_read_hashes(hashes) | entries, indent=1))
     except OSError as error:  # a read-only cache, for example, can be used all the same
         logger.warning(
             "%s: cannot store file hashes (%s); the next command hashes the model again",
-            memory,
+            hashes,
             error.strerror,
         )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, part in tree.items()
-        for key, value in _flat(part, f"{prefix}.{name}".strip(".")).items()
-    }

@@ -163,6 +163,15 @@ def test_sft_wants_a_model_or_the_plan_of_one_but_not_both(tmp_path: Path) -> No
         assert "exactly one of model.name_or_path and model.scratch" in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data.train", ""), ("data.train", []), ("data.max_length", 1), ("data.min_margin", -0.1)],
+)
+def test_sft_names_illegal_values_of_its_data(key: str, value: Any) -> None:
+    (problem,) = problems(with_value(SFT, key, value))
+    assert problem.startswith(f"{key}: ")
+
+
 def test_sft_names_its_own_illegal_values(tmp_path: Path) -> None:
     missing = SftModelConfig(scratch=ScratchConfig(config=str(tmp_path / "none.json")))
     config = replace(SFT, model=missing, train=SftTrainConfig(sequences_per_step=0))

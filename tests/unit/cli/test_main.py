@@ -292,7 +292,7 @@ NEITHER = "dpo: error: expected a folder or --config FILE: see dpo cache --help"
         ),
         (
             ["verify", "F", "--recompute", "3"],
-            "dpo: error: --recompute: token ids and model come from a conf",
+            "dpo: error: --recompute: ",
         ),
         (
             ["info", "/no/such/cache"],

@@ -1,39 +1,19 @@
-"""Tokenized data on disk: groups after a round trip, mixtures, counts, and when a folder is used again."""
+"""Tokenized data on disk: groups after a round trip, the arrays that others read, and two writers at once."""
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from transformers import PreTrainedTokenizerFast
+from groups import ids, same, tokenized_groups
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dpo.config import DataConfig, DataSource
-from dpo.data import dataset as dataset_module
-from dpo.data.build import check_sources, open_datasets, resolve_max_length
-from dpo.data.dataset import FORMAT_VERSION, TokenizedDataset, map_dataset, write_dataset
+from dpo.data.dataset import FORMAT_VERSION, TokenizedDataset, is_written, map_dataset, write_dataset
 from dpo.data.records import Pair, TokenizedGroup, sequence_key
 from dpo.errors import UserError
-
-Open = Callable[..., tuple[TokenizedDataset, TokenizedDataset | None]]
-
-
-@pytest.fixture
-def open_with(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Open:
-    def open_it(train: Any, **options: Any) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-        data = DataConfig(train=train, cache_dir=str(tmp_path / "cache"), **options)
-        return open_datasets(data, tokenizer, 64)
-
-    return open_it
-
-
-def ids(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int32)
-
 
 GROUPS = (
     TokenizedGroup(prompt=ids(1, 2), completions=(ids(3), ids(4, 5, 6)), pairs=(Pair(1, 0),)),
@@ -46,14 +26,19 @@ def written(folder: Path) -> TokenizedDataset:
     return map_dataset(folder, "digest")
 
 
-def test_groups_come_back_as_they_were(tmp_path: Path) -> None:
-    data = written(tmp_path / "data")
-    assert len(data) == 2
-    for index, group in enumerate(GROUPS):
-        found = data[index]
-        assert found.prompt.tolist() == group.prompt.tolist()
-        assert [c.tolist() for c in found.completions] == [c.tolist() for c in group.completions]
-        assert found.pairs == group.pairs
+@given(st.lists(tokenized_groups(), max_size=4))
+def test_groups_that_are_written_and_read_back_are_equal(groups: list[TokenizedGroup]) -> None:
+    with TemporaryDirectory() as folder:
+        write_dataset(groups, Path(folder) / "data", Counter())
+        data = map_dataset(Path(folder) / "data", "digest")
+        assert len(data) == len(groups)
+        assert all(same(data[index], group) for index, group in enumerate(groups))
+
+
+def test_a_group_without_pairs_comes_back_without_margins(tmp_path: Path) -> None:
+    block = TokenizedGroup(prompt=ids(1), completions=(ids(2, 3),), pairs=())
+    write_dataset([block], tmp_path / "data", Counter())
+    assert same(map_dataset(tmp_path / "data", "digest")[0], block)
 
 
 def test_the_arrays_a_plan_needs(tmp_path: Path) -> None:
@@ -94,228 +79,40 @@ def test_token_ids_are_mapped_not_read(tmp_path: Path) -> None:
     assert np.shares_memory(data[1].completions[2], data.tokens)
 
 
-def test_a_source_that_breaks_off_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_source_that_ends_in_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
     def broken() -> Iterator[TokenizedGroup]:
         yield GROUPS[0]
         raise UserError("line 2 is broken")
 
-    for _ in range(2):  # a second attempt meets the same error, not the rubble of the first
+    for _ in range(2):  # a second attempt meets the same error, not what the first left
         with pytest.raises(UserError, match="line 2"):
             write_dataset(broken(), tmp_path / "data", Counter())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_counts_tell_what_was_dropped_and_cut(open_with: Open, write_jsonl: Callable[..., str]) -> None:
-    rows = [
-        {"prompt": "the cat", "chosen": " sat", "rejected": " on"},
-        {"prompt": "the cat", "chosen": " sat", "rejected": " sat"},
-        {"prompt": "the cat", "chosen": " sat"},
-        {"prompt": "the mat" * 40, "chosen": " sat", "rejected": " on"},
-    ]
-    train, test = open_with(write_jsonl(rows), max_length=16)
-    assert test is None
-    assert {name: number for name, number in train.counts.items() if number and name != "tokens"} == {
-        "groups": 2,
-        "pairs": 2,
-        "dropped/identical_completions": 1,
-        "dropped/missing_field": 1,
-        "truncated/prompts": 1,
-    }
-    assert train.counts["tokens"] == len(train.tokens)
+def test_of_two_writers_the_first_to_finish_wins_and_the_other_uses_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+
+    def overtaken() -> Iterator[TokenizedGroup]:
+        yield GROUPS[0]
+        write_dataset(GROUPS, folder, Counter())
+        yield GROUPS[1]
+
+    write_dataset(overtaken(), folder, Counter())
+    data = map_dataset(folder, "digest")
+    assert [same(data[index], group) for index, group in enumerate(GROUPS)] == [True, True]
+    assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_strict_makes_a_faulty_row_an_error_also_when_the_data_is_there(
-    open_with: Open, write_jsonl: Callable[..., str]
-) -> None:
-    path = write_jsonl([{"prompt": "a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "chosen": " b"}])
-    assert len(open_with(path)[0]) == 1
-    with pytest.raises(UserError, match=rf"{path}:2: .*missing_field"):
-        open_with(path, strict=True)
-
-
-def test_nothing_left_is_an_error_that_says_why(open_with: Open, write_jsonl: Callable[..., str]) -> None:
-    path = write_jsonl([{"prompt": "a", "chosen": " b", "rejected": " b"}] * 3)
-    message = "nothing left after filtering: 3 identical_completions"
-    with pytest.raises(UserError, match=message):
-        open_with(path)
-    with pytest.raises(UserError, match=message):
-        check_sources(DataConfig(train=path))
-
-
-def test_an_empty_file_is_an_error(open_with: Open, write_jsonl: Callable[..., str]) -> None:
-    with pytest.raises(UserError, match="the source is empty"):
-        open_with(write_jsonl([]))
-
-
-def test_ungrouped_every_pair_is_a_group_of_its_own(
-    open_with: Open, write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    row = {"prompt": "the", "completions": [" cat", " mat", " day"], "pairs": [[2, 0], [2, 1]]}
-    grouped, _ = open_with(write_jsonl([row]))
-    alone, _ = open_with(write_jsonl([row]), group_pairs=False)
-    assert (len(grouped), len(alone)) == (1, 2)
-    assert alone.pairs_per_group.tolist() == [1, 1]
-    said = [
-        [tokenizer.decode(c, skip_special_tokens=True) for c in group.completions]
-        for group in (alone[0], alone[1])
-    ]
-    assert said == [[" day", " cat"], [" day", " mat"]]
-    assert {pair for group in (alone[0], alone[1]) for pair in group.pairs} == {Pair(0, 1)}
-    assert set(alone.keys.tolist()) == set(grouped.keys.tolist())  # the same rows of the cache
-
-
-def numbered(write_jsonl: Callable[..., str], number: int, name: str) -> str:
-    rows = [{"prompt": f"{name} {i}", "chosen": " cat", "rejected": " mat"} for i in range(number)]
-    return write_jsonl(rows, f"{name}.jsonl")
-
-
-def prompts(data: TokenizedDataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [tokenizer.decode(data[index].prompt) for index in range(len(data))]
-
-
-def test_weights_take_a_fixed_part_or_repeat(
-    open_with: Open, write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    half = DataSource(path=numbered(write_jsonl, 200, "half"), weight=0.5)
-    twice = DataSource(path=numbered(write_jsonl, 5, "twice"), weight=2.0)
-    found = prompts(open_with([half, twice])[0], tokenizer)
-    assert [p for p in found if p.startswith("twice")] == [f"twice {i}" for i in range(5) for _ in range(2)]
-    taken = [p for p in found if p.startswith("half")]
-    assert len(taken) == len(set(taken))
-    assert 70 < len(taken) < 130  # 100 expected, standard deviation 7
-    again = prompts(open_with([twice, half])[0], tokenizer)
-    assert [p for p in again if p.startswith("half")] == taken
-
-
-def test_data_knows_how_many_groups_each_source_gave(
-    write_jsonl: Callable[..., str], open_with: Open
-) -> None:
-    first = DataSource(path=numbered(write_jsonl, 5, "first"), weight=2.0)
-    second = DataSource(path=numbered(write_jsonl, 3, "second"))
-    assert [tuple(source) for source in open_with([first, second])[0].sources] == [
-        (first.path, 10),
-        (second.path, 3),
-    ]
-
-
-def test_a_weight_between_two_numbers_repeats_some(
-    open_with: Open, write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast
-) -> None:
-    source = DataSource(path=numbered(write_jsonl, 200, "some"), weight=1.5)
-    times = Counter(prompts(open_with([source])[0], tokenizer))
-    assert len(times) == 200
-    assert set(times.values()) == {1, 2}
-    assert 70 < sum(number == 2 for number in times.values()) < 130
-
-
-def prepared(folder: Path, splits: dict[str, int], *, complete: bool | None = None) -> str:
-    """A folder as data_prep writes it, with that many rows a split."""
-    folder.mkdir()
-    for split, number in splits.items():
-        rows = [
-            {
-                "prompt": f"{split} {i}",
-                "completions": [" cat", " mat"],
-                "pairs": [{"chosen": 0, "rejected": 1}],
-            }
-            for i in range(number)
-        ]
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{split}.parquet")
-    if complete is not None:
-        (folder / "manifest.json").write_text(json.dumps({"completions_are_complete": complete}))
-    return str(folder)
-
-
-def test_held_out_data_default_to_the_test_splits_beside_train(
-    open_with: Open, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, write_jsonl: Callable[..., str]
-) -> None:
-    with_test = prepared(tmp_path / "a", {"train": 3, "test": 2})
-    without = prepared(tmp_path / "b", {"train": 4})
-    train, test = open_with([DataSource(path=with_test, weight=2.0), DataSource(path=without)])
-    assert (len(train), test and len(test)) == (10, 2)  # a weight of training says nothing of held-out data
-    assert test is not None
-    assert prompts(test, tokenizer) == ["test 0", "test 1"]
-    assert open_with(without)[1] is None
-    named = open_with(with_test, test=numbered(write_jsonl, 7, "other"))[1]
-    assert named is not None
-    assert len(named) == 7
-
-
-@pytest.mark.parametrize(
-    ("complete", "option", "ends"),
-    [(True, None, True), (False, None, False), (None, None, True), (True, False, False), (False, True, True)],
-)
-def test_eos_follows_the_manifest_unless_the_option_overrides(
-    open_with: Open,
-    tmp_path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    complete: bool | None,
-    option: bool | None,
-    ends: bool,
-) -> None:
-    train, _ = open_with(prepared(tmp_path / "a", {"train": 1}, complete=complete), append_eos=option)
-    assert (int(train[0].completions[0][-1]) == tokenizer.eos_token_id) is ends
-
-
-def test_the_folder_is_used_again_and_an_option_that_decides_ids_makes_another(
-    open_with: Open, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = numbered(write_jsonl, 3, "x")
-    first, _ = open_with(path)
-    folders = {first.path}
-    for change in (
-        {"max_length": 32},
-        {"max_prompt_length": 4},
-        {"too_long": "drop"},
-        {"group_pairs": False},
-        {"append_eos": False},
-        {"pairing": "all"},
-        {"min_margin": 0.5},
-    ):
-        folders.add(open_with(path, **change)[0].path)
-    folders.add(open_with([DataSource(path=path, weight=2.0)])[0].path)
-    assert len(folders) == 9
-
-    def never(*_: Any) -> None:
-        raise AssertionError("tokenized again")
-
-    monkeypatch.setattr(dataset_module, "write_dataset", never)
-    assert open_with(path)[0].path == first.path
-    moved = Path(path).rename(tmp_path / "renamed.jsonl")  # content counts, not the name
-    assert open_with(str(moved))[0].path == first.path
-
-
-def test_an_edited_source_or_another_tokenizer_makes_another_folder(
-    open_with: Open,
-    write_jsonl: Callable[..., str],
-    bos_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-) -> None:
-    first = open_with(numbered(write_jsonl, 3, "x"))[0].path
-    assert open_with(numbered(write_jsonl, 4, "x"))[0].path != first
-    data = DataConfig(train=numbered(write_jsonl, 3, "x"), cache_dir=str(tmp_path / "cache"))
-    assert open_datasets(data, bos_tokenizer, 64)[0].path != first
-
-
-def test_the_longest_length_is_the_models_at_most() -> None:
-    assert resolve_max_length(None, 64) == 64
-    assert resolve_max_length(None, 4096) == 1024
-    assert resolve_max_length(None, None) == 1024
-    assert resolve_max_length(64, 64) == 64
-    assert resolve_max_length(3000, None) == 3000
-    with pytest.raises(UserError, match=r"data\.max_length: 65; the model has 64 positions"):
-        resolve_max_length(65, 64)
-
-
-def test_a_prompt_length_that_leaves_no_room_under_the_models_limit_is_refused(
-    open_with: Open, write_jsonl: Callable[..., str]
-) -> None:
-    with pytest.raises(UserError, match=r"data\.max_prompt_length: 64; expected less than 64"):
-        open_with(numbered(write_jsonl, 3, "x"), max_prompt_length=64)
+def test_a_folder_that_lost_files_is_written_again(tmp_path: Path) -> None:
+    folder = written(tmp_path / "data").path
+    (folder / "counts.json").unlink()
+    assert not is_written(folder)
+    assert len(written(folder)) == 2
 
 
 def test_other_files_are_another_format(tmp_path: Path) -> None:
-    """A change of what is written needs a new FORMAT_VERSION, or folders of yesterday cannot be read."""
+    """A change of the files needs a new FORMAT_VERSION, or folders of an earlier version cannot be read."""
     written(tmp_path / "data")
     arrays = {"group_pairs", "group_segments", "keys", "margins", "pairs", "segment_offsets"}
     files = {"counts.json", "sources.json", "tokens.bin", *(f"{name}.npy" for name in arrays)}

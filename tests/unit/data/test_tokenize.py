@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dpo.data.records import Pair, PreferenceGroup, TokenizedGroup
-from dpo.data.tokenize import TokenizeOptions, _fit, encode_text, tokenize_groups
+from dpo.data.tokenize import TokenizeOptions, _fit, encode_prompt, tokenize_groups
 
 WIDE = TokenizeOptions(max_length=60, max_prompt_length=None, drop_too_long=False, append_eos=True)
 
@@ -67,7 +67,7 @@ def test_a_prompt_that_brings_its_own_bos_gets_no_second_one(bos_tokenizer: PreT
 
 
 def test_a_tokenizer_that_adds_no_bos_gets_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert encode_text("the cat", tokenizer) == tokenizer("the cat").input_ids
+    assert encode_prompt("the cat", tokenizer) == tokenizer("the cat").input_ids
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -82,7 +82,7 @@ def test_an_empty_prompt_becomes_one_token(
 
 def test_an_empty_prompt_becomes_eos_where_there_is_no_bos(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.bos_token = None
-    assert encode_text("", tokenizer) == [tokenizer.eos_token_id]
+    assert encode_prompt("", tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_a_boundary_inside_a_token_leaves_the_prompt_as_it_is(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -96,7 +96,7 @@ def test_a_boundary_inside_a_token_leaves_the_prompt_as_it_is(tokenizer: PreTrai
 
 
 def test_a_long_prompt_keeps_its_end_and_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
-    words = " cat" * 20  # a token a word, as the next line checks
+    words = " cat" * 20  # one token per word, as the next line checks
     assert len(tokenizer(words).input_ids) == 20
     group = text_group(f"mat{words}", " sat", " on")
     longest = max(map(len, ids_of(tokenizer, group)[1:]))
@@ -130,7 +130,7 @@ def test_the_prompt_keeps_half_when_both_are_long(tokenizer: PreTrainedTokenizer
     assert counts == {"truncated/prompts": 1, "truncated/completions": 1}
 
 
-def test_what_does_not_fit_is_dropped_where_that_is_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_what_does_not_fit_is_dropped_on_request(tokenizer: PreTrainedTokenizerFast) -> None:
     group = text_group(" mat" * 30, " cat", " on")
     assert tokenized(tokenizer, group, max_length=10, drop_too_long=True) == (None, {"dropped/too_long": 1})
     kept, counts = tokenized(tokenizer, group, max_length=60, drop_too_long=True)
@@ -138,12 +138,14 @@ def test_what_does_not_fit_is_dropped_where_that_is_asked_for(tokenizer: PreTrai
     assert counts == {}
 
 
-def test_completions_that_differ_behind_the_cut_make_no_pair(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_completions_that_differ_only_in_what_is_truncated_make_no_pair(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
     group = text_group("mat", " cat" * 20 + " on", " cat" * 20 + " sat", " on")
     found, counts = tokenized(tokenizer, group, max_length=10)
     assert found is not None
     assert counts["dropped/pairs_identical_in_tokens"] == 1
-    assert len(found.completions) == 2  # the second is named by no pair any more
+    assert len(found.completions) == 2  # no pair names the second any more
     assert found.pairs == (Pair(0, 1),)
 
 
@@ -228,7 +230,7 @@ class _NoBos:
         return type("Encoded", (), {"input_ids": []})
 
 
-def test_pairs_keep_how_far_their_scores_are_apart() -> None:
+def test_pairs_keep_the_margin_of_their_scores() -> None:
     completions = [[1], [2], [1], [3]]  # the first and the third become one
     group = PreferenceGroup(
         prompt="",

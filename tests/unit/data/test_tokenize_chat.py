@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dpo.data.records import Message, Pair, PreferenceGroup, TokenizedGroup
-from dpo.data.tokenize import TokenizeOptions, tokenize_groups, tokenizer_digest
+from dpo.data.tokenize import TokenizeOptions, encode_prompt, tokenize_groups, tokenizer_digest
 from dpo.errors import UserError
 
 OPTIONS = TokenizeOptions(max_length=64, max_prompt_length=None, drop_too_long=False, append_eos=True)
@@ -65,6 +65,16 @@ def test_a_template_that_rewrites_history_drops_the_rows_it_rewrites(
     assert counts == {"dropped/template_rewrites_history": 1}
 
 
+def test_chat_turns_without_a_template_are_refused_with_the_option(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    turns = (Message(role="user", content="hi"),)
+    with pytest.raises(UserError, match=r"--model: .*chat template"):
+        encode_prompt(turns, tokenizer, key="--model")
+    tokenizer.chat_template = PLAIN
+    assert tokenizer.decode(encode_prompt(turns, tokenizer)) == "<user>hi<|endoftext|><assistant>"
+
+
 def test_a_dialogue_that_the_template_refuses_is_dropped_and_counted(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -79,7 +89,7 @@ def test_chats_need_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
         run(tokenizer, chat(("user", "hi")))
 
 
-def test_text_and_chats_may_stand_in_one_source(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_text_and_chats_may_be_in_one_source(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = PLAIN
     text = PreferenceGroup(prompt="the cat", completions=(" sat", " on"), pairs=(Pair(0, 1),))
     found, _ = run(tokenizer, text, chat(("user", "hi")), text)
@@ -95,7 +105,7 @@ def test_the_digest_is_the_same_for_what_gives_the_same_ids(tokenizer: PreTraine
     assert tokenizer_digest(tokenizer) == before
 
 
-def test_the_digest_differs_with_whatever_decides_ids(
+def test_the_digest_differs_with_everything_that_decides_ids(
     tokenizer: PreTrainedTokenizerFast, bos_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     digests = {tokenizer_digest(tokenizer), tokenizer_digest(bos_tokenizer)}

@@ -2,21 +2,16 @@
 
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
+from groups import TOKENS, ids
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo.data.records import Pair, TokenIds, TokenizedGroup
 from dpo.data.trees import Layout, TreeBatch, group_batch, sequence_batch, tree_batch
-from dpo.loss.pairs import pair_logps
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-
-
-def ids(*values: int) -> TokenIds:
-    return np.array(values, dtype=np.int32)
 
 
 def two_groups(layout: Layout) -> TreeBatch:
@@ -27,7 +22,7 @@ def two_groups(layout: Layout) -> TreeBatch:
     return group_batch([first, second], layout)
 
 
-def test_packed_trees_stand_one_after_the_other() -> None:
+def test_packed_trees_follow_one_another() -> None:
     batch = two_groups("packed")
     assert batch.input_ids.tolist() == [[7, 8, 1, 2, 3, 9, 4, 5, 6, 4, 4, 4]]
     assert batch.positions.tolist() == [[0, 1, 2, 2, 3, 0, 1, 1, 2, 1, 2, 3]]
@@ -46,7 +41,7 @@ def test_flex_is_packed_and_padded_to_whole_blocks() -> None:
     assert torch.equal(flex.predicts, packed.predicts)
 
 
-def test_trees_are_one_a_row_padded_on_the_right() -> None:
+def test_trees_are_one_per_row_padded_on_the_right() -> None:
     batch = two_groups("trees")
     assert batch.input_ids.tolist() == [[7, 8, 1, 2, 3, 0, 0], [9, 4, 5, 6, 4, 4, 4]]
     assert batch.positions.tolist() == [[0, 1, 2, 2, 3, 0, 0], [0, 1, 1, 2, 1, 2, 3]]
@@ -54,7 +49,7 @@ def test_trees_are_one_a_row_padded_on_the_right() -> None:
     assert batch.predicts.tolist() == [1, 1, 3, 7, 7, 9, 7, 11, 12]
 
 
-def test_rows_hold_one_completion_each_after_a_prompt_of_its_own() -> None:
+def test_rows_hold_one_completion_each_after_its_own_prompt() -> None:
     batch = two_groups("rows")
     expected = [[7, 8, 1, 0], [7, 8, 2, 3], [9, 4, 0, 0], [9, 5, 6, 0], [9, 4, 4, 4]]
     assert batch.input_ids.tolist() == expected
@@ -73,23 +68,14 @@ def test_sequences_and_pairs_are_the_same_in_every_layout(layout: Layout) -> Non
     assert batch.num_real_tokens == (16 if layout == "rows" else 12)
 
 
-def test_pair_values_are_picked_by_sequence() -> None:
-    batch = two_groups("packed")
-    picked = pair_logps(torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]), batch.pairs, batch.num_tokens)
-    assert picked.chosen.tolist() == [-1.0, -5.0, -5.0]
-    assert picked.rejected.tolist() == [-2.0, -3.0, -4.0]
-    assert picked.chosen_tokens.tolist() == [1, 3, 3]
-    assert picked.rejected_tokens.tolist() == [2, 1, 2]
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_batch_without_work_is_a_row_that_predicts_nothing(layout: Layout) -> None:
+def test_a_batch_without_trees_is_a_row_that_predicts_nothing(layout: Layout) -> None:
     for batch in (group_batch([], layout), sequence_batch([], layout)):
         assert batch.input_ids.shape == (1, 128 if layout == "flex" else 2)
         counts = (len(batch.predicts), len(batch.targets), len(batch.sequences), batch.num_real_tokens)
         assert counts == (0, 0, 0, 0)
         assert batch.num_tokens.tolist() == [0]
-        assert pair_logps(torch.zeros(1), batch.pairs, batch.num_tokens).chosen.shape == (0,)
+        assert batch.pairs.shape == (0, 2)
 
 
 def test_moving_a_batch_changes_nothing() -> None:
@@ -101,12 +87,11 @@ def test_moving_a_batch_changes_nothing() -> None:
         assert same or getattr(moved, name) == value
 
 
-TOKENS = st.lists(st.integers(1, 99), min_size=1, max_size=9).map(lambda values: ids(*values))
 TREES = st.lists(st.tuples(TOKENS, st.lists(TOKENS, min_size=1, max_size=5)), min_size=1, max_size=5)
 
 
 @given(TREES, st.sampled_from(LAYOUTS))
-def test_what_a_token_sees_is_its_own_sequence_up_to_itself(
+def test_a_token_attends_to_its_own_sequence_up_to_itself(
     trees: list[tuple[TokenIds, list[TokenIds]]], layout: Layout
 ) -> None:
     batch = tree_batch(trees, layout)
@@ -127,31 +112,3 @@ def test_what_a_token_sees_is_its_own_sequence_up_to_itself(
             assert batch.targets[target] == whole[place]
             target += 1
     assert target == len(batch.targets)
-
-
-def test_tokens_beyond_the_shorter_completion_count_by_alpha() -> None:
-    trees = [(ids(9), [ids(1), ids(2, 3, 4), ids(5, 6)])]
-    batch = tree_batch(trees, "packed", [(1, 0), (0, 2), (1, 2)])
-    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0], requires_grad=True)  # of the six tokens
-    found = pair_logps(logps, batch.pairs, batch.num_tokens, 0.25)
-    assert found.chosen.tolist() == [-2 + 0.25 * (-3 - 4), -1, -2 - 3 + 0.25 * -4]
-    assert found.rejected.tolist() == [-1, -5 + 0.25 * -6, -5 - 6]
-    found.chosen.sum().backward()
-    assert logps.grad is not None
-    assert logps.grad.tolist() == [1, 2, 1.25, 0.5, 0, 0]
-    plain = torch.tensor([-1.0, -9.0, -11.0])
-    for alpha, summed in ((1.0, plain), (0.0, None)):
-        pairs = pair_logps(logps.detach(), batch.pairs, batch.num_tokens, alpha)
-        if summed is not None:
-            assert torch.equal(
-                pairs.chosen, pair_logps(summed, batch.pairs, batch.num_tokens).chosen.double()
-            )
-        else:
-            assert pairs.chosen.tolist() == [-2, -1, -5]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_batch_without_groups_has_no_pairs_with_or_without_alpha(layout: Layout) -> None:
-    batch = tree_batch([], layout)
-    assert len(pair_logps(torch.zeros(len(batch.targets)), batch.pairs, batch.num_tokens, 0.5).chosen) == 0
-    assert len(pair_logps(torch.zeros(1), batch.pairs, batch.num_tokens).chosen) == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from data_prep.cli import main
 from data_prep.files import PreferenceWriter
 from data_prep.prompts import Prompt
 from data_prep.sample import _groups
-from dpo.data.records import Pair, PreferenceGroup
+from dpo.data.records import Message, Pair, PreferenceGroup
 
 WORDS = ("good", "bad", "happy", "sad", "awful", "lovely", "table", "chair", "love", "hate", "wonderful")
 
@@ -134,6 +135,26 @@ def test_ready_prompts_keep_their_text_and_their_split(
     manifest = json.loads((output / "manifest.json").read_text())
     assert manifest["dropped"] == {"prompt_too_long": 1}
     assert [file["name"] for file in manifest["sources"]] == ["test.parquet", "train.parquet"]
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_dropped_and_counted(policy: Path, tmp_path: Path) -> None:
+    chatty = tmp_path / "chatty"
+    shutil.copytree(policy, chatty)
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% for m in messages %} {{ m.content }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(chatty)
+    source = tmp_path / "chats"
+    with PreferenceWriter(source, overwrite=False, completions_are_complete=True, source={}) as writer:
+        for role in ("user", "system"):
+            prompt = (Message(role=role, content=f"{role} table"),)
+            writer.write("train", PreferenceGroup(prompt=prompt, completions=("x", "y"), pairs=(Pair(0, 1),)))
+    assert run(chatty, source, tmp_path / "out", "--num_samples", "16") == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["dropped"] == {"template_refuses_dialogue": 1}
+    assert [row["prompt"][0]["role"] for row in rows(tmp_path / "out", "train")] == ["user"]
 
 
 def test_identical_and_blank_continuations_leave_and_groups_without_a_pair_are_counted() -> None:

@@ -1,4 +1,4 @@
-"""Each loss: by hand, its gradient by finite differences, and what holds whatever the numbers."""
+"""Each loss: its value by hand, its gradient by finite differences, and properties that always hold."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def config(name: str, **changed: Any) -> LossConfig:
 
 
 def logps(chosen: list[float], rejected: list[float], dtype: torch.dtype = torch.float64) -> PairLogProbs:
-    """Completions of 4 and 2 tokens; every pair has a chosen completion of its own."""
+    """Completions of 4 and 2 tokens; no two pairs share a chosen completion."""
     return PairLogProbs(
         chosen=torch.tensor(chosen, dtype=dtype),
         rejected=torch.tensor(rejected, dtype=dtype),
@@ -58,7 +58,7 @@ def odds(mean: float) -> float:
     return mean - math.log(1 - math.exp(mean))
 
 
-# h_w = 1, h_l = -0.6: h = 1.6, beta h = 0.8; a token 0.25 and -0.3: 0.275 with beta; eps = 0.25
+# h_w = 1, h_l = -0.6: h = 1.6, beta h = 0.8; per token 0.25 and -0.3: 0.275 with beta; eps = 0.25
 BY_HAND = {
     "sigmoid": -0.75 * log_sigmoid(0.8) - 0.25 * log_sigmoid(-0.8),
     "robust": (-0.75 * log_sigmoid(0.8) + 0.25 * log_sigmoid(-0.8)) / 0.5,
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"nca_pair", "sppo_hard", "apo_zero", "apo_down"}))
 def test_the_loss_falls_as_the_margin_rises(name: str) -> None:
-    if name in ("ipo", "sigmoid", "sigmoid_norm", "exo_pair"):  # up to where they are least
+    if name in ("ipo", "sigmoid", "sigmoid_norm", "exo_pair"):  # up to their minimum
         margins = [-6.0, -3.0, 0.0, 0.5]
     else:
         margins = [-6.0, -3.0, 0.0, 1.5]
@@ -165,7 +165,7 @@ def test_exchanged_labels_mirror_the_loss(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoid_norm", "plackett_luce"])
 def test_exchanged_labels_differ_by_the_margin(name: str) -> None:
-    """-log sigma(-z) - -log sigma(z) = z: what a Bradley-Terry likelihood must do."""
+    """-log sigma(-z) + log sigma(z) = z, as for any Bradley-Terry likelihood."""
     changed = {"label_smoothing": 0.0} if "label_smoothing" in OPTIONS[name] else {}
     one, other = (
         preference_loss(
@@ -216,7 +216,7 @@ def test_a_mixture_adds_weighted_losses_and_shows_the_first_ones_rewards() -> No
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"plackett_luce"}))
-def test_the_likelihood_of_the_chosen_can_be_added_to_any(name: str) -> None:
+def test_the_likelihood_of_the_chosen_completion_can_be_added_to_any_loss(name: str) -> None:
     policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
     plain = preference_loss(policy, reference, config(name)).losses
     added = preference_loss(policy, reference, config(name, sft_weight=0.5)).losses
@@ -231,7 +231,7 @@ def test_losses_without_a_reference_run_without_one(name: str) -> None:
     assert found.chosen_rewards.item() == pytest.approx(0.5 * -7 / 4)
 
 
-def test_rewards_count_as_the_loss_does() -> None:
+def test_rewards_are_per_token_where_the_loss_is() -> None:
     policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
     for name, chosen in (("sigmoid", 1.0), ("ipo", 1.0), ("sigmoid_norm", 1 / 4)):
         found = preference_loss(policy, reference, config(name))

@@ -1,4 +1,4 @@
-"""Plackett-Luce: products of softmaxes by hand, ties and partial rankings, and its place among groups."""
+"""Plackett-Luce: products of softmaxes by hand, ties, partial rankings, and several groups in a batch."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ CONFIG = LossConfig(type="plackett_luce", beta=BETA)
 
 
 def losses(scores: list[list[float]], pairs: list[tuple[int, int]]) -> list[float]:
-    """Of completions with these log-ratios, group after group, and pairs of their numbers."""
+    """Losses of the pairs, given the log-ratios of all completions, group after group."""
     values = torch.tensor([value for group in scores for value in group], dtype=torch.float64)
     chosen = torch.tensor([pair[0] for pair in pairs])
     rejected = torch.tensor([pair[1] for pair in pairs])

@@ -1,4 +1,4 @@
-"""The loss by hand: Eq. 7 of the paper, conservative DPO, and the implicit rewards."""
+"""The default loss by hand: Eq. 7 of the paper, conservative DPO, and the implicit rewards."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_the_loss_is_minus_log_sigmoid_of_beta_times_the_difference_of_log_ratio
     assert close(result.rejected_rewards, -0.3)
 
 
-def test_label_smoothing_weighs_the_loss_of_the_flipped_pair() -> None:
+def test_label_smoothing_adds_the_loss_of_the_flipped_pair() -> None:
     # beta h = 2: 0.75 log(1 + e^-2) + 0.25 log(1 + e^2)
     expected = 0.75 * math.log(1 + math.exp(-2)) + 0.25 * math.log(1 + math.exp(2))
     assert close(loss_of(4.0, 0.5, 0.25).losses, expected)

@@ -1,7 +1,9 @@
-"""Tiny random models of the families that people train, with windows shorter than the test's sequences."""
+"""Tiny random models of common families, with windows shorter than the tests' sequences."""
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo.data.records import TokenIds
@@ -18,7 +20,7 @@ COMMON = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "initializer_range": 0.3,  # far from uniform: a token that sees the wrong ones is nats away
+    "initializer_range": 0.3,  # far from uniform: attending to a wrong token changes log-probs by nats
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -55,7 +57,7 @@ def tiny(family: str, attention: str | None = None) -> PreTrainedModel:
     remove_dropout(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # they start at zero, where a forgotten one would not show
+        if name.endswith("bias"):  # they start at zero, where a forgotten bias would not be noticed
             torch.nn.init.normal_(parameter, std=0.3)
     return ready(model)
 
@@ -68,3 +70,14 @@ def random_tree(rng: np.random.Generator, num_completions: int, longest: int = 3
     """A prompt and completions of uneven length."""
     lengths = rng.integers(1, longest, num_completions)
     return random_ids(rng, int(rng.integers(1, longest))), [random_ids(rng, int(n)) for n in lengths]
+
+
+def naive_logps(model: PreTrainedModel, trees: list[Tree]) -> Tensor:
+    """(N,) log-probs: one sequence at a time, nothing shared, softmax over the model's own logits."""
+    found = []
+    for prompt, completions in trees:
+        for completion in completions:
+            ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))[None]
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            found.append(-F.cross_entropy(logits, ids[0, len(prompt) :], reduction="none"))
+    return torch.cat(found)

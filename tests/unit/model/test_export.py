@@ -1,6 +1,7 @@
-"""An exported folder loads as the model that was exported, tied embeddings and all; complete or not there."""
+"""An exported folder loads as the model that was exported, tied embeddings included; complete or absent."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +50,8 @@ def test_a_reloaded_model_gives_equal_log_probs(tied: bool, tmp_path: Path, toke
     torch.testing.assert_close(logps(ours), logps(model), rtol=0, atol=1e-4)  # its gelu is a fused one
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert theirs.config.tie_word_embeddings is tied
-    assert theirs.config.use_cache is True  # as others want to generate with it
-    assert model.config.use_cache is False  # as training goes on
+    assert theirs.config.use_cache is True  # for generation
+    assert model.config.use_cache is False  # for the rest of the training
     assert torch.equal(logps(theirs.eval()), logps(model))
 
 
@@ -60,7 +61,7 @@ def test_weights_in_a_narrower_type_are_what_is_saved(tmp_path: Path, tokenizer:
     export_model(model, narrow, tokenizer, tmp_path / "model", "card")
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
-    assert "lm_head.weight" not in saved  # tied: stands there once, as the embedding
+    assert "lm_head.weight" not in saved  # tied: it is saved once, as the embedding
     again = load_model(ModelConfig(name_or_path=str(tmp_path / "model"), dtype="bfloat16"))
     assert torch.equal(again.state_dict()["lm_head.weight"], narrow["transformer.wte.weight"])
 
@@ -76,6 +77,40 @@ def test_the_folder_is_complete_and_replaces_an_older_one(tmp_path: Path, tokeni
     assert (folder / "README.md").read_text() == "# The card"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert AutoTokenizer.from_pretrained(folder)("the cat").input_ids == tokenizer("the cat").input_ids
+
+
+def test_after_an_error_the_older_folder_is_as_it_was(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old.bin").write_text("old")
+    model = tiny(tied=True)
+    with pytest.raises(AttributeError):
+        export_model(model, {"transformer.wte.weight": None}, tokenizer, folder, "card")  # type: ignore[dict-item]
+    assert model.config.use_cache is False
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (folder / "old.bin").read_text() == "old"
+
+
+def test_a_link_to_a_large_disk_stays_a_link(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / "disk" / "model")
+    export_model(tiny(tied=True), tiny(tied=True).state_dict(), tokenizer, tmp_path / "model", "card")
+    assert (tmp_path / "model").is_symlink()
+    assert (tmp_path / "disk" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_of_the_umask(
+    tmp_path: Path, tokenizer: Tokenizer, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        export_model(tiny(tied=True), tiny(tied=True).state_dict(), tokenizer, tmp_path / "model", "card")
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "model").iterdir())
+    assert "model.safetensors" in [path.name for path in files]
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
 
 
 def test_sampling_settings_that_transformers_would_not_save_do_not_lose_the_model(

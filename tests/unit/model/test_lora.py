@@ -353,3 +353,15 @@ def test_the_first_loss_is_ln_2_on_an_adapter(tiny_model: Path) -> None:
     assert -torch.nn.functional.logsigmoid(0.1 * margins).mean().item() == pytest.approx(
         math.log(2), abs=1e-9
     )
+
+
+def test_a_model_that_is_an_adapter_is_not_trained(
+    pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    arguments = ["--model.name_or_path", str(adapter), "--data.train", str(pairs_file)]
+    assert run(["check", "train", *arguments, "--run_dir", str(tmp_path / "run")]) == 2
+    assert f"model.name_or_path: {adapter}" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.reference.samples import Values, content, files, keys, made, random_rows, raw, rows, token_rows
+from unit.reference.samples import Values, content, files, made, random_rows, raw, rows, token_rows
 
 from dpo.errors import UserError
 from dpo.reference import shards as shards_module
@@ -317,10 +317,3 @@ def test_a_shard_is_on_the_disk_before_it_has_its_final_name(
     assert final == [path.name]
     assert temporary.startswith(f".{path.name}.")
     assert PurePath(temporary).match(UNFINISHED)
-
-
-def test_a_half_written_file_is_not_a_shard(tmp_path: Path) -> None:
-    store = made(tmp_path)
-    store.append(rows({b"a": (-1.0, 1)}))
-    (store.path / ".part-00000000000000000001-abc.parquet.writing").write_bytes(b"half")
-    assert list(content(store)) == raw(keys(b"a"))

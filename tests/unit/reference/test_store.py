@@ -22,11 +22,12 @@ from unit.reference.samples import (
     token_rows,
 )
 
+from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.reference import store as store_module
-from dpo.reference.identity import ReferenceIdentity
+from dpo.reference.identity import ReferenceIdentity, reference_identity
 from dpo.reference.shards import read_shard, write_shard
-from dpo.reference.store import RELOADS, ReferenceStore
+from dpo.reference.store import RELOADS, ReferenceStore, reference_store
 
 OTHER = replace(IDENTITY, weights={"model.safetensors": "bb" * 32})
 
@@ -295,3 +296,16 @@ def test_a_cache_whose_shards_keep_disappearing_is_an_error(
     monkeypatch.setattr(store_module, "read_shard", joining(store, 99))
     with pytest.raises(UserError, match=str(store.path)):
         store.load()
+
+
+def test_a_unfinished_file_is_not_a_shard(tmp_path: Path) -> None:
+    store = made(tmp_path)
+    append(store, {b"a": (-1.0, 1)})
+    (store.path / ".part-00000000000000000001-abc.parquet.writing").write_bytes(b"half")
+    assert list(content(store)) == raw(keys(b"a"))
+
+
+def test_the_store_of_a_model_has_its_identity(tiny_model: Path, tmp_path: Path) -> None:
+    model = ModelConfig(name_or_path=str(tiny_model), dtype="float32")
+    store = reference_store(model, tmp_path / "caches")
+    assert (store.cache_dir, store.identity) == (tmp_path / "caches", reference_identity(model, tmp_path))

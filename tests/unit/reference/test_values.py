@@ -6,15 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from unit.reference.samples import IDENTITY, made
 
+from dpo.config import ModelConfig, ReferenceConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.records import Pair, TokenizedGroup
 from dpo.errors import UserError
+from dpo.reference.audit import RECORD_FILE
 from dpo.reference.shards import write_shard
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import ReferenceRows
-from dpo.reference.values import reference_logps, reference_token_logps
+from dpo.reference.values import ReferenceUse, open_reference, reference_logps, reference_token_logps
 
 PROMPT = np.array([1, 2], dtype=np.int32)
 
@@ -147,6 +151,25 @@ def test_of_several_copies_the_oldest_with_tokens_counts(
     assert sums[1] == -9  # for sums the oldest of all
 
 
+@given(st.lists(st.tuples(st.sets(st.integers(0, 3), min_size=1), st.booleans()), max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_tokens_of_overlapping_shards_are_those_of_the_oldest_copies(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[tuple[set[int], bool]]
+) -> None:
+    folder, distinct = tmp_path_factory.mktemp("tokens"), [0, 1, 2, 4]
+    data, store = data_of(folder / "data", 1, 4, 2), made(folder / "cache")
+    oldest: dict[int, float] = {}  # distinct sequence -> shift of its oldest copy with tokens
+    for number, (members, with_tokens) in enumerate([*shards, ({0, 1, 2, 3}, True)]):
+        sequences, shift = [distinct[member] for member in sorted(members)], number * 2.0**-21
+        rows = rows_of(data, sequences, with_tokens=with_tokens, by=shift)
+        write_shard(store.path, rows, IDENTITY.digest, time_ns=number + 1)
+        for sequence in sequences if with_tokens else []:
+            oldest.setdefault(sequence, shift)
+    lengths = data.completion_tokens.tolist()
+    expected = [(lengths[s], oldest[s if s in distinct else 1]) for s in range(len(lengths))]
+    assert reference_token_logps(data, store, "").tolist() == tokens_of(*expected)
+
+
 def test_rows_without_tokens_are_refused_where_tokens_are_wanted(
     data: TokenizedDataset, store: ReferenceStore
 ) -> None:
@@ -165,3 +188,51 @@ def test_a_damaged_cache_is_refused(data: TokenizedDataset, store: ReferenceStor
     ):
         with pytest.raises(UserError, match="damaged shard"):
             attempt()
+
+
+def use_of(data: TokenizedDataset, store: ReferenceStore | None, *, audit_rows: int = 16) -> ReferenceUse:
+    sums = [] if store is None else reference_logps([data], store, "")
+    return ReferenceUse(
+        model=ModelConfig(name_or_path="not there"),
+        options=ReferenceConfig(audit_rows=audit_rows),
+        store=store,
+        datasets=[data],
+        sums=sums,
+        values=sums or [None],
+    )
+
+
+def test_a_loss_without_reference_reads_audits_and_records_nothing(
+    data: TokenizedDataset, tmp_path: Path
+) -> None:
+    model, options = ModelConfig(name_or_path="not there"), ReferenceConfig(cache_dir=str(tmp_path / "none"))
+    use = open_reference(model, options, [data], needed=False, per_token=True, command="")
+    assert (use.store, use.sums, use.values) == (None, [], [None])
+    assert not use.audit_apart(model)
+    use.record(tmp_path, None)
+    assert not (tmp_path / RECORD_FILE).exists()
+
+
+def test_without_audit_rows_no_model_is_loaded(data: TokenizedDataset, store: ReferenceStore) -> None:
+    store.append(rows_of(data, [0, 1, 2, 4]))
+    assert not use_of(data, store, audit_rows=0).audit_apart(ModelConfig(name_or_path="not there"))
+
+
+def test_a_resumed_run_needs_the_rows_it_started_with_unless_it_is_not_audited(
+    data: TokenizedDataset, store: ReferenceStore, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    checkpoint = first / "checkpoints" / "step_00000001"
+    path = store.append(rows_of(data, [0, 1, 2, 4]))
+    use_of(data, store).record(first, None)
+    use_of(data, store).record(second, checkpoint)  # a new run that starts from the checkpoint of another
+    assert (second / RECORD_FILE).read_text() == (first / RECORD_FILE).read_text()
+    path.unlink()
+    store.append(rows_of(data, [0, 1, 2, 4], by=1e-9))
+    with pytest.raises(UserError, match=str(first)):
+        use_of(data, store).record(first, checkpoint)
+    before = (first / RECORD_FILE).read_text()
+    use_of(data, store, audit_rows=0).record(first, checkpoint)
+    assert (first / RECORD_FILE).read_text() == before

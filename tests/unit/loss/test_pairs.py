@@ -1,0 +1,53 @@
+"""Values of pairs out of values per sequence or per token, and what a loss derives from them."""
+
+import pytest
+import torch
+
+from dpo.loss.pairs import PairLogProbs, Pairs, pair_logps
+
+# two groups: completions of 1 and 2 tokens, and of 1, 2 and 3 tokens
+NUM_TOKENS = torch.tensor([1, 2, 1, 2, 3])
+PAIRS = torch.tensor([[0, 1], [4, 2], [4, 3]])
+NO_PAIRS = torch.zeros((0, 2), dtype=torch.int64)
+
+
+def test_values_of_pairs_are_picked_by_sequence() -> None:
+    found = pair_logps(torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]), PAIRS, NUM_TOKENS)
+    assert found.chosen.tolist() == [-1.0, -5.0, -5.0]
+    assert found.rejected.tolist() == [-2.0, -3.0, -4.0]
+    assert found.chosen_tokens.tolist() == [1, 3, 3]
+    assert found.rejected_tokens.tolist() == [2, 1, 2]
+    assert found.chosen_sequences is not None
+    assert found.chosen_sequences.tolist() == [0, 4, 4]
+
+
+def test_tokens_beyond_the_shorter_completion_count_by_alpha() -> None:
+    num_tokens, pairs = torch.tensor([1, 3, 2]), torch.tensor([[1, 0], [0, 2], [1, 2]])
+    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0], requires_grad=True)  # of the six tokens
+    found = pair_logps(logps, pairs, num_tokens, 0.25)
+    assert found.chosen.tolist() == [-2 + 0.25 * (-3 - 4), -1, -2 - 3 + 0.25 * -4]
+    assert found.rejected.tolist() == [-1, -5 + 0.25 * -6, -5 - 6]
+    found.chosen.sum().backward()
+    assert logps.grad is not None
+    assert logps.grad.tolist() == [1, 2, 1.25, 0.5, 0, 0]
+    assert pair_logps(logps.detach(), pairs, num_tokens, 0.0).chosen.tolist() == [-2, -1, -5]
+    sums = pair_logps(torch.tensor([-1.0, -9.0, -11.0]), pairs, num_tokens)
+    every_token = pair_logps(logps.detach(), pairs, num_tokens, 1.0)
+    assert torch.equal(every_token.chosen, sums.chosen.double())
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.5])
+def test_a_batch_without_pairs_gives_no_values(ld_alpha: float | None) -> None:
+    logps = torch.zeros(1 if ld_alpha is None else 0)
+    assert pair_logps(logps, NO_PAIRS, torch.tensor([0]), ld_alpha).chosen.shape == (0,)
+
+
+def test_log_ratios_margins_and_means() -> None:
+    tokens = {"chosen_tokens": torch.tensor([4]), "rejected_tokens": torch.tensor([2])}
+    policy = PairLogProbs(chosen=torch.tensor([-7.0]), rejected=torch.tensor([-6.5]), **tokens)
+    reference = PairLogProbs(chosen=torch.tensor([-8.0]), rejected=torch.tensor([-6.0]), **tokens)
+    pairs = Pairs(policy=policy, reference=reference)
+    assert pairs.chosen_logratios.item() == 1.0
+    assert pairs.rejected_logratios.item() == -0.5
+    assert pairs.margins.item() == 1.5
+    assert (pairs.chosen_means.item(), pairs.rejected_means.item()) == (-1.75, -3.25)
