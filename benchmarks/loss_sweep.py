@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from dpo.loss.catalog import LOSSES
+from dpo.report import labels
 
 CONFIG = "configs/demo.yaml"
 OPTIONS = {
@@ -22,13 +23,13 @@ OPTIONS = {
     "sigmoid_norm": ["--loss.beta", "5"],
     "simpo": ["--loss.beta", "2"],
 }
-COLUMNS = {
-    "positive_share/policy": "scored positive",
-    "win_rate": "win rate",
-    "eval/rewards/accuracies": "held-out accuracy",
-    "kl/sequence": "KL, nats",
-    "distinct_2/policy": "distinct word pairs",
-}
+COLUMNS = (
+    "positive_share/policy",
+    "win_rate",
+    "eval/rewards/accuracies",
+    "kl/sequence",
+    "distinct_2/policy",
+)
 
 
 def stage(command: str, *keys: str) -> str:
@@ -47,7 +48,7 @@ def stage(command: str, *keys: str) -> str:
 
 def main() -> None:
     """Runs what is missing, and prints one row per loss."""
-    print("| loss | options | " + " | ".join(COLUMNS.values()) + " |")
+    print("| loss | options | " + " | ".join(map(labels.short, COLUMNS)) + " |")
     print("|---" * (2 + len(COLUMNS)) + "|")
     for name in LOSSES:
         run_dir = Path("runs/losses") / name

@@ -1,7 +1,7 @@
-"""What one real rank allocates in training, counted by storages, beside what `dpo plan` says it will.
+"""Memory and traffic of one real rank in training, to compare with the prediction of `dpo plan`.
 
-To be started as a rank, by a launcher or a test. `predict` is for the parent: with ZeRO-3 switched on,
-transformers would shard the rehearsed model too.
+Runs as a rank, started by a launcher or a test; tensor storages are counted. `predict` and `predict_traffic`
+must run in the parent process: under ZeRO-3, transformers would shard the rehearsed model too.
 """
 
 import argparse
@@ -34,18 +34,18 @@ STEPS, MICRO_BATCHES = 2, 2
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains two steps of two micro-batches on trees of one size and reports the second, by model."""
+    """Trains two steps of two micro-batches on trees of one size, and reports the second step per model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", required=True, nargs="+", help="model folders, one after the other")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--trees", type=int, default=1, help="trees of a micro-batch")
+    parser.add_argument("--trees", type=int, default=1, help="trees per micro-batch")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--lora_rank", type=int, help="train an adapter of this rank only")
+    parser.add_argument("--lora_rank", type=int, help="train only an adapter of this rank")
     parser.add_argument("--output", type=Path, required=True, help="file for the numbers of rank 0")
     args = parser.parse_args(arguments)
     measured = {}
     for name in args.models:
-        AcceleratorState._reset_state()  # or the next model has the last one's buckets
+        AcceleratorState._reset_state()  # otherwise the next model gets this one's buckets
         config = ModelConfig(
             name_or_path=name,
             dtype=args.dtype,
@@ -59,13 +59,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def some_trees(number: int) -> list[Tree]:
-    """Trees of 96 tokens."""
+    """Trees of 96 tokens each."""
     return [(np.zeros(48, dtype=np.int32), [np.zeros(24, dtype=np.int32)] * 2) for _ in range(number)]
 
 
 def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
-    """Bytes of this rank: after loading, most while loading, between steps, most in a step, and what it
-    passed to each kind of collective in a step, as DeepSpeed's communication logger has it.
+    """Bytes of this rank: after loading, peak while loading, between steps, peak of a step; and the messages
+    to each kind of collective in a step, as DeepSpeed's communication logger counts them.
     """
     live = LiveBytes()
     with live:
@@ -93,7 +93,7 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
 
 
 def predict(config: ModelConfig, trees: list[Tree], sharding: Name, world_size: int) -> dict[str, int]:
-    """What `dpo plan` expects of this rank, by component, and their sum."""
+    """The memory that `dpo plan` predicts for this rank, by component, and the total."""
     described, dtype, shape = load_config(config), DTYPES[config.dtype], _shape(config)
     weights = weight_dtype(sharding, dtype)
     step = rehearse(described, config, trees, dtype=weights, autocast=weights != dtype, gpu=False)
@@ -102,7 +102,7 @@ def predict(config: ModelConfig, trees: list[Tree], sharding: Name, world_size: 
 
 
 def predict_traffic(config: ModelConfig, sharding: Name, world_size: int) -> Traffic:
-    """What `dpo plan` expects this rank to hand to collectives in a step."""
+    """The messages to collectives that `dpo plan` predicts for this rank in a step."""
     return traffic(
         sharding,
         _shape(config),

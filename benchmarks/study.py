@@ -1,4 +1,4 @@
-"""What the studies share: public commands, each started once, and their products."""
+"""What the studies share: they run public commands, each once, and keep the outputs."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo.commands.journal import Journal, start
 from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.tracking.run_folder import RunFolder
 
 
 @dataclass(slots=True, kw_only=True)
@@ -25,33 +26,35 @@ class Study:
         self.journal = Journal(file=self.runs / "done.json")
 
     def once(self, name: str, command: list[str], product: Path) -> None:
-        """Starts a command unless it was done with the same words and the same configuration file."""
+        """Runs a command unless it was already done with the same arguments and configuration file."""
         self.journal.once(name, command, product, Path(self.config).read_text())
 
     def stage(self, name: str, *keys: str, product: Path) -> None:
-        """One of dpo's stages on this study's model."""
+        """Runs one of dpo's stages on this study's model."""
         given = ["--config", self.config, "--model.name_or_path", self.model, *keys]
         self.once(name, ["launch/run", name, *given], product)
 
     def precompute(self, run: str, *keys: str) -> None:
-        """Fills the cache with the data of a run that is not finished; computes only what is missing."""
-        if not (self.runs / run / "model" / "README.md").is_file():
+        """Fills the cache for a run that is not finished; computes only what is missing."""
+        if not (RunFolder(self.runs / run).model() / "README.md").is_file():
             given = ["--config", self.config, "--model.name_or_path", self.model, *keys]
             start("precompute-ref", ["launch/run", "precompute-ref", *given])
 
     def train(self, run: str, *keys: str) -> None:
-        """A run in RUNS/run; the cache must have what it needs."""
+        """Trains a run in RUNS/run; the cache must hold its references."""
         folder = self.runs / run
-        self.stage("train", *keys, "--run_dir", str(folder), product=folder / "model" / "README.md")
+        self.stage("train", *keys, "--run_dir", str(folder), product=RunFolder(folder).model() / "README.md")
 
     def evaluate(self, run: str, *keys: str) -> None:
-        """The evaluation of a run, given the keys that it was trained with."""
+        """Evaluates a run, with the keys that it was trained with."""
         folder = self.runs / run
-        self.stage("evaluate", *keys, "--run_dir", str(folder), product=folder / "report" / "summary.json")
+        self.stage(
+            "evaluate", *keys, "--run_dir", str(folder), product=RunFolder(folder).report() / "summary.json"
+        )
 
 
 def run_to_its_end(main: Callable[[], None]) -> None:
-    """Runs a study's main; a part that ended otherwise ends it in one line, with that part's status."""
+    """Runs a study's main; if a part fails, prints one line and exits with that part's status."""
     try:
         main()
     except (UserError, StoppedBySignal, RunFailed) as ended:

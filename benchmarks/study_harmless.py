@@ -2,9 +2,9 @@
 
     make study-harmless MODEL=path/to/model HH=test.jsonl.gz
 
-One fold of some 190 pairs says little (7 points either way); five hold out every pair once, and losses are
-compared on the same folds. Folds are of first turns: no dialogue's beginning is in both parts. Each run is a
-public command, started once: stop it and start it again, and it goes on.
+One fold of about 190 pairs is too small (an interval of 7 points either way); five folds hold out every pair
+once, and losses are compared on the same folds. Folds are split by first turn: no dialogue's beginning is in
+both parts. Every run is a public command that runs once: stop the study and start it again, and it continues.
 """
 
 import argparse
@@ -17,9 +17,9 @@ CONFIG = "configs/hh.yaml"
 DATA, RUNS = Path("data/study_hh"), Path("runs/study_hh")
 FOLDS = 5
 CURVE_STEPS = (4, 8, 16)
-"""Optimizer steps of the learning curve, of 32 pairs each; whole runs are its last point."""
+"""Optimizer steps of the learning curve's runs, 32 pairs per step; the full runs are its last point."""
 LOSSES = {"ipo": ("--loss.type", "ipo"), "simpo": ("--loss.type", "simpo", "--loss.beta", "2")}
-"""Compared with DPO at the configuration's beta; with the beta that each wants, not tuned further."""
+"""Compared with DPO at the configuration's beta; each with a beta that suits it, not tuned further."""
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="the reference: a folder or a hub name")
     parser.add_argument("--hh", required=True, help="dialogues of HH-RLHF: a file or a hub name")
-    parser.add_argument("--max_length", default="160", help="longer dialogues are left out (default: 160)")
+    parser.add_argument("--max_length", default="160", help="longer dialogues are dropped (default: 160)")
     args = parser.parse_args()
     study = Study(model=args.model, config=CONFIG, runs=RUNS)
     folds = {number: DATA / f"fold_{number}" for number in range(1, FOLDS + 1)}
@@ -39,7 +39,7 @@ def main() -> None:
         data = ["--data.train", str(folds[number]), "--data.max_length", args.max_length]
         return [*data, "--train.evaluate_every", "0", "--evaluate.watched_prompts", "0"]
 
-    study.precompute("fold_1/dpo", *keys(1))  # every fold has all pairs, in one part or the other
+    study.precompute("fold_1/dpo", *keys(1))  # every fold contains all pairs, in one part or the other
     for number in folds:
         study.train(f"fold_{number}/dpo", *keys(number))
     for number in folds:

@@ -1,8 +1,8 @@
-"""Tables and figures of the studies, from the files that they left: runs/study and runs/study_hh.
+"""Tables and figures of the studies, from the files in runs/study and runs/study_hh.
 
     python -m benchmarks.study_report
 
-Writes tables.md, numbers.json and the figures into runs/study_report; what has not been run is left out.
+Writes tables.md, numbers.json and the figures to runs/study_report; without the parts that have not been run.
 """
 
 import json
@@ -14,11 +14,14 @@ from statistics import mean, median, stdev
 from matplotlib.figure import Figure
 
 from benchmarks import study_harmless, study_sentiment
-from benchmarks.study_reward import Known
+from benchmarks.study_reward import RewardQuality
 from dpo.commands.frontier import BEST_OF, limit_points
 from dpo.evaluate.statistics import Interval
+from dpo.report import labels
+from dpo.report.content import COLUMNS
+from dpo.report.escape import markdown_cell, prompt_end
 from dpo.report.figures import PALETTE, Point, save_png, score_against_kl
-from dpo.report.markdown import escape, tail
+from dpo.report.markdown import scored_cell, table
 from dpo.tracking.history import read_history
 from dpo.tracking.run_folder import RunFolder
 
@@ -28,13 +31,24 @@ MAIN = FRONTIER / "beta_0.1"
 SFT = "preferred-FT"
 QUERIES = 12
 STUDENT_T = 2.776
-"""97.5 % quantile of Student's t with 4 degrees of freedom: of 5 folds."""
+"""97.5 % quantile of Student's t with 4 degrees of freedom, for 5 folds."""
+
+MAIN_COLUMNS = (
+    "kl/sequence",
+    "score/policy",
+    "positive_share/policy",
+    "win_rate",
+    "distinct_2/policy",
+    "perplexity/policy_samples",
+    "eval/rewards/accuracies",
+)
+"""Metrics of the table of policies, in its order."""
 
 Summary = dict[str, float]
 
 
 def sentiment_runs() -> dict[str, Summary]:
-    """Name in the table -> summary.json of every finished run, the last model of each."""
+    """Name in the table -> summary.json of every finished run, for its last model."""
     runs = study_sentiment.RUNS
     folders = {f"DPO, beta {beta}": FRONTIER / f"beta_{beta}" for beta in study_sentiment.BETAS.split(",")}
     folders |= {
@@ -45,7 +59,7 @@ def sentiment_runs() -> dict[str, Summary]:
     rates |= {rate: runs / f"sft_{rate}" for rate in study_sentiment.SFT_RATES}
     folders |= {f"{SFT}, rate {rate}": rates[rate] for rate in sorted(rates, key=float)}
     folders |= {"DPO on flipped labels": runs / "flipped", "DPO on shuffled labels": runs / "shuffled"}
-    files = {name: folder / "report" / "summary.json" for name, folder in folders.items()}
+    files = {name: RunFolder(folder).report() / "summary.json" for name, folder in folders.items()}
     found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     if (best := _best_of()) is not None:
         found |= {f"best of {n}": summary for n, summary in best["best_of"].items() if n != "1"}
@@ -53,30 +67,27 @@ def sentiment_runs() -> dict[str, Summary]:
 
 
 def main_table(runs: Mapping[str, Summary]) -> str:
-    """A row a policy, all measures with their intervals."""
-    head = "| policy | KL, nats | mean score | positive | win rate | word pairs | perplexity | accuracy |"
-    lines = [head, "|---" * 8 + "|"]
-    if (best := _best_of()) is not None:
+    """One row per policy, with all metrics and their intervals."""
+    rows = []
+    if (best := _best_of()) is not None:  # best of 1 is the reference itself
         one = best["best_of"]["1"]
-        cells = [
-            "reference",
-            "0",
-            _with_ends(one, "score/policy"),
-            _share(one, "positive_share/policy"),
-            "50 %",
-        ]
-        cells += [f"{one['distinct_2/policy']:.3f}", f"{one['perplexity/policy_samples']:.0f}", ""]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append(["reference", "0", *_sampled_cells(one, win_rate="50 %"), ""])
     for name, summary in runs.items():
-        cells = [name, _with_ends(summary, "kl/sequence", 2), _with_ends(summary, "score/policy")]
-        cells += [_share(summary, "positive_share/policy"), _share(summary, "win_rate")]
-        cells.append(f"{summary['distinct_2/policy']:.3f}")
-        cells.append(f"{summary['perplexity/policy_samples']:.0f}")
-        cells.append(
-            _with_ends(summary, "eval/rewards/accuracies") if "eval/rewards/accuracies" in summary else ""
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        kl, win_rate = _with_ends(summary, "kl/sequence", 2), _share(summary, "win_rate")
+        accuracy = "eval/rewards/accuracies"
+        accuracy_cell = _with_ends(summary, accuracy) if accuracy in summary else ""
+        rows.append([name, kl, *_sampled_cells(summary, win_rate=win_rate), accuracy_cell])
+    return table(["policy", *map(labels.short, MAIN_COLUMNS)], rows)
+
+
+def _sampled_cells(summary: Summary, *, win_rate: str) -> list[str]:
+    return [
+        _with_ends(summary, "score/policy"),
+        _share(summary, "positive_share/policy"),
+        win_rate,
+        f"{summary['distinct_2/policy']:.3f}",
+        f"{summary['perplexity/policy_samples']:.0f}",
+    ]
 
 
 def dpo_curves() -> dict[str, list[Summary]]:
@@ -89,25 +100,24 @@ def dpo_curves() -> dict[str, list[Summary]]:
 
 
 def equal_kl_table(runs: Mapping[str, Summary]) -> str:
-    """Each baseline beside DPO's curves at its own KL; between two models of a curve by a straight line.
+    """Each baseline beside DPO's curves at the baseline's KL, linearly interpolated between two models.
 
-    A curve of score over KL is concave where training is done well, so that the line does not flatter DPO.
+    A curve of score over KL is concave if training is done well: the straight line does not favour DPO.
     """
     curves = dpo_curves()
-    lines = ["| baseline | its KL | its score | " + " | ".join(f"DPO, beta {beta}" for beta in curves) + " |"]
-    lines.append("|---" * (3 + len(curves)) + "|")
+    rows = []
     for name, summary in runs.items():
         if not name.startswith((SFT, "best of")):
             continue
         kl = summary["kl/sequence"]
         cells = [name, f"{kl:.2f}", _with_ends(summary, "score/policy")]
         cells += [_between(points, kl) for points in curves.values()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(["baseline", "its KL", "its score", *(f"DPO, beta {beta}" for beta in curves)], rows)
 
 
 def _between(points: Sequence[Summary], kl: float) -> str:
-    """The score of a curve at a KL, with the ends of its interval; nothing beyond the curve's end."""
+    """The score of a curve at a KL, with its interval; empty beyond the curve's last KL."""
     start = {f"score/policy{end}": points[0][f"score/reference{end}"] for end in ("", "/low", "/high")}
     line = [{"kl/sequence": 0.0, **start}, *points]
     for left, right in pairwise(line):
@@ -119,12 +129,12 @@ def _between(points: Sequence[Summary], kl: float) -> str:
 
 
 def rewards_table() -> str:
-    """What each policy's reward knows of the score, and what that predicts."""
-    lines = ["| policy | correlation with the score | gain it predicts | gain |", "|---|---|---|---|"]
+    """How each policy's implicit reward correlates with the score, and the gain that this predicts."""
+    rows = []
     for name, values in _rewards().items():
-        known = Known(*values)
-        lines.append(f"| {name} | {known.rho:.2f} | {known.predicted_gain:.3f} | {known.gain:.3f} |")
-    return "\n".join(lines)
+        reward = RewardQuality(*values)
+        rows.append([name, f"{reward.rho:.2f}", f"{reward.predicted_gain:.3f}", f"{reward.gain:.3f}"])
+    return table(["policy", "correlation with the score", "predicted gain", "gain"], rows)
 
 
 def _rewards() -> dict[str, list[float]]:
@@ -133,29 +143,30 @@ def _rewards() -> dict[str, list[float]]:
 
 
 def sentiment_figure(runs: Mapping[str, Summary]) -> Figure:
-    """Score against KL of everything, under the limit of any policy."""
+    """Score against KL of all policies, with the limit of any policy."""
     curves = {
-        f"DPO, beta {beta}": [_point(summary) for summary in points] for beta, points in dpo_curves().items()
+        f"DPO, beta {beta}": [Point.of(summary) for summary in points]
+        for beta, points in dpo_curves().items()
     }
     by_kl = sorted(runs.items(), key=lambda item: item[1]["kl/sequence"])
-    curves[SFT] = [_point(s, name.split()[-1]) for name, s in by_kl if name.startswith(SFT)]
+    curves[SFT] = [Point.of(s, name.split()[-1]) for name, s in by_kl if name.startswith(SFT)]
     best = _best_of()
     if best is not None:
-        curves[BEST_OF] = [_point(summary, n) for n, summary in best["best_of"].items()]
-    for labels in ("flipped", "shuffled"):
-        curves[f"{labels} labels"] = [_point(s) for name, s in runs.items() if labels in name]
+        curves[BEST_OF] = [Point.of(summary, n) for n, summary in best["best_of"].items()]
+    for control in ("flipped", "shuffled"):
+        curves[f"{control} labels"] = [Point.of(s) for name, s in runs.items() if control in name]
     drawn = {name: points for name, points in curves.items() if points}
-    return score_against_kl(drawn, "mean score", limit=limit_points(best["limit"]) if best else ())
+    return score_against_kl(drawn, limit=limit_points(best["limit"]) if best else ())
 
 
 def books_curve() -> list[tuple[float, float]]:
-    """(training pairs, held-out accuracy) of the runs of the learning curve."""
+    """(training pairs, held-out accuracy) of each run of the learning curve."""
     runs = [study_sentiment.RUNS / f"steps_{steps}" for steps in study_sentiment.CURVE_STEPS]
     return [point for run in (*runs, MAIN) if (point := _pairs_and_accuracy(run)) is not None]
 
 
 def harmless_folds() -> dict[str, list[float]]:
-    """Run -> held-out accuracy of each fold; only what is there for all of them."""
+    """Run -> held-out accuracy of each fold; only runs that are finished for all folds."""
     names = [f"steps_{steps}" for steps in study_harmless.CURVE_STEPS]
     found = {}
     for name in [*names, "dpo", *study_harmless.LOSSES]:
@@ -169,7 +180,7 @@ def harmless_folds() -> dict[str, list[float]]:
 
 
 def harmless_curve(folds: Mapping[str, Sequence[float]]) -> list[tuple[float, Interval]]:
-    """(mean training pairs, mean accuracy of the folds with its interval)."""
+    """(mean training pairs, mean accuracy over the folds with its interval) of each run."""
     points = []
     for name in [f"steps_{steps}" for steps in study_harmless.CURVE_STEPS] + ["dpo"]:
         if name in folds:
@@ -180,37 +191,40 @@ def harmless_curve(folds: Mapping[str, Sequence[float]]) -> list[tuple[float, In
 
 
 def fold_interval(values: Sequence[float]) -> Interval:
-    """Mean of 5 folds and its interval by Student's t; a little narrow, since folds share training pairs."""
+    """Mean over 5 folds and its interval by Student's t; slightly too narrow: folds share training pairs."""
     half = STUDENT_T * stdev(values) / len(values) ** 0.5
     return Interval(mean(values), mean(values) - half, mean(values) + half)
 
 
 def losses_table(folds: Mapping[str, Sequence[float]]) -> str:
-    """Each loss, fold by fold, and what it differs from DPO by."""
-    lines = ["| loss | folds | mean accuracy | less DPO's, paired |", "|---|---|---|---|"]
+    """Each loss, fold by fold, and its difference from DPO."""
+    rows = []
     for name in ("dpo", *study_harmless.LOSSES):
         if name not in folds:
             continue
         differences = [a - b for a, b in zip(folds[name], folds["dpo"], strict=True)]
         cells = [name, " ".join(f"{value:.3f}" for value in folds[name]), _ends(fold_interval(folds[name]))]
         cells.append("" if name == "dpo" else _ends(fold_interval(differences), sign="+"))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return table(["loss", "folds", "mean accuracy", "difference from DPO, paired"], rows)
 
 
 def curves_figure() -> Figure:
-    """Held-out accuracy against training pairs, of both studies."""
+    """Held-out accuracy against training pairs, for both studies."""
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
     if books := books_curve():
         axes.plot(
-            *zip(*books, strict=True), "o-", color=PALETTE[0], label="books, vader's choice; one run a point"
+            *zip(*books, strict=True),
+            "o-",
+            color=PALETTE[0],
+            label="books, preferences by vader; one run per point",
         )
     if harmless := harmless_curve(harmless_folds()):
         pairs = [point for point, _ in harmless]
         middle = [value.mean for _, value in harmless]
         spread = [[v.mean - v.low for _, v in harmless], [v.high - v.mean for _, v in harmless]]
-        label = "HH harmless; 5 folds, 95 % of their mean"
+        label = "HH harmless; mean of 5 folds, 95 % interval"
         axes.errorbar(pairs, middle, yerr=spread, fmt="s--", color=PALETTE[1], capsize=3, label=label)
     axes.axhline(0.5, color="#8a8f98", linewidth=0.8)
     axes.set_xscale("log")
@@ -225,11 +239,8 @@ def curves_figure() -> Figure:
 
 
 def trees_table() -> str:
-    """Group trees beside independent pairs: what a step costs, from the second step on."""
-    lines = [
-        "| pairs of a prompt | steps | tokens, epoch | s a step, median | pairs a second |",
-        "|---|---|---|---|---|",
-    ]
+    """Group trees beside independent pairs: the cost of a step, without the first one."""
+    rows = []
     runs = {"in one step, one tree": "flipped", "independent": "independent_pairs"}
     for name, run in runs.items():
         steps = [line for line in read_history(RunFolder(study_sentiment.RUNS / run)) if "train/loss" in line]
@@ -241,39 +252,40 @@ def trees_table() -> str:
             (now["train/num_tokens"] - before["train/num_tokens"]) / now["perf/tokens_per_second"]
             for before, now in pairwise(steps)
         )
-        lines.append(f"| {name} | {len(steps)} | {tokens:,} | {seconds:.2f} | {rate:.1f} |")
-    return "\n".join(lines)
+        rows.append([name, str(len(steps)), f"{tokens:,}", f"{seconds:.2f}", f"{rate:.1f}"])
+    columns = ["pairs of a prompt", "steps", "tokens per epoch", "seconds per step, median"]
+    return table([*columns, labels.short("perf/pairs_per_second")], rows)
 
 
 def founding_table() -> str:
-    """The first held-out queries, unpicked, continued by both models with one seed."""
-    file = MAIN / "report" / "samples.jsonl"
+    """The first held-out queries, not cherry-picked, continued by both models with the same seed."""
+    file = RunFolder(MAIN).report() / "samples.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()[:QUERIES]] if file.is_file() else []
-    lines = ["| query | reference policy | DPO-trained policy |", "|---|---|---|"]
+    cells = []
     for row in rows:
-        both = [f"**{row[f'{m}_score']:+.2f}**<br>{escape(row[m])}" for m in ("reference", "policy")]
-        lines.append(f"| {escape(tail(row['prompt']))} | {' | '.join(both)} |")
-    return "\n".join(lines)
+        both = [scored_cell(row[model], row[f"{model}_score"]) for model in ("reference", "policy")]
+        cells.append([markdown_cell(prompt_end(row["prompt"])), *both])
+    return table(COLUMNS, cells)
 
 
 def main() -> None:
     """Writes everything."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
     runs, folds = sentiment_runs(), harmless_folds()
-    books = [f"| {pairs:,.0f} | {accuracy:.3f} |" for pairs, accuracy in books_curve()]
-    curve = [f"| {pairs:,.0f} | {_ends(accuracy)} |" for pairs, accuracy in harmless_curve(folds)]
-    head = "| training pairs | held-out accuracy |\n|---|---|\n"
+    books = [[f"{pairs:,.0f}", f"{accuracy:.3f}"] for pairs, accuracy in books_curve()]
+    harmless = [[f"{pairs:,.0f}", _ends(accuracy)] for pairs, accuracy in harmless_curve(folds)]
+    columns = ("training pairs", "held-out accuracy")
     sections = {
         "Every policy": main_table(runs),
         "At equal KL": equal_kl_table(runs),
-        "What the rewards know": rewards_table(),
-        "Books: accuracy against training pairs": head + "\n".join(books),
+        "How good the implicit rewards are": rewards_table(),
+        "Books: accuracy against training pairs": table(columns, books),
         "Groups in one step, or independent pairs": trees_table(),
-        "HH: accuracy against training pairs": head + "\n".join(curve),
+        "HH: accuracy against training pairs": table(columns, harmless),
         "HH: losses": losses_table(folds),
         "The founding table": founding_table(),
     }
-    text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())
+    text = "\n\n".join(f"## {title}\n\n{content}" for title, content in sections.items())
     (OUTPUT / "tables.md").write_text(text + "\n")
     numbers = {"books": runs, "books_curve": books_curve(), "harmless": folds, "best_of": _best_of()}
     numbers["rewards"] = _rewards()
@@ -285,34 +297,26 @@ def main() -> None:
 
 
 def _best_of() -> dict[str, dict[str, Summary]] | None:
-    file = FRONTIER / "reference" / "best_of" / "best_of.json"
+    file = RunFolder(FRONTIER / "reference").best_of / "best_of.json"
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def _pairs_and_accuracy(run: Path) -> tuple[float, float] | None:
-    """Training pairs of a finished run, and its last held-out accuracy; None where it is not finished."""
-    if not (run / "model" / "README.md").is_file():
+    """Training pairs of a finished run, and its last held-out accuracy; None if it is not finished."""
+    if not (RunFolder(run).model() / "README.md").is_file():
         return None
     history = read_history(RunFolder(run))
     steps = [line for line in history if "train/loss" in line]
     totals = [0.0, *(line["train/num_tokens"] for line in steps)]
-    pairs = sum(  # of a step: pairs a token, times its tokens
+    pairs = sum(  # of a step: pairs per token, times its tokens
         line["perf/pairs_per_second"] / line["perf/tokens_per_second"] * (now - before)
         for line, (before, now) in zip(steps, pairwise(totals), strict=True)
     )
     return round(pairs), history[-1]["eval/rewards/accuracies"]
 
 
-def _point(summary: Summary, label: str = "") -> Point:
-    return Point(label=label, kl=_interval(summary, "kl/sequence"), score=_interval(summary, "score/policy"))
-
-
-def _interval(summary: Summary, name: str) -> Interval:
-    return Interval(summary[name], summary[f"{name}/low"], summary[f"{name}/high"])
-
-
 def _with_ends(summary: Summary, name: str, digits: int = 3) -> str:
-    return _ends(_interval(summary, name), digits)
+    return _ends(Interval.of(summary, name), digits)
 
 
 def _ends(value: Interval, digits: int = 3, sign: str = "") -> str:

@@ -1,9 +1,9 @@
-"""The founding experiment, reproduced in kind: sentiment continuation on books; docs/results.md tells it.
+"""The sentiment experiment of the DPO paper on other data: continuations of books; see docs/results.md.
 
     make study MODEL=path/to/model BOOKS=books.txt
 
-Every part is a public command, started once: stop it and start it again, and it goes on. Data go to
-data/study, runs to runs/study; benchmarks.study_report makes tables and figures of what is there.
+Every part is a public command that runs once: stop the study and start it again, and it continues. Data are
+in data/study, runs in runs/study; benchmarks.study_report makes tables and figures of them.
 """
 
 import argparse
@@ -23,17 +23,21 @@ FRONTIER_SFT_RATE = "1e-4"
 SFT_RATES = ("3e-5", "3e-4")
 """Learning rates of preferred-FT besides the frontier's."""
 REWARDS = "rewards.json"
-"""What the policies' rewards know of the score, in RUNS."""
+"""File in RUNS: how well the policies' rewards predict the score."""
 CURVE_STEPS = (3, 6, 12, 25, 50)
-"""Optimizer steps of the learning curve, of 64 pairs each; the main run is its last point."""
+"""Optimizer steps of the learning curve's runs, 64 pairs per step; the main run is its last point."""
 
 
 def main() -> None:
     """Runs what is missing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="the reference: a folder or a hub name")
-    parser.add_argument("--books", required=True, help="text it was not trained on: as of data_prep sample")
-    parser.add_argument("--dtype", default="float32", help="of sampling the data (default: float32)")
+    parser.add_argument(
+        "--books", required=True, help="text that it was not trained on, as for data_prep sample"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="compute type for sampling the data (default: float32)"
+    )
     args = parser.parse_args()
     study = Study(model=args.model, config=CONFIG, runs=RUNS)
 
@@ -45,24 +49,24 @@ def main() -> None:
     study.once("sample", command, books / "manifest.json")
     data = ["--data.train", str(books), "--train.evaluate_every", "0"]
 
-    # Four betas along their way, fine-tuning on the chosen, and best of n from the reference.
+    # Four betas with snapshots, fine-tuning on the chosen completions, and best of n from the reference.
     frontier = [sys.executable, "-m", "dpo", "frontier", "--config", CONFIG]
     frontier += ["--model.name_or_path", args.model, *data, "--betas", BETAS]
     frontier += ["--snapshot_every", str(SNAPSHOT_EVERY), "--sft_learning_rate", FRONTIER_SFT_RATE]
     frontier += ["--best_of", "--output", str(RUNS / "frontier")]
     study.once("frontier", frontier, RUNS / "frontier" / "frontier.json")
 
-    # Controls: labels turned round, and labels dealt at random.
+    # Controls: flipped labels and random labels.
     for labels in ("flipped", "shuffled"):
         folder = DATA / labels
         prepare = ["preferences", str(books), "--labels", labels, "--output", str(folder)]
         study.once(labels, [sys.executable, "-m", "data_prep", *prepare], folder / "manifest.json")
         keys = ["--data.train", str(folder), "--train.evaluate_every", "0"]
-        study.precompute(labels, *keys)  # a completion as good as the best has no pair, until it is dealt one
+        study.precompute(labels, *keys)  # shuffled labels can pair completions that had no pair before
         study.train(labels, *keys)
         study.evaluate(labels, *keys)
 
-    # Fine-tuning on the chosen at other learning rates.
+    # Fine-tuning on the chosen completions at other learning rates.
     for rate in SFT_RATES:
         folder = RUNS / f"sft_{rate}"
         keys = ["--model.name_or_path", args.model, "--model.dtype", "float32", "--run_dir", str(folder)]
@@ -72,7 +76,7 @@ def main() -> None:
         study.once("sft", ["launch/run", "sft", *keys], folder / "model" / "README.md")
         study.evaluate(folder.name, *data)
 
-    # What varies with the seed, and with groups cut into independent pairs.
+    # Another seed, and groups split into independent pairs.
     for run, keys in {
         "seed_1": ["--train.seed", "1"],
         "independent_pairs": ["--data.group_pairs", "false"],
@@ -92,7 +96,7 @@ def main() -> None:
 
 
 def launched(module: str, *arguments: str) -> list[str]:
-    """A module of ours on all ranks of this machine."""
+    """The command that runs one of our modules on all ranks of this machine."""
     config = os.environ.get("ACCELERATE_CONFIG", "launch/cpu.yaml")
     return [
         sys.executable,

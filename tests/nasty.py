@@ -3,7 +3,7 @@
 import numpy as np
 
 from dpo.evaluate.statistics import Interval
-from dpo.report.content import PairRow, Report, SampleRow
+from dpo.report.content import PairRow, Provenance, Report, SampleRow
 from dpo.report.figures import (
     Captioned,
     Point,
@@ -32,7 +32,7 @@ def figures(steps: int = 300) -> list[Captioned]:
         "margins": histogram_before_and_after(
             rng.normal(size=50), rng.normal(size=50) + 1, title="Margins", unit="nats", counted="pairs"
         ),
-        "score_kl": score_against_kl({"beta 0.1": [point]}, "mean score"),
+        "score_kl": score_against_kl({"beta 0.1": [point]}),
     }
     return [Captioned(name=n, title=n, caption=f"caption of {n}", figure=made[n]) for n in made]
 
@@ -45,9 +45,11 @@ def nasty_report(*, with_figures: bool = True) -> Report:
         summary={"win_rate": 0.9, "win_rate/low": 0.8, "win_rate/high": 0.95, NASTY: 0.5},
         rows=rows,
         table_rows=2,
-        essentials={"policy": NASTY},
-        commands=[f"python -m dpo evaluate --run_dir {NASTY}"],
-        provenance={NASTY: NASTY},
+        provenance=Provenance(
+            essentials={"policy": NASTY},
+            commands=[f"python -m dpo evaluate --run_dir {NASTY}"],
+            versions={NASTY: NASTY},
+        ),
         figures=figures() if with_figures else [],
         worst_pairs=[PairRow(prompt=NASTY, chosen=NASTY, rejected=NASTY, margin=-1.5)],
         worst_samples=rows[:1],

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from dpo import distributed, terminal
-from dpo.commands.best_of import check_baseline
+from dpo.commands.best_of import check_best_of
 from dpo.commands.inputs import settings_of
 from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig
 from dpo.data.build import check_sources
@@ -41,7 +41,7 @@ def check(command: str, config: Config | SftConfig) -> None:
         if command == "evaluate":
             finished_model(config)
         if command == "best-of":
-            check_baseline(config.evaluate)
+            check_best_of(config.evaluate)
     if command in ("train", "sft"):
         distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
     if terminal.mode() == "plain":

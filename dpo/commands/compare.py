@@ -1,4 +1,7 @@
-"""dpo compare: runs side by side, in what they were told, what they reached, and how they got there."""
+"""dpo compare: runs side by side: settings that differ, results, speed, and the curves of training.
+
+Reads only run folders. Prints a table, and writes it with figures and numbers.
+"""
 
 import json
 import shutil
@@ -7,51 +10,53 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo import terminal
 from dpo.config import flat
 from dpo.errors import UserError
-from dpo.evaluate.statistics import Interval
+from dpo.files import write_file
+from dpo.report import labels
 from dpo.report.figures import Point, losses_and_margins, save_png, score_against_kl
 from dpo.tracking.history import Line, read_history
 from dpo.tracking.run_folder import RunFolder
 
-MEASURES = {
-    "eval/loss": "held-out loss",
-    "eval/rewards/accuracies": "held-out reward accuracy",
-    "eval/rewards/margins": "held-out reward margin",
-    "score/policy": "mean score",
-    "positive_share/policy": "share scored positive",
-    "win_rate": "win rate over the reference",
-    "kl/sequence": "KL, nats a sequence",
-    "distinct_2/policy": "distinct word pairs",
-    "repetition/policy": "repeated word pairs",
-    "perplexity/policy_samples": "perplexity under the reference",
-}
-SPEED = {
-    "perf/pairs_per_second": "pairs a second",
-    "perf/sequences_per_second": "sequences a second",
-    "perf/tokens_per_second": "tokens a second",
-    "perf/peak_memory_gb": "peak memory, GB",
-}
+RESULTS = (
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+    "score/policy",
+    "positive_share/policy",
+    "win_rate",
+    "kl/sequence",
+    "distinct_2/policy",
+    "repetition/policy",
+    "perplexity/policy_samples",
+)
+"""Metrics of the table, in its order."""
+SPEED = (
+    "perf/pairs_per_second",
+    "perf/sequences_per_second",
+    "perf/tokens_per_second",
+    "perf/peak_memory_gb",
+)
 NOT_SHOWN = ("run_dir", "train.resume", "train.resume_allow")
+"""Settings that always differ, or do not matter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedRun:
-    """What a run folder says."""
+    """The content of a run folder."""
 
     label: str
-    """Its name, or its path where two have the same name."""
+    """Its name, or its path if two runs have the same name."""
     settings: dict[str, Any]
     """Dotted key -> value."""
     history: Sequence[Line]
     summary: dict[str, float]
-    """Of its report, or without one of its last evaluation in training."""
+    """Of its report; what the report lacks is from the last evaluation of training."""
 
 
 Rows = list[tuple[str, list[str]]]
+"""Label -> one cell per run."""
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> None:
@@ -59,37 +64,37 @@ def compare_runs(folders: Sequence[Path], output: Path) -> None:
 
     Args:
         folders: Run folders, at least two.
-        output: Where to write; made if it is missing.
+        output: Where to write; made if it does not exist.
 
     Raises:
-        UserError: One is not a run, or there is nothing to compare.
+        UserError: A folder is not a run, or there are fewer than two.
     """
     runs = read_runs(folders)
     sections = {
-        "what differs": differing_settings(runs),
-        "what was reached": reached(runs),
-        "how fast": speeds(runs),
+        "settings that differ": differing_settings(runs),
+        "results": results(runs),
+        "speed": speeds(runs),
     }
     output.mkdir(parents=True, exist_ok=True)
     figures = {"curves": losses_and_margins({run.label: run.history for run in runs})}
     if points := points_of(runs):
-        figures["score_kl"] = score_against_kl(points, "mean score", joined=False)
+        figures["score_kl"] = score_against_kl(points, joined=False)
     for name, figure in figures.items():
         save_png(figure, output / f"{name}.png")
-    (output / "comparison.md").write_text(markdown(runs, sections, list(figures)))
+    write_file(output / "comparison.md", markdown(runs, sections, list(figures)))
     numbers = {run.label: {"settings": run.settings, "summary": run.summary} for run in runs}
-    (output / "comparison.json").write_text(json.dumps(numbers, indent=2))
+    write_file(output / "comparison.json", json.dumps(numbers, indent=2))
     width = shutil.get_terminal_size((120, 24)).columns
     print(table(runs, sections, width))
     terminal.summary("compare", {"written": f"{output / 'comparison.md'}\nfigures and numbers are beside it"})
 
 
 def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
-    """All of them, or a UserError that names every one that is not a run."""
+    """All runs, or a UserError that names every folder that is not one."""
     problems = [
         f"{folder}: {'no config.yaml in it' if folder.is_dir() else 'no such folder'}; expected a run_dir"
         for folder in folders
-        if not (folder / "config.yaml").is_file()
+        if not RunFolder(folder).config.is_file()
     ]
     if len(folders) < 2:
         problems.append("expected at least two run folders: dpo compare RUN_A RUN_B ...")
@@ -99,66 +104,61 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     labels = [
         name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
     ]
-    return [_read(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    return [_read(RunFolder(folder), label) for folder, label in zip(folders, labels, strict=True)]
 
 
-def _read(folder: Path, label: str) -> FinishedRun:
-    history = read_history(RunFolder(folder))
+def _read(folder: RunFolder, label: str) -> FinishedRun:
+    history = read_history(folder)
     summary: dict[str, float] = {}
     for line in history:
         summary |= {name: value for name, value in line.items() if name.startswith("eval/")}
-    report = folder / "report" / "summary.json"
+    report = folder.report() / "summary.json"
     if report.is_file():
         found = json.loads(report.read_text())
         summary |= {name: value for name, value in found.items() if value is not None}
-    settings = flat(yaml.safe_load((folder / "config.yaml").read_text()))
-    return FinishedRun(label=label, settings=settings, history=history, summary=summary)
+    return FinishedRun(label=label, settings=flat(folder.settings()), history=history, summary=summary)
 
 
 def differing_settings(runs: Sequence[FinishedRun]) -> Rows:
-    """Keys whose values are not the same in all runs."""
+    """Keys whose values differ between the runs."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in NOT_SHOWN)
     rows = [(key, [str(run.settings.get(key, "-")) for run in runs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def reached(runs: Sequence[FinishedRun]) -> Rows:
-    """Numbers with their intervals, where at least one run has them."""
+def results(runs: Sequence[FinishedRun]) -> Rows:
+    """Steps, and metrics with their intervals; without those that no run has."""
     steps = [str(int(max((line["step"] for line in run.history), default=0))) for run in runs]
     rows = [("steps", steps)]
-    for name, label in MEASURES.items():
+    for name in RESULTS:
         if any(name in run.summary for run in runs):
-            rows.append((label, [_number(run.summary, name) for run in runs]))
+            rows.append((labels.short(name), [_number(run.summary, name) for run in runs]))
     return rows
 
 
 def speeds(runs: Sequence[FinishedRun]) -> Rows:
-    """Medians over the steps, which a slow first step does not move."""
+    """Medians over the steps, which a slow first step does not change."""
     rows: Rows = []
-    for name, label in SPEED.items():
+    for name in SPEED:
         values = [sorted(line[name] for line in run.history if name in line) for run in runs]
         if any(values):
-            rows.append((label, [f"{of[len(of) // 2]:,.4g}" if of else "-" for of in values]))
+            rows.append((labels.short(name), [f"{of[len(of) // 2]:,.4g}" if of else "-" for of in values]))
     return rows
 
 
 def points_of(runs: Sequence[FinishedRun]) -> dict[str, list[Point]]:
-    """Label -> the run between score and KL, for those that were evaluated with a scorer."""
-    found = {}
-    for run in runs:
-        if {"kl/sequence/low", "score/policy/low"} <= run.summary.keys():
-            kl, score = (
-                Interval(run.summary[name], run.summary[f"{name}/low"], run.summary[f"{name}/high"])
-                for name in ("kl/sequence", "score/policy")
-            )
-            found[run.label] = [Point(label=run.label, kl=kl, score=score)]
-    return found
+    """Label -> KL and score of the run, for those that were evaluated with a scorer."""
+    return {
+        run.label: [Point.of(run.summary, label=run.label)]
+        for run in runs
+        if {"kl/sequence/low", "score/policy/low"} <= run.summary.keys()
+    }
 
 
 def table(runs: Sequence[FinishedRun], sections: dict[str, Rows], width: int) -> str:
-    """For a terminal: a column a run. Cells are cut where they do not fit."""
-    labels = [label for rows in sections.values() for label, _ in rows]
-    first = max(map(len, [*labels, *sections]), default=0)
+    """For a terminal: one column per run. Cells that do not fit are cut."""
+    heads = [label for rows in sections.values() for label, _ in rows]
+    first = max(map(len, [*heads, *sections]), default=0)
     widest = max(len(value) for rows in sections.values() for _, values in rows for value in values)
     widest = max(widest, *(len(run.label) for run in runs))
     room = max(12, min(widest, (width - first) // len(runs) - 2))
@@ -175,7 +175,7 @@ def table(runs: Sequence[FinishedRun], sections: dict[str, Rows], width: int) ->
 
 
 def markdown(runs: Sequence[FinishedRun], sections: dict[str, Rows], figures: Sequence[str]) -> str:
-    """The same for comparison.md."""
+    """comparison.md: the same sections, then the figures."""
     head = [
         "| | " + " | ".join(_cell(run.label) for run in runs) + " |",
         "|---" * (len(runs) + 1) + "|",

@@ -1,11 +1,13 @@
-"""One evaluation, start to end: the policy alone in memory, then the reference alone, then numbers and the
-report.
+"""dpo evaluate: the trained policy alone in memory, then the reference alone, then numbers and the report.
 
-Both continue the same held-out prompts with the same seeds. KL has samples of its own, at temperature 1.
+Both models continue the same held-out prompts with the same seeds. Writes RUN_DIR/report, or the report of a
+snapshot into the snapshot's folder, and the model card.
 """
 
 import gc
 import shutil
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +19,72 @@ from dpo.commands.inputs import join_ranks, open_held_out, with_reference
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import longest_tree
 from dpo.data.preference_data import PreferenceData
+from dpo.data.records import TokenIds
 from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.evaluate.divergence import kl_summary
 from dpo.evaluate.rewards import PairScores, score_pairs
-from dpo.evaluate.samples import Sampler, held_out_prompts, log_probs, texts
+from dpo.evaluate.samples import (
+    ComparedSamples,
+    Float64s,
+    PromptAndCompletion,
+    Samples,
+    compare,
+    continue_prompts,
+    held_out_prompts,
+    log_probs,
+)
+from dpo.evaluate.sampling import Continuation
+from dpo.files import write_file
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
 from dpo.reference.identity import reference_model
 from dpo.reference.values import open_reference
-from dpo.report.build import Compared, Samples, compare, compose, headline, learned_preferences, report_folder
-from dpo.report.html import html_page
-from dpo.report.markdown import terminal_table, write_report, write_text
+from dpo.report.build import compose
+from dpo.report.content import Report
+from dpo.report.headline import headline
 from dpo.report.model_card import policy_card
+from dpo.report.provenance import learned_preferences, provenance_of
+from dpo.report.terminal_table import terminal_table
+from dpo.report.write import write_report
+from dpo.tracking.history import read_history
+from dpo.tracking.run_folder import RunFolder
+
+
+def evaluate(config: Config) -> None:
+    """Held-out metrics, samples of reference and policy side by side, and the report."""
+    join_ranks()
+    policy = finished_model(config)
+    train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
+    reference = reference_model(config.model, config.reference)
+    values = open_reference(
+        reference,
+        config.reference,
+        [test_data],
+        needed=needs_reference(config.loss),
+        per_token=config.loss.ld_alpha is not None,
+        command="make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)",
+    )
+    digests = {
+        "training data": f"{config.data.train}, content {train_data.content_digest()[:16]}",
+        "held-out data": f"content {test_data.content_digest()[:16]}",
+        "reference cache": values.description,
+    }
+    data = with_reference(config.loss, [test_data], values)[0]
+    summary = evaluate_run(config, policy, reference, data, tokenizer, digests)
+    folder = RunFolder(Path(config.run_dir))
+    if distributed.is_main() and learned_preferences(folder):
+        card = policy_card(
+            summary,
+            title=folder.path.name,
+            model=config.model,
+            data=config.data,
+            reference=config.reference,
+            loss=config.loss,
+            train=config.train,
+        )
+        write_file(Path(policy.name_or_path) / "README.md", card)
 
 
 def evaluate_run(
@@ -39,32 +93,33 @@ def evaluate_run(
     reference: ModelConfig,
     data: PreferenceData,
     tokenizer: PreTrainedTokenizerBase,
-    identity: dict[str, str],
+    digests: dict[str, str],
 ) -> dict[str, float]:
-    """Evaluates the trained policy and writes RUN_DIR/report. All ranks must call it.
+    """Evaluates the trained policy and writes its report. All ranks must call it.
 
     Args:
         config: The experiment.
         policy: The trained model.
         reference: The model that the samples are compared with.
-        data: Held-out groups with what the loss reads of the cache.
+        data: Held-out groups with what the loss reads from the cache.
         tokenizer: The policy's.
-        identity: Digests of data and cache, by name, for the report.
+        digests: Digests of data and cache, by name, for the report.
 
     Returns:
         What summary.json holds; empty on ranks other than the main one.
     """
-    scores, samples = _use_models(config, policy, reference, data, tokenizer)
-    compared = compare(samples, config.evaluate, tokenizer) if samples is not None else Compared()
+    by_policy = _use_policy(config, policy, data, tokenizer)
+    samples: ComparedSamples | None = None
+    if by_policy.prompts:
+        drawn = _use_reference(config, reference, data, tokenizer, by_policy)
+        samples = compare(drawn, config.evaluate.scorer, tokenizer)
     if not distributed.is_main():
         return {}
-    folder = report_folder(config)
-    report = compose(config, data.dataset, tokenizer, scores, compared, identity)
-    write_report(report, folder)
-    write_text(folder / "report.html", html_page(report, config.run_dir))
-    if report.rows:
-        shown = report.rows[: config.evaluate.table_rows]
-        terminal.note(terminal_table(shown, shutil.get_terminal_size((140, 24)).columns))
+    report = _report(config, data, tokenizer, by_policy.scores, samples, digests)
+    folder = RunFolder(Path(config.run_dir)).report(config.evaluate.snapshot)
+    write_report(report, folder, title=config.run_dir)
+    if report.shown:
+        terminal.note(terminal_table(report.shown, shutil.get_terminal_size((140, 24)).columns))
     terminal.event("evaluation", report.summary)
     terminal.summary(
         "evaluate",
@@ -76,86 +131,103 @@ def evaluate_run(
     return report.summary
 
 
-def _use_models(
-    config: Config,
-    policy: ModelConfig,
-    reference: ModelConfig,
-    data: PreferenceData,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[PairScores, Samples | None]:
-    """Everything that needs a model, one model in memory at a time."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ByPolicy:
+    """Everything that needs the policy; without prompts, only the scores of the pairs."""
+
+    scores: PairScores
+    prompts: list[TokenIds]
+    samples: list[Continuation]
+    for_kl: list[PromptAndCompletion]
+    logps: Float64s
+    """(P,) of `for_kl` under the policy."""
+
+
+def _use_policy(
+    config: Config, policy: ModelConfig, data: PreferenceData, tokenizer: PreTrainedTokenizerBase
+) -> _ByPolicy:
+    """Scores the held-out pairs and samples the policy; the model is freed on return."""
     options, eos = config.evaluate, int(tokenizer.eos_token_id)
     prompts = []
     if options.num_prompts:
-        prompts = held_out_prompts(
-            data.dataset, options.num_prompts, options.completion_tokens, max_positions(policy)
-        )
-
-    budget, longest = token_budget(config.train.max_tokens_per_micro_batch), longest_tree([data.dataset])
+        positions = max_positions(policy)
+        prompts = held_out_prompts(data.dataset, options.num_prompts, options.completion_tokens, positions)
+    budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, policy)
     with frozen_scorer(policy, sharded=sharded) as scorer:
-        layout = settle_layout(scorer, longest, DTYPES[policy.dtype]).layout
-        scores = score_pairs(
-            scorer,
-            data,
-            config.loss,
-            layout=layout,
-            budget=budget,
-            device=distributed.device(),
-        )
+        layout = settle_layout(scorer, longest_tree([data.dataset]), DTYPES[policy.dtype]).layout
+        device = distributed.device()
+        scores = score_pairs(scorer, data, config.loss, layout=layout, budget=budget, device=device)
         if not prompts:
-            return scores, None
-        model = Sampler(bare_scorer(scorer).model, options, eos, sharded=sharded)
-        by_policy = model.sample(prompts, "policy samples")
-        drawn = model.sample(prompts, "samples for the KL", for_kl=True)
-        kl_sequences = [(prompt, c.sampled_ids(eos)) for prompt, c in zip(prompts, drawn, strict=True)]
-        policy_logps = log_probs(scorer, kl_sequences, layout, budget)
-    del model, scorer
-    gc.collect()
+            return _ByPolicy(scores=scores, prompts=[], samples=[], for_kl=[], logps=np.zeros(0))
+        model = bare_scorer(scorer).model
+        draw = partial(continue_prompts, model, prompts, options, eos_token_id=eos, sharded=sharded)
+        samples = draw(progress="policy samples")
+        others = draw(progress="samples for the KL", for_kl=True)
+        for_kl = [(prompt, other.sampled_ids(eos)) for prompt, other in zip(prompts, others, strict=True)]
+        logps = log_probs(scorer, for_kl, layout, budget)
+    return _ByPolicy(scores=scores, prompts=prompts, samples=samples, for_kl=for_kl, logps=logps)
 
+
+def _use_reference(
+    config: Config,
+    reference: ModelConfig,
+    data: PreferenceData,
+    tokenizer: PreTrainedTokenizerBase,
+    by_policy: _ByPolicy,
+) -> Samples:
+    """Samples the reference, and scores the policy's samples for the KL with it."""
+    gc.collect()  # the policy's modules refer to each other
+    options, prompts = config.evaluate, by_policy.prompts
+    budget = token_budget(config.train.max_tokens_per_micro_batch)
+    sharded = is_sharded(options.sharding, reference)
     with frozen_scorer(reference, sharded=sharded) as scorer:
-        layout = settle_layout(scorer, longest, DTYPES[reference.dtype]).layout
-        model = Sampler(bare_scorer(scorer).model, options, eos, sharded=sharded)
-        by_reference = model.sample(prompts, "reference samples")
-        kl_reference = log_probs(scorer, kl_sequences, layout, budget)
-    lengths = [len(completion) for _, completion in kl_sequences]
-    return scores, Samples(
+        layout = settle_layout(scorer, longest_tree([data.dataset]), DTYPES[reference.dtype]).layout
+        by_reference = continue_prompts(
+            bare_scorer(scorer).model,
+            prompts,
+            options,
+            eos_token_id=int(tokenizer.eos_token_id),
+            sharded=sharded,
+            progress="reference samples",
+        )
+        logps = log_probs(scorer, by_policy.for_kl, layout, budget)
+    lengths = [len(completion) for _, completion in by_policy.for_kl]
+    return Samples(
         prompts=prompts,
-        reference=texts(by_reference, tokenizer),
-        policy=texts(by_policy, tokenizer),
-        tokens={
-            "reference": [len(drawn.ids) for drawn in by_reference],
-            "policy": [len(drawn.ids) for drawn in by_policy],
-        },
-        kl=kl_summary(policy_logps, kl_reference, lengths, np.arange(len(prompts))),
+        reference=by_reference,
+        policy=by_policy.samples,
+        seed=options.seed,
+        kl=kl_summary(by_policy.logps, logps, lengths, np.arange(len(prompts))),
     )
 
 
-def evaluate(config: Config) -> None:
-    """Held-out metrics, samples of reference and policy side by side, and the report."""
-    join_ranks()
-    policy = finished_model(config)
-    train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
-    command = "make precompute-ref CONFIG=... (the cache lacks rows of the held-out data)"
-    reference = open_reference(
-        reference_model(config.model, config.reference),
-        config.reference,
-        [test_data],
-        needed=needs_reference(config.loss),
-        per_token=config.loss.ld_alpha is not None,
-        command=command,
+def _report(
+    config: Config,
+    data: PreferenceData,
+    tokenizer: PreTrainedTokenizerBase,
+    scores: PairScores,
+    samples: ComparedSamples | None,
+    digests: dict[str, str],
+) -> Report:
+    folder, last = RunFolder(Path(config.run_dir)), config.evaluate.snapshot
+    history = read_history(folder) if learned_preferences(folder) else []
+    provenance = provenance_of(
+        folder,
+        data.dataset,
+        digests,
+        model=config.model,
+        reference=config.reference,
+        loss=config.loss,
+        train=config.train,
+        evaluate=config.evaluate,
     )
-    found = evaluate_run(
-        config,
-        policy,
-        reference_model(config.model, config.reference),
-        with_reference(config.loss, [test_data], reference)[0],
-        tokenizer,
-        {
-            "training data": f"{config.data.train}, content {train_data.content_digest()[:16]}",
-            "held-out data": f"content {test_data.content_digest()[:16]}",
-            "reference cache": reference.description,
-        },
+    return compose(
+        scores,
+        samples,
+        data=data.dataset,
+        tokenizer=tokenizer,
+        history=[line for line in history if last is None or line["step"] <= last],
+        provenance=provenance,
+        table_rows=config.evaluate.table_rows,
     )
-    if distributed.is_main() and learned_preferences(Path(config.run_dir)):
-        (Path(policy.name_or_path) / "README.md").write_text(policy_card(config, found))

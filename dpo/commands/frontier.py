@@ -1,7 +1,7 @@
-"""dpo frontier: one experiment with several betas and a baseline, evaluated between score and KL.
+"""dpo frontier: one experiment with several betas and a baseline, evaluated by score and KL.
 
-Each part is a stage that a person could start: `precompute-ref` once, then `train` or `sft`, then `evaluate`.
-A part that is done is not done again: done.json remembers by what command and configuration it was made.
+Every part is an ordinary stage: `precompute-ref` once, then `train` or `sft`, then `evaluate`. Finished
+stages are skipped: done.json records their command and configuration (`journal`).
 """
 
 import json
@@ -26,40 +26,43 @@ from dpo.config import (
 from dpo.errors import UserError
 from dpo.evaluate.statistics import Interval
 from dpo.files import write_file
+from dpo.report import labels
 from dpo.report.figures import Point, save_png, score_against_kl
-from dpo.tracking.history import read_history
+from dpo.report.markdown import table
+from dpo.tracking.history import last_step
 from dpo.tracking.run_folder import RunFolder, settings_text
 
 JOURNAL = "done.json"
 SFT = "preferred-completion SFT"
 BEST_OF = "best of n from the reference"
-COLUMNS = {
-    "kl/sequence": "KL, nats a sequence",
-    "score/policy": "mean score",
-    "positive_share/policy": "scored positive",
-    "win_rate": "win rate",
-    "eval/rewards/accuracies": "reward accuracy",
-    "distinct_2/policy": "distinct word pairs",
-    "perplexity/policy_samples": "perplexity under the reference",
-}
+COLUMNS = (
+    "kl/sequence",
+    "score/policy",
+    "positive_share/policy",
+    "win_rate",
+    "eval/rewards/accuracies",
+    "distinct_2/policy",
+    "perplexity/policy_samples",
+)
+"""Metrics of the table, in its order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What to draw."""
+    """The runs of a frontier."""
 
     config: Config
     keys: Sequence[str]
-    """The arguments that gave it: every stage gets them again."""
+    """The command-line arguments of `config`; every stage gets them, too."""
     betas: Sequence[float]
     snapshot_every: int
-    """Optimizer steps between the models that are evaluated; 0: only the last."""
+    """Optimizer steps between the models that are evaluated; 0: only the final model."""
     sft_learning_rate: float | None
     """None: no baseline."""
     best_of: bool
-    """Whether to sample the reference for best of n, and for the limit of any policy."""
+    """Whether to sample the reference for best of n and the limit of any policy."""
     launcher: Sequence[str]
-    """What starts a stage, before its name."""
+    """The command before the name of a stage."""
     output: Path
 
 
@@ -68,20 +71,20 @@ class Evaluated:
     """One model of the frontier."""
 
     curve: str
-    """Which run it belongs to: `beta 0.1`, or a baseline."""
+    """Its run: `beta 0.1`, or a baseline."""
     step: int | None
-    """Its optimizer step, or None for the last."""
+    """Its optimizer step, or None for the final model."""
     summary: dict[str, float]
     label: str = ""
-    """Written beside its point, where it is not told by the curve."""
+    """Written beside its point if the curve does not say it: n of best of n."""
 
 
 def run_frontier(sweep: Sweep) -> None:
-    """Does what is not done yet, and writes frontier.md, frontier.json and frontier.png.
+    """Runs the stages that are not done, and writes frontier.md, frontier.json and frontier.png.
 
     Raises:
-        UserError: The configuration has no scorer or no prompts, or a stage found something wrong.
-        StoppedBySignal: A stage was stopped; what is done stays done.
+        UserError: The configuration has no scorer or no prompts, or a stage exited with status 2.
+        StoppedBySignal: A stage was stopped; finished stages are skipped next time.
         RunFailed: A stage failed.
     """
     _check(sweep)
@@ -92,7 +95,7 @@ def run_frontier(sweep: Sweep) -> None:
         run_dir = sweep.output / f"beta_{beta:g}"
         keys = [*sweep.keys, "--run_dir", str(run_dir), "--loss.beta", f"{beta:g}"]
         snapshots = ["--train.snapshot_every", str(sweep.snapshot_every)] if sweep.snapshot_every else []
-        _once(sweep, "train", [*keys, *snapshots], run_dir / "model" / "README.md")
+        _once(sweep, "train", [*keys, *snapshots], RunFolder(run_dir).model() / "README.md")
         models += _evaluated(sweep, f"beta {beta:g}", run_dir, keys)
     if sweep.sft_learning_rate is not None:
         run_dir = sweep.output / "preferred_sft"
@@ -101,7 +104,7 @@ def run_frontier(sweep: Sweep) -> None:
     limit: list[Point] = []
     if sweep.best_of:
         run_dir = sweep.output / "reference"
-        product = run_dir / "best_of" / "best_of.json"
+        product = RunFolder(run_dir).best_of / "best_of.json"
         _once(sweep, "best-of", [*sweep.keys, "--run_dir", str(run_dir)], product)
         found = json.loads(product.read_text())
         models += [
@@ -162,30 +165,31 @@ def _train_baseline(sweep: Sweep, run_dir: Path) -> None:
 
 
 def _evaluated(sweep: Sweep, curve: str, run_dir: Path, keys: list[str]) -> list[Evaluated]:
-    """Evaluates the snapshots of a run and its last model, and reads what was found."""
-    last = max((line["step"] for line in read_history(RunFolder(run_dir))), default=0)
-    folders = sorted((run_dir / "snapshots").glob("step_*")) if sweep.snapshot_every else []
+    """Evaluates the snapshots of a run and its final model, and reads their summaries."""
+    run = RunFolder(run_dir)
+    last = last_step(run)
+    folders = sorted(run.snapshots.glob("step_*")) if sweep.snapshot_every else []
     found = []
     for folder in folders:
         step = int(folder.name.removeprefix("step_"))
-        if step == last:  # the same weights as the last model's
+        if step == last:  # the same weights as the final model
             break
-        summary = folder / "report" / "summary.json"
+        summary = run.report(step) / "summary.json"
         _once(sweep, "evaluate", [*keys, "--evaluate.snapshot", str(step)], summary)
         found.append(Evaluated(curve=curve, step=step, summary=json.loads(summary.read_text())))
-    summary = run_dir / "report" / "summary.json"
+    summary = run.report() / "summary.json"
     _once(sweep, "evaluate", keys, summary)
     return [*found, Evaluated(curve=curve, step=None, summary=json.loads(summary.read_text()))]
 
 
 def _once(sweep: Sweep, stage: str, keys: list[str], product: Path) -> None:
-    """Starts a stage unless it was done by the same command and configuration, and left its product."""
+    """Runs a stage unless the same command and configuration were run before and the output exists."""
     journal = Journal(file=sweep.output / JOURNAL)
     journal.once(stage, [*sweep.launcher, stage, *keys], product, asdict(sweep.config))
 
 
 def limit_points(limit: dict[str, Any]) -> list[Point]:
-    """The limit of any policy, as best_of.json has it."""
+    """The limit of any policy, from best_of.json."""
     return [
         Point(label="", kl=Interval(kl, kl, kl), score=Interval(*score))
         for kl, score in zip(limit["kl"], limit["score"], strict=True)
@@ -193,11 +197,11 @@ def limit_points(limit: dict[str, Any]) -> list[Point]:
 
 
 def beyond_limit(models: Sequence[Evaluated], limit: Sequence[Point]) -> list[Evaluated]:
-    """Models that score more than any policy can at their KL, by more than both intervals: a bug somewhere.
+    """Models that score above the limit of any policy at their KL, beyond both intervals: a bug somewhere.
 
     Args:
-        models: Any.
-        limit: By ascending KL; of models beyond its end nothing is said.
+        models: Evaluated models.
+        limit: By ascending KL; models beyond its last KL are not checked.
     """
     return [
         model
@@ -214,15 +218,15 @@ def _write(sweep: Sweep, models: Sequence[Evaluated], limit: Sequence[Point]) ->
         which = f"{model.curve} {model.label}".strip() + f", step {model.step or 'last'}"
         score, kl = model.summary["score/policy"], model.summary["kl/sequence"]
         terminal.warning(
-            f"{which}: scores {score:.3f} at a KL of {kl:.2f} nats, more than any policy can: something is "
-            "wrong, in the scores, the samples or the KL"
+            f"{which}: scores {score:.3f} at a KL of {kl:.2f} nats, more than any policy can: there is an "
+            "error in the scores, the samples or the KL"
         )
     points = [
         {"curve": model.curve, "step": model.step, "label": model.label, **model.summary} for model in models
     ]
-    (sweep.output / "frontier.json").write_text(json.dumps(points, indent=2))
-    (sweep.output / "frontier.md").write_text(frontier_table(models))
-    figure = score_against_kl(frontier_curves(models), "mean score", limit=limit)
+    write_file(sweep.output / "frontier.json", json.dumps(points, indent=2))
+    write_file(sweep.output / "frontier.md", frontier_table(models))
+    figure = score_against_kl(frontier_curves(models), limit=limit)
     save_png(figure, sweep.output / "frontier.png")
     print(frontier_table(models))
     terminal.summary(
@@ -237,32 +241,22 @@ def _write(sweep: Sweep, models: Sequence[Evaluated], limit: Sequence[Point]) ->
 
 
 def frontier_curves(models: Sequence[Evaluated]) -> dict[str, list[Point]]:
-    """Label -> points, the reference first; a run without snapshots is a point of a common curve of DPO."""
-    first = models[0].summary
-    start = Point(label="", kl=Interval(0.0, 0.0, 0.0), score=_interval(first, "score/reference"))
-    curves: dict[str, list[Point]] = {"reference": [start]}
+    """Label -> points, the reference first; without snapshots all betas share one curve."""
+    curves = {"reference": [Point.of_reference(models[0].summary)]}
     has_snapshots = any(model.step is not None for model in models)
     for model in models:
-        point = Point(
-            label=model.label or ("" if has_snapshots else model.curve.removeprefix("beta ")),
-            kl=_interval(model.summary, "kl/sequence"),
-            score=_interval(model.summary, "score/policy"),
-        )
+        label = model.label or ("" if has_snapshots else model.curve.removeprefix("beta "))
         own = has_snapshots or model.curve in (SFT, BEST_OF)
-        curves.setdefault(model.curve if own else "DPO, by beta", []).append(point)
+        points = curves.setdefault(model.curve if own else "DPO, by beta", [])
+        points.append(Point.of(model.summary, label))
     return {label: sorted(points, key=lambda p: p.kl.mean) for label, points in curves.items()}
 
 
 def frontier_table(models: Sequence[Evaluated]) -> str:
-    """A row a model, in Markdown."""
-    lines = ["| run | step | " + " | ".join(COLUMNS.values()) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    """One row per model, in Markdown."""
+    rows = []
     for model in models:
         step = "last" if model.step is None else str(model.step)
-        cells = [model.curve, f"n = {model.label}" if model.label else step]
-        cells += [f"{model.summary[name]:.3f}" if name in model.summary else "" for name in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _interval(summary: dict[str, float], name: str) -> Interval:
-    return Interval(summary[name], summary[f"{name}/low"], summary[f"{name}/high"])
+        cells = [f"{model.summary[name]:.3f}" if name in model.summary else "" for name in COLUMNS]
+        rows.append([model.curve, f"n = {model.label}" if model.label else step, *cells])
+    return table(["run", "step", *map(labels.short, COLUMNS)], rows) + "\n"

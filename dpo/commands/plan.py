@@ -1,12 +1,12 @@
-"""dpo plan."""
+"""dpo plan: prints what a training run will need, and loads no weights."""
 
 import json
 
 from dpo.commands.inputs import join_ranks
 from dpo.config import Config
 from dpo.planning.fit import Machine
-from dpo.planning.plan import as_json, make_plan
-from dpo.planning.text import page
+from dpo.planning.plan import make_plan
+from dpo.planning.text import as_json, page
 
 
 def plan(
@@ -19,8 +19,8 @@ def plan(
     exact: bool,
     as_numbers: bool,
 ) -> None:
-    """Prints what training will need: for people, or with `as_numbers` as JSON."""
+    """Prints what training will need: a page for people, or JSON with `as_numbers`."""
     join_ranks()
     machine = Machine(num_gpus=num_gpus, gpu_memory=gpu_memory, gpu_flops=gpu_flops, mfu=mfu)
-    made = make_plan(config, machine, exact=exact)
+    made = make_plan(config.model, config.data, config.reference, config.train, machine, exact=exact)
     print(json.dumps(as_json(made), indent=2) if as_numbers else page(made))

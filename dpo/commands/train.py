@@ -35,7 +35,7 @@ from dpo.model.files import max_positions, num_parameters
 from dpo.model.lora import check_policy, load_policy
 from dpo.reference.identity import reference_model
 from dpo.reference.values import open_reference
-from dpo.report.labels import LABELS
+from dpo.report import labels
 from dpo.report.model_card import policy_card
 from dpo.report.watch import watched_samples
 from dpo.tracking.metrics import Evaluation
@@ -57,7 +57,7 @@ def train(config: Config) -> None:
         session.export(session.folder.model())
     if session.evaluated:
         result = "held-out " + ", ".join(
-            f"{LABELS[name].removeprefix('held-out ')} {session.evaluated[name]:.4f}"
+            f"{labels.full(name).removeprefix('held-out ')} {session.evaluated[name]:.4f}"
             for name in SHOWN
             if name in session.evaluated
         )
@@ -148,7 +148,15 @@ def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
         tokenizer=tokenizer,
         guard=guard,
         evaluate=evaluate if test_data is not None else None,
-        card=partial(policy_card, config),
+        card=partial(
+            policy_card,
+            title=folder.path.name,
+            model=config.model,
+            data=config.data,
+            reference=config.reference,
+            loss=config.loss,
+            train=config.train,
+        ),
         fingerprints=fingerprints,
         checkpoint=checkpoint,
         resharded=resharded,

@@ -1,4 +1,7 @@
-"""Where a policy has learned the preference: by which completion is longer, and by source of the data."""
+"""Metrics of the held-out pairs with intervals: overall, by which completion is longer, and by data source.
+
+Pure functions of one value per pair (`PairScores`); intervals resample whole prompts.
+"""
 
 from collections.abc import Sequence
 
@@ -9,6 +12,20 @@ from dpo.evaluate.rewards import PairScores
 from dpo.evaluate.statistics import mean_interval, ratio_interval
 
 
+def pair_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[str, float]:
+    """All metrics of the held-out pairs: those that training logs, with intervals, then the two breakdowns.
+
+    Args:
+        scores: P pairs, numbered by group.
+        sources: Sources of these groups, in their order.
+    """
+    found = scores.means()
+    found |= ratio_interval(scores.losses, scores.units, scores.groups).under("eval/loss")
+    found |= mean_interval(scores.correct, scores.groups).under("eval/rewards/accuracies")
+    found |= mean_interval(scores.margins, scores.groups).under("eval/rewards/margins")
+    return found | length_summary(scores) | source_summary(scores, sources)
+
+
 def length_summary(scores: PairScores) -> dict[str, float]:
     """Length bias of the labels and of the policy's rewards, in tokens of the completions.
 
@@ -16,12 +33,12 @@ def length_summary(scores: PairScores) -> dict[str, float]:
         scores: P pairs with rewards and lengths.
 
     Returns:
-        Over the pairs whose completions differ in length: `length/longer_chosen` (share in which the label
-        prefers the longer) and `length/longer_rewarded` (share in which the policy's reward is higher for
-        the longer; a tie is half), each with `/low` and `/high`. A policy with a larger share than the labels
-        has picked up length. And the accuracy `length/accuracy/longer_chosen` and
-        `length/accuracy/shorter_chosen`, over the pairs whose chosen completion is the longer or the shorter
-        one. What no pair belongs to is left out.
+        Over the pairs whose completions differ in length: `length/longer_chosen` (the share of pairs in which
+        the label prefers the longer completion) and `length/longer_rewarded` (the share in which the policy's
+        reward is higher for the longer one; a tie counts half), each with `/low` and `/high`. If the policy's
+        share is larger than the labels', it has learned to prefer length. And the accuracy
+        `length/accuracy/longer_chosen` and `length/accuracy/shorter_chosen`, over the pairs whose chosen
+        completion is the longer or the shorter one. Metrics without any pair are left out.
     """
     difference = scores.chosen_tokens - scores.rejected_tokens
     differ = difference != 0
@@ -39,15 +56,15 @@ def length_summary(scores: PairScores) -> dict[str, float]:
 
 
 def source_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[str, float]:
-    """Accuracy and loss of each source of a mixture; empty where there are fewer than two.
+    """Accuracy and loss for each source of a mixture; empty if there are fewer than two sources.
 
     Args:
         scores: P pairs, numbered by group.
-        sources: Of these groups, in their order.
+        sources: Sources of these groups, in their order.
 
     Returns:
         `source/<name>/accuracy` and `source/<name>/loss`, each with `/low` and `/high`, and
-        `source/<name>/pairs`, how many there are. Parts of the same name count together.
+        `source/<name>/pairs`, the number of pairs. Sources of the same name count together.
     """
     found: dict[str, float] = {}
     names = np.repeat([source.name for source in sources], [source.groups for source in sources])

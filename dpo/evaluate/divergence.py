@@ -1,7 +1,7 @@
 """How far the policy has moved: KL(policy || reference), estimated from the policy's own samples.
 
-The samples must come from the policy as it is (temperature 1, no top-k, no top-p), so that the mean of their
-log-ratios is the KL. Each sequence counts every token that was drawn, EOS included, under the same prompt.
+The samples must come from the unmodified policy (temperature 1, no top-k, no top-p), so that the mean of
+their log-ratios is the KL. Every token that was drawn counts, EOS included.
 """
 
 import numpy as np
@@ -21,13 +21,14 @@ def kl_summary(
     Args:
         policy_logps: (N,) summed log-probs of N policy samples under the policy, in nats.
         reference_logps: (N,) the same samples under the reference.
-        num_tokens: (N,) tokens that the sums are over.
+        num_tokens: (N,) tokens in each sum.
         clusters: (N,) which prompt a sample belongs to.
 
     Returns:
         `kl/sequence` (the mean of the summed log-ratios) and `kl/token` (their sum over the sum of tokens),
         each with `/low` and `/high`; an estimate may be slightly negative where the KL is near 0. And
-        `perplexity/policy_samples`, of the samples under the reference: exp of its nats a token.
+        `perplexity/policy_samples`, the perplexity of the samples under the reference: exp of its nats per
+        token.
     """
     log_ratios = np.asarray(policy_logps, np.float64) - np.asarray(reference_logps, np.float64)
     surprise = ratio_interval(-np.asarray(reference_logps, np.float64), num_tokens, clusters)

@@ -1,7 +1,7 @@
-"""Held-out loss, rewards and accuracy of a policy, from the cache and one value a pair.
+"""Held-out loss, rewards and accuracy of a policy: one value per pair, against the cached reference.
 
-Law 7: every pair is scored once by one rank, and all ranks hold all values, so that means and intervals are
-those of the whole set, whatever the number of ranks or the batch size.
+Each pair is scored once, by one rank, and every rank then holds all values: means and intervals are over the
+whole set, whatever the number of ranks or the batch size (law 7).
 """
 
 from collections.abc import Callable
@@ -19,10 +19,23 @@ from dpo.data.plan import share
 from dpo.data.preference_data import PreferenceData
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
-from dpo.loss.pairs import pair_logps
+from dpo.loss.pairs import PairLogProbs, pair_logps
 from dpo.loss.preference_loss import preference_loss
 
 Float64s = npt.NDArray[np.float64]
+Records = npt.NDArray[np.void]
+
+_MEASURED = (
+    "losses",
+    "chosen_rewards",
+    "rejected_rewards",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_reference",
+    "rejected_reference",
+)
+_RECORD = np.dtype([("pair", np.int64), *((name, np.float64) for name in _MEASURED)])
+"""The values of one pair; `pair` is its position in the data set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +45,9 @@ class PairScores:
     groups: npt.NDArray[np.int64]
     """(P,) the pair's group: pairs of one prompt are not independent."""
     losses: Float64s
-    """(P,) by the pairs' weights."""
+    """(P,) losses, times the pairs' weights."""
     units: Float64s
-    """(P,) what each pair adds to what the mean loss is over; 1 where nothing is weighted."""
+    """(P,) what each pair adds to the denominator of the mean loss; 1 where nothing is weighted."""
     chosen_rewards: Float64s
     """(P,) beta * log(policy / reference) of the chosen completion."""
     rejected_rewards: Float64s
@@ -42,15 +55,15 @@ class PairScores:
     """(P,) summed log-prob under the policy, in nats."""
     rejected_logps: Float64s
     reference_logps: Float64s
-    """(P, 2) summed log-probs of chosen and rejected under the reference, in nats; NaN where the loss needs
-    none."""
+    """(P, 2) summed log-probs of chosen and rejected under the reference, in nats; NaN if the loss needs no
+    reference."""
     chosen_tokens: npt.NDArray[np.int64]
     """(P,) tokens of the chosen completion."""
     rejected_tokens: npt.NDArray[np.int64]
 
     @property
     def margins(self) -> Float64s:
-        """(P,) chosen less rejected reward."""
+        """(P,) chosen minus rejected reward."""
         return self.chosen_rewards - self.rejected_rewards
 
     @property
@@ -83,72 +96,88 @@ def score_pairs(
     """Scores every pair of a data set, spread over the ranks. All ranks must call it.
 
     Args:
-        score: The policy: a batch of S rows on `device` -> (S,) log-probs in nats, or those of tokens with
+        score: The policy: a batch of S sequences on `device` -> (S,) log-probs in nats, or one per token with
             `per_token`.
         data: Held-out groups and their reference log-probs.
         loss: The training loss.
-        layout: How the policy takes its batches.
+        layout: The batch layout that the policy takes.
         budget: Most tokens of a batch, padding included.
-        device: Where batches belong.
+        device: The batches' device.
     """
-    dataset, alpha = data.dataset, loss.ld_alpha
-    sizes = dataset.sizes(np.arange(len(dataset)), layout)
+    sizes = data.dataset.sizes(np.arange(len(data.dataset)), layout)
     shares = share(sizes, world_size=distributed.world_size(), budget=budget)
-    columns: list[list[npt.NDArray[np.float64]]] = []
     mine = shares[distributed.rank()]
 
-    def build(positions: list[int]) -> TreeBatch:
-        return data.batch(np.asarray(positions, dtype=np.int64), layout).to(device)
+    def batch_of(groups: list[int]) -> TreeBatch:
+        return data.batch(np.asarray(groups, dtype=np.int64), layout).to(device)
 
-    for positions, batch in zip(mine, prefetch(map(build, mine)), strict=True):
-        with torch.no_grad():
-            logps = score(
-                batch, per_token=alpha is not None
-            )  # also without groups: ranks make the same number of calls
-        if not positions:
-            continue
-        policy = pair_logps(logps, batch.pairs, batch.num_tokens, alpha)
-        reference = (
-            None
-            if batch.reference is None
-            else pair_logps(batch.reference, batch.pairs, batch.num_tokens, alpha)
-        )
-        result = preference_loss(policy, reference, loss)
-        assert batch.pair_weights is not None
-        unknown = torch.full_like(policy.chosen, torch.nan)
-        pairs = np.concatenate([_pairs(dataset, position) for position in positions])
-        values = (
-            batch.pair_weights * result.losses,
-            result.chosen_rewards,
-            result.rejected_rewards,
-            policy.chosen,
-            policy.rejected,
-            reference.chosen if reference else unknown,
-            reference.rejected if reference else unknown,
-        )
-        columns.append([pairs, *(value.double().cpu().numpy() for value in values)])
-    values_here = (
-        np.concatenate([np.stack(part) for part in columns], axis=1) if columns else np.zeros((8, 0))
-    )
-    everything = np.concatenate(distributed.gather_objects(values_here), axis=1)
-    everything = everything[:, np.argsort(everything[0], kind="stable")]
-    first = np.repeat(dataset.first_sequence, dataset.pairs_per_group)  # (P,)
-    sequences = first[:, None] + dataset.pairs  # (P, 2)
-    tokens = dataset.completion_tokens[sequences]
+    records = [np.empty(0, _RECORD)]
+    for groups, batch in zip(mine, prefetch(map(batch_of, mine)), strict=True):
+        with torch.no_grad():  # an empty batch too: all ranks must call the model equally often
+            logps = score(batch, per_token=loss.ld_alpha is not None)
+        if groups:
+            records.append(_records(_pairs_of(data.dataset, groups), batch, logps, loss))
+    everything = np.concatenate(distributed.gather_objects(np.concatenate(records)))
+    return _in_order(everything, data)
+
+
+def _records(pairs: npt.NDArray[np.int64], batch: TreeBatch, logps: Tensor, loss: LossConfig) -> Records:
+    """(B,) records of a batch's pairs.
+
+    Args:
+        pairs: (B,) positions of the batch's pairs in the data set.
+        batch: With the weights of its pairs.
+        logps: (S,) of the policy, or one per token with `loss.ld_alpha`.
+        loss: The training loss.
+    """
+
+    def of_pairs(values: Tensor) -> PairLogProbs:
+        return pair_logps(values, batch.pairs, batch.num_tokens, loss.ld_alpha)
+
+    policy = of_pairs(logps)
+    reference = of_pairs(batch.reference) if batch.reference is not None else None
+    result = preference_loss(policy, reference, loss)
+    assert batch.pair_weights is not None
+    unknown = torch.full_like(policy.chosen, torch.nan)
+    measured = {
+        "losses": batch.pair_weights * result.losses,
+        "chosen_rewards": result.chosen_rewards,
+        "rejected_rewards": result.rejected_rewards,
+        "chosen_logps": policy.chosen,
+        "rejected_logps": policy.rejected,
+        "chosen_reference": reference.chosen if reference else unknown,
+        "rejected_reference": reference.rejected if reference else unknown,
+    }
+    records = np.empty(len(pairs), _RECORD)
+    records["pair"] = pairs
+    for name, values in measured.items():
+        records[name] = values.double().cpu().numpy()
+    return records
+
+
+def _in_order(records: Records, data: PreferenceData) -> PairScores:
+    """The records of all ranks as columns in the order of the data set, beside what the data set knows."""
+    dataset = data.dataset
+    records = records[np.argsort(records["pair"], kind="stable")]
+    column = {name: np.ascontiguousarray(records[name]) for name in _MEASURED}
+    first = np.repeat(dataset.first_sequence, dataset.pairs_per_group)  # (P,) of the pair's group
+    tokens = dataset.completion_tokens[first[:, None] + dataset.pairs]  # (P, 2)
     return PairScores(
         groups=np.repeat(np.arange(len(dataset)), dataset.pairs_per_group),
-        losses=everything[1],
+        losses=column["losses"],
         units=data.units,
-        chosen_rewards=everything[2],
-        rejected_rewards=everything[3],
-        chosen_logps=everything[4],
-        rejected_logps=everything[5],
-        reference_logps=everything[6:].T,
+        chosen_rewards=column["chosen_rewards"],
+        rejected_rewards=column["rejected_rewards"],
+        chosen_logps=column["chosen_logps"],
+        rejected_logps=column["rejected_logps"],
+        reference_logps=np.stack([column["chosen_reference"], column["rejected_reference"]], axis=1),
         chosen_tokens=tokens[:, 0],
         rejected_tokens=tokens[:, 1],
     )
 
 
-def _pairs(dataset: TokenizedDataset, group: int) -> Float64s:
-    """Numbers of the group's pairs within the data set; exact in float64."""
-    return np.arange(dataset.group_pairs[group], dataset.group_pairs[group + 1], dtype=np.float64)
+def _pairs_of(dataset: TokenizedDataset, groups: list[int]) -> npt.NDArray[np.int64]:
+    """Positions in the data set of the pairs of these groups, in the order of a batch."""
+    return np.concatenate(
+        [np.arange(dataset.group_pairs[group], dataset.group_pairs[group + 1]) for group in groups]
+    )

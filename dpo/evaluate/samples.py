@@ -1,7 +1,11 @@
-"""Samples of a model on held-out prompts, and their log-probs."""
+"""Samples of two models on the same held-out prompts: drawing them, their log-probs, and how they compare.
+
+The caller has one model in memory at a time and passes it in. Both models continue the same prompts with the
+same seeds; the KL has samples of its own, at temperature 1. Nothing here depends on the number of ranks.
+"""
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,26 +19,54 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.records import TokenIds
 from dpo.data.trees import Layout, sequence_batch
 from dpo.evaluate.sampling import Continuation, sample
+from dpo.evaluate.scoring import load_scorer, score_over_ranks
+from dpo.evaluate.statistics import distinct_n, mean_interval, repetition, win_rate
 
-KL_SEED_OFFSET = 1  # the KL's samples are not the compared ones
-
-
-Sequences = list[tuple[TokenIds, TokenIds]]
-
+KL_SEED_OFFSET = 1
+"""Added to the seed for the samples of the KL, which are not the compared ones."""
 
 Float64s = npt.NDArray[np.float64]
+PromptAndCompletion = tuple[TokenIds, TokenIds]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """One continuation of each of P held-out prompts by each model."""
+
+    prompts: Sequence[TokenIds]
+    reference: Sequence[Continuation]
+    policy: Sequence[Continuation]
+    seed: int
+    """The same for both models."""
+    kl: dict[str, float]
+    """`kl_summary` of other samples by the policy, at temperature 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedSamples:
+    """The samples as text, their scores and what follows from them."""
+
+    seed: int
+    prompts: list[str]
+    reference: list[str]
+    policy: list[str]
+    reference_scores: list[float] | None
+    """(P,); None without a scorer."""
+    policy_scores: list[float] | None
+    summary: dict[str, float]
+    """Under the names of summary.json, with intervals."""
 
 
 def held_out_prompts(
     data: TokenizedDataset, number: int, completion_tokens: int, positions: int | None
 ) -> list[TokenIds]:
-    """The first different prompts of a data set, cut on the left where the continuation needs the room.
+    """The first distinct prompts of a data set, cut on the left where the continuation needs the room.
 
     Args:
         data: Held-out groups.
-        number: Most prompts.
+        number: Most prompts to return.
         completion_tokens: Longest continuation.
-        positions: Of the model, or None without a limit.
+        positions: Positions of the model, or None if it has no limit.
     """
     room = positions - completion_tokens if positions is not None else None
     found: dict[bytes, TokenIds] = {}
@@ -47,49 +79,59 @@ def held_out_prompts(
     return list(found.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Sampler:
-    """A model that continues prompts as the options say."""
+def continue_prompts(
+    model: PreTrainedModel,
+    prompts: Sequence[TokenIds],
+    options: EvaluateConfig,
+    *,
+    eos_token_id: int,
+    sharded: bool,
+    progress: str | None,
+    for_kl: bool = False,
+) -> list[Continuation]:
+    """One continuation of each prompt. All ranks must call it.
 
-    model: PreTrainedModel
-    options: EvaluateConfig
-    eos: int
-    _: KW_ONLY
-    sharded: bool
+    Args:
+        model: The whole model or this rank's part of it, in evaluation mode.
+        prompts: P prompts in token ids.
+        options: Length, temperature, seed and batch size.
+        eos_token_id: Token that ends a continuation.
+        sharded: As in `sample`.
+        progress: Label of the progress bar, or None for no bar.
+        for_kl: Draw at temperature 1 and with another seed, as the KL needs it.
+    """
+    drawn = sample(
+        model,
+        prompts,
+        num_samples=1,
+        max_new_tokens=options.completion_tokens,
+        temperature=1.0 if for_kl else options.temperature,
+        seed=options.seed + KL_SEED_OFFSET if for_kl else options.seed,
+        batch_size=options.batch_size,
+        eos_token_id=eos_token_id,
+        progress=progress,
+        sharded=sharded,
+    )
+    return [continuations[0] for continuations in drawn]
 
-    def sample(
-        self, prompts: Sequence[TokenIds], progress: str, *, for_kl: bool = False
-    ) -> list[Continuation]:
-        """One continuation of each prompt; for the KL at temperature 1, and others."""
-        drawn = sample(
-            self.model,
-            prompts,
-            num_samples=1,
-            max_new_tokens=self.options.completion_tokens,
-            temperature=1.0 if for_kl else self.options.temperature,
-            seed=self.options.seed + KL_SEED_OFFSET if for_kl else self.options.seed,
-            batch_size=self.options.batch_size,
-            eos_token_id=self.eos,
-            progress=progress,
-            sharded=self.sharded,
-        )
-        return [continuations[0] for continuations in drawn]
 
-
-def log_probs(scorer: nn.Module, sequences: Sequences, layout: Layout, budget: int) -> Float64s:
-    """(N,) summed log-probs in nats of N sequences, computed over the ranks, in order, on every rank.
+def log_probs(
+    scorer: nn.Module, sequences: Sequence[PromptAndCompletion], layout: Layout, budget: int
+) -> Float64s:
+    """(N,) summed log-probs in nats of N completions, computed over the ranks, in order, on every rank.
 
     Args:
         scorer: A `SequenceScorer`, sharded or not.
         sequences: Prompt and completion of each, in token ids.
-        layout: How the scorer takes its batches.
+        layout: The batch layout that the scorer takes.
         budget: Most tokens of a batch, padding included.
     """
     width = max(len(prompt) + len(completion) for prompt, completion in sequences)
     size = max(1, budget // width)
     starts = range(0, len(sequences), size)
     mine: dict[int, Float64s] = {}
-    turns = distributed.turns_of(starts)  # also an empty batch is a pass that a sharded model's ranks share
+    # A rank without a batch still runs a pass: a sharded model needs all ranks in each one.
+    turns = distributed.turns_of(starts)
     for start in terminal.progress(turns, description="log-probs of samples", unit="batches", leave=False):
         chosen = sequences[start : start + size] if start is not None else []
         with torch.no_grad():
@@ -100,6 +142,57 @@ def log_probs(scorer: nn.Module, sequences: Sequences, layout: Layout, budget: i
     return np.concatenate([gathered[start] for start in starts])
 
 
-def texts(continuations: Sequence[Continuation], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The continuations as text."""
-    return [str(tokenizer.decode(drawn.ids, skip_special_tokens=True)) for drawn in continuations]
+def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizerBase) -> ComparedSamples:
+    """Scores both models' samples, spread over the ranks. All ranks must call it.
+
+    Args:
+        samples: At least one prompt.
+        scorer: Name of the scorer, as in `evaluate.scorer`; None to compare without scores.
+        tokenizer: The policy's.
+
+    Returns:
+        Texts, scores, and a summary: `score/*`, `positive_share/*` and `win_rate` where there is a scorer;
+        the KL, `distinct_2/*`, `distinct_texts/*`, `repetition/*` and `sample_tokens/*` in any case.
+
+    Raises:
+        UserError: The scorer cannot be loaded.
+    """
+    drawn = {"reference": samples.reference, "policy": samples.policy}
+    both = {name: texts_of([one.ids for one in several], tokenizer) for name, several in drawn.items()}
+    scores, summary = _scored(both, scorer) if scorer is not None else ({}, {})
+    summary |= samples.kl
+    for name, texts in both.items():
+        words = [text.split() for text in texts]
+        lengths = [len(continuation.ids) for continuation in drawn[name]]
+        summary[f"distinct_2/{name}"] = distinct_n(words, 2)
+        summary[f"distinct_texts/{name}"] = len(set(texts)) / len(texts)
+        summary |= mean_interval(lengths, np.arange(len(lengths))).under(f"sample_tokens/{name}")
+        summary[f"repetition/{name}"] = repetition(words, 2)
+    return ComparedSamples(
+        seed=samples.seed,
+        prompts=texts_of(samples.prompts, tokenizer),
+        reference=both["reference"],
+        policy=both["policy"],
+        reference_scores=scores.get("reference"),
+        policy_scores=scores.get("policy"),
+        summary=summary,
+    )
+
+
+def texts_of(sequences: Sequence[TokenIds], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Token ids as text, without special tokens."""
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
+
+
+def _scored(both: dict[str, list[str]], name: str) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Model -> scores of its texts, and the metrics that follow from them."""
+    scorer = load_scorer(name)
+    scores = {model: score_over_ranks(scorer, texts) for model, texts in both.items()}
+    clusters = np.arange(len(both["policy"]))
+    summary: dict[str, float] = {}
+    for model, values in scores.items():
+        positive = [float(scorer.is_positive(value)) for value in values]
+        summary |= mean_interval(values, clusters).under(f"score/{model}")
+        summary |= mean_interval(positive, clusters).under(f"positive_share/{model}")
+    summary |= win_rate(scores["policy"], scores["reference"], clusters).under("win_rate")
+    return scores, summary

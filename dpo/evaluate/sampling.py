@@ -1,9 +1,9 @@
-"""Continuations of prompts by a causal language model: batched, over all ranks, the same however they run.
+"""Sampling from a causal language model: batched, over all ranks, with results that depend on neither.
 
-Every (prompt, sample) has a random stream of its own, derived from the seed and the two indices, and batches
-are formed without the world size. So neither batch size nor ranks decide what is sampled (up to the last bits
-of a forward pass), and two models that are given one seed share their randomness: where they agree on the
-distribution they agree on the token.
+Every (prompt, sample) has its own random stream, derived from the seed and the two indices, and batches are
+formed without the world size. So the samples depend neither on the batch size nor on the number of ranks (up
+to the last bits of a forward pass). Two models with the same seed share their randomness: where they agree on
+the distribution, they draw the same token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,15 +24,15 @@ from dpo.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What a model wrote after a prompt."""
+    """What a model generated after a prompt."""
 
     ids: TokenIds
-    """(T,) token ids without EOS; empty where the model ended at once."""
+    """(T,) token ids without EOS; empty if EOS came first."""
     finished: bool
-    """Whether the model ended it with EOS; otherwise it was cut at the longest length."""
+    """Whether it ended with EOS; otherwise it was cut at the longest length."""
 
     def sampled_ids(self, eos_token_id: int) -> TokenIds:
-        """(T,) or (T + 1,) int32: every token that was drawn, EOS included, as a log-probability counts."""
+        """(T,) or (T + 1,) int32: every token that was drawn, EOS included, as log-probs count them."""
         return np.append(self.ids, np.int32(eos_token_id)) if self.finished else self.ids
 
 
@@ -44,9 +44,9 @@ class _Row(NamedTuple):
 
 
 class _GumbelNoise(LogitsProcessor):
-    """Makes the likeliest token an exact draw: argmax(x + Gumbel) ~ softmax(x) for x = logits / temperature.
+    """Makes greedy decoding an exact sampler: argmax(x + Gumbel) ~ softmax(x) for x = logits / temperature.
 
-    Each row draws from its own generator, once a vocabulary entry and step, whatever the other rows do.
+    Each row has its own generator, which draws once per vocabulary entry and step, whatever other rows do.
     """
 
     def __init__(self, rows: Sequence[_Row], *, temperature: float, seed: int, eos_token_id: int) -> None:
@@ -56,12 +56,12 @@ class _GumbelNoise(LogitsProcessor):
         self._started = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores plus noise, float32 (S, V). Rows that have ended are padded with EOS and need no noise."""
+        """Scores plus noise, float32 (S, V). Finished rows are padded with EOS and need no noise."""
         last = input_ids[:, -1].tolist()
         active = [row for row, token in enumerate(last) if not self._started or token != self._eos_token_id]
         self._started = True
-        # -log of an exponential is Gumbel. Drawn in double: a float32 draw is 0 about once in 2^24, which a
-        # vocabulary of 50,000 meets every few hundred tokens, and infinite noise is a uniformly random token.
+        # -log of an exponential is Gumbel. Drawn in float64: a float32 draw is 0 about once in 2^24, which is
+        # every few hundred tokens with a vocabulary of 50,000, and infinite noise makes the token random.
         exponential = np.ones(tuple(scores.shape), dtype=np.float64)
         for row in active:
             self._generators[row].standard_exponential(out=exponential[row])
@@ -82,29 +82,29 @@ def sample(
     progress: str | None,
     sharded: bool = False,
 ) -> list[list[Continuation]]:
-    """Samples `num_samples` continuations of each prompt from the whole distribution: no top-k, no top-p.
+    """Samples `num_samples` continuations of each prompt from the full distribution: no top-k, no top-p.
 
     Every rank calls it with the same arguments and a copy of the model, or its part of a sharded one, and
     gets the complete result.
 
     Args:
         model: A causal language model in evaluation mode, on this rank's device. Its own generation settings
-            are not used.
+            are ignored.
         prompts: P arrays of (T_p,) token ids, each with at least one token.
         num_samples: Continuations of each prompt.
         max_new_tokens: Longest continuation, in tokens, EOS included.
-        temperature: Divides the logits; 0 takes the likeliest token.
-        seed: At least 0. The stream of a sample depends on this, its prompt's index and its own index only.
+        temperature: Divides the logits; 0 takes the most likely token.
+        seed: At least 0. A sample's random stream depends only on it, the prompt's index and its own index.
         batch_size: Sequences that are sampled together.
         eos_token_id: Token that ends a continuation.
         progress: Label of the progress bar on rank 0, or None for no bar.
-        sharded: The ranks share one copy of the model, so that all must take part in each of its passes.
+        sharded: The ranks share one copy of the model, so that all must take part in each pass.
 
     Returns:
         For each prompt, in order, its `num_samples` continuations.
 
     Raises:
-        UserError: A prompt leaves less than `max_new_tokens` of the model's positions.
+        UserError: A prompt leaves fewer than `max_new_tokens` of the model's positions.
     """
     _check_lengths(model, prompts, max_new_tokens)
     rows = [_Row(prompt, number) for prompt in range(len(prompts)) for number in range(num_samples)]
@@ -126,7 +126,7 @@ def sample(
         for own in batches:
             if own is None and not sharded:
                 break
-            batch = own or rows[:1]  # the others cannot go on alone: what is drawn twice is the same
+            batch = own or rows[:1]  # other ranks need this pass; a sample that is drawn twice is the same
             noise = _GumbelNoise(batch, temperature=temperature, seed=seed, eos_token_id=eos_token_id)
             processors = LogitsProcessorList([noise] if temperature > 0 else [])
             ids, mask = _left_padded([prompts[row.prompt] for row in batch], eos_token_id)
@@ -160,7 +160,7 @@ def _check_lengths(
 def _left_padded(
     prompts: Sequence[npt.NDArray[np.int32]], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (S, T) int64, with every prompt's end in the last column.
+    """Token ids and attention mask, both (S, T) int64; every prompt ends in the last column.
 
     [[1, 2, 3], [4]] with padding 0 gives ids [[1, 2, 3], [0, 0, 4]] and mask [[1, 1, 1], [0, 0, 1]].
     """
@@ -174,7 +174,7 @@ def _left_padded(
 
 
 def _until_eos(tokens: TokenIds, eos_token_id: int) -> Continuation:
-    """(T,) generated tokens up to the first EOS; what follows it is padding."""
+    """(T,) generated tokens up to the first EOS; the rest is padding."""
     ends = np.flatnonzero(tokens == eos_token_id)
     if len(ends) == 0:
         return Continuation(tokens.copy(), finished=False)
@@ -183,7 +183,7 @@ def _until_eos(tokens: TokenIds, eos_token_id: int) -> Continuation:
 
 @contextmanager
 def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Generates with `config` alone: transformers fills what it leaves open from the model's own settings."""
+    """Generates with `config` alone: transformers would fill its gaps from the model's own settings."""
     saved = model.generation_config
     model.generation_config = config
     try:

@@ -1,6 +1,7 @@
 """Scorers of text: how positive a continuation is, by a lexicon (vader) or by a classifier (hf:MODEL).
 
-A scorer gives one number a text, higher is better, and says from where on a text counts as positive.
+A scorer gives one number per text, higher is better, and decides which scores count as positive. Scores do
+not depend on the number of ranks.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,10 @@ CLASSIFIER_BATCH = 64
 
 
 class Scorer(Protocol):
-    """One number a text, higher is better."""
+    """One number per text, higher is better."""
 
     name: str
-    """As the user gave it: vader, or hf:MODEL."""
+    """As in evaluate.scorer: vader, or hf:MODEL."""
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """The score of each text."""
@@ -50,7 +51,7 @@ class ClassifierScorer:
     """P(positive) by a transformers text classifier, in [0, 1]; positive above 0.5.
 
     Args:
-        model: A folder or a hub name with safetensors weights. The positive class is the label called
+        model: A folder or a hub name with safetensors weights. The positive class is the label named
             positive or pos (in any case), or LABEL_1 of two.
 
     Raises:
@@ -71,7 +72,7 @@ class ClassifierScorer:
             ) from error
         if report["missing_keys"]:
             raise UserError(
-                f"scorer {self.name}: {model} is no trained classifier, it has no "
+                f"scorer {self.name}: {model} is not a trained classifier: it lacks "
                 f"{', '.join(sorted(report['missing_keys']))}; expected a text-classification model"
             )
         config = loaded.config
@@ -79,14 +80,14 @@ class ClassifierScorer:
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         config.pad_token_id = self._tokenizer.pad_token_id
-        # A tokenizer that names no limit says 1e30. RoBERTa counts its positions from 2.
+        # A tokenizer without a limit has 1e30 here. RoBERTa counts its positions from 2.
         positions = getattr(config, "max_position_embeddings", 512) - 2
         self._max_length = min(self._tokenizer.model_max_length, positions)
         self._model = loaded.to(device()).eval()
 
     @torch.inference_mode()
     def score(self, texts: Sequence[str]) -> list[float]:
-        """P(positive) of each text, its start where it is longer than the classifier reads."""
+        """P(positive) of each text; of a text that is too long for the classifier, only the start is read."""
         scores: list[float] = []
         for start in range(0, len(texts), CLASSIFIER_BATCH):
             inputs = self._tokenizer(
@@ -101,12 +102,12 @@ class ClassifierScorer:
         return scores
 
     def is_positive(self, score: float) -> bool:
-        """Whether P(positive) exceeds a half."""
+        """Whether P(positive) exceeds 0.5."""
         return score > 0.5
 
 
 def load_scorer(name: str) -> Scorer:
-    """The scorer called `name`: vader, or hf:MODEL with a folder or a hub name.
+    """The scorer named `name`: vader, or hf:MODEL with a folder or a hub name.
 
     Raises:
         UserError: An unknown name, or a classifier that cannot be loaded or has no positive class.
@@ -119,9 +120,10 @@ def load_scorer(name: str) -> Scorer:
 
 
 def score_over_ranks(scorer: Scorer, texts: Sequence[str]) -> list[float]:
-    """Scores of all texts, in order, on every rank, each rank having scored its share.
+    """Scores of all texts, in order, on every rank; each rank scores its share.
 
-    Batches are formed before they are dealt, so that a classifier's scores do not depend on the world size.
+    Batches are formed before they are divided among the ranks, so that a classifier's scores do not depend on
+    the world size.
     """
     starts = range(0, len(texts), CLASSIFIER_BATCH)
     mine = {start: scorer.score(texts[start : start + CLASSIFIER_BATCH]) for start in share_of(starts)}
@@ -135,7 +137,7 @@ def _positive_class(id2label: dict[int, str], scorer: str) -> int:
         named = [index for index, label in id2label.items() if label.lower() == "label_1"]
     if len(named) != 1:
         raise UserError(
-            f"scorer {scorer}: which class is positive? its labels are {', '.join(id2label.values())}; "
-            "expected one called POSITIVE or pos, or LABEL_0 and LABEL_1"
+            f"scorer {scorer}: no single positive class among the labels {', '.join(id2label.values())}; "
+            "expected one named POSITIVE or pos, or LABEL_0 and LABEL_1"
         )
     return named[0]

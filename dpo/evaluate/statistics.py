@@ -1,10 +1,10 @@
-"""What samples say and how sure one can be: bootstrap intervals by prompt, win rate, distinct n-grams.
+"""Statistics of samples and pairs: bootstrap intervals by prompt, win rate, distinct and repeated n-grams.
 
-Values of one prompt (its samples, its pairs) are not independent: prompts are resampled whole, as clusters.
+Values of one prompt (its samples, its pairs) are not independent: whole prompts are resampled, as clusters.
 Every interval comes from sums and counts by cluster, never from means of means.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,11 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, summary: Mapping[str, float], name: str) -> "Interval":
+        """The interval of a metric of summary.json: the inverse of `under`."""
+        return cls(summary[name], summary[f"{name}/low"], summary[f"{name}/high"])
 
     def under(self, name: str) -> dict[str, float]:
         """The keys of summary.json: `name`, `name/low` and `name/high`."""
@@ -38,9 +43,9 @@ def mean_interval(
     Args:
         values: (N,) numbers.
         clusters: (N,) integers or names: which prompt a value belongs to.
-        level: Coverage that the interval aims at, in (0, 1). With few clusters it covers less.
+        level: Nominal coverage, in (0, 1). With few clusters the interval covers less.
         num_resamples: Bootstrap resamples.
-        seed: Of the resampling: equal input gives equal intervals.
+        seed: Seed of the resampling: equal input gives equal intervals.
 
     Raises:
         ValueError: No values, or lengths that differ.
@@ -58,7 +63,7 @@ def ratio_interval(
     num_resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """sum(numerators) / sum(denominators), such as nats per token, with its interval by cluster.
+    """sum(numerators) / sum(denominators), such as nats per token, and its interval over resampled clusters.
 
     Args:
         numerators: (N,) numbers.
@@ -91,11 +96,13 @@ def ratio_interval(
 def win_rate(
     policy_scores: npt.ArrayLike, reference_scores: npt.ArrayLike, clusters: npt.ArrayLike
 ) -> Interval:
-    """How often the policy's sample scores above the reference's on the same prompt and seed; a tie is half.
+    """How often the policy's sample scores above the reference's on the same prompt and seed.
+
+    A tie counts half.
 
     Args:
         policy_scores: (N,) scores.
-        reference_scores: (N,) scores of the samples they are compared with.
+        reference_scores: (N,) scores of the reference's samples.
         clusters: (N,) as in `mean_interval`.
     """
     difference = np.asarray(policy_scores, np.float64) - np.asarray(reference_scores, np.float64)
@@ -110,7 +117,7 @@ def distinct_n(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
         n: Length of an n-gram, at least 1.
 
     Returns:
-        The share, or 0 where no text has n words.
+        The share, or 0 if no text has n words.
     """
     seen: set[tuple[Hashable, ...]] = set()
     total = 0
@@ -122,7 +129,7 @@ def distinct_n(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
 
 
 def repetition(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
-    """Share of n-grams that their own text has had before, in [0, 1): near 1 for a text that goes in circles.
+    """Share of n-grams that occur earlier in the same text, in [0, 1): near 1 for a text that loops.
 
     `distinct_n` compares texts with each other; this looks within each.
 
@@ -131,7 +138,7 @@ def repetition(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
         n: Length of an n-gram, at least 1.
 
     Returns:
-        The share over the n-grams of all texts, or 0 where no text has n words.
+        The share over the n-grams of all texts, or 0 if no text has n words.
     """
     repeated = total = 0
     for sequence in sequences:

@@ -1,9 +1,13 @@
-"""What a data set holds, from a sample of it: every row is read, some are tokenized."""
+"""The size of a data set, estimated from a sample: every row is read, some groups are tokenized.
+
+The first stage of `dpo plan`. A data set of at most `SAMPLE_GROUPS` groups is exact.
+"""
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,52 +25,54 @@ from dpo.data.build import (
     train_sources_of,
 )
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
-from dpo.data.records import PreferenceGroup, TokenizedGroup
+from dpo.data.records import PreferenceGroup
 from dpo.data.trees import Tree
 from dpo.errors import UserError
 from dpo.evaluate.statistics import Interval, mean_interval
 
 SAMPLE_GROUPS = 2000
+"""Most groups of a split that are tokenized."""
 SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampledData:
-    """A split: its sample in token ids, and which of the sample's groups stands for each of its own."""
+    """A split: a sample of it in token ids, and which group of the sample represents each of its groups."""
 
     sample: TokenizedDataset
     stand_in: npt.NDArray[np.int64]
-    """(G,) for every group of the split, as far as it is known: a group of the sample."""
+    """(G,) for each of the (estimated) G groups of the split, the number of a group of the sample."""
     tokens: Interval
-    """Tree tokens of the split."""
+    """Tree tokens of the whole split."""
     changed: dict[str, float]
-    """What is dropped or cut, by reason, in the whole split; estimates but for rows that cannot be read."""
+    """Groups that are dropped or cut in the whole split, by reason; estimates, except rows that cannot be
+    read."""
     exact: bool
-    """The sample is the whole split."""
+    """Whether the sample is the whole split."""
 
     @property
     def scale(self) -> float:
-        """Groups of the split for each group of the sample."""
+        """Groups of the split per group of the sample."""
         return len(self.stand_in) / len(self.sample)
 
     @property
     def groups(self) -> int:
-        """Prompts with their completions."""
+        """Number of groups: prompts with their completions."""
         return len(self.stand_in)
 
     @property
     def pairs_per_group(self) -> npt.NDArray[np.int64]:
-        """(G,)."""
+        """(G,) pairs of each group."""
         return np.asarray(self.sample.pairs_per_group[self.stand_in])
 
     @property
     def pairs(self) -> int:
-        """Of all groups."""
+        """Pairs of all groups."""
         return int(self.pairs_per_group.sum())
 
     @property
     def sequences(self) -> int:
-        """Of all groups; equal ones are not joined."""
+        """Completions of all groups; equal ones count separately."""
         return int(self.sample.sequences_per_group[self.stand_in].sum())
 
     @property
@@ -75,9 +81,7 @@ class SampledData:
         return int(self.sample.tree_tokens.max())
 
     def trees(self, tokens: int) -> list[Tree]:
-        """Groups of the sample, over and over in random order, as many as `tokens` hold; at least the
-        longest.
-        """
+        """Groups of the sample in random order, repeated to fill `tokens`; always with the longest."""
         longest = int(self.sample.tree_tokens.argmax())
         chosen, room = [longest], tokens - self.longest
         order = np.random.default_rng(SEED).permutation(len(self.sample))
@@ -95,13 +99,13 @@ def sample_data(
     """Training and, where there is any, held-out data.
 
     Args:
-        data: Where it is and how it becomes ids.
+        data: Its sources and how it becomes token ids.
         tokenizer: The policy's.
-        positions: The model's longest sequence.
+        positions: The model's longest sequence, or None if it has no limit.
         exact: Tokenize all of it, as training does.
 
     Raises:
-        UserError: Missing or malformed data, or nothing left of it.
+        UserError: Missing or malformed data, or no group is left.
     """
     if exact:
         train, test = open_datasets(data, tokenizer, positions)
@@ -116,19 +120,13 @@ def sample_data(
 
 
 def _whole(dataset: TokenizedDataset) -> SampledData:
-    total = float(dataset.tree_tokens.sum())
+    """A split as training has it."""
     counts = {
-        name: float(n)
-        for name, n in dataset.counts.items()
-        if n and name.startswith(("dropped/", "truncated/"))
+        name: float(number)
+        for name, number in dataset.counts.items()
+        if number and name.startswith(("dropped/", "truncated/"))
     }
-    return SampledData(
-        sample=dataset,
-        stand_in=np.arange(len(dataset)),
-        tokens=Interval(total, total, total),
-        changed=counts,
-        exact=True,
-    )
+    return _exact(dataset, counts)
 
 
 def _sampled(
@@ -138,41 +136,94 @@ def _sampled(
     max_length: int,
     split: str,
 ) -> SampledData:
-    drops, cuts, read = Counter[str](), Counter[str](), 0
-    chosen: list[list[PreferenceGroup]] = []
+    """Tokenizes at most `SAMPLE_GROUPS` random groups of a split."""
     generator = np.random.default_rng(SEED)
-    reservoir: list[tuple[int, PreferenceGroup]] = []
-    for number, (source, weight) in enumerate(sources):
-        for group in read_weighted(source, weight, data, drops):
-            read += 1
-            if len(reservoir) < SAMPLE_GROUPS:
-                reservoir.append((number, group))
-            elif (place := int(generator.integers(read))) < SAMPLE_GROUPS:
-                reservoir[place] = (number, group)
-    chosen = [[group for origin, group in reservoir if origin == number] for number in range(len(sources))]
-
-    def tokenized() -> Iterator[TokenizedGroup]:
-        for (source, _), groups in zip(sources, chosen, strict=True):
-            yield from tokenize_source(groups, source, data, max_length, tokenizer, cuts)
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_dataset(tokenized(), Path(folder) / "sample", Counter())
-        sample = map_dataset(Path(folder) / "sample", "sample")  # mapped files stay until they are let go
+    drawn = _draw(sources, data, generator)
+    cut = Counter[str]()
+    sample = _tokenize(drawn.by_source, sources, data, tokenizer, max_length, cut)
     if len(sample) == 0:
         named = ", ".join(str(source.path) for source, _ in sources)
-        raise UserError(f"data.{split}: {named}: nothing left of {read} groups after tokenization")
-    scale = read / len(reservoir)
-    whole = read == len(reservoir)
-    groups = len(sample) if whole else round(len(sample) * scale)
-    stand_in = np.arange(groups) if whole else generator.integers(len(sample), size=groups)
+        raise UserError(
+            f"data.{split}: {named}: no group of {drawn.num_read} is left after tokenization; expected at "
+            "least one: raise data.max_length, or see data.too_long"
+        )
+    changed = {f"dropped/{reason}": float(number) for reason, number in drawn.dropped.items() if number}
+    changed |= {reason: number * drawn.scale for reason, number in cut.items() if number}
+    if drawn.is_whole:
+        return _exact(sample, changed)
+    groups = round(len(sample) * drawn.scale)
     tokens = mean_interval(sample.tree_tokens, np.arange(len(sample)))
-    total = float(sample.tree_tokens.sum())
-    changed = {f"dropped/{reason}": float(number) for reason, number in drops.items() if number}
-    changed |= {reason: number * scale for reason, number in cuts.items() if number}
     return SampledData(
         sample=sample,
-        stand_in=stand_in,
-        tokens=Interval(total, total, total) if whole else Interval(*(value * groups for value in tokens)),
+        stand_in=generator.integers(len(sample), size=groups),
+        tokens=Interval(*(value * groups for value in tokens)),
         changed=changed,
-        exact=whole,
+        exact=False,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Drawn:
+    """Groups of a split, drawn at random while all of it was read."""
+
+    by_source: list[list[PreferenceGroup]]
+    """For each source, its groups in the sample."""
+    num_read: int
+    """Groups of the whole split."""
+    dropped: Counter[str]
+    """Rows of the whole split that cannot be read, by reason."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the sample is the whole split."""
+        return self.num_read == sum(map(len, self.by_source))
+
+    @property
+    def scale(self) -> float:
+        """Groups of the split per group of the sample."""
+        return self.num_read / sum(map(len, self.by_source))
+
+
+def _draw(sources: Sequence[Weighted], data: DataConfig, generator: np.random.Generator) -> _Drawn:
+    """Reads every row and keeps a uniform sample (reservoir sampling)."""
+    dropped, num_read = Counter[str](), 0
+    reservoir: list[tuple[int, PreferenceGroup]] = []
+    for number, (source, weight) in enumerate(sources):
+        for group in read_weighted(source, weight, data, dropped):
+            num_read += 1
+            if len(reservoir) < SAMPLE_GROUPS:
+                reservoir.append((number, group))
+            elif (place := int(generator.integers(num_read))) < SAMPLE_GROUPS:
+                reservoir[place] = (number, group)
+    by_source = [[group for origin, group in reservoir if origin == number] for number in range(len(sources))]
+    return _Drawn(by_source=by_source, num_read=num_read, dropped=dropped)
+
+
+def _tokenize(
+    by_source: list[list[PreferenceGroup]],
+    sources: Sequence[Weighted],
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    cut: Counter[str],
+) -> TokenizedDataset:
+    """The groups in token ids, as training would have them; counts what is cut or dropped in `cut`."""
+    groups = chain.from_iterable(
+        tokenize_source(mine, source, data, max_length, tokenizer, cut)
+        for (source, _), mine in zip(sources, by_source, strict=True)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(groups, Path(folder) / "sample", Counter())
+        return map_dataset(Path(folder) / "sample", "sample")  # mapped files outlive their names
+
+
+def _exact(dataset: TokenizedDataset, changed: dict[str, float]) -> SampledData:
+    """A split that is tokenized as a whole."""
+    total = float(dataset.tree_tokens.sum())
+    return SampledData(
+        sample=dataset,
+        stand_in=np.arange(len(dataset)),
+        tokens=Interval(total, total, total),
+        changed=changed,
+        exact=True,
     )

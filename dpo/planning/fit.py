@@ -1,11 +1,14 @@
-"""Which way of sharding fits a machine, with which micro-batches, and which one to take."""
+"""Which sharding fits a machine, with which micro-batches, and which one `dpo plan` advises.
+
+Combines the memory of each sharding (`memory`) with rehearsed micro-batches (`rehearsal`).
+"""
 
 from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
 
-from dpo.config import Config
+from dpo.config import ModelConfig, TrainConfig
 from dpo.engine.optimizer import OPTIMIZERS
 from dpo.engine.scoring import GPU_TOKENS
 from dpo.model.load import DTYPES
@@ -23,49 +26,58 @@ from dpo.planning.memory import (
 from dpo.planning.rehearsal import Rehearsal, rehearse
 
 USABLE = 0.9
-"""Of a GPU's memory: the rest is the CUDA context, workspaces of libraries and what the allocator cannot
-use."""
-FEW = 4
-"""Micro-batches this much smaller than asked for waste a GPU more than recomputing activations does."""
+"""Share of a GPU's memory that is planned; the rest is for the CUDA context, workspaces of libraries and
+fragmentation."""
+LARGEST_CUT = 4
+"""Micro-batches that are more than this many times smaller than requested cost more than recomputing
+activations does."""
 ROUNDED = 1024
+"""Advised micro-batches are a multiple of this many tokens."""
 LAUNCHERS = {
     "no DeepSpeed": "launch/one_gpu.yaml",
     "ZeRO-2": "launch/{place}.yaml",
     "ZeRO-3": "launch/{place}_zero3.yaml",
     "ZeRO-3 offload": "launch/{place}_zero3.yaml with configs/ds_zero3_offload.json",
 }
-GPUS_OF_A_MACHINE = 8
+"""Configuration files of each sharding."""
+GPUS_PER_NODE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What is to be rented."""
+    """The GPUs that the run is planned for."""
 
     num_gpus: int
     gpu_memory: int
-    """Bytes of one."""
+    """Bytes per GPU."""
     gpu_flops: float
-    """Peak of one in the compute type, in operations a second."""
+    """Peak of one GPU in the compute type, in operations per second."""
     mfu: float
     """Share of that peak that the model's useful operations reach."""
+
+    @property
+    def flops_per_hour(self) -> float:
+        """Useful operations of all GPUs per hour."""
+        return self.num_gpus * self.gpu_flops * self.mfu * 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """A way of sharding the policy on this machine."""
+    """A sharding of the policy on this machine."""
 
     sharding: Name
     memory: Memory
     fits: bool
     largest_micro_batch: int
-    """Most tokens of a micro-batch that fits; 0 if none does."""
+    """Tokens of the largest micro-batch that fits; 0 if none does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """What to take, and why."""
+    """The advised settings, and why."""
 
     sharding: Name | None
+    """None if nothing fits."""
     max_tokens_per_micro_batch: int
     gradient_checkpointing: bool
     launcher: str
@@ -73,65 +85,71 @@ class Advice:
 
 
 class Fit:
-    """A run on a machine; micro-batches are rehearsed once each."""
+    """A run on a machine. Every micro-batch is rehearsed at most once."""
 
     def __init__(
-        self, config: Config, described: PreTrainedConfig, shape: Shape, train: SampledData, machine: Machine
+        self,
+        model: ModelConfig,
+        train: TrainConfig,
+        described: PreTrainedConfig,
+        shape: Shape,
+        data: SampledData,
+        machine: Machine,
     ) -> None:
-        """Rehearses nothing yet.
+        """Does not rehearse yet.
 
         Args:
-            config: The experiment.
-            described: Configuration of its model.
+            model: The policy.
+            train: The optimizer, and the micro-batches that are requested.
+            described: The model's own configuration.
             shape: Of the model.
-            train: The training data.
-            machine: Where it is to run.
+            data: The training data.
+            machine: Where the run is to take place.
         """
-        self._config, self._described, self._shape = config, described, shape
-        self._train, self._machine = train, machine
-        self._dtype = DTYPES[config.model.dtype]
+        self._model, self._described, self._shape = model, described, shape
+        self._data, self._machine = data, machine
+        self._optimizer = OPTIMIZERS[train.optimizer]
+        self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
         self._done: dict[tuple[int, torch.dtype, bool], Rehearsal] = {}
-        asked = config.train.max_tokens_per_micro_batch or GPU_TOKENS
-        self.asked = max(asked, train.longest)
-        """Tokens of a micro-batch that the configuration asks for, or of the longest group."""
+        self.requested = max(train.max_tokens_per_micro_batch or GPU_TOKENS, data.longest)
+        """Tokens of a micro-batch: those of the configuration, or of the longest group if it is larger."""
 
     def ways(self, *, checkpointing: bool) -> list[Way]:
-        """Every way of sharding that there is for this number of GPUs, compute type and optimizer."""
-        moments = OPTIMIZERS[self._config.train.optimizer].moments
-        left_out = {
+        """Every sharding that is possible with this number of GPUs, compute type and optimizer."""
+        impossible = {
             "no DeepSpeed": self._machine.num_gpus > 1,
             "ZeRO-0": not is_offered("ZeRO-0", self._dtype),
-            "ZeRO-3 offload": moments == 1,  # only AdamW runs on the host
+            "ZeRO-3 offload": not self._optimizer.may_be_offloaded,
         }
         return [
-            self._way(sharding, moments, checkpointing=checkpointing)
+            self._way(sharding, checkpointing=checkpointing)
             for sharding in SHARDINGS
-            if not left_out.get(sharding, False)
+            if not impossible.get(sharding, False)
         ]
 
     def advice(self) -> Advice:
-        """The first way that fits, those that wait least for others before the rest: as asked, with smaller
-        micro-batches, with recomputed activations, with both.
+        """The first sharding that fits, those with the least communication first.
+
+        Tried in this order: as requested, with smaller micro-batches, with recomputed activations, with both.
         """
-        given = self._config.model.gradient_checkpointing
-        enough = self.asked // FEW
+        given = self._model.gradient_checkpointing
         for checkpointing in (given,) if given else (False, True):
             ways = self._in_order(checkpointing=checkpointing)
-            for least in (self.asked, enough):
+            for least in (self.requested, self.requested // LARGEST_CUT):
                 for way in ways:
-                    budget = min(self.asked, way.largest_micro_batch)
-                    if budget >= max(least, self._train.longest) and (way.fits or least < self.asked):
+                    budget = min(self.requested, way.largest_micro_batch)
+                    if budget >= max(least, self._data.longest) and (way.fits or least < self.requested):
                         return self._take(way, budget, ways, checkpointing=checkpointing)
         for way in ways:
-            if way.largest_micro_batch >= self._train.longest:
+            if way.largest_micro_batch >= self._data.longest:
                 return self._take(way, way.largest_micro_batch, ways, checkpointing=True)
         return Advice(
             sharding=None,
-            max_tokens_per_micro_batch=self.asked,
+            max_tokens_per_micro_batch=self.requested,
             gradient_checkpointing=True,
             launcher="",
-            reason="nothing fits, not even one group at a time with recomputed activations: take more or "
+            reason="nothing fits, not even one group at a time with recomputed activations: use more or "
             "larger GPUs",
         )
 
@@ -144,18 +162,21 @@ class Fit:
     def _take(self, way: Way, budget: int, ways: list[Way], *, checkpointing: bool) -> Advice:
         before = ways[: ways.index(way)]
         reason = [
-            f"{other.sharding} would need {other.memory.total / 1e9:,.0f} GB a GPU with {self.asked:,} tokens"
+            f"{other.sharding} would need {other.memory.total / 1e9:,.0f} GB per GPU with "
+            f"{self.requested:,} tokens"
             for other in before
         ]
-        if checkpointing and not self._config.model.gradient_checkpointing:
+        if checkpointing and not self._model.gradient_checkpointing:
             reason.insert(0, "activations do not fit and are recomputed")
-        if budget < self.asked:
+        if budget < self.requested:
             reason.append(f"{budget:,} tokens are the most that fit")
-        alone = self._machine.num_gpus == 1
-        kind = "it fits" if alone else "it fits, and no weights travel in a pass"
         if before:
             kind = "the first that fits"
-        place = "one_node" if self._machine.num_gpus <= GPUS_OF_A_MACHINE else "multi_node"
+        elif self._machine.num_gpus == 1:
+            kind = "it fits"
+        else:
+            kind = "it fits, and no weights are sent during a pass"
+        place = "one_node" if self._machine.num_gpus <= GPUS_PER_NODE else "multi_node"
         return Advice(
             sharding=way.sharding,
             max_tokens_per_micro_batch=budget,
@@ -164,7 +185,7 @@ class Fit:
             reason="; ".join([*reason, kind]),
         )
 
-    def _way(self, sharding: Name, moments: int, *, checkpointing: bool) -> Way:
+    def _way(self, sharding: Name, *, checkpointing: bool) -> Way:
         def memory(tokens: int) -> Memory:
             return rank_memory(
                 sharding,
@@ -172,18 +193,19 @@ class Fit:
                 self._rehearsed(tokens, sharding, checkpointing=checkpointing),
                 world_size=self._machine.num_gpus,
                 dtype=self._dtype,
-                moments=moments,
+                moments=self._optimizer.moments,
             )
 
-        asked, longest = memory(self.asked), self._train.longest
-        # From the longest group on: what the projection keeps at most is in the slope, which is rather steep.
-        sizes = [longest, max(self.asked, 2 * longest)]
+        requested, longest = memory(self.requested), self._data.longest
+        # The line starts at the longest group: its slope then includes the projection's peak, and is too
+        # steep rather than too flat.
+        sizes = [longest, max(self.requested, 2 * longest)]
         most = largest_fitting([(tokens, memory(tokens).total) for tokens in sizes], self._room)
         rounded = most // ROUNDED * ROUNDED
         return Way(
             sharding=sharding,
-            memory=asked,
-            fits=asked.total <= self._room,
+            memory=requested,
+            fits=requested.total <= self._room,
             largest_micro_batch=max(rounded, longest) if most else 0,
         )
 
@@ -193,8 +215,8 @@ class Fit:
         if key not in self._done:
             self._done[key] = rehearse(
                 self._described,
-                replace(self._config.model, gradient_checkpointing=checkpointing),
-                self._train.trees(tokens),
+                replace(self._model, gradient_checkpointing=checkpointing),
+                self._data.trees(tokens),
                 dtype=weights,
                 autocast=weights != self._dtype,
                 gpu=True,

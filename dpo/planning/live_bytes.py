@@ -1,4 +1,7 @@
-"""How many bytes of tensors are alive: every storage once, whoever looks at it."""
+"""Counts the bytes of all live tensors: every storage once, however many views it has.
+
+The measuring tool of `rehearsal`, and of the benchmarks that check it.
+"""
 
 import weakref
 from collections.abc import Iterable
@@ -11,17 +14,17 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make while it is active, until they are freed.
+    """Counts the storages that operations allocate while it is active, until they are freed.
 
-    Exact where an allocator's statistics are not to be had, as on CPUs, and the same on FakeTensors, which
-    have no memory at all. Memory that no tensor stands for (of libraries, of fragmentation) is not seen.
+    Exact also where an allocator has no statistics, as on CPUs, and for FakeTensors, which allocate nothing.
+    Memory without a tensor (workspaces of libraries, fragmentation) is not counted.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         """Starts at zero.
 
         Args:
-            known: Tensors that exist already and do not count.
+            known: Existing tensors, which do not count.
         """
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
@@ -33,13 +36,13 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the operation and counts what is new in its results."""
+        """Runs the operation and counts new storages in its results."""
         result = func(*args, **(kwargs or {}))
         self.count(value for value in tree_leaves(result) if isinstance(value, Tensor))
         return result
 
     def count(self, tensors: Iterable[Tensor]) -> None:
-        """Counts tensors that no operation made, such as weights mapped from a file."""
+        """Counts tensors that no operation allocated, such as weights mapped from a file."""
         for tensor in tensors:
             if tensor.layout == torch.strided and tensor.device.type != "meta":
                 self._count(tensor.untyped_storage())

@@ -1,11 +1,11 @@
-"""Memory of one rank, part by part, for every way of sharding a policy.
+"""Memory of one rank, part by part, for every sharding of a policy.
 
-What is kept follows from the number of parameters and ranks; what comes and goes in a step is rehearsed. The
-sizes of DeepSpeed's own buffers were found by counting storages (`benchmarks.scaling`), and a test holds the
-sums to within a tenth of what real ranks allocate.
+What stays in memory follows from the number of parameters and ranks; what comes and goes in a step is
+rehearsed (`rehearsal`). The sizes of DeepSpeed's own buffers were found by counting storages
+(`benchmarks.scaling`), and a test compares the sums with what real ranks allocate: they agree within 10 %.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -16,13 +16,14 @@ from torch import nn
 from dpo.engine.deepspeed_config import blocks_of, bucket_elements
 from dpo.planning.rehearsal import Rehearsal
 
-SINGLE = 4
+FLOAT32 = 4
 """Bytes of a float32: masters, moments, accumulated gradients."""
 GATHERED_ELEMENTS = 1_000_000_000
-"""Weights that ZeRO-3 keeps gathered at most (stage3_max_live_parameters), and those that it updates together
+"""Most weights that ZeRO-3 keeps gathered (stage3_max_live_parameters), and that it updates together
 (sub_group_size): DeepSpeed's defaults."""
 REDUCED_ELEMENTS = 500_000_000
-"""Gradients that stage 0 sends together: DeepSpeed's reduce_bucket_size where ours has no say."""
+"""Gradients that stage 0 reduces together: DeepSpeed's default of reduce_bucket_size, which stage 0 uses
+regardless of our setting."""
 
 Name = Literal["no DeepSpeed", "ZeRO-0", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload"]
 SHARDINGS: tuple[Name, ...] = ("no DeepSpeed", "ZeRO-0", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload")
@@ -30,39 +31,39 @@ SHARDINGS: tuple[Name, ...] = ("no DeepSpeed", "ZeRO-0", "ZeRO-2", "ZeRO-3", "Ze
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What of a model decides the memory of its training."""
+    """The sizes of a model that its training memory depends on."""
 
     parameters: int
     trainable: int
-    """Parameters that have a gradient."""
+    """Parameters with a gradient."""
     block: int
     """Parameters of the largest of the model's repeated blocks."""
     trained_block: int
-    """Those of them that have a gradient."""
+    """Those of them with a gradient."""
     largest: int
     """Elements of the largest trainable parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one rank at the worst moment of a step."""
+    """Bytes of one rank at the peak of a step."""
 
     weights: int
-    """Its share of them, and those of others that it has gathered."""
+    """The rank's share of the weights, and gathered weights of other ranks."""
     gradients: int
     optimizer: int
-    """Moments, and float32 masters where there are any beside the weights."""
+    """Moments, and float32 masters if they are separate from the weights."""
     activations: int
     projection: int
-    """Output projection and backward pass of a block, or the update, whichever is more."""
+    """Output projection and backward pass of a block, or the update, whichever is larger."""
     buckets: int
-    """Where gradients wait for their journey."""
+    """Gradients that wait to be sent."""
     host: int
-    """In the host's memory instead."""
+    """Bytes in the host's memory instead."""
 
     @property
     def total(self) -> int:
-        """All that is on the device."""
+        """All bytes on the device."""
         kept = self.weights + self.gradients + self.optimizer
         return kept + self.activations + self.projection + self.buckets
 
@@ -79,6 +80,16 @@ def shape_of(model: nn.Module) -> Shape:
     )
 
 
+def weight_dtype(sharding: Name, dtype: torch.dtype) -> torch.dtype:
+    """Type of the trained weights: without DeepSpeed they are their own masters."""
+    return torch.float32 if sharding == "no DeepSpeed" else dtype
+
+
+def is_offered(sharding: Name, dtype: torch.dtype) -> bool:
+    """Whether DeepSpeed supports it: at stage 0 it does not sum bfloat16 gradients in float32."""
+    return sharding != "ZeRO-0" or dtype == torch.float32
+
+
 def rank_memory(
     sharding: Name,
     shape: Shape,
@@ -88,66 +99,70 @@ def rank_memory(
     dtype: torch.dtype,
     moments: int,
 ) -> Memory:
-    """What one of `world_size` ranks needs; a step has several micro-batches.
+    """What one of `world_size` ranks needs in a step of several micro-batches.
 
     Args:
         sharding: How the policy is sharded.
         shape: Of the model.
-        step: The rehearsed micro-batch, with weights as `sharding` keeps them (see `weight_dtype`).
+        step: The rehearsed micro-batch, with weights in the type that `sharding` keeps (`weight_dtype`).
         world_size: Number of ranks.
         dtype: The compute type.
-        moments: Float32 numbers that the optimizer keeps for a parameter: 2 of AdamW, 1 of RMSprop.
+        moments: Float32 numbers that the optimizer keeps per parameter: 2 for AdamW, 1 for RMSprop.
     """
-    full, width = shape.trainable, weight_dtype(sharding, dtype).itemsize
-    held = width * full + dtype.itemsize * (shape.parameters - full)  # frozen weights have no masters
-    part = -(-full // world_size)
-    if sharding in ("no DeepSpeed", "ZeRO-0"):
-        kept = _Kept(weights=held, gradients=SINGLE * full, optimizer=SINGLE * moments * full)
-        if world_size == 1:
-            return _worst(kept, step, _Passing(), update=0)
-        if sharding == "no DeepSpeed":  # DDP's buckets are as large as the gradients, and always there
-            return _worst(kept, step, _Passing(buckets=SINGLE * full), update=0)
-        return _worst(kept, step, _Passing(), update=SINGLE * min(full, REDUCED_ELEMENTS))
-    bucket = bucket_elements(shape.trained_block)
-    freed = (
-        step.of_a_block * bucket // max(1, shape.trained_block)
-    )  # activations, when the first bucket is full
-    owned = SINGLE * (1 + moments) * part
-    if sharding == "ZeRO-2":
-        kept = _Kept(weights=held, gradients=SINGLE * part, optimizer=owned)
-        # Two buckets in turn; one that leaves is copied, in float32 where it is not.
-        two, copies = 2 * width * bucket, (SINGLE + width) * bucket if width < SINGLE else 0
-        if width == SINGLE:  # the last backward pass moves what was accumulated; on one rank, twice
-            update = two + SINGLE * part * (2 if world_size == 1 else 1)
-        else:  # the norm squares gradients one by one
-            update = SINGLE * shape.largest
-        return _worst(kept, step, _Passing(buckets=two + max(0, copies - freed)), update=update)
-    passing = _Passing(
-        gathered=width * min(shape.parameters, GATHERED_ELEMENTS) if world_size > 1 else 0,
-        buckets=SINGLE * bucket + max(0, 2 * SINGLE * bucket - freed),
+    rank = _Rank(
+        shape=shape,
+        step=step,
+        world_size=world_size,
+        width=weight_dtype(sharding, dtype).itemsize,
+        frozen_width=dtype.itemsize,
+        moments=moments,
     )
-    weights = width * -(-shape.parameters // world_size)
-    if sharding == "ZeRO-3":
-        kept = _Kept(weights=weights, gradients=SINGLE * part, optimizer=owned)
-        update = SINGLE * (bucket + min(part, GATHERED_ELEMENTS))
-        return _worst(kept, step, passing, update=update)
-    kept = _Kept(weights=0, gradients=0, optimizer=0, host=weights + SINGLE * part + owned)
-    return _worst(kept, step, passing, update=0)
+    return _BY_SHARDING[sharding](rank)
 
 
-def weight_dtype(sharding: Name, dtype: torch.dtype) -> torch.dtype:
-    """Type in which the weights that are trained are kept: without DeepSpeed they are their own masters."""
-    return torch.float32 if sharding == "no DeepSpeed" else dtype
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rank:
+    """The inputs of every sharding's memory."""
 
+    shape: Shape
+    step: Rehearsal
+    world_size: int
+    width: int
+    """Bytes of a trained weight."""
+    frozen_width: int
+    """Bytes of a frozen weight, which never has a master."""
+    moments: int
 
-def is_offered(sharding: Name, dtype: torch.dtype) -> bool:
-    """Whether DeepSpeed does it: at stage 0 it does not sum bfloat16 gradients in float32."""
-    return sharding != "ZeRO-0" or dtype == torch.float32
+    @property
+    def all_weights(self) -> int:
+        """Bytes of the whole model."""
+        trained = self.shape.trainable
+        return self.width * trained + self.frozen_width * (self.shape.parameters - trained)
+
+    @property
+    def part(self) -> int:
+        """Trained parameters of one rank if they are divided among the ranks."""
+        return -(-self.shape.trainable // self.world_size)
+
+    @property
+    def part_states(self) -> int:
+        """Bytes of that part's masters and moments."""
+        return FLOAT32 * (1 + self.moments) * self.part
+
+    @property
+    def bucket(self) -> int:
+        """Elements of a gradient bucket in ZeRO-2 and ZeRO-3."""
+        return bucket_elements(self.shape.trained_block)
+
+    @property
+    def freed(self) -> int:
+        """Bytes of activations that are free again when the first bucket is full."""
+        return self.step.of_a_block * self.bucket // max(1, self.shape.trained_block)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """Bytes that are there all the time."""
+    """Bytes that are allocated all the time."""
 
     weights: int
     gradients: int
@@ -155,37 +170,110 @@ class _Kept:
     host: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Passing:
-    """Bytes that are there while a micro-batch is, besides its own."""
-
-    gathered: int = 0
-    buckets: int = 0
+def _no_deepspeed(rank: _Rank) -> Memory:
+    """Everything on every rank; with several ranks, DDP's buckets, which are as large as the gradients."""
+    buckets = FLOAT32 * rank.shape.trainable if rank.world_size > 1 else 0
+    return _peak(_unsharded(rank), rank.step, buckets=buckets)
 
 
-def _worst(kept: _Kept, step: Rehearsal, passing: _Passing, *, update: int) -> Memory:
-    """The larger of two moments: a backward pass begins, or the weights are updated."""
-    in_pass = passing.gathered + step.peak + passing.buckets >= update
+def _zero_0(rank: _Rank) -> Memory:
+    """Everything on every rank; with several ranks, the update reduces gradients in one large bucket."""
+    reduced = FLOAT32 * min(rank.shape.trainable, REDUCED_ELEMENTS) if rank.world_size > 1 else 0
+    return _peak(_unsharded(rank), rank.step, update=reduced)
+
+
+def _zero_2(rank: _Rank) -> Memory:
+    """All weights on every rank; gradients and optimizer are sharded."""
+    kept = _Kept(weights=rank.all_weights, gradients=FLOAT32 * rank.part, optimizer=rank.part_states)
+    two_buckets = 2 * rank.width * rank.bucket  # filled in turn
+    if rank.width == FLOAT32:
+        # The last backward pass moves the accumulated gradients; on one rank, twice.
+        update = two_buckets + FLOAT32 * rank.part * (2 if rank.world_size == 1 else 1)
+        return _peak(kept, rank.step, buckets=two_buckets, update=update)
+    # A bucket that is sent is copied, and converted to float32.
+    copies = max(0, (FLOAT32 + rank.width) * rank.bucket - rank.freed)
+    # The norm squares the gradients one by one.
+    return _peak(kept, rank.step, buckets=two_buckets + copies, update=FLOAT32 * rank.shape.largest)
+
+
+def _zero_3(rank: _Rank) -> Memory:
+    """Weights, gradients and optimizer are sharded; the update joins the gradients of a sub-group."""
+    kept = _Kept(weights=_own_weights(rank), gradients=FLOAT32 * rank.part, optimizer=rank.part_states)
+    update = FLOAT32 * (rank.bucket + min(rank.part, GATHERED_ELEMENTS))
+    return _peak(kept, rank.step, gathered=_gathered(rank), buckets=_zero_3_buckets(rank), update=update)
+
+
+def _zero_3_offload(rank: _Rank) -> Memory:
+    """The same shards in the host's memory; the device only has what a micro-batch needs."""
+    on_host = _own_weights(rank) + FLOAT32 * rank.part + rank.part_states
+    kept = _Kept(weights=0, gradients=0, optimizer=0, host=on_host)
+    return _peak(kept, rank.step, gathered=_gathered(rank), buckets=_zero_3_buckets(rank))
+
+
+_BY_SHARDING: dict[Name, Callable[[_Rank], Memory]] = {
+    "no DeepSpeed": _no_deepspeed,
+    "ZeRO-0": _zero_0,
+    "ZeRO-2": _zero_2,
+    "ZeRO-3": _zero_3,
+    "ZeRO-3 offload": _zero_3_offload,
+}
+
+
+def _unsharded(rank: _Rank) -> _Kept:
+    trained = rank.shape.trainable
+    return _Kept(
+        weights=rank.all_weights,
+        gradients=FLOAT32 * trained,
+        optimizer=FLOAT32 * rank.moments * trained,  # the weights are the masters
+    )
+
+
+def _own_weights(rank: _Rank) -> int:
+    """Bytes of a rank's share of all weights."""
+    return rank.width * -(-rank.shape.parameters // rank.world_size)
+
+
+def _gathered(rank: _Rank) -> int:
+    """Bytes of weights of other ranks that ZeRO-3 holds in a pass."""
+    return rank.width * min(rank.shape.parameters, GATHERED_ELEMENTS) if rank.world_size > 1 else 0
+
+
+def _zero_3_buckets(rank: _Rank) -> int:
+    """Bytes of ZeRO-3's bucket, and of its copies as far as they need more than what is free again."""
+    return FLOAT32 * rank.bucket + max(0, 2 * FLOAT32 * rank.bucket - rank.freed)
+
+
+def _peak(kept: _Kept, step: Rehearsal, *, gathered: int = 0, buckets: int = 0, update: int = 0) -> Memory:
+    """The larger of two moments: the start of the backward pass, or the update of the weights.
+
+    Args:
+        kept: Allocated at both.
+        step: A micro-batch, for the first moment.
+        gathered: Weights of other ranks, at the first moment.
+        buckets: Gradient buckets, at the first moment.
+        update: Bytes of the second moment.
+    """
+    in_pass = gathered + step.peak + buckets >= update
     return Memory(
-        weights=kept.weights + (passing.gathered if in_pass else 0),
+        weights=kept.weights + (gathered if in_pass else 0),
         gradients=kept.gradients,
         optimizer=kept.optimizer,
         activations=step.activations if in_pass else 0,
         projection=step.projection if in_pass else update,
-        buckets=passing.buckets if in_pass else 0,
+        buckets=buckets if in_pass else 0,
         host=kept.host,
     )
 
 
 def largest_fitting(points: Sequence[tuple[int, int]], room: int) -> int:
-    """Most tokens of a micro-batch for which its bytes stay within `room`, on the line between points.
+    """Most tokens of a micro-batch whose bytes stay within `room`, interpolated linearly between points.
 
     Args:
-        points: (tokens, bytes) in ascending order, at least two.
+        points: (tokens, bytes) in ascending order, at least two; the last line is extended.
         room: Bytes.
 
     Returns:
-        Tokens; 0 if not even the first point fits.
+        Tokens; 0 if even the first point does not fit.
     """
     if points[0][1] > room:
         return 0

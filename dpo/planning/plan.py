@@ -1,14 +1,17 @@
-"""`dpo plan`: what a run will need, before a weight is loaded or a machine is rented."""
+"""`dpo plan`: what a training run will need, before weights are loaded or machines are rented.
 
-from dataclasses import asdict, dataclass
+Sizes of the data (`data_sample`), memory and the sharding to use (`fit`), work and time, traffic, disk. Reads
+configurations, headers and data, and no weights.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from dpo.config import Config, ModelConfig
+from dpo.config import DataConfig, ModelConfig, ReferenceConfig, TrainConfig
 from dpo.data.plan import BatchPlan, share
 from dpo.errors import UserError
 from dpo.model.files import base_of, check_model_path, max_positions, num_parameters, weights_at_hand
@@ -24,116 +27,128 @@ from dpo.reference.store import ReferenceStore
 from dpo.train.disk_space import checkpoint_bytes, exported_bytes
 
 CACHE_ROW_BYTES, CACHE_TOKEN_BYTES = 23, 4
-"""A sequence in the reference cache, measured (docs/reference-cache.md), and a completion token where
-reference.store_token_logps asks for it."""
-STEPS_LOOKED_AT = 64
+"""Bytes per sequence in the reference cache, measured (docs/reference-cache.md), and per completion token
+with reference.store_token_logps."""
+SAMPLED_STEPS = 64
+"""Steps over which the balance of the ranks is averaged."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """How evenly the ranks are loaded, on average over the steps."""
+
+    rank_excess: float
+    """Work of the slowest rank over the mean, minus 1: the time that other ranks wait."""
+    micro_batches: float
+    """Micro-batches of a rank per step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheWork:
+    """What the reference cache still needs."""
+
+    hits: int
+    """Sequences that are in the cache."""
+    misses: int
+    hours: float
+    """Time for the missing sequences."""
+    bytes: int
+    """Size of their rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that `dpo plan` says."""
+    """Everything that `dpo plan` reports."""
 
-    config: Config
+    model: ModelConfig
+    train: TrainConfig
     machine: Machine
     shape: Shape
     notes: list[str]
     data: dict[str, SampledData]
     steps: int
-    rank_excess: float
-    """Work of the steps' slowest ranks over the mean: time that the others wait."""
-    micro_batches: float
-    """Of a rank in a step, on average."""
-    budget: int
-    """Tokens of a micro-batch."""
+    balance: Balance
     ways: list[Way]
-    """With activations recomputed where the advice says so."""
+    """With activations recomputed if the advice says so."""
     advice: Advice
     step_flops: float
-    """Of one step over all ranks, recomputation included."""
+    """Operations of one step over all ranks, recomputation included."""
     hours: float
     sent_bytes: float
     """By a rank in a step."""
-    reference_hits: int
-    reference_misses: int
-    reference_hours: float
-    reference_bytes: int
-    """Of the rows that the cache lacks."""
+    reference: CacheWork
     checkpoint_bytes: int
     model_bytes: int
 
 
-def make_plan(config: Config, machine: Machine, *, exact: bool) -> Plan:
-    """Plans a training run; reads configurations, headers and data, and loads no weight.
+def make_plan(
+    model: ModelConfig,
+    data: DataConfig,
+    reference: ReferenceConfig,
+    train: TrainConfig,
+    machine: Machine,
+    *,
+    exact: bool,
+) -> Plan:
+    """Plans a training run.
 
     Args:
-        config: The experiment.
+        model: The policy.
+        data: The preferences.
+        reference: The reference model and its cache.
+        train: The optimizer, the batches and the length of the run.
         machine: What it is to run on.
         exact: Tokenize all data instead of a sample.
 
     Raises:
-        UserError: No such model or data, or a machine that nobody can have.
+        UserError: The model or the data does not exist, or the policy cannot be trained.
     """
-    model = config.model
     check_model_path(model.name_or_path, "model.name_or_path")
     check_policy(model)
     described = _described(model)
     with torch.device("meta"):
         bare = empty_policy(described, model, dtype=DTYPES[model.dtype])
     shape, work = shape_of(bare), work_of(bare)
-    data = sample_data(config.data, load_tokenizer(model), max_positions(model), exact=exact)
-    train = data["train"]
-    plan = BatchPlan(
-        train.pairs_per_group,
-        seed=config.train.seed,
-        num_epochs=config.train.num_epochs,
-        pairs_per_step=config.train.pairs_per_step,
-        max_steps=config.train.max_steps,
+    splits = sample_data(data, load_tokenizer(model), max_positions(model), exact=exact)
+    batches = BatchPlan(
+        splits["train"].pairs_per_group,
+        seed=train.seed,
+        num_epochs=train.num_epochs,
+        pairs_per_step=train.pairs_per_step,
+        max_steps=train.max_steps,
     )
-    fit = Fit(config, described, shape, train, machine)
+    fit = Fit(model, train, described, shape, splits["train"], machine)
     advice = fit.advice()
-    ways = fit.ways(checkpointing=advice.gradient_checkpointing)
-    budget = advice.max_tokens_per_micro_batch
-    excess, micro_batches = _balance(plan, train, machine.num_gpus, budget)
-    hits, misses, reference_flops = _reference(config, data, work)
-    # Forward, gradients of the inputs and of the weights that are trained, and the forward pass once more.
-    passes = 2 + shape.trainable / shape.parameters + advice.gradient_checkpointing
-    epoch = float(forward_flops(train.sample, work)[train.stand_in].sum())
-    flops = passes * epoch * plan.num_steps / max(1, _steps_of_an_epoch(plan, config))
-    completions = float(train.sample.completion_tokens.sum()) * train.scale
-    row = CACHE_ROW_BYTES + (
-        CACHE_TOKEN_BYTES * completions / train.sequences if config.reference.store_token_logps else 0
-    )
+    balance = _balance(batches, splits["train"], machine.num_gpus, advice.max_tokens_per_micro_batch)
     messages = traffic(
         advice.sharding or "ZeRO-3",
         shape,
         world_size=machine.num_gpus,
         dtype=DTYPES[model.dtype],
-        micro_batches=micro_batches,
+        micro_batches=balance.micro_batches,
     )
-    speed = machine.num_gpus * machine.gpu_flops * machine.mfu * 3600
+    # Forward pass, gradients of inputs and of trained weights, and the forward pass again if recomputed.
+    passes = 2 + shape.trainable / shape.parameters + advice.gradient_checkpointing
+    flops = passes * _forward_flops_of_run(batches, splits["train"], work)
     return Plan(
-        config=config,
+        model=model,
+        train=train,
         machine=machine,
         shape=shape,
-        notes=_notes(config, shape, machine),
-        data=data,
-        steps=plan.num_steps,
-        rank_excess=excess,
-        micro_batches=micro_batches,
-        budget=budget,
-        ways=ways,
+        notes=_notes(model, train, shape, machine),
+        data=splits,
+        steps=batches.num_steps,
+        balance=balance,
+        ways=fit.ways(checkpointing=advice.gradient_checkpointing),
         advice=advice,
-        step_flops=flops / plan.num_steps,
-        hours=flops * (1 + excess) / speed,
+        step_flops=flops / batches.num_steps,
+        hours=flops * (1 + balance.rank_excess) / machine.flops_per_hour,
         sent_bytes=sent(messages, machine.num_gpus),
-        reference_hits=hits,
-        reference_misses=misses,
-        reference_hours=reference_flops / speed,
-        reference_bytes=round(misses * row),
+        reference=_cache_work(model, reference, splits, work, machine),
         checkpoint_bytes=checkpoint_bytes(
-            shape.trainable, DTYPES[model.dtype], config.train, sharded=advice.sharding != "no DeepSpeed"
+            shape.trainable, DTYPES[model.dtype], train, sharded=advice.sharding != "no DeepSpeed"
         ),
-        model_bytes=exported_bytes(model, _of_the_base(model, shape), shape.trainable),
+        model_bytes=exported_bytes(model, _base_parameters(model, shape), shape.trainable),
     )
 
 
@@ -142,108 +157,85 @@ def _described(model: ModelConfig) -> PreTrainedConfig:
         return load_config(model)
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.name_or_path: no configuration of {model.name_or_path}: {first}") from error
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path} has no config.json that can be read; expected a model "
+            f"folder or a hub name: {first}"
+        ) from error
 
 
-def _notes(config: Config, shape: Shape, machine: Machine) -> list[str]:
-    notes, base = [], base_of(config.model)
+def _notes(model: ModelConfig, train: TrainConfig, shape: Shape, machine: Machine) -> list[str]:
+    notes, base = [], base_of(model)
     if not weights_at_hand(base):
-        notes.append("the weights are not on this machine: counted from the model's configuration")
-    elif (held := num_parameters(base)) < (expected := _of_the_base(config.model, shape)):
+        notes.append("the weights are not on this machine: parameters are counted from the configuration")
+    elif (held := num_parameters(base)) < (expected := _base_parameters(model, shape)):
         notes.append(
             f"the weight files hold {held:,} parameters and the configuration describes "
             f"{expected:,}: an incomplete download?"
         )
-    if config.train.pairs_per_step < machine.num_gpus:
+    if train.pairs_per_step < machine.num_gpus:
         notes.append(
-            f"train.pairs_per_step is {config.train.pairs_per_step}: at most so many of "
-            f"{machine.num_gpus} GPUs have work in a step"
+            f"train.pairs_per_step is {train.pairs_per_step}: at most that many of {machine.num_gpus} GPUs "
+            "have work in a step"
         )
     return notes
 
 
-def _of_the_base(model: ModelConfig, shape: Shape) -> int:
+def _base_parameters(model: ModelConfig, shape: Shape) -> int:
     """Parameters without those of an adapter."""
     return shape.parameters - (shape.trainable if model.lora is not None else 0)
 
 
-def _balance(plan: BatchPlan, train: SampledData, ranks: int, budget: int) -> tuple[float, float]:
-    """Work of the slowest ranks over the mean, and micro-batches of a rank, over some of the run's steps."""
-    numbers = np.unique(np.linspace(1, plan.num_steps, STEPS_LOOKED_AT).astype(int))
-    slowest, mean, batches = 0.0, 0.0, []
+def _balance(batches: BatchPlan, train: SampledData, ranks: int, budget: int) -> Balance:
+    """Averages over `SAMPLED_STEPS` steps that are spread over the run."""
+    numbers = np.unique(np.linspace(1, batches.num_steps, SAMPLED_STEPS).astype(int))
+    slowest, mean, micro_batches = 0.0, 0.0, []
     for number in numbers:
-        groups = train.stand_in[plan.step(int(number)).groups]
+        groups = train.stand_in[batches.step(int(number)).groups]
         sizes = train.sample.sizes(groups, "packed")
         shares = share(sizes, world_size=ranks, budget=budget)
         loads = [sizes.work[np.concatenate(own).astype(int)].sum() for own in shares]
         slowest, mean = slowest + float(np.max(loads)), mean + float(np.mean(loads))
-        batches.append(len(shares[0]))
-    return slowest / mean - 1, float(np.mean(batches))
+        micro_batches.append(len(shares[0]))
+    return Balance(rank_excess=slowest / mean - 1, micro_batches=float(np.mean(micro_batches)))
 
 
-def _steps_of_an_epoch(plan: BatchPlan, config: Config) -> float:
-    """Steps that one pass over the data takes."""
-    return plan.num_steps / plan.step(plan.num_steps).epoch
+def _forward_flops_of_run(batches: BatchPlan, train: SampledData, work: Work) -> float:
+    """Operations of one forward pass over all steps."""
+    epoch = float(forward_flops(train.sample, work)[train.stand_in].sum())
+    steps_per_epoch = batches.num_steps / batches.step(batches.num_steps).epoch
+    return epoch * batches.num_steps / max(1, steps_per_epoch)
 
 
-def _reference(config: Config, data: dict[str, SampledData], work: Work) -> tuple[int, int, float]:
-    """Sequences that the cache has and lacks, and the operations that the missing ones take."""
-    model, cache_dir = reference_model(config.model, config.reference), Path(config.reference.cache_dir)
+def _cache_work(
+    model: ModelConfig,
+    reference: ReferenceConfig,
+    splits: dict[str, SampledData],
+    work: Work,
+    machine: Machine,
+) -> CacheWork:
+    """Looks the sampled sequences up in the cache; estimates the rest.
+
+    A model whose files have not been hashed yet counts as not cached: hashing takes minutes.
+    """
+    source, cache_dir = reference_model(model, reference), Path(reference.cache_dir)
     store = None
-    if weights_at_hand(base_of(model)) and is_remembered(model, cache_dir):
-        store = ReferenceStore(cache_dir, reference_identity(model, cache_dir))
+    if weights_at_hand(base_of(source)) and is_remembered(source, cache_dir):
+        store = ReferenceStore(cache_dir, reference_identity(source, cache_dir))
     hits, sequences, flops = 0.0, 0, 0.0
-    for split in data.values():
+    for split in splits.values():
         found = 0.0
         if store is not None and store.path.is_dir():
             found = float(np.mean(store.load().index.find(split.sample.keys) >= 0))
         hits += found * split.sequences
         sequences += split.sequences
         flops += (1 - found) * float(forward_flops(split.sample, work)[split.stand_in].sum())
-    return round(hits), sequences - round(hits), flops
-
-
-def as_json(plan: Plan) -> dict[str, Any]:
-    """The plan in plain types: bytes, seconds' hours and tokens as numbers."""
-    return {
-        "model": {"name_or_path": plan.config.model.name_or_path, **asdict(plan.shape)},
-        "machine": asdict(plan.machine),
-        "notes": plan.notes,
-        "data": {
-            name: {
-                "groups": split.groups,
-                "pairs": split.pairs,
-                "sequences": split.sequences,
-                "longest": split.longest,
-                "exact": split.exact,
-                **split.tokens.under("tokens"),
-                **split.changed,
-            }
-            for name, split in plan.data.items()
-        },
-        "steps": plan.steps,
-        "rank_excess": plan.rank_excess,
-        "micro_batches": plan.micro_batches,
-        "max_tokens_per_micro_batch": plan.budget,
-        "memory": {
-            way.sharding: {
-                **asdict(way.memory),
-                "total": way.memory.total,
-                "fits": way.fits,
-                "largest_micro_batch": way.largest_micro_batch,
-            }
-            for way in plan.ways
-        },
-        "advice": asdict(plan.advice),
-        "step_flops": plan.step_flops,
-        "hours": plan.hours,
-        "sent_bytes": plan.sent_bytes,
-        "reference": {
-            "hits": plan.reference_hits,
-            "misses": plan.reference_misses,
-            "hours": plan.reference_hours,
-            "bytes": plan.reference_bytes,
-        },
-        "checkpoint_bytes": plan.checkpoint_bytes,
-        "model_bytes": plan.model_bytes,
-    }
+    misses = sequences - round(hits)
+    train = splits["train"]
+    tokens_per_row = float(train.sample.completion_tokens.sum()) * train.scale / train.sequences
+    row_bytes = CACHE_ROW_BYTES + (CACHE_TOKEN_BYTES * tokens_per_row if reference.store_token_logps else 0)
+    return CacheWork(
+        hits=round(hits),
+        misses=misses,
+        hours=flops / machine.flops_per_hour,
+        bytes=round(misses * row_bytes),
+    )

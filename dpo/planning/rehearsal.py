@@ -1,8 +1,8 @@
-"""A training step without memory: the model's own code on FakeTensors, which have sizes and no data.
+"""Rehearses a training step without memory: the model's own code on FakeTensors: sizes without data.
 
-So the memory of a 70B model's step is known in seconds on a machine that could not hold one layer of it. The
-model is cut to one and to two blocks: their difference is what each further block keeps for the backward
-pass, and all else is the same at any depth.
+The memory of a step of a 70B model is known in seconds, on a machine that could not hold one layer of it. The
+model is cut to one and to two blocks: the difference is what each further block keeps for the backward pass;
+everything else is the same at any depth.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,40 +26,42 @@ from dpo.model.scorer import SequenceScorer
 from dpo.planning.live_bytes import LiveBytes
 
 ONE_KERNEL = "rehearsed_one_kernel"
-"""Attention of a whole row by one kernel, as FlexAttention does it on GPUs: what it keeps is its inputs, its
-output and one number a row and head."""
+"""Attention of a whole row by one kernel, like FlexAttention on GPUs: it keeps its inputs, its output and one
+number per row and head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rehearsal:
-    """Bytes that come and go in the forward and backward pass of one micro-batch on one rank.
+    """Bytes that are allocated and freed in the forward and backward pass of one micro-batch on one rank.
 
-    Weights do not count, and of gradients only those on their way into a buffer.
+    Weights do not count. Gradients count until they are added to a buffer.
     """
 
     activations: int
-    """Kept by the model's blocks for the backward pass."""
+    """Kept by all blocks of the model for the backward pass."""
     of_a_block: int
-    """What one of them keeps."""
+    """Kept by one block."""
     projection: int
-    """On top of them at the worst moment: the output projection, a block's backward pass, its gradients."""
+    """In addition at the peak: the output projection, the backward pass of a block, its gradients."""
 
     @property
     def peak(self) -> int:
-        """Most bytes at once."""
+        """Most bytes at the same time."""
         return self.activations + self.projection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pass:
+    """Live bytes at moments of a forward and backward pass."""
+
     in_blocks: int
-    """Bytes alive when the blocks are done."""
+    """After the last block."""
     saved: int
-    """Bytes alive when the forward pass is done."""
+    """After the forward pass."""
     late: int
-    """Most bytes alive until the last block's backward pass is done: as deep as the model is."""
+    """Peak until the end of the last block's backward pass: all blocks' activations are still live."""
     peak: int
-    """Most bytes alive."""
+    """Peak of the whole pass."""
 
 
 def rehearse(
@@ -71,15 +73,15 @@ def rehearse(
     autocast: bool = False,
     gpu: bool,
 ) -> Rehearsal:
-    """The bytes of a step over these trees in one micro-batch.
+    """The bytes of a pass over these trees in one micro-batch.
 
     Args:
-        config: The model's, at its full depth.
+        config: The model's configuration, at its full depth.
         model: Attention, tree layout and gradient checkpointing.
         trees: At least one.
-        dtype: Of the weights that are trained.
-        autocast: Products are bfloat16 and weights are not, as without DeepSpeed.
-        gpu: With FlexAttention and the slices of the vocabulary that suit a GPU; else as on a CPU.
+        dtype: Type of the trained weights.
+        autocast: Products are in bfloat16 and weights are not, as without DeepSpeed.
+        gpu: With FlexAttention and a GPU's slices of the vocabulary; otherwise as on a CPU.
     """
     layers = int(config.get_text_config().num_hidden_layers)
     passes = [
@@ -135,7 +137,7 @@ def _rehearse_blocks(
         known = [*bare.parameters(), *bare.buffers(), *_tensors(batch).values()]
         live = LiveBytes(known)
         moments: dict[str, int] = {}
-        with _noted(scorer, bare, live, moments), live:
+        with _recorded(scorer, bare, live, moments), live:
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 logps = scorer(batch)
             saved = live.now
@@ -145,23 +147,23 @@ def _rehearse_blocks(
 
 
 @contextmanager
-def _noted(
+def _recorded(
     scorer: SequenceScorer, bare: PreTrainedModel, live: LiveBytes, moments: dict[str, int]
 ) -> Iterator[None]:
-    """Notes what is alive when the blocks are done, and the peak when the last one's backward pass is."""
+    """Records the live bytes after the last block, and the peak after its backward pass, in `moments`."""
 
-    def last_block_begins(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+    def before_last_block(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: moments.update(late=live.peak))
 
-    def blocks_are_done(module: nn.Module, args: Any) -> None:
+    def after_blocks(module: nn.Module, args: Any) -> None:
         moments["in_blocks"] = live.now
 
     blocks = next(module for module in bare.modules() if isinstance(module, nn.ModuleList))
     handles = [
-        blocks[-1].register_forward_pre_hook(last_block_begins, with_kwargs=True),
-        scorer.projection.register_forward_pre_hook(blocks_are_done),
+        blocks[-1].register_forward_pre_hook(before_last_block, with_kwargs=True),
+        scorer.projection.register_forward_pre_hook(after_blocks),
     ]
     try:
         yield
@@ -171,7 +173,7 @@ def _noted(
 
 
 def _forget_gradient(parameter: Tensor) -> None:
-    """As an engine does that moves a gradient into its buffer as soon as it is there."""
+    """Like an engine that moves every gradient to a buffer at once."""
     parameter.grad = None
 
 
@@ -180,7 +182,7 @@ def _tensors(batch: TreeBatch) -> dict[str, Tensor]:
 
 
 def _to_fake(model: nn.Module) -> None:
-    """Puts FakeTensors of the CPU in the place of a model's tensors; what is tied stays tied."""
+    """Replaces a model's tensors by FakeTensors on the CPU; tied weights stay tied."""
     known: dict[Tensor, Any] = {}
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):

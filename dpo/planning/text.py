@@ -1,6 +1,8 @@
-"""A plan as a page for people."""
+"""A plan as text: a page for people, and plain types for `dpo plan --json`."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 from dpo.planning.data_sample import SampledData
 from dpo.planning.fit import USABLE, Way
@@ -10,7 +12,7 @@ COLUMNS = {
     name: 2 + max(len(name), 8)
     for name in ("weights", "gradients", "optimizer", "activations", "projection", "buckets", "total", "host")
 }
-"""Of the table of memory, with their widths."""
+"""Column of the memory table -> its width."""
 
 
 def page(plan: Plan) -> str:
@@ -28,9 +30,49 @@ def page(plan: Plan) -> str:
     )
 
 
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan in plain types: bytes, hours and tokens as numbers."""
+    return {
+        "model": {"name_or_path": plan.model.name_or_path, **asdict(plan.shape)},
+        "machine": asdict(plan.machine),
+        "notes": plan.notes,
+        "data": {
+            name: {
+                "groups": split.groups,
+                "pairs": split.pairs,
+                "sequences": split.sequences,
+                "longest": split.longest,
+                "exact": split.exact,
+                **split.tokens.under("tokens"),
+                **split.changed,
+            }
+            for name, split in plan.data.items()
+        },
+        "steps": plan.steps,
+        **asdict(plan.balance),
+        "max_tokens_per_micro_batch": plan.advice.max_tokens_per_micro_batch,
+        "memory": {
+            way.sharding: {
+                **asdict(way.memory),
+                "total": way.memory.total,
+                "fits": way.fits,
+                "largest_micro_batch": way.largest_micro_batch,
+            }
+            for way in plan.ways
+        },
+        "advice": asdict(plan.advice),
+        "step_flops": plan.step_flops,
+        "hours": plan.hours,
+        "sent_bytes": plan.sent_bytes,
+        "reference": asdict(plan.reference),
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "model_bytes": plan.model_bytes,
+    }
+
+
 def _work(plan: Plan) -> Iterator[str]:
-    model, shape = plan.config.model, plan.shape
-    lora = f", of which {_count(shape.trainable)} of an adapter are trained" if model.lora else ""
+    model, shape = plan.model, plan.shape
+    lora = f", {_count(shape.trainable)} of them in an adapter and trained" if model.lora else ""
     yield f"model      {model.name_or_path}: {_count(shape.parameters)} parameters{lora}, {model.dtype}"
     for note in plan.notes:
         yield f"           {note}"
@@ -41,14 +83,14 @@ def _work(plan: Plan) -> Iterator[str]:
             kind, _, what = reason.partition("/")
             about = "" if split.exact else "about "
             yield f"           {kind} {what.replace('_', ' ')}: {about}{number:,.0f}"
-    train = plan.config.train
+    train, budget = plan.train, plan.advice.max_tokens_per_micro_batch
     yield (
         f"steps      {plan.steps:,} of {train.pairs_per_step} pairs, {train.num_epochs} epoch(s); "
-        f"{plan.micro_batches:.1f} micro-batches of {plan.budget:,} tokens a rank"
+        f"{plan.balance.micro_batches:.1f} micro-batches of {budget:,} tokens per rank"
     )
     yield (
-        f"balance    the slowest of {plan.machine.num_gpus} ranks has {plan.rank_excess:.1%} more work than "
-        "the mean"
+        f"balance    the slowest of {plan.machine.num_gpus} ranks has {plan.balance.rank_excess:.1%} more "
+        "work than the mean"
     )
 
 
@@ -56,7 +98,7 @@ def _tokens(split: SampledData) -> str:
     tokens = f"{_count(split.tokens.mean)} tokens"
     if not split.exact:
         half = (split.tokens.high - split.tokens.low) / 2 / split.tokens.mean
-        tokens += f" +- {half:.1%} ({len(split.sample):,} groups tokenized; --exact reads all)"
+        tokens += f" +- {half:.1%} ({len(split.sample):,} groups tokenized; --exact tokenizes all)"
     return tokens
 
 
@@ -64,10 +106,9 @@ def _memory(plan: Plan) -> Iterator[str]:
     machine = plan.machine
     recomputed = "recomputed" if plan.advice.gradient_checkpointing else "kept"
     yield (
-        f"memory of each of {machine.num_gpus} GPU(s) in GB at the worst moment of a step, activations "
-        f"{recomputed};"
+        f"memory of each of {machine.num_gpus} GPU(s) in GB at the peak of a step, activations {recomputed};"
     )
-    yield f"{USABLE:.0%} of {machine.gpu_memory / 1e9:,.0f} GB is counted on"
+    yield f"{USABLE:.0%} of {machine.gpu_memory / 1e9:,.0f} GB are planned"
     yield (
         "  "
         + f"{'':<15}"
@@ -102,19 +143,20 @@ def _advice(plan: Plan) -> Iterator[str]:
 def _time(plan: Plan) -> Iterator[str]:
     machine = plan.machine
     rate = f"{machine.gpu_flops / 1e12:,.0f} TFLOP/s x {machine.mfu:.0%}"
+    reference = plan.reference
     yield (
-        f"reference  {plan.reference_hits:,} sequences are in the cache, {plan.reference_misses:,} are not: "
-        f"{_hours(plan.reference_hours)}, {_bytes(plan.reference_bytes)}"
+        f"reference  {reference.hits:,} sequences are in the cache, {reference.misses:,} are not: "
+        f"{_hours(reference.hours)}, {_bytes(reference.bytes)}"
     )
     yield (
-        f"training   {plan.step_flops / 1e12:,.1f} TFLOP a step, {_hours(plan.hours)} on {machine.num_gpus} "
-        f"GPU(s) at {rate}, communication not counted"
+        f"training   {plan.step_flops / 1e12:,.1f} TFLOP per step, {_hours(plan.hours)} on "
+        f"{machine.num_gpus} GPU(s) at {rate}, without communication"
     )
     if plan.sent_bytes:
-        yield f"network    each rank sends about {_bytes(plan.sent_bytes)} a step"
-    train = plan.config.train
+        yield f"network    each rank sends about {_bytes(plan.sent_bytes)} per step"
+    train = plan.train
     checkpoints = (
-        f"{train.keep_last} checkpoints of {_bytes(plan.checkpoint_bytes)}, one more while one is written"
+        f"{train.keep_last} checkpoints of {_bytes(plan.checkpoint_bytes)}, and one more while it is written"
         if train.checkpoint_every
         else "no checkpoints (train.checkpoint_every: 0)"
     )

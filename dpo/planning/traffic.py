@@ -1,19 +1,22 @@
-"""What a rank hands to collectives in an optimizer step, as DeepSpeed's communication logger counts it."""
+"""The messages of a rank in an optimizer step, as DeepSpeed's communication logger counts them.
+
+From the shape of the model alone, for `dpo plan`; tests compare them with real ranks.
+"""
 
 import torch
 
-from dpo.planning.memory import GATHERED_ELEMENTS, SINGLE, Name, Shape, weight_dtype
+from dpo.planning.memory import FLOAT32, GATHERED_ELEMENTS, Name, Shape, weight_dtype
 
 Traffic = dict[str, float]
-"""Kind of collective -> bytes of a rank's messages."""
+"""Kind of collective -> bytes that a rank passes to it."""
 
 
 def traffic(
     sharding: Name, shape: Shape, *, world_size: int, dtype: torch.dtype, micro_batches: float
 ) -> Traffic:
-    """Messages of one rank in a step; gradients travel in float32.
+    """Messages of one rank in a step; gradients are sent in float32.
 
-    Stages 2 and 3 reduce the gradients of every micro-batch, stage 0 those of the step. Weights that stay
+    Stages 2 and 3 reduce the gradients after every micro-batch, stage 0 once per step. Weights that stay
     gathered from the forward to the backward pass are gathered once.
 
     Args:
@@ -21,12 +24,12 @@ def traffic(
         shape: Of the model.
         world_size: Number of ranks.
         dtype: The compute type.
-        micro_batches: Of a rank in a step.
+        micro_batches: Micro-batches of a rank per step, on average.
     """
     if world_size == 1:
         return {}
     width = weight_dtype(sharding, dtype).itemsize
-    gradients = float(SINGLE * shape.trainable)
+    gradients = float(FLOAT32 * shape.trainable)
     if sharding in ("no DeepSpeed", "ZeRO-0"):
         return {"all_reduce": gradients}
     if sharding == "ZeRO-2":
@@ -41,10 +44,10 @@ def traffic(
 
 
 def sent(messages: Traffic, world_size: int) -> float:
-    """Bytes that leave a rank when the collectives run as rings."""
+    """Bytes that leave a rank if the collectives are rings."""
     factors = {
         "all_reduce": 2 * (world_size - 1) / world_size,
         "reduce_scatter_tensor": (world_size - 1) / world_size,
-        "all_gather_into_tensor": world_size - 1.0,  # its message is the rank's own part
+        "all_gather_into_tensor": world_size - 1.0,  # its message is only the rank's own part
     }
     return sum(factors[name] * size for name, size in messages.items())

@@ -1,14 +1,24 @@
-"""What a report holds."""
+"""The content of a report, whatever its format: what `build` makes, and `markdown` and `html` show.
+
+Records and the fixed texts around them; nothing here computes or writes.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dpo.report.figures import Captioned
 
+COLUMNS = ("query", "reference policy", "DPO-trained policy")
+"""Of the table of samples."""
+WORST_SAMPLES = (
+    "Selected as failures: the samples that score furthest below the reference's sample on the same prompt."
+)
+WORST_PAIRS = "Selected as failures: the held-out pairs with the largest margin in the wrong direction."
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRow:
-    """One held-out prompt and what both models made of it with the same seed."""
+    """One held-out prompt and its continuations by both models with the same seed."""
 
     index: int
     """Of the prompt in the held-out set."""
@@ -17,19 +27,31 @@ class SampleRow:
     reference: str
     policy: str
     reference_score: float | None = None
-    """None where no scorer was given."""
+    """None without a scorer."""
     policy_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairRow:
-    """A held-out pair and what the policy makes of it."""
+    """A held-out pair and its reward margin."""
 
     prompt: str
     chosen: str
     rejected: str
     margin: float
-    """Reward of the chosen less that of the rejected; negative where the policy ranks them wrong."""
+    """Chosen minus rejected reward; negative where the policy ranks them wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where the numbers come from."""
+
+    essentials: dict[str, str]
+    """What was compared and how: models, data, temperature, scorer."""
+    commands: Sequence[str]
+    """The commands that lead to this report, as typed in a shell."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the software, digests of data and cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +63,24 @@ class Report:
     rows: Sequence[SampleRow]
     """All samples, in the order of the held-out prompts."""
     table_rows: int
-    """How many of them report.md shows: always the first."""
-    essentials: dict[str, str]
-    """What was compared and how: models, reference identity, data, temperature, scorer."""
-    commands: Sequence[str]
-    """The commands that made this report, as a person would type them."""
-    provenance: dict[str, str] = field(default_factory=dict)
-    """Versions, and digests of data and cache."""
+    """How many of them the report shows: always the first."""
+    provenance: Provenance
     figures: Sequence[Captioned] = ()
     worst_pairs: Sequence[PairRow] = ()
     """Held-out pairs that the policy ranks wrong, the worst first."""
     worst_samples: Sequence[SampleRow] = ()
     """Samples that score below the reference's, the worst first."""
+
+    @property
+    def shown(self) -> Sequence[SampleRow]:
+        """The rows of the table of samples."""
+        return self.rows[: self.table_rows]
+
+    @property
+    def samples_note(self) -> str:
+        """The sentence above the table of samples."""
+        seeds = ", ".join(str(seed) for seed in sorted({row.seed for row in self.shown}))
+        return (
+            f"The first {len(self.shown)} held-out prompts, not cherry-picked, each continued by both models "
+            f"with seed {seeds}. All samples are in samples.jsonl."
+        )

@@ -1,7 +1,7 @@
 """Figures of reports and comparisons: pure functions of numbers, without matplotlib's global state.
 
 A figure is saved as PNG for Markdown, and as SVG inside a page, where its text and axes take the page's
-colour so that it can be read in light and in dark.
+colour, so that it is readable in light and in dark mode.
 """
 
 import io
@@ -18,23 +18,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dpo.evaluate.statistics import Interval
+from dpo.files import write_file
+from dpo.report import labels
 from dpo.tracking.history import Line, curve
 
-REFERENCE, POLICY = "#8a8f98", "#e0662f"  # also told apart without colour: dashed or hatched, and solid
+REFERENCE, POLICY = "#8a8f98", "#e0662f"  # distinct without colour, too: the reference is hatched or dashed
 CHOSEN, REJECTED = "#2b8cbe", "#d6604d"
 PALETTE = ("#e0662f", "#2b8cbe", "#4d9a4d", "#9467bd", "#c2a12b", "#d64d8a", "#17a3a3", "#8c6d4f")
 INK = "#010203"
-"""The colour of text and axes, which a page replaces by its own."""
+"""Placeholder for the colour of text and axes, which a page replaces by its own."""
 LONGEST_RAW = 100
-"""Steps up to which a curve is drawn as it is; a longer one is averaged, and drawn faintly behind."""
+"""Most steps of a curve that is drawn unsmoothed; of a longer one the running mean is drawn over it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captioned:
-    """A figure as the reports show it."""
+    """A figure with its title and caption."""
 
     name: str
-    """Of its file, without ending."""
+    """Of its file, without the extension."""
     title: str
     caption: str
     """What is drawn and how to read it."""
@@ -43,13 +45,24 @@ class Captioned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One model between score and KL."""
+    """One model in the plane of KL and score."""
 
     label: str
     """Written beside the point; may be empty."""
     kl: Interval
-    """KL(policy || reference), nats a sequence."""
+    """KL(policy || reference), nats per sequence."""
     score: Interval
+
+    @classmethod
+    def of(cls, summary: Mapping[str, float], label: str = "") -> "Point":
+        """The policy of a summary.json that has a KL and scores."""
+        kl, score = Interval.of(summary, "kl/sequence"), Interval.of(summary, "score/policy")
+        return cls(label=label, kl=kl, score=score)
+
+    @classmethod
+    def of_reference(cls, summary: Mapping[str, float]) -> "Point":
+        """The reference of the same, at KL 0."""
+        return cls(label="", kl=Interval(0.0, 0.0, 0.0), score=Interval.of(summary, "score/reference"))
 
 
 def losses_and_margins(runs: Mapping[str, Sequence[Line]]) -> Figure:
@@ -67,8 +80,8 @@ def losses_and_margins(runs: Mapping[str, Sequence[Line]]) -> Figure:
             _dots(left, history, "eval/loss", f"{prefix}held-out", colour)
             _curve(right, history, "train/rewards/margins", f"{prefix}training", colour)
             _dots(right, history, "eval/rewards/margins", f"{prefix}held-out", colour)
-        _finish(left, "Loss", "optimizer step", "a pair")
-        _finish(right, "Reward margin", "optimizer step", "chosen - rejected, with beta")
+        _finish(left, "Loss", "optimizer step", "loss per pair")
+        _finish(right, "Reward margin", "optimizer step", "chosen - rejected, including beta")
         return figure
 
 
@@ -81,21 +94,21 @@ def rewards_over_steps(history: Sequence[Line]) -> Figure:
             _curve(axes, history, f"train/rewards/{name}", f"{name}, training", colour)
             _dots(axes, history, f"eval/rewards/{name}", f"{name}, held-out", colour)
         axes.axhline(0, color=INK, linewidth=0.6, alpha=0.5)
-        _finish(axes, "Rewards", "optimizer step", "implicit reward, with beta")
+        _finish(axes, "Rewards", "optimizer step", "implicit reward, including beta")
         return figure
 
 
 def histogram_before_and_after(
     reference: npt.ArrayLike, policy: npt.ArrayLike, *, title: str, unit: str, counted: str
 ) -> Figure:
-    """Two distributions over one set of bins.
+    """Two distributions over the same bins.
 
     Args:
         reference: (N,) numbers, before training.
-        policy: (M,) numbers, after it.
+        policy: (M,) numbers, after training.
         title: Of the figure.
-        unit: Label of the numbers' axis.
-        counted: Label of the other one.
+        unit: Label of the horizontal axis.
+        counted: Label of the vertical axis.
     """
     before, after = np.asarray(reference, np.float64), np.asarray(policy, np.float64)
     low, high = np.quantile(np.concatenate([before, after]), [0.005, 0.995])
@@ -108,7 +121,7 @@ def histogram_before_and_after(
             (before, "reference", REFERENCE, "////"),
             (after, "policy", POLICY, ""),
         ):
-            clipped = np.clip(values, low, high)  # what lies beyond is counted in the last bin
+            clipped = np.clip(values, low, high)  # outliers count in the outermost bins
             axes.hist(clipped, bins=bins.tolist(), color=colour, alpha=0.55, hatch=hatch, label=label)
             axes.axvline(float(values.mean()), color=colour, linestyle="--", linewidth=1.4)
         _finish(axes, title, f"{unit} (dashed: mean)", counted)
@@ -116,37 +129,27 @@ def histogram_before_and_after(
 
 
 def score_against_kl(
-    curves: Mapping[str, Sequence[Point]], score: str, *, joined: bool = True, limit: Sequence[Point] = ()
+    curves: Mapping[str, Sequence[Point]], *, joined: bool = True, limit: Sequence[Point] = ()
 ) -> Figure:
-    """What was won against what it cost, as in Figure 2 of arXiv 2305.18290; bars are 95 % intervals.
+    """What policies gain against what it costs, as in Figure 2 of arXiv 2305.18290; bars are 95 % intervals.
 
     Args:
         curves: Label -> points in the order in which they are joined.
-        score: Label of the score's axis.
         joined: Whether a line joins the points of a curve.
-        limit: The highest score at each KL, whatever the policy; drawn where it is known.
+        limit: The highest score of any policy at each KL, as far as it is known.
     """
     with _style():
         figure = Figure(figsize=(6.5, 4.2), layout="constrained")
         axes = figure.subplots()
         if limit:
-            known = [point.kl.mean for point in limit]
-            low, high = [point.score.low for point in limit], [point.score.high for point in limit]
-            axes.fill_between(known, low, high, color=REFERENCE, alpha=0.25, linewidth=0)
-            most = [point.score.mean for point in limit]
-            axes.plot(known, most, color=REFERENCE, linestyle="--", label="limit of any policy")
+            _band(axes, limit, "limit of any policy")
         colours = iter(PALETTE * (1 + len(curves) // len(PALETTE)))
         for index, (label, points) in enumerate(curves.items()):
-            kl, value = [point.kl.mean for point in points], [point.score.mean for point in points]
-            spread = [[point.kl for point in points], [point.score for point in points]]
-            bars = [
-                np.abs([[p.mean - p.low for p in part], [p.high - p.mean for p in part]]) for part in spread
-            ]
             axes.errorbar(
-                kl,
-                value,
-                xerr=bars[0],
-                yerr=bars[1],
+                [point.kl.mean for point in points],
+                [point.score.mean for point in points],
+                xerr=_bars([point.kl for point in points]),
+                yerr=_bars([point.score for point in points]),
                 label=label,
                 color=REFERENCE if label == "reference" else next(colours),
                 marker="osD^vPX*"[index % 8],
@@ -159,24 +162,24 @@ def score_against_kl(
                 where = (point.kl.mean, point.score.mean)
                 axes.annotate(point.label, where, textcoords="offset points", xytext=(5, -10), fontsize=7)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-        _finish(axes, "Score against KL", "KL(policy || reference), nats a sequence", score)
+        _finish(axes, "Score against KL", labels.full("kl/sequence"), labels.short("score/policy"))
         return figure
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Writes the figure on white, beside its place first."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Writes the figure on a white background, atomically."""
+    written = io.BytesIO()
     with _style():
-        figure.savefig(temporary, format="png", dpi=144, facecolor="white")
-    temporary.replace(path)
+        figure.savefig(written, format="png", dpi=144, facecolor="white")
+    write_file(path, written.getvalue())
 
 
 def inline_svg(figure: Figure, name: str) -> str:
-    """The figure as an <svg> element for a page: scales with it, and takes its text colour.
+    """The figure as an <svg> element of a page: it scales with the page and takes its text colour.
 
     Args:
         figure: Any of this module.
-        name: Different for every figure of a page: ids inside are derived from it.
+        name: Unique within the page: the ids inside the figure are derived from it.
     """
     written = io.StringIO()
     with _style(), mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
@@ -185,16 +188,13 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = text[text.index("<svg ") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     ids = sorted(set(re.findall(r'\bid="([^"]+)"', text)), key=len, reverse=True)
-    for identifier in ids:  # figures of a page must not share them
+    for identifier in ids:  # figures of a page must not share ids
         text = re.sub(
             rf'(\bid="|url\(#|href="#){re.escape(identifier)}(?=["\)])', rf"\g<1>{name}-{identifier}", text
         )
-    return re.sub(
-        r'(<svg [^>]*?)\swidth="[^"]*"',
-        r"\1",
-        re.sub(r'(<svg [^>]*?)\sheight="[^"]*"', r"\1", text, count=1),
-        count=1,
-    )
+    for size in ("width", "height"):
+        text = re.sub(rf'(<svg [^>]*?)\s{size}="[^"]*"', r"\1", text, count=1)
+    return text
 
 
 def _style() -> AbstractContextManager[None]:
@@ -227,6 +227,20 @@ def _curve(axes: Axes, history: Sequence[Line], name: str, label: str, colour: s
     axes.plot(
         steps[width - 1 :], smooth, color=colour, linewidth=1.4, label=f"{label}, mean of {width} steps"
     )
+
+
+def _band(axes: Axes, points: Sequence[Point], label: str) -> None:
+    """A dashed line of scores over KL with its interval as a band."""
+    kl, scores = [point.kl.mean for point in points], [point.score for point in points]
+    low, high = [score.low for score in scores], [score.high for score in scores]
+    axes.fill_between(kl, low, high, color=REFERENCE, alpha=0.25, linewidth=0)
+    axes.plot(kl, [score.mean for score in scores], color=REFERENCE, linestyle="--", label=label)
+
+
+def _bars(intervals: Sequence[Interval]) -> npt.NDArray[np.float64]:
+    """(2, N) lengths of error bars, below and above."""
+    ends = [[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]]
+    return np.abs(np.asarray(ends, np.float64))
 
 
 def _dots(axes: Axes, history: Sequence[Line], name: str, label: str, colour: str) -> None:

@@ -1,28 +1,81 @@
-"""What people call the metrics."""
+"""What people call the metrics: the one table that reports, cards, comparisons and figures take labels from.
+
+Names are those of summary.json and metrics.jsonl. Other modules list only the names that they show.
+"""
+
+from typing import NamedTuple
+
+
+class Label(NamedTuple):
+    """What a metric is called."""
+
+    full: str
+    """With its unit, and the model that it belongs to."""
+    short: str | None = None
+    """For a column or row where it is clear that the policy is meant; None: as `full`."""
+
 
 LABELS = {
-    "eval/loss": "held-out loss",
-    "eval/rewards/accuracies": "held-out reward accuracy",
-    "eval/rewards/margins": "held-out reward margin",
-    "score/reference": "mean score, reference",
-    "score/policy": "mean score, policy",
-    "positive_share/reference": "share scored positive, reference",
-    "positive_share/policy": "share scored positive, policy",
-    "win_rate": "policy scores higher than reference (a tie is half)",
-    "kl/sequence": "KL(policy, reference), nats a sequence",
-    "kl/token": "KL(policy, reference), nats a token",
-    "distinct_2/reference": "distinct word pairs, reference",
-    "distinct_2/policy": "distinct word pairs, policy",
-    "distinct_texts/reference": "distinct continuations, reference",
-    "distinct_texts/policy": "distinct continuations, policy",
-    "repetition/reference": "word pairs said before in the same text, reference",
-    "repetition/policy": "word pairs said before in the same text, policy",
-    "perplexity/policy_samples": "perplexity of the policy's samples under the reference",
-    "sample_tokens/reference": "tokens of a continuation, reference",
-    "sample_tokens/policy": "tokens of a continuation, policy",
-    "length/longer_chosen": "the label prefers the longer completion",
-    "length/longer_rewarded": "the policy's reward prefers the longer completion",
-    "length/accuracy/longer_chosen": "held-out accuracy where the longer is chosen",
-    "length/accuracy/shorter_chosen": "held-out accuracy where the shorter is chosen",
+    "eval/loss": Label("held-out loss"),
+    "eval/rewards/accuracies": Label("held-out reward accuracy", "reward accuracy"),
+    "eval/rewards/margins": Label("held-out reward margin", "reward margin"),
+    "score/reference": Label("mean score, reference"),
+    "score/policy": Label("mean score, policy", "mean score"),
+    "positive_share/reference": Label("share scored positive, reference"),
+    "positive_share/policy": Label("share scored positive, policy", "share scored positive"),
+    "win_rate": Label("win rate of the policy over the reference (a tie counts half)", "win rate"),
+    "kl/sequence": Label("KL(policy || reference), nats per sequence", "KL, nats per sequence"),
+    "kl/token": Label("KL(policy || reference), nats per token", "KL, nats per token"),
+    "distinct_2/reference": Label("distinct word pairs, reference"),
+    "distinct_2/policy": Label("distinct word pairs, policy", "distinct word pairs"),
+    "distinct_texts/reference": Label("distinct continuations, reference"),
+    "distinct_texts/policy": Label("distinct continuations, policy", "distinct continuations"),
+    "repetition/reference": Label("word pairs repeated within a text, reference"),
+    "repetition/policy": Label("word pairs repeated within a text, policy", "repeated word pairs"),
+    "perplexity/policy_samples": Label(
+        "perplexity of the policy's samples under the reference", "perplexity under the reference"
+    ),
+    "sample_tokens/reference": Label("tokens per continuation, reference"),
+    "sample_tokens/policy": Label("tokens per continuation, policy", "tokens per continuation"),
+    "length/longer_chosen": Label("the label prefers the longer completion"),
+    "length/longer_rewarded": Label("the policy's reward prefers the longer completion"),
+    "length/accuracy/longer_chosen": Label("held-out reward accuracy where the longer is chosen"),
+    "length/accuracy/shorter_chosen": Label("held-out reward accuracy where the shorter is chosen"),
+    "perf/pairs_per_second": Label("pairs per second"),
+    "perf/sequences_per_second": Label("sequences per second"),
+    "perf/tokens_per_second": Label("tokens per second"),
+    "perf/peak_memory_gb": Label("peak memory, GB"),
 }
-"""What the report calls the keys of summary.json, in its order; other keys follow under their own name."""
+"""In the order of the reports."""
+
+
+class Measure(NamedTuple):
+    """A row of a table of metrics."""
+
+    label: str
+    value: float
+    interval: str
+    """`low to high`; empty for a metric without an interval."""
+
+
+def full(name: str) -> str:
+    """What a metric is called, with its unit; an unknown one by its own name."""
+    return LABELS[name].full if name in LABELS else name
+
+
+def short(name: str) -> str:
+    """The same for a column or row where it is clear that the policy is meant."""
+    return LABELS[name].short or LABELS[name].full if name in LABELS else name
+
+
+def measures(summary: dict[str, float]) -> list[Measure]:
+    """Every metric of a summary, in the order of the table; unknown ones follow."""
+    names = [name for name in summary if not name.endswith(("/low", "/high"))]
+    order = {name: number for number, name in enumerate(LABELS)}
+    names.sort(key=lambda name: order.get(name, len(order)))
+    return [Measure(full(name), summary[name], _interval(summary, name)) for name in names]
+
+
+def _interval(summary: dict[str, float], name: str) -> str:
+    low, high = summary.get(f"{name}/low"), summary.get(f"{name}/high")
+    return "" if low is None or high is None else f"{low:.3f} to {high:.3f}"

@@ -1,149 +1,193 @@
-"""Model cards: what a model is, from what, how it was trained, what was measured, and how to load it."""
+"""Model cards, RUN_DIR/model/README.md: how a model was trained, what was measured, how to load it.
+
+The front matter is what the hub reads. It names only models and data sets that are on the hub.
+"""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dpo.config import Config, DataSource, ModelConfig, SftConfig
+from dpo.config import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ReferenceConfig,
+    SftTrainConfig,
+    TrainConfig,
+)
 from dpo.loss.catalog import needs_reference, title_of
+from dpo.report.escape import markdown_cell
+from dpo.report.labels import full, measures
+from dpo.report.markdown import table
 
-MEASURES = {
-    "eval/loss": "held-out loss, nats",
-    "eval/rewards/accuracies": "held-out reward accuracy",
-    "eval/rewards/margins": "held-out reward margin",
-    "positive_share/reference": "share scored positive, reference",
-    "positive_share/policy": "share scored positive, this model",
-    "win_rate": "win rate over the reference by score",
-    "kl/sequence": "KL from the reference, nats a sequence",
-}
+SHOWN = (
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+    "positive_share/reference",
+    "positive_share/policy",
+    "win_rate",
+    "kl/sequence",
+)
+"""The metrics that a card shows."""
 
 
-def policy_card(config: Config, results: dict[str, float]) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Card:
+    """What differs between the cards."""
+
+    title: str
+    base: ModelConfig
+    """What training started from."""
+    tags: list[str]
+    datasets: list[str]
+    """Hub names."""
+    method: str
+    settings: dict[str, str]
+    use: str
+
+
+def policy_card(
+    results: dict[str, float],
+    *,
+    title: str,
+    model: ModelConfig,
+    data: DataConfig,
+    reference: ReferenceConfig,
+    loss: LossConfig,
+    train: TrainConfig,
+) -> str:
     """The card of a model that learned preferences.
 
     Args:
-        config: The resolved configuration.
-        results: Numbers as in metrics.jsonl or summary.json; those that `MEASURES` names are shown.
+        results: Metrics as in metrics.jsonl or summary.json; those in `SHOWN` are shown.
+        title: Name of the model.
+        model: What training started from.
+        data: The preferences.
+        reference: The reference model.
+        loss: The loss.
+        train: The training settings.
     """
-    train = config.train
-    reference = f", with reference {_code(config.reference.model or config.model.name_or_path)}"
-    method = (
-        "Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290); the loss is "
-        f"named below) from {_code(config.model.name_or_path)}"
-        f"{reference if needs_reference(config.loss) else ''}, on {_names(config.data.train)}."
+    start = _code(model.name_or_path)
+    against = (
+        f", with reference {_code(reference.model or model.name_or_path)}" if needs_reference(loss) else ""
     )
-    settings = {
-        "loss": title_of(config.loss),
-        "learning rate": f"{train.learning_rate}, {train.schedule}, {train.warmup_steps} warm-up steps",
-        "optimizer": f"{train.optimizer}, gradient norm clipped to {train.max_grad_norm}",
-        "pairs a step": str(train.pairs_per_step),
-        "length": f"{train.num_epochs} epoch(s)" + (f", {train.max_steps} steps" if train.max_steps else ""),
-        "compute type": config.model.dtype,
-        "seed": str(train.seed),
-    }
-    use = (
-        "To continue text as the preferences ask, within the kind of prompts that the data has. It has "
-        "learned what its labels reward and nothing else: no safety, no facts, and whatever bias the labels "
-        "have (the report says, for one, how far length was rewarded)."
+    sources = _sources(data)
+    return _written(
+        _Card(
+            title=title,
+            base=model,
+            tags=["dpo", "preference-optimization"],
+            datasets=list(filter(_is_hub_name, sources)),
+            method="Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290); "
+            f"the loss is given below) from {start}{against}, on {', '.join(map(_code, sources))}.",
+            settings={
+                "loss": title_of(loss),
+                **_settings(model, train, {"pairs per step": str(train.pairs_per_step)}),
+            },
+            use="Continuing text as the preferences ask, for prompts like those of the data. The model has "
+            "learned what the labels reward and nothing else: neither safety nor facts. It has whatever bias "
+            "the labels have; the report shows, for example, how far they reward length.",
+        ),
+        results,
     )
-    tags = ["dpo", "preference-optimization"]
-    datasets = [source for source in _sources(config.data.train) if _is_hub_name(source)]
-    return _card(Path(config.run_dir).name, config.model, tags, datasets, method, settings, results, use)
 
 
-def sft_card(config: SftConfig, results: dict[str, float]) -> str:
-    """The card of a model that learned next tokens; see `policy_card`."""
-    train = config.train
-    start = _code(config.model.name_or_path) if config.model.name_or_path else "random weights"
-    settings = {
-        "learning rate": f"{train.learning_rate}, {train.schedule}, {train.warmup_steps} warm-up steps",
-        "optimizer": f"{train.optimizer}, gradient norm clipped to {train.max_grad_norm}",
-        "sequences a step": str(train.sequences_per_step),
-        "length": f"{train.num_epochs} epoch(s)" + (f", {train.max_steps} steps" if train.max_steps else ""),
-        "compute type": config.model.dtype,
-        "seed": str(train.seed),
-    }
-    method = f"Next-token training from {start} on {_names(config.data.train)}."
-    datasets = [source for source in _sources(config.data.train) if _is_hub_name(source)]
-    use = "To continue text like that of its data, or as the start and reference of preference optimization."
-    return _card(Path(config.run_dir).name, config.model, ["sft"], datasets, method, settings, results, use)
-
-
-def _card(
-    title: str,
-    base: ModelConfig,
-    tags: list[str],
-    datasets: list[str],
-    method: str,
-    settings: dict[str, str],
-    results: dict[str, float],
-    use: str,
+def sft_card(
+    results: dict[str, float], *, title: str, model: ModelConfig, data: DataConfig, train: SftTrainConfig
 ) -> str:
-    lora, is_adapter = base.lora, base.lora is not None and base.lora.export == "adapter"
-    if lora is not None:
-        tags = [*tags, "lora"]
-        settings = {**settings, "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}"}
-        kept = "this is the adapter alone" if is_adapter else "it is in these weights"
-        method += f" Trained was a LoRA adapter; {kept}."
-    shown = {name: results[name] for name in MEASURES if name in results}
-    metadata: dict[str, Any] = {
-        "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": tags,
+    """The card of a model that learned next tokens; arguments as in `policy_card`."""
+    start = _code(model.name_or_path) if model.name_or_path else "random weights"
+    sources = _sources(data)
+    return _written(
+        _Card(
+            title=title,
+            base=model,
+            tags=["sft"],
+            datasets=list(filter(_is_hub_name, sources)),
+            method=f"Next-token training from {start} on {', '.join(map(_code, sources))}.",
+            settings=_settings(model, train, {"sequences per step": str(train.sequences_per_step)}),
+            use="Continuing text like that of its data, or as the start and reference of preference "
+            "optimization.",
+        ),
+        results,
+    )
+
+
+def _settings(model: ModelConfig, train: OptimizationConfig, batch: dict[str, str]) -> dict[str, str]:
+    steps = f", {train.max_steps} steps" if train.max_steps else ""
+    lora = model.lora
+    return {
+        "learning rate": f"{train.learning_rate}, {train.schedule}, {train.warmup_steps} warm-up steps",
+        "optimizer": f"{train.optimizer}, gradient norm clipped to {train.max_grad_norm}",
+        **batch,
+        "length": f"{train.num_epochs} epoch(s){steps}",
+        "compute type": model.dtype,
+        "seed": str(train.seed),
+        **({"LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}"} if lora is not None else {}),
     }
-    if _is_hub_name(base.name_or_path):
-        metadata["base_model"] = base.name_or_path
-    if datasets:
-        metadata["datasets"] = datasets
+
+
+def _written(card: _Card, results: dict[str, float]) -> str:
+    """The whole file: front matter, then sections."""
+    method = card.method
+    if card.base.lora is not None:
+        kept = "this is the adapter alone" if _is_adapter(card.base) else "it is merged into these weights"
+        method += f" A LoRA adapter was trained; {kept}."
+    shown = {
+        name: value
+        for name, value in results.items()
+        if name.removesuffix("/low").removesuffix("/high") in SHOWN
+    }
+    rows = [(markdown_cell(row.label), f"{row.value:.3f}", row.interval) for row in measures(shown)]
+    metadata = yaml.safe_dump(_metadata(card, results), sort_keys=False, allow_unicode=True)
+    sections = [f"---\n{metadata}---", f"# {card.title}", method]
+    if rows:
+        sections.append("## Results\n\n" + table(("measure", "value", "95 % interval"), rows))
+    sections += [
+        "## Training\n\n" + table(("setting", "value"), card.settings.items()),
+        f"## Intended use\n\n{card.use}",
+        "## How to load it\n\n" + _loading(card.base),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _metadata(card: _Card, results: dict[str, float]) -> dict[str, Any]:
+    """The front matter, with the keys of the hub."""
+    shown = {name: results[name] for name in SHOWN if name in results}
+    metadata: dict[str, Any] = {
+        "library_name": "peft" if _is_adapter(card.base) else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [*card.tags, "lora"] if card.base.lora is not None else card.tags,
+    }
+    if _is_hub_name(card.base.name_or_path):
+        metadata["base_model"] = card.base.name_or_path
+    if card.datasets:
+        metadata["datasets"] = card.datasets
     if shown:
         held_out = {
             "name": "held-out part of the training data",
-            "type": datasets[0] if datasets else "local",
+            "type": card.datasets[0] if card.datasets else "local",
         }
         metrics = [
-            {"type": name, "name": MEASURES[name], "value": round(value, 6)} for name, value in shown.items()
+            {"type": name, "name": full(name), "value": round(value, 6)} for name, value in shown.items()
         ]
-        metadata["model-index"] = [
-            {
-                "name": title,
-                "results": [
-                    {"task": {"type": "text-generation"}, "dataset": held_out, "metrics": metrics},
-                ],
-            }
-        ]
-    sections = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---",
-        f"# {title}",
-        method,
-        "## Results\n\n| measure | value | 95 % interval |\n|---|---|---|\n" + _rows(shown, results)
-        if shown
-        else "",
-        "## Training\n\n| setting | value |\n|---|---|\n"
-        + "\n".join(f"| {name} | {value} |" for name, value in settings.items()),
-        f"## Intended use\n\n{use}",
-        "## How to load it\n\n" + _loading(is_adapter=is_adapter, base=base.name_or_path),
-    ]
-    return "\n\n".join(filter(None, sections)) + "\n"
+        result = {"task": {"type": "text-generation"}, "dataset": held_out, "metrics": metrics}
+        metadata["model-index"] = [{"name": card.title, "results": [result]}]
+    return metadata
 
 
-def _rows(shown: dict[str, float], results: dict[str, float]) -> str:
-    lines = []
-    for name, value in shown.items():
-        low, high = results.get(f"{name}/low"), results.get(f"{name}/high")
-        interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-        lines.append(f"| {MEASURES[name]} | {value:.3f} | {interval} |")
-    return "\n".join(lines)
-
-
-def _loading(*, is_adapter: bool, base: str) -> str:
+def _loading(base: ModelConfig) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    if is_adapter:
+    if _is_adapter(base):
         lines = [
             "from peft import PeftModel",
             *lines,
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+            f'base = AutoModelForCausalLM.from_pretrained("{base.name_or_path}")',
             'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
         ]
     else:
@@ -152,16 +196,18 @@ def _loading(*, is_adapter: bool, base: str) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
+def _sources(data: DataConfig) -> list[str]:
+    """Paths and hub names of the training data."""
+    return [data.train] if isinstance(data.train, str) else [source.path for source in data.train]
+
+
+def _is_adapter(base: ModelConfig) -> bool:
+    """Whether the exported model is an adapter alone."""
+    return base.lora is not None and base.lora.export == "adapter"
+
+
 def _code(name: str) -> str:
     return f"`{name}`"
-
-
-def _sources(train: str | list[DataSource]) -> list[str]:
-    return [train] if isinstance(train, str) else [source.path for source in train]
-
-
-def _names(train: str | list[DataSource]) -> str:
-    return ", ".join(map(_code, _sources(train)))
 
 
 def _is_hub_name(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""A few continuations by a policy in training, so that one can scroll through what it learns."""
+"""A few continuations by the policy during training, for the trackers: how its text changes."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.config import EvaluateConfig
 from dpo.data.records import TokenIds
-from dpo.evaluate.sampling import sample
-from dpo.report.markdown import escape, tail
+from dpo.evaluate.samples import continue_prompts, texts_of
+from dpo.report.escape import markdown_cell, prompt_end
+from dpo.report.markdown import table
 
 
 def watched_samples(
@@ -21,28 +22,18 @@ def watched_samples(
     """The table query | policy in Markdown, with the seed of the report's samples. All ranks must call it.
 
     Args:
-        model: The policy as it is, in evaluation mode.
+        model: The current policy, in evaluation mode.
         prompts: The same at every evaluation.
         tokenizer: The policy's.
         options: Temperature, length and seed.
         sharded: As in `sample`.
     """
-    eos = tokenizer.eos_token_id
-    drawn = sample(
-        model,
-        prompts,
-        num_samples=1,
-        max_new_tokens=options.completion_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        eos_token_id=int(eos),
-        progress=None,
-        sharded=sharded,
+    eos = int(tokenizer.eos_token_id)
+    drawn = continue_prompts(model, prompts, options, eos_token_id=eos, sharded=sharded, progress=None)
+    queries = texts_of(prompts, tokenizer)
+    answers = texts_of([continuation.ids for continuation in drawn], tokenizer)
+    rows = (
+        (markdown_cell(prompt_end(query)), markdown_cell(answer))
+        for query, answer in zip(queries, answers, strict=True)
     )
-    lines = ["| query | policy |", "|---|---|"]
-    for prompt, (continuation,) in zip(prompts, drawn, strict=True):
-        texts = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, continuation.ids))
-        query, policy = texts
-        lines.append(f"| {escape(tail(query))} | {escape(policy)} |")
-    return "\n".join(lines)
+    return table(("query", "policy"), rows)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning as an objective: next tokens of text, or chosen completions given their prompts.
 
 The paper's first stage, its preferred-FT baseline, and how to pretrain a small base model. A block of text is
-a group with one completion and no pairs, so that data, plan, engine and loop are those of preference training.
+a group with one completion and no pairs: data, plan, engine and loop are those of preference training.
 """
 
 from collections.abc import Callable

@@ -123,6 +123,24 @@ def test_the_root_holds_the_ground_and_the_entry_alone() -> None:
     assert at_root == {name.removeprefix("dpo.") for name in GROUND} | {"__main__"}
 
 
+def test_the_largest_file_is_short_enough_to_read() -> None:
+    long = {module_name(path): n for path in MODULES if (n := len(path.read_text().splitlines())) >= 320}
+    assert long == {}
+
+
+def test_below_the_commands_functions_take_sections_of_the_configuration() -> None:
+    """A function that needs the learning rate takes `config.train`, and can be called without the rest."""
+    whole = {"Config", "SftConfig"}
+    found = []
+    for path in MODULES:
+        if room_of(module_name(path)) in {"dpo.commands", "dpo.cli", "dpo.config"}:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "dpo.config":
+                found += [module_name(path) for alias in node.names if alias.name in whole]
+    assert found == []
+
+
 def test_the_table_is_read_as_it_is_meant() -> None:
     tree = ast.parse(
         "import torch\nimport dpo.loss.pairs\nfrom dpo import distributed\nfrom dpo.data.plan import share\n"

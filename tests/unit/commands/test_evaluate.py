@@ -1,9 +1,8 @@
-"""One evaluation on a tiny model: which prompts, whose log-probs, and what equal models look like."""
+"""One evaluation on a tiny model: what it writes, for equal models and for different ones."""
 
 import json
 import shutil
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,68 +10,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from dpo.commands.evaluate import evaluate_run
 from dpo.config import Config, EvaluateConfig, ModelConfig
-from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import preference_data
-from dpo.data.records import Pair, TokenizedGroup
-from dpo.data.trees import sequence_batch
 from dpo.engine import frozen
-from dpo.evaluate import samples as run_module
-from dpo.evaluate.samples import held_out_prompts, log_probs
+from dpo.evaluate import samples
 from dpo.model.load import load_model
-from dpo.model.scorer import SequenceScorer
 from dpo.reference.identity import reference_identity
 from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
 from dpo.reference.values import reference_logps
-
-
-def ids(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int32)
-
-
-@pytest.fixture
-def prompts_data(tmp_path: Path) -> TokenizedDataset:
-    prompts = [(1, 2, 3, 4), (5,), (1, 2, 3, 4), (6, 3, 4), (7, 8)]
-    groups = [
-        TokenizedGroup(prompt=ids(*prompt), completions=(ids(1), ids(2)), pairs=(Pair(0, 1),))
-        for prompt in prompts
-    ]
-    write_dataset(groups, tmp_path / "prompts", Counter())
-    return map_dataset(tmp_path / "prompts", "digest")
-
-
-def selected(data: TokenizedDataset, number: int, positions: int | None) -> list[list[int]]:
-    return [prompt.tolist() for prompt in held_out_prompts(data, number, 10, positions)]
-
-
-def test_the_first_different_prompts_are_continued(prompts_data: TokenizedDataset) -> None:
-    assert selected(prompts_data, 3, None) == [[1, 2, 3, 4], [5], [6, 3, 4]]
-    assert selected(prompts_data, 99, None) == [[1, 2, 3, 4], [5], [6, 3, 4], [7, 8]]
-
-
-def test_a_prompt_gives_way_to_its_continuation_on_the_left(prompts_data: TokenizedDataset) -> None:
-    assert selected(prompts_data, 9, 13) == [[2, 3, 4], [5], [6, 3, 4], [7, 8]]
-    # With room for two tokens the first and the fourth become the same prompt.
-    assert selected(prompts_data, 9, 12) == [[3, 4], [5], [7, 8]]
-
-
-@pytest.mark.parametrize("budget", [1, 40, 10_000])
-def testlog_probs_come_in_order_whatever_the_budget(tiny_model: Path, budget: int) -> None:
-    rng = np.random.default_rng(0)
-    sequences = [
-        (rng.integers(0, 280, n % 5 + 1).astype(np.int32), rng.integers(0, 280, n % 7 + 1).astype(np.int32))
-        for n in range(11)
-    ]
-    scorer = SequenceScorer(load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")))
-    with torch.no_grad():
-        expected = [float(scorer(sequence_batch([sequence]))) for sequence in sequences]
-    assert log_probs(scorer, sequences, scorer.layout, budget) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.fixture
@@ -122,7 +73,7 @@ def summarize(
 Summarize = Callable[[Config, ModelConfig], dict[str, float]]
 
 
-def test_a_policy_that_is_the_reference_differs_in_nothing(
+def test_a_policy_equal_to_the_reference_has_no_kl_and_no_margin(
     experiment: Config, summarize: Summarize, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summary = summarize(experiment, experiment.model)
@@ -137,7 +88,7 @@ def test_a_policy_that_is_the_reference_differs_in_nothing(
     assert "held-out loss 0.6931" in printed
 
 
-def test_the_summary_is_flat_and_has_the_promised_names_and_intervals(
+def test_the_summary_is_flat_and_has_the_documented_names_and_intervals(
     experiment: Config, summarize: Summarize
 ) -> None:
     summary = summarize(experiment, experiment.model)
@@ -150,7 +101,7 @@ def test_the_summary_is_flat_and_has_the_promised_names_and_intervals(
     assert all(isinstance(value, int | float) for value in summary.values())
 
 
-def test_another_policy_is_away_from_the_reference(
+def test_a_different_policy_has_a_kl_and_margins(
     experiment: Config, summarize: Summarize, other_model: ModelConfig
 ) -> None:
     summary = summarize(experiment, other_model)
@@ -172,27 +123,27 @@ def test_one_model_is_in_memory_at_a_time_and_the_policy_comes_first(
 
     monkeypatch.setattr(frozen, "load_model", watched)
     summarize(experiment, other_model)
-    reference = experiment.model.name_or_path  # which fills the cache, too
+    reference = experiment.model.name_or_path  # also loaded to fill the cache
     assert [name for name, _ in loaded] == [reference, other_model.name_or_path, reference]
 
 
-def test_without_prompts_nothing_is_sampled_and_the_pairs_are_still_scored(
+def test_without_prompts_only_the_pairs_are_scored(
     experiment: Config, summarize: Summarize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("sampled")
 
-    monkeypatch.setattr(run_module, "sample", never)
+    monkeypatch.setattr(samples, "sample", never)
     config = replace(experiment, evaluate=replace(experiment.evaluate, num_prompts=0))
     summary = summarize(config, config.model)
     assert "eval/loss" in summary
     assert not any(name.startswith(("kl/", "score/", "win_rate")) for name in summary)
 
 
-def test_without_a_scorer_samples_are_compared_by_eye_alone(experiment: Config, summarize: Summarize) -> None:
+def test_without_a_scorer_there_are_samples_but_no_scores(experiment: Config, summarize: Summarize) -> None:
     config = replace(experiment, evaluate=replace(experiment.evaluate, scorer=None))
     summary = summarize(config, config.model)
     assert {"kl/sequence", "distinct_2/policy"} <= summary.keys()
     assert not any(name.startswith(("score/", "positive_share/", "win_rate")) for name in summary)
-    samples = Path(config.run_dir, "report", "samples.jsonl").read_text().splitlines()
-    assert len(samples) == 6
+    lines = Path(config.run_dir, "report", "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 6

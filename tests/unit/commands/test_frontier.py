@@ -1,5 +1,6 @@
-"""The frontier's order of stages, what it does again and what not, and how stages end; with a stand-in for
-the launcher that leaves what stages leave.
+"""The frontier: its order of stages, which ones it repeats, how it handles failures, its table and curves.
+
+The launcher is replaced by a script that writes the files of each stage.
 """
 
 import json
@@ -218,7 +219,7 @@ def test_the_baselines_file_is_one_that_sft_reads(rig: Rig) -> None:
     assert config == sft_baseline(rig.sweep(snapshot_every=20), rig.folder / "out" / "preferred_sft")
 
 
-def test_what_is_done_is_not_done_again_and_a_change_is(rig: Rig) -> None:
+def test_finished_stages_are_skipped_and_changed_ones_run_again(rig: Rig) -> None:
     run_frontier(rig.sweep())
     rig.called()
     run_frontier(rig.sweep())
@@ -232,7 +233,7 @@ def test_what_is_done_is_not_done_again_and_a_change_is(rig: Rig) -> None:
     assert [stage for stage, _ in rig.called()] == ["precompute-ref", "evaluate"]
 
 
-def test_snapshots_are_points_of_their_runs_curve(rig: Rig) -> None:
+def test_snapshots_are_points_on_the_curve_of_their_run(rig: Rig) -> None:
     run_frontier(rig.sweep(betas=[0.1], snapshot_every=30))
     calls = rig.called()
     assert calls[1][1]["--train.snapshot_every"] == "30"
@@ -246,7 +247,7 @@ def test_snapshots_are_points_of_their_runs_curve(rig: Rig) -> None:
     ]
 
 
-def test_best_of_n_is_drawn_and_what_no_policy_can_reach_is_called_wrong(
+def test_best_of_n_is_drawn_and_scores_beyond_the_limit_are_reported(
     rig: Rig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = rig.sweep(betas=[0.5, 1.0], best_of=True)
@@ -280,7 +281,7 @@ def test_a_model_is_beyond_the_limit_only_where_its_interval_is() -> None:
 
 
 @pytest.mark.parametrize(("status", "error"), [(2, UserError), (3, StoppedBySignal), (1, RunFailed)])
-def test_a_stage_that_ends_otherwise_ends_the_sweep_which_goes_on_later(
+def test_a_failed_stage_ends_the_sweep_which_can_be_continued(
     rig: Rig, status: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAILS", "sft")
@@ -293,7 +294,7 @@ def test_a_stage_that_ends_otherwise_ends_the_sweep_which_goes_on_later(
     assert [stage for stage, _ in rig.called()] == ["precompute-ref", "sft", "evaluate"]
 
 
-def test_a_signal_goes_on_to_the_stage_and_the_sweep_ends_with_its_status(rig: Rig, tmp_path: Path) -> None:
+def test_a_signal_reaches_the_stage_and_the_sweep_exits_with_its_status(rig: Rig, tmp_path: Path) -> None:
     config = tmp_path / "x.yaml"
     config.write_text("model: {name_or_path: m}\ndata: {train: d}\nevaluate: {scorer: vader}\n")
     launcher = " ".join(rig.launcher)
@@ -311,7 +312,7 @@ def test_a_signal_goes_on_to_the_stage_and_the_sweep_ends_with_its_status(rig: R
     assert "train exited with status 3" in said
 
 
-def test_what_cannot_make_a_frontier_is_said_before_anything_starts(rig: Rig) -> None:
+def test_all_problems_are_reported_before_any_stage_starts(rig: Rig) -> None:
     base = rig.sweep().config
     config = Config(model=base.model, data=base.data, evaluate=EvaluateConfig(num_prompts=0))
     with pytest.raises(UserError) as error:
@@ -325,12 +326,12 @@ def test_what_cannot_make_a_frontier_is_said_before_anything_starts(rig: Rig) ->
     "options",
     [["--betas", "0.1,x"], ["--betas", "0"], ["--betas", "1,1"], ["--snapshot_every", "-1"]],
 )
-def test_faulty_options_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["frontier", "--config", "x.yaml", *options]) == 2
     assert options[0] in capsys.readouterr().err
 
 
-def test_runs_without_snapshots_share_a_curve_in_the_order_of_their_kl() -> None:
+def test_runs_without_snapshots_share_a_curve_ordered_by_kl() -> None:
     def model(curve: str, kl: float) -> Evaluated:
         numbers = {"kl/sequence": kl, "score/policy": kl / 10, "score/reference": 0.0}
         ends = {f"{name}/{end}": value for name, value in numbers.items() for end in ("low", "high")}

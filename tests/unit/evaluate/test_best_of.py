@@ -1,12 +1,24 @@
+"""Best of n and the limit: against enumeration, closed forms and known optima."""
+
 import math
 from itertools import combinations
 
 import numpy as np
 import pytest
 
-from dpo.evaluate.best_of import best_of_kl, best_of_kl_bound, expected_best, score_limit
+from dpo.evaluate.best_of import (
+    ReferenceSamples,
+    best_of_kl,
+    best_of_kl_bound,
+    best_of_summary,
+    expected_best,
+    score_limit,
+    values_of_n,
+)
+from dpo.evaluate.scoring import VaderScorer
 
 SCORES = np.array([[0.0, 3.0, 1.0, 1.0, -2.0], [5.0, 4.0, 4.0, 0.0, 2.0]])
+TEXTS = [["bad bad day", "a good day", "a day", "great fun"], ["a day", "a day", "hate", "no"]]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
@@ -15,7 +27,7 @@ def test_the_expected_best_is_the_mean_over_all_draws_of_n(n: int) -> None:
     assert expected_best(SCORES, n) == pytest.approx(by_hand)
 
 
-def test_without_ties_the_kl_of_best_of_n_is_the_known_one() -> None:
+def test_without_ties_the_kl_of_best_of_n_is_the_closed_form() -> None:
     scores = np.random.default_rng(0).normal(size=(1, 4000))
     for n in (1, 2, 4, 16):
         assert best_of_kl(scores, n)[0] == pytest.approx(best_of_kl_bound(n), abs=0.01)
@@ -42,7 +54,7 @@ def test_the_limit_is_the_optimum_over_all_policies_of_a_known_reference() -> No
         assert score.low <= score.mean <= score.high
 
 
-def test_best_of_n_lies_under_the_limit_and_close_to_it() -> None:
+def test_best_of_n_is_below_the_limit_and_close_to_it() -> None:
     scores = np.random.default_rng(1).normal(size=(1000, 64))
     limit = score_limit(scores)
     for n in (2, 4):
@@ -50,7 +62,7 @@ def test_best_of_n_lies_under_the_limit_and_close_to_it() -> None:
         assert 0.9 * most < expected_best(scores, n).mean() <= most
 
 
-def test_few_samples_say_nothing_of_large_kls_and_are_not_biased_for_small_ones() -> None:
+def test_few_samples_stop_at_a_smaller_kl_and_are_unbiased_below_it() -> None:
     # r ~ N(0, 1): the optimum at KL k is sqrt(2 k).
     few = score_limit(np.random.default_rng(2).normal(size=(3000, 16)))
     many = score_limit(np.random.default_rng(3).normal(size=(3000, 256)))
@@ -60,7 +72,35 @@ def test_few_samples_say_nothing_of_large_kls_and_are_not_biased_for_small_ones(
             assert score.mean == pytest.approx(math.sqrt(2 * kl), rel=0.04)
 
 
-def test_scores_that_never_differ_leave_no_room() -> None:
+def test_equal_scores_have_a_limit_at_kl_0_only() -> None:
     limit = score_limit(np.ones((3, 8)))
     assert limit.kl.tolist() == [0.0]
     assert limit.score[0].mean == 1.0
+
+
+def reference_samples() -> ReferenceSamples:
+    scores = np.asarray([VaderScorer().score(texts) for texts in TEXTS])
+    return ReferenceSamples(texts=TEXTS, scores=scores, tokens=np.asarray([[3, 3, 2, 2], [2, 2, 1, 1]]))
+
+
+def test_the_best_of_two_by_hand() -> None:
+    assert reference_samples().best_of(2).tolist() == [1, 0]
+    found = best_of_summary(reference_samples(), 2, [-3.0, -5.0], VaderScorer())
+    first, second = np.sort(reference_samples().scores, axis=1)
+    # Of the 6 pairs of 4 samples the largest is best in 3, the next in 2, the third in 1.
+    assert found["score/policy"] == pytest.approx(
+        np.mean([(3 * s[3] + 2 * s[2] + s[1]) / 6 for s in (first, second)])
+    )
+    assert found["positive_share/policy"] == pytest.approx((5 / 6 + 0) / 2)
+    assert found["positive_share/reference"] == pytest.approx(2 / 8)
+    assert found["perplexity/policy_samples"] == pytest.approx(math.exp(8 / 5))  # picks of 3 and 2 tokens
+    assert found["distinct_2/policy"] == 1.0  # "a good", "good day"; "a day"
+    # "a good day" loses to "great fun", "a day" wins over "no".
+    assert found["win_rate"] == 0.5
+    assert found["kl/bound"] == pytest.approx(math.log(2) - 0.5)
+    assert 0 < found["kl/sequence"] < found["kl/bound"]
+
+
+def test_n_goes_up_to_a_quarter_of_the_samples() -> None:
+    assert values_of_n(8) == [1, 2]
+    assert values_of_n(64) == [1, 2, 4, 8, 16]

@@ -1,9 +1,9 @@
-"""Length bias and sources by hand."""
+"""Metrics of the pairs, length bias and sources by hand."""
 
 import numpy as np
 
 from dpo.data.dataset import SourceGroups
-from dpo.evaluate.breakdown import length_summary, source_summary
+from dpo.evaluate.breakdown import length_summary, pair_summary, source_summary
 from dpo.evaluate.rewards import PairScores
 
 
@@ -23,7 +23,7 @@ def scores(chosen_tokens: list[int], rejected_tokens: list[int], margins: list[f
     )
 
 
-def test_a_policy_that_learned_length_alone_is_seen() -> None:
+def test_a_policy_that_learned_only_length_is_recognised() -> None:
     # The chosen is longer in 2 of the 4 pairs that differ; the reward is higher for the longer in all 4.
     found = length_summary(scores([5, 5, 2, 2, 3], [2, 2, 5, 5, 3], [1.0, 2.0, -1.0, -2.0, 7.0]))
     assert found["length/longer_chosen"] == 0.5
@@ -33,11 +33,11 @@ def test_a_policy_that_learned_length_alone_is_seen() -> None:
     assert found["length/longer_chosen/low"] <= 0.5 <= found["length/longer_chosen/high"]
 
 
-def test_a_tie_of_rewards_is_half() -> None:
+def test_a_tie_of_rewards_counts_half() -> None:
     assert length_summary(scores([5, 1], [2, 9], [0.0, 0.0]))["length/longer_rewarded"] == 0.5
 
 
-def test_what_no_pair_belongs_to_is_left_out() -> None:
+def test_metrics_without_pairs_are_left_out() -> None:
     assert length_summary(scores([3], [3], [1.0])) == {}
     found = length_summary(scores([4], [3], [1.0]))
     assert "length/accuracy/longer_chosen" in found
@@ -45,7 +45,7 @@ def test_what_no_pair_belongs_to_is_left_out() -> None:
 
 
 def test_every_source_has_its_own_accuracy() -> None:
-    three = scores([1] * 4, [1] * 4, [1.0, -1.0, 2.0, 3.0])  # a group each
+    three = scores([1] * 4, [1] * 4, [1.0, -1.0, 2.0, 3.0])  # one group per pair
     found = source_summary(
         three, [SourceGroups("a.jsonl", 2), SourceGroups("b", 1), SourceGroups("a.jsonl", 1)]
     )
@@ -54,6 +54,17 @@ def test_every_source_has_its_own_accuracy() -> None:
     assert found["source/b/accuracy"] == found["source/b/accuracy/low"] == 1
 
 
-def test_one_source_is_the_whole_and_needs_no_line() -> None:
+def test_a_single_source_is_not_listed() -> None:
     assert source_summary(scores([1], [1], [1.0]), [SourceGroups("a", 1)]) == {}
     assert source_summary(scores([1], [1], [1.0]), []) == {}
+
+
+def test_the_summary_of_pairs_has_means_intervals_and_both_breakdowns() -> None:
+    two = scores([2, 1], [1, 2], [1.0, -3.0])
+    found = pair_summary(two, [SourceGroups("a", 1), SourceGroups("b", 1)])
+    assert found["eval/rewards/accuracies"] == 0.5
+    assert found["eval/rewards/margins"] == -1.0
+    assert (found["eval/rewards/margins/low"], found["eval/rewards/margins/high"]) == (-3.0, 1.0)
+    assert found["eval/loss"] == found["eval/loss/low"] == 0.0
+    assert found["length/longer_chosen"] == 0.5
+    assert (found["source/a/accuracy"], found["source/b/accuracy"]) == (1.0, 0.0)

@@ -1,4 +1,4 @@
-"""KL on real models that are small enough to enumerate: the estimate from samples against the sum itself."""
+"""KL of real models that are small enough to enumerate: the estimate from samples against the exact sum."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ def make_model(seed: int) -> GPT2LMHeadModel:
 
 
 def every_sequence() -> list[np.ndarray]:
-    """All that can be drawn: what ends with EOS, and what is cut at the longest length."""
+    """Every possible draw: sequences that end with EOS, and those cut at the longest length."""
     others = range(1, VOCABULARY)
     ended = [
         [*tokens, EOS] for length in range(LONGEST) for tokens in itertools.product(others, repeat=length)
@@ -42,11 +42,11 @@ def log_probs(model: GPT2LMHeadModel, sequences: list[np.ndarray]) -> np.ndarray
     return np.asarray(found.numpy())
 
 
-def test_the_estimate_is_the_sum_over_all_sequences() -> None:
+def test_the_estimate_agrees_with_the_sum_over_all_sequences() -> None:
     policy, reference = make_model(0), make_model(1)
     everything = every_sequence()
     of_policy, of_reference = log_probs(policy, everything), log_probs(reference, everything)
-    assert np.exp(of_policy).sum() == pytest.approx(1, abs=1e-5)  # nothing is forgotten
+    assert np.exp(of_policy).sum() == pytest.approx(1, abs=1e-5)  # the enumeration is complete
     exact = float((np.exp(of_policy) * (of_policy - of_reference)).sum())
     tokens = float((np.exp(of_policy) * [len(sequence) for sequence in everything]).sum())
     assert exact > 0.2

@@ -1,4 +1,4 @@
-"""Held-out metrics: means by hand, the order of pairs whatever the batches, and a naive computation."""
+"""Held-out metrics: values by hand, independence of batches and ranks, and a naive computation."""
 
 import math
 from collections import Counter
@@ -30,7 +30,7 @@ def ids(*values: int) -> np.ndarray:
 
 @pytest.fixture
 def data(tmp_path: Path) -> TokenizedDataset:
-    """Three groups of two, three and two completions of one token; the token is the completion's name."""
+    """Three groups of two, three and two completions of one token; the token identifies the completion."""
     groups = [
         TokenizedGroup(prompt=ids(90), completions=(ids(1), ids(2)), pairs=(Pair(0, 1),)),
         TokenizedGroup(
@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> TokenizedDataset:
 
 
 POLICY = {1: -1.0, 2: -4.0, 3: -2.0, 4: -9.0, 5: -3.0, 6: -5.0, 7: -6.0}
-REFERENCE = np.array([-2.0, -3.0, -4.0, -5.0, -6.0, -5.0, -6.0])  # of the completions 1 to 7
+REFERENCE = np.array([-2.0, -3.0, -4.0, -5.0, -6.0, -5.0, -6.0])  # of completions 1 to 7
 
 
 def by_name(batch: TreeBatch, *, per_token: bool = False) -> Tensor:
@@ -64,7 +64,7 @@ def scored(data: TokenizedDataset, *, budget: int = 1000, beta: float = 1.0) -> 
     )
 
 
-def test_lengths_are_those_of_the_pairs(tmp_path: Path) -> None:
+def test_lengths_belong_to_the_completions_of_each_pair(tmp_path: Path) -> None:
     groups = [
         TokenizedGroup(prompt=ids(90), completions=(ids(1), ids(2, 2)), pairs=(Pair(1, 0),)),
         TokenizedGroup(
@@ -95,13 +95,13 @@ def test_values_by_hand(data: TokenizedDataset) -> None:
     assert scores.chosen_rewards.tolist() == [1.0, 3.0, 3.0, 0.0]
     assert scores.rejected_rewards.tolist() == [-1.0, 2.0, -4.0, 0.0]
     assert scores.margins.tolist() == [2.0, 1.0, 7.0, 0.0]
-    assert scores.correct.tolist() == [1.0, 1.0, 1.0, 0.0]  # a tie is not right
+    assert scores.correct.tolist() == [1.0, 1.0, 1.0, 0.0]  # a tie is not correct
     assert scores.chosen_logps.tolist() == [-1.0, -3.0, -3.0, -6.0]
     assert scores.rejected_logps.tolist() == [-4.0, -2.0, -9.0, -5.0]
     assert scores.losses == pytest.approx([softplus(-2), softplus(-1), softplus(-7), math.log(2)])
 
 
-def test_means_have_the_names_of_training_and_weigh_every_pair_alike(data: TokenizedDataset) -> None:
+def test_means_have_the_names_of_training_and_weigh_every_pair_equally(data: TokenizedDataset) -> None:
     losses = (softplus(-2) + softplus(-1) + softplus(-7) + math.log(2)) / 4
     assert scored(data).means() == pytest.approx(
         {
@@ -124,7 +124,7 @@ def test_beta_scales_rewards_and_not_log_probs(data: TokenizedDataset) -> None:
 
 
 @pytest.mark.parametrize("budget", [1, 10, 14, 1000])
-def test_batches_change_neither_values_nor_order(data: TokenizedDataset, budget: int) -> None:
+def test_values_and_order_do_not_depend_on_the_batches(data: TokenizedDataset, budget: int) -> None:
     found, expected = scored(data, budget=budget), scored(data)
     for name in ("groups", "losses", "chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps"):
         assert getattr(found, name).tolist() == getattr(expected, name).tolist()
@@ -141,7 +141,9 @@ def test_ranks_score_every_pair_once_and_call_the_policy_equally_often(
 
         def collect(mine: Any) -> Any:
             parts.append(mine)
-            return [np.array([[0.0, 1, 2, 3]] * 8)]  # one value a pair, so that the rest goes on
+            every_pair = np.zeros(4, mine.dtype)  # one record per pair, so that the function can finish
+            every_pair["pair"] = np.arange(4)
+            return [every_pair]
 
         monkeypatch.setattr(distributed, "gather_objects", collect)
         counted = Counter[str]()
@@ -154,14 +156,13 @@ def test_ranks_score_every_pair_once_and_call_the_policy_equally_often(
         score_pairs(counting, both, LossConfig(beta=1.0), layout="packed", budget=8, device=CPU)
         calls.append(counted["calls"])
     assert len(set(calls)) == 1
-    together = np.concatenate(parts, axis=1)
-    together = together[:, np.argsort(together[0])]
-    assert together[0].tolist() == [0, 1, 2, 3]
-    assert together[2].tolist() == expected.chosen_rewards.tolist()
-    assert together[5].tolist() == expected.rejected_logps.tolist()
+    together = np.sort(np.concatenate(parts), order="pair")
+    assert together["pair"].tolist() == [0, 1, 2, 3]
+    assert together["chosen_rewards"].tolist() == expected.chosen_rewards.tolist()
+    assert together["rejected_logps"].tolist() == expected.rejected_logps.tolist()
 
 
-def test_a_real_model_scores_as_one_sequence_at_a_time_does(
+def test_a_real_model_agrees_with_one_sequence_at_a_time(
     make_config: Callable[..., Config],
     open_data: Callable[[Config], TokenizedDataset],
     write_jsonl: Callable[..., str],

@@ -25,7 +25,7 @@ def model() -> PreTrainedModel:
         n_embd=32,
         n_layer=2,
         n_head=2,
-        initializer_range=0.3,  # a distribution that is far from uniform and depends on the prompt
+        initializer_range=0.3,  # far from uniform, and dependent on the prompt
         bos_token_id=EOS,
         eos_token_id=EOS,
         use_cache=False,
@@ -78,7 +78,7 @@ def test_batch_size_and_padding_change_no_sample(model: PreTrainedModel) -> None
     assert as_lists(draw(model, texts, batch_size=4)) == together
 
 
-def test_a_sample_depends_on_its_own_indices_only(model: PreTrainedModel) -> None:
+def test_a_sample_depends_only_on_its_own_indices(model: PreTrainedModel) -> None:
     texts = prompts(4, 6, 3)
     whole = as_lists(draw(model, texts, num_samples=4))
     assert as_lists(draw(model, texts[:2], num_samples=2)) == [several[:2] for several in whole[:2]]
@@ -94,7 +94,7 @@ def test_samples_and_seeds_differ(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_first_tokens_follow_the_whole_distribution(model: PreTrainedModel, temperature: float) -> None:
+def test_first_tokens_follow_the_full_distribution(model: PreTrainedModel, temperature: float) -> None:
     (prompt,) = prompts(5)
     expected = next_token_probabilities(model, prompt, temperature)
     num_samples = 4000
@@ -103,8 +103,8 @@ def test_first_tokens_follow_the_whole_distribution(model: PreTrainedModel, temp
     )[0]
     counts = Counter(EOS if one.finished else int(one.ids[0]) for one in drawn)
     observed = np.array([counts[token] for token in range(VOCABULARY)])
-    # Pearson's chi-squared: its mean is the degrees of freedom, at most 12, and its 99.9 % quantile 32.9.
-    # Tokens of an expected count below 5 share a cell.
+    # Pearson's chi-squared: its mean is the number of degrees of freedom, at most 12, and its 99.9 % quantile
+    # 32.9. Tokens with an expected count below 5 share a cell.
     cell = np.where(expected * num_samples < 5, VOCABULARY, np.arange(VOCABULARY))
     expected_counts = np.bincount(cell, expected * num_samples, VOCABULARY + 1)
     observed_counts = np.bincount(cell, observed, VOCABULARY + 1)
@@ -114,7 +114,7 @@ def test_first_tokens_follow_the_whole_distribution(model: PreTrainedModel, temp
     assert chi_squared < 32.9
 
 
-def test_later_tokens_follow_the_distribution_after_the_earlier_ones(model: PreTrainedModel) -> None:
+def test_later_tokens_follow_the_distribution_given_earlier_ones(model: PreTrainedModel) -> None:
     (prompt,) = prompts(5)
     drawn = draw(model, [prompt], num_samples=4000, max_new_tokens=2, batch_size=4000)[0]
     pairs = [tuple(one.ids.tolist()) for one in drawn if len(one.ids)]
@@ -126,7 +126,7 @@ def test_later_tokens_follow_the_distribution_after_the_earlier_ones(model: PreT
         assert observed[token] / count == pytest.approx(expected[token], abs=deviation)
 
 
-def test_temperature_zero_takes_the_likeliest_token(model: PreTrainedModel) -> None:
+def test_temperature_0_takes_the_most_likely_token(model: PreTrainedModel) -> None:
     texts = prompts(3, 6)
     for prompt, several in zip(texts, draw(model, texts, num_samples=2, temperature=0), strict=True):
         assert several[0].ids.tolist() == several[1].ids.tolist()
@@ -136,7 +136,7 @@ def test_temperature_zero_takes_the_likeliest_token(model: PreTrainedModel) -> N
             ids = np.append(ids, token)
 
 
-def test_a_continuation_ends_before_eos_or_at_its_longest(model: PreTrainedModel) -> None:
+def test_a_continuation_ends_before_eos_or_at_the_longest_length(model: PreTrainedModel) -> None:
     drawn = [one for several in draw(model, prompts(3, 5), num_samples=40) for one in several]
     for one in drawn:
         assert one.ids.dtype == np.int32
@@ -151,7 +151,7 @@ def test_sampled_ids_count_eos_where_it_was_drawn() -> None:
     assert Continuation(ids, finished=False).sampled_ids(EOS).tolist() == [4, 5]
 
 
-def test_the_models_own_generation_settings_are_not_used_and_stay(model: PreTrainedModel) -> None:
+def test_the_models_own_generation_settings_are_ignored_and_restored(model: PreTrainedModel) -> None:
     texts = prompts(4)
     expected = as_lists(draw(model, texts))
     settings = model.generation_config
@@ -165,8 +165,8 @@ def test_the_models_own_generation_settings_are_not_used_and_stay(model: PreTrai
         )
 
 
-def test_two_models_with_one_seed_share_their_randomness(model: PreTrainedModel) -> None:
-    # The logits of the other model are almost the same: so are almost all of its samples, where independent
+def test_two_models_with_the_same_seed_share_their_randomness(model: PreTrainedModel) -> None:
+    # The logits of the other model are almost the same, and so are almost all of its samples; independent
     # samples of 8 tokens would hardly ever agree.
     other = GPT2LMHeadModel(model.config).eval()
     other.load_state_dict({name: value * 1.0005 for name, value in model.state_dict().items()})
@@ -182,9 +182,7 @@ def test_no_prompts_give_no_samples(model: PreTrainedModel) -> None:
     assert draw(model, []) == []
 
 
-def test_what_does_not_fit_the_positions_is_an_error(model: PreTrainedModel) -> None:
+def test_sequences_that_exceed_the_positions_are_an_error(model: PreTrainedModel) -> None:
     assert draw(model, prompts(24), num_samples=1)
-    with pytest.raises(
-        UserError, match="25 tokens and a continuation of 8 do not fit the model's 32 positions"
-    ):
+    with pytest.raises(UserError, match=r"25 tokens .* 8 .* 32"):
         draw(model, prompts(25))

@@ -1,4 +1,4 @@
-"""Scorers: which texts are positive, which class a classifier means by it, and what is refused."""
+"""Scorers: which texts are positive, which class of a classifier counts as positive, what is refused."""
 
 from pathlib import Path
 
@@ -62,13 +62,13 @@ def test_a_classifier_gives_the_probability_of_its_positive_class(tmp_path: Path
     expected = model(ids).logits.softmax(-1)[0, 0].item()
     scorer = load_scorer(f"hf:{tmp_path}")
     assert scorer.name == f"hf:{tmp_path}"
-    # beside a longer text, so with padding
+    # with padding: the other text is longer
     assert scorer.score(["good film", "a bad film a bad film"])[0] == pytest.approx(expected, abs=1e-6)
     assert scorer.is_positive(0.501)
     assert not scorer.is_positive(0.5)
 
 
-def test_the_positive_class_is_found_by_name_wherever_it_is(tmp_path: Path) -> None:
+def test_the_positive_class_is_found_by_name_at_any_position(tmp_path: Path) -> None:
     texts = ["good", "bad film", "a good film"]
     model = save_classifier(tmp_path / "three", ["neg", "neutral", "Pos"])
     ids = torch.tensor([[WORDS.index("good")]])
@@ -81,24 +81,24 @@ def test_the_positive_class_is_found_by_name_wherever_it_is(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("labels", [["joy", "grief"], ["LABEL_0", "LABEL_1", "LABEL_2"], ["pos", "positive"]])
-def test_labels_that_do_not_say_what_is_positive_are_listed(tmp_path: Path, labels: list[str]) -> None:
+def test_labels_without_a_single_positive_class_are_listed(tmp_path: Path, labels: list[str]) -> None:
     save_classifier(tmp_path, labels)
-    with pytest.raises(UserError, match=f"its labels are {', '.join(labels)}"):
+    with pytest.raises(UserError, match=", ".join(labels)):
         load_scorer(f"hf:{tmp_path}")
 
 
-def test_a_text_longer_than_the_classifier_reads_counts_by_its_start(tmp_path: Path) -> None:
+def test_only_the_start_of_a_text_that_is_too_long_is_scored(tmp_path: Path) -> None:
     save_classifier(tmp_path, ["negative", "positive"])
     start = " ".join(["good"] * 16)
     cut, whole = load_scorer(f"hf:{tmp_path}").score([start + " bad" * 50, start])
     assert cut == pytest.approx(whole, abs=1e-6)
 
 
-def test_a_language_model_is_no_classifier(tmp_path: Path) -> None:
+def test_a_language_model_is_not_a_classifier(tmp_path: Path) -> None:
     config = GPT2Config(vocab_size=len(WORDS), n_positions=16, n_embd=32, n_layer=2, n_head=2)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"no trained classifier, it has no score\.weight"):
+    with pytest.raises(UserError, match=r"score\.weight"):
         load_scorer(f"hf:{tmp_path}")
 
 
@@ -108,10 +108,10 @@ def test_missing_models_pickled_weights_and_unknown_names_are_errors(tmp_path: P
     save_classifier(tmp_path, ["negative", "positive"])
     weights = tmp_path / "model.safetensors"
     weights.rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="cannot load"):
+    with pytest.raises(UserError, match=str(tmp_path)):
         load_scorer(f"hf:{tmp_path}")
     for name in ("happy", "hf:", ""):
-        with pytest.raises(UserError, match="expected vader or hf:MODEL"):
+        with pytest.raises(UserError, match="hf:MODEL"):
             load_scorer(name)
 
 

@@ -9,12 +9,12 @@ from dpo.evaluate.divergence import kl_summary
 from dpo.evaluate.statistics import Interval, distinct_n, mean_interval, ratio_interval, repetition, win_rate
 
 
-def test_the_mean_weighs_values_not_clusters() -> None:
+def test_the_mean_weighs_values_equally_not_clusters() -> None:
     # (1 + 2 + 3 + 10) / 4 = 4; the mean of the cluster means would be (2 + 10) / 2 = 6.
     assert mean_interval([1, 2, 3, 10], [0, 0, 0, 1]).mean == 4.0
 
 
-def test_a_constant_has_an_interval_of_no_width() -> None:
+def test_a_constant_has_an_interval_of_width_0() -> None:
     assert mean_interval([0.5] * 6, [0, 0, 1, 1, 2, 2]) == Interval(0.5, 0.5, 0.5)
 
 
@@ -26,7 +26,7 @@ def test_independent_values_give_the_normal_interval() -> None:
     assert interval.high == pytest.approx(0.549, abs=0.005)
 
 
-def test_copies_of_a_value_in_its_cluster_narrow_nothing() -> None:
+def test_copies_of_a_value_within_its_cluster_do_not_narrow_the_interval() -> None:
     values = np.tile([0.0, 1.0], 50)
     once = mean_interval(values, np.arange(100))
     four_times = mean_interval(np.repeat(values, 4), np.repeat(np.arange(100), 4))
@@ -40,7 +40,7 @@ def test_a_higher_level_is_wider() -> None:
     assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
 
 
-def test_intervals_of_clustered_values_cover_the_truth_as_often_as_they_say() -> None:
+def test_intervals_of_clustered_values_have_their_nominal_coverage() -> None:
     # 60 prompts of 4 samples: a normal effect of the prompt and of the sample, and a true mean of 0. The
     # percentile bootstrap covers slightly less than 95 %. Ignoring the prompts, the standard error would be
     # sqrt(1.25 / 240) = 0.072 instead of sqrt((1 + 0.25 / 4) / 60) = 0.133: 1.96 of it are 1.06 true, 71 %.
@@ -57,14 +57,14 @@ def test_intervals_of_clustered_values_cover_the_truth_as_often_as_they_say() ->
     assert ignoring_prompts / 300 < 0.80
 
 
-def test_a_ratio_is_of_sums() -> None:
+def test_a_ratio_is_a_ratio_of_sums() -> None:
     # (1 + 9) / (1 + 3) = 2.5; the mean of the ratios would be (1 + 3) / 2 = 2. A quarter of the resamples
     # has the first prompt alone, with 1, and a quarter the second, with 3: the ends.
     assert ratio_interval([1, 9], [1, 3], ["a", "b"]) == Interval(2.5, 1.0, 3.0)
 
 
-def test_lengths_that_differ_and_no_values_are_errors() -> None:
-    with pytest.raises(ValueError, match="2 numerators, 2 denominators, 3 clusters"):
+def test_unequal_lengths_and_empty_input_are_errors() -> None:
+    with pytest.raises(ValueError, match="3 clusters"):
         mean_interval([1, 2], [0, 1, 2])
     with pytest.raises(ValueError, match="at least 1"):
         mean_interval([], [])
@@ -76,6 +76,7 @@ def test_an_interval_has_the_keys_of_the_summary() -> None:
         "kl/token/low": 0.5,
         "kl/token/high": 2.0,
     }
+    assert Interval.of(Interval(1.0, 0.5, 2.0).under("kl/token"), "kl/token") == Interval(1.0, 0.5, 2.0)
 
 
 def test_a_tie_is_half_a_win() -> None:
@@ -91,7 +92,7 @@ def test_distinct_pairs_are_counted_over_all_texts() -> None:
     assert distinct_n([["a"]], 2) == 0.0
 
 
-def test_kl_of_all_sequences_in_their_proportion_is_the_sum_over_all_sequences() -> None:
+def test_kl_of_draws_in_exact_proportion_is_the_sum_over_all_sequences() -> None:
     # Two tokens drawn independently from (3/4, 1/4) by the policy and from (1/2, 1/2) by the reference.
     # KL of one token = 3/4 ln(3/2) + 1/4 ln(1/2); of the sequence, twice that. Of 16 draws in exact
     # proportion 9 are (0, 0), 3 are (0, 1), 3 are (1, 0) and 1 is (1, 1).
@@ -113,14 +114,14 @@ def test_kl_per_token_counts_every_token_once() -> None:
 
 
 def test_repetition_looks_within_each_text() -> None:
-    # "a b a b" has the pairs ab, ba, ab: one of three is a repeat. Equal texts repeat nothing within.
+    # "a b a b" has the pairs ab, ba, ab: one of three is a repeat. Equal texts do not count.
     assert repetition([["a", "b", "a", "b"]], 2) == pytest.approx(1 / 3)
     assert repetition([["a", "b"], ["a", "b"]], 2) == 0.0
     assert repetition([["a"] * 11], 2) == 0.9
     assert repetition([["a"], []], 2) == 0.0
 
 
-def test_perplexity_of_the_samples_is_exp_of_the_references_nats_a_token() -> None:
+def test_perplexity_of_the_samples_is_exp_of_the_references_nats_per_token() -> None:
     # Three sequences of 2, 2 and 4 tokens, each token with probability 1/8 under the reference.
     nats = math.log(8)
     summary = kl_summary([0, 0, 0], [-2 * nats, -2 * nats, -4 * nats], [2, 2, 4], [0, 1, 2])

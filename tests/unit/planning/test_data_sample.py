@@ -23,7 +23,9 @@ def data(
     return DataConfig(train=write_jsonl(rows), cache_dir=str(tmp_path / "tokenized"))
 
 
-def test_few_rows_are_all_tokenized(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_small_data_set_is_tokenized_as_a_whole(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
     found, exact = sampled(data, tokenizer), sampled(data, tokenizer, exact=True)
     assert found.exact
     assert exact.exact
@@ -34,7 +36,7 @@ def test_few_rows_are_all_tokenized(data: DataConfig, tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_sample_says_what_the_whole_holds(
+def test_a_sample_estimates_the_whole(
     data: DataConfig, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr(sample, "SAMPLE_GROUPS", 120)
@@ -49,7 +51,7 @@ def test_a_sample_says_what_the_whole_holds(
     assert found.changed["dropped/identical_completions"] == 1
 
 
-def test_what_is_cut_is_scaled_up(
+def test_counts_of_cut_groups_are_scaled_up(
     data: DataConfig, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = DataConfig(train=data.train, max_length=16, cache_dir=data.cache_dir)
@@ -60,7 +62,7 @@ def test_what_is_cut_is_scaled_up(
     assert found.changed[cut] == pytest.approx(exact.changed[cut], rel=0.3)
 
 
-def test_trees_fill_a_micro_batch_and_hold_the_longest(
+def test_trees_fill_a_micro_batch_and_include_the_longest(
     data: DataConfig, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     found = sampled(data, tokenizer)
@@ -70,26 +72,24 @@ def test_trees_fill_a_micro_batch_and_hold_the_longest(
 
     assert tokens(1) == found.longest
     assert 1990 < tokens(2000) <= 2000
-    assert tokens(10**5) == pytest.approx(10**5, rel=0.001), "over and over"
+    assert tokens(10**5) == pytest.approx(10**5, rel=0.001), "groups are repeated"
 
 
-def test_a_split_that_is_held_out_is_sampled_too(
-    data: DataConfig, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_held_out_split_is_sampled_too(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     both = DataConfig(train=data.train, test=data.train, cache_dir=data.cache_dir)
     assert set(sample_data(both, tokenizer, 64, exact=False)) == {"train", "test"}
 
 
-def test_nothing_left_is_refused(
+def test_a_split_without_any_group_left_is_an_error(
     write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Any
 ) -> None:
     rows = [{"prompt": "a " * 40, "chosen": "b " * 30, "rejected": "c " * 30}]
     data = DataConfig(train=write_jsonl(rows), max_length=8, too_long="drop", cache_dir=str(tmp_path))
-    with pytest.raises(UserError, match="nothing left of 1 groups"):
+    with pytest.raises(UserError, match=r"data.train: .*no group of 1"):
         sampled(data, tokenizer)
 
 
-def test_seeded(
+def test_the_sample_depends_only_on_the_seed(
     data: DataConfig, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "SAMPLE_GROUPS", 50)

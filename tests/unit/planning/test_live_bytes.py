@@ -1,9 +1,11 @@
+"""Counting of storages: views, known tensors, and the backward pass."""
+
 import torch
 
 from dpo.planning.live_bytes import LiveBytes
 
 
-def test_storages_count_once_and_until_they_are_freed() -> None:
+def test_a_storage_counts_once_until_it_is_freed() -> None:
     with LiveBytes() as live:
         first = torch.zeros(100)
         assert live.now == 400
@@ -12,14 +14,14 @@ def test_storages_count_once_and_until_they_are_freed() -> None:
         second = first + 1
         assert live.now == 800
         del first
-        assert live.now == 800, "the view still holds it"
+        assert live.now == 800, "the view still uses it"
         del view
         assert live.now == 400
         del second
     assert (live.now, live.peak) == (0, 800)
 
 
-def test_known_and_meta_tensors_do_not_count_and_mapped_ones_do_when_asked() -> None:
+def test_known_and_meta_tensors_do_not_count_and_mapped_ones_do_on_request() -> None:
     known, mapped = torch.zeros(10), torch.zeros(20)
     with LiveBytes([known]) as live:
         _ = known.view(5, 2)
@@ -29,7 +31,7 @@ def test_known_and_meta_tensors_do_not_count_and_mapped_ones_do_when_asked() -> 
         assert live.now == 80
 
 
-def test_what_a_backward_pass_allocates_counts() -> None:
+def test_allocations_of_a_backward_pass_count() -> None:
     weight = torch.ones(50, 50, requires_grad=True)
     with LiveBytes([weight]) as live:
         (weight @ weight).sum().backward()

@@ -1,3 +1,5 @@
+"""Memory of a rank by hand, for each sharding; tests/distributed compares it with real ranks."""
+
 from dataclasses import replace
 
 import pytest
@@ -31,21 +33,21 @@ def test_zero2_by_hand() -> None:
     assert found.total == 44 * BILLION + found.buckets
 
 
-def test_zero3_holds_its_share_and_what_is_gathered() -> None:
+def test_zero3_has_its_share_and_the_gathered_weights() -> None:
     found = of("ZeRO-3", 8)
     assert found.weights == 2 * BILLION + 2 * BILLION, "a share of bfloat16, and a billion gathered"
     assert found.optimizer == 12 * BILLION
-    assert of("ZeRO-3", 1).weights == 16 * BILLION, "one rank gathers nothing"
+    assert of("ZeRO-3", 1).weights == 16 * BILLION, "one rank does not gather"
 
 
-def test_offload_moves_what_stays_to_the_host() -> None:
+def test_offload_moves_the_shards_to_the_host() -> None:
     found = of("ZeRO-3 offload", 8)
     assert (found.gradients, found.optimizer, found.weights) == (0, 0, 2 * BILLION)
     assert found.host == 18 * BILLION
 
 
 @pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3", "ZeRO-3 offload"])
-def test_more_ranks_never_need_more_of_each(sharding: Name) -> None:
+def test_more_ranks_never_need_more_memory_per_rank(sharding: Name) -> None:
     totals = [of(sharding, ranks).total + of(sharding, ranks).host for ranks in (2, 4, 16, 64, 1024)]
     assert totals == sorted(totals, reverse=True)
 
@@ -59,9 +61,9 @@ def test_frozen_weights_need_neither_gradients_nor_moments(sharding: Name) -> No
     assert found.total + found.host < full.total + full.host
 
 
-def test_without_activations_the_update_is_the_worst_moment() -> None:
+def test_without_activations_the_update_is_the_peak() -> None:
     found = of("ZeRO-3", 2, step=WITHOUT)
-    assert found.projection > 4 * BILLION * 0.99, "gradients of a sub-group are joined"
+    assert found.projection > 4 * BILLION * 0.99, "the gradients of a sub-group are joined"
     assert found.activations == found.buckets == 0
 
 
@@ -74,5 +76,5 @@ def test_stage_0_is_offered_in_float32_only() -> None:
 @pytest.mark.parametrize(
     ("room", "tokens"), [(99, 0), (100, 10), (150, 15), (200, 20), (400, 30), (600, 40), (800, 50)]
 )
-def test_the_largest_micro_batch_lies_on_the_line_between_points(room: int, tokens: int) -> None:
+def test_the_largest_micro_batch_is_interpolated_between_points(room: int, tokens: int) -> None:
     assert largest_fitting([(10, 100), (20, 200), (40, 600)], room) == tokens

@@ -1,4 +1,4 @@
-"""A rehearsal says what the same step allocates for real."""
+"""A rehearsal predicts what the same step allocates for real."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,8 +41,8 @@ def trees(number: int) -> list[Tree]:
     return [(one(20 + n, dtype=np.int32), [one(10, dtype=np.int32)] * 2) for n in range(number)]
 
 
-def really(config: PreTrainedConfig, model: ModelConfig, data: Sequence[Tree]) -> int:
-    """Peak of a real step, weights and accumulated gradients apart."""
+def measured(config: PreTrainedConfig, model: ModelConfig, data: Sequence[Tree]) -> int:
+    """Peak of a real step, without weights and accumulated gradients."""
     bare = empty_model(config, model, dtype=torch.float32)
     if model.gradient_checkpointing:
         bare.activation_checkpointing_enable({"use_reentrant": False})
@@ -58,11 +58,11 @@ def really(config: PreTrainedConfig, model: ModelConfig, data: Sequence[Tree]) -
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_foretells_the_peak_of_the_real_step(family: str, checkpointing: bool) -> None:
+def test_it_predicts_the_peak_of_the_real_step(family: str, checkpointing: bool) -> None:
     model = replace(MODEL, gradient_checkpointing=checkpointing)
     config = FAMILIES[family]
     expected = rehearse(config, model, trees(6), dtype=torch.float32, gpu=False)
-    assert expected.peak == pytest.approx(really(config, model, trees(6)), rel=0.02)
+    assert expected.peak == pytest.approx(measured(config, model, trees(6)), rel=0.02)
 
 
 def test_a_gpu_keeps_less_of_attention_and_more_of_a_slice() -> None:
@@ -72,7 +72,7 @@ def test_a_gpu_keeps_less_of_attention_and_more_of_a_slice() -> None:
     assert gpu.of_a_block < cpu.of_a_block
 
 
-def test_autocast_adds_the_cast_weights() -> None:
+def test_autocast_adds_the_weights_in_bfloat16() -> None:
     config = FAMILIES["gpt2, tied"]
     plain = rehearse(config, MODEL, trees(1), dtype=torch.bfloat16, gpu=True)
     cast = rehearse(config, MODEL, trees(1), dtype=torch.float32, autocast=True, gpu=True)

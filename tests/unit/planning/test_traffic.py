@@ -1,3 +1,5 @@
+"""Messages of a rank by hand; tests/distributed compares them with DeepSpeed's own count."""
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ def test_messages_by_hand(sharding: Name, expected: dict[str, float]) -> None:
     assert found == expected
 
 
-def test_what_does_not_stay_is_gathered_again() -> None:
+def test_weights_that_do_not_stay_gathered_are_gathered_twice() -> None:
     found = traffic("ZeRO-3", BIG, world_size=4, dtype=torch.bfloat16, micro_batches=1)
     assert found["all_gather_into_tensor"] == pytest.approx(2 * 10**9 * 1.75)
 
@@ -30,6 +32,6 @@ def test_one_rank_sends_nothing() -> None:
     assert traffic("ZeRO-3", SHAPE, world_size=1, dtype=torch.float32, micro_batches=2) == {}
 
 
-def test_rings() -> None:
+def test_bytes_sent_by_rings() -> None:
     messages = {"all_reduce": 100.0, "reduce_scatter_tensor": 100.0, "all_gather_into_tensor": 25.0}
     assert sent(messages, 4) == 150 + 75 + 75

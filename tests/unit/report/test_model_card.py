@@ -1,4 +1,4 @@
-"""Model cards: metadata that the hub reads, and what people want to know."""
+"""Model cards: the front matter for the hub, and the sections."""
 
 from pathlib import Path
 from typing import Any
@@ -7,13 +7,15 @@ import pytest
 import yaml
 
 from dpo.config import (
-    Config,
     DataConfig,
     DataSource,
     LoraConfig,
+    LossConfig,
     ModelConfig,
-    SftConfig,
+    ReferenceConfig,
     SftModelConfig,
+    SftTrainConfig,
+    TrainConfig,
 )
 from dpo.report.model_card import policy_card, sft_card
 
@@ -25,11 +27,32 @@ RESULTS = {
 }
 
 
-def config(base: str = "gpt2", train: Any = "Anthropic/hh-rlhf", **model: Any) -> Config:
-    return Config(
-        run_dir="runs/mine",
+def card_of(
+    results: dict[str, float],
+    *,
+    base: str = "gpt2",
+    train: Any = "Anthropic/hh-rlhf",
+    loss: str = "sigmoid",
+    **model: Any,
+) -> str:
+    return policy_card(
+        results,
+        title="mine",
         model=ModelConfig(name_or_path=base, **model),
         data=DataConfig(train=train),
+        reference=ReferenceConfig(),
+        loss=LossConfig(type=loss),
+        train=TrainConfig(),
+    )
+
+
+def sft_card_of(base: str) -> str:
+    return sft_card(
+        {},
+        title="mine",
+        model=SftModelConfig(name_or_path=base),
+        data=DataConfig(train="books.txt"),
+        train=SftTrainConfig(),
     )
 
 
@@ -39,7 +62,7 @@ def metadata(card: str) -> dict[str, Any]:
 
 
 def test_the_metadata_name_base_data_and_results() -> None:
-    card = policy_card(config(), RESULTS)
+    card = card_of(RESULTS)
     block = metadata(card)
     assert block["base_model"] == "gpt2"
     assert block["datasets"] == ["Anthropic/hh-rlhf"]
@@ -55,32 +78,36 @@ def test_the_metadata_name_base_data_and_results() -> None:
 
 @pytest.mark.parametrize("heading", ["Results", "Training", "Intended use", "How to load it"])
 def test_a_card_has_its_sections(heading: str) -> None:
-    assert f"\n## {heading}\n" in policy_card(config(), RESULTS)
+    assert f"\n## {heading}\n" in card_of(RESULTS)
 
 
-def test_what_is_on_this_disk_is_not_claimed_to_be_on_the_hub(tmp_path: Path) -> None:
+def test_local_models_and_data_are_not_named_as_hub_names(tmp_path: Path) -> None:
     for path in ("runs/sft/model", "/home/me/model", str(tmp_path)):
-        assert "base_model" not in metadata(policy_card(config(base=path), {}))
+        assert "base_model" not in metadata(card_of({}, base=path))
     mixture = [DataSource(path="/data/mine.jsonl"), DataSource(path="org/data")]
-    assert metadata(policy_card(config(train=mixture), {}))["datasets"] == ["org/data"]
+    assert metadata(card_of({}, train=mixture))["datasets"] == ["org/data"]
 
 
-def test_without_results_none_are_claimed() -> None:
-    card = policy_card(config(), {})
+def test_without_results_there_is_no_section_of_results() -> None:
+    card = card_of({})
     assert "model-index" not in metadata(card)
     assert "## Results" not in card
 
 
 @pytest.mark.parametrize(("export", "library"), [("merged", "transformers"), ("adapter", "peft")])
-def test_a_card_says_what_an_adapter_needs(export: Any, library: str) -> None:
-    card = policy_card(config(lora=LoraConfig(rank=8, export=export)), {})
+def test_a_card_of_an_adapter_names_peft(export: Any, library: str) -> None:
+    card = card_of({}, lora=LoraConfig(rank=8, export=export))
     assert metadata(card)["library_name"] == library
     assert "lora" in metadata(card)["tags"]
     assert "rank 8, alpha 32" in card
     assert ("PeftModel.from_pretrained" in card) == (export == "adapter")
 
 
-def test_the_card_of_next_token_training_says_what_it_started_from() -> None:
-    started = SftConfig(model=SftModelConfig(name_or_path="gpt2"), data=DataConfig(train="books.txt"))
-    assert "from `gpt2` on `books.txt`" in sft_card(started, {})
-    assert "from random weights" in sft_card(SftConfig(data=DataConfig(train="books.txt")), {})
+def test_the_card_of_next_token_training_names_its_start_and_data() -> None:
+    assert "from `gpt2` on `books.txt`" in sft_card_of("gpt2")
+    assert "from random weights on `books.txt`" in sft_card_of("")
+
+
+def test_a_loss_without_a_reference_names_none() -> None:
+    assert "with reference `gpt2`" in card_of({})
+    assert "with reference" not in card_of({}, loss="simpo")

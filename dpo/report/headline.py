@@ -1,0 +1,71 @@
+"""The few numbers that people look at first: as cards of the page, and as lines on the terminal."""
+
+from typing import NamedTuple
+
+
+class Card(NamedTuple):
+    """A question and the number that answers it."""
+
+    question: str
+    answer: str
+    detail: str
+
+
+def headline_cards(summary: dict[str, float]) -> list[Card]:
+    """Did it learn the preference, what did it cost, does the text still read well; as far as it is known."""
+    cards = []
+    if "eval/rewards/accuracies" in summary:
+        low, high = summary["eval/rewards/accuracies/low"], summary["eval/rewards/accuracies/high"]
+        cards.append(
+            Card(
+                "Did it learn the preference?",
+                f"{summary['eval/rewards/accuracies']:.1%}",
+                f"of held-out pairs ranked correctly, {low:.1%} to {high:.1%}",
+            )
+        )
+    if "positive_share/policy" in summary:
+        cards.append(
+            Card(
+                "Do the samples show it?",
+                f"{summary['positive_share/reference']:.0%} → {summary['positive_share/policy']:.0%}",
+                f"scored positive; win rate {summary['win_rate']:.0%} over the reference",
+            )
+        )
+    if "kl/sequence" in summary:
+        low, high = summary["kl/sequence/low"], summary["kl/sequence/high"]
+        cards.append(
+            Card(
+                "What did it cost?",
+                f"{summary['kl/sequence']:.2f} nats",
+                f"of KL from the reference per sequence, {low:.2f} to {high:.2f}",
+            )
+        )
+        cards.append(
+            Card(
+                "Does the text still read well?",
+                f"{summary['distinct_2/reference']:.2f} → {summary['distinct_2/policy']:.2f}",
+                f"distinct word pairs; perplexity under the reference "
+                f"{summary['perplexity/policy_samples']:.1f}",
+            )
+        )
+    return cards
+
+
+def headline(summary: dict[str, float]) -> str:
+    """The same for the end of the command, one line per topic."""
+    lines = [
+        f"held-out loss {summary['eval/loss']:.4f}, reward accuracy {summary['eval/rewards/accuracies']:.3f} "
+        f"[{summary['eval/rewards/accuracies/low']:.3f}, {summary['eval/rewards/accuracies/high']:.3f}]"
+    ]
+    if "positive_share/policy" in summary:
+        lines.append(
+            f"scored positive: reference {summary['positive_share/reference']:.1%}, "
+            f"policy {summary['positive_share/policy']:.1%}; win rate {summary['win_rate']:.1%}"
+        )
+    if "kl/sequence" in summary:
+        lines.append(
+            f"KL(policy || reference) {summary['kl/sequence']:.2f} nats per sequence; distinct "
+            f"continuations: reference {summary['distinct_texts/reference']:.1%}, "
+            f"policy {summary['distinct_texts/policy']:.1%}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+"""Where the numbers of a report come from: the models, data and settings, the versions, the commands.
+
+Reads config.yaml and environment.json of the run folder, which training wrote.
+"""
+
+import json
+
+from dpo import distributed
+from dpo.config import EvaluateConfig, LossConfig, ModelConfig, ReferenceConfig, TrainConfig
+from dpo.data.dataset import TokenizedDataset
+from dpo.loss.catalog import title_of
+from dpo.report.content import Provenance
+from dpo.tracking.run_folder import RunFolder
+
+
+def provenance_of(
+    folder: RunFolder,
+    data: TokenizedDataset,
+    digests: dict[str, str],
+    *,
+    model: ModelConfig,
+    reference: ReferenceConfig,
+    loss: LossConfig,
+    train: TrainConfig,
+    evaluate: EvaluateConfig,
+) -> Provenance:
+    """The origin of a report; only the main process needs it.
+
+    Args:
+        folder: The run.
+        data: Held-out groups.
+        digests: Digests of data and cache, by name.
+        model: What training started from.
+        reference: The reference model.
+        loss: The loss that was trained.
+        train: How it was trained.
+        evaluate: How it was evaluated.
+    """
+    trained = {
+        "loss": title_of(loss),
+        "training": f"learning rate {train.learning_rate}, {train.pairs_per_step} pairs per step, "
+        f"{train.num_epochs} epoch(s), {train.optimizer}, seed {train.seed}",
+    }
+    if not learned_preferences(folder):
+        trained = {"training": "next-token prediction; loss and rewards are those of its use as a policy"}
+    essentials = {
+        "policy": f"{folder.model(evaluate.snapshot)}, from {model.name_or_path}",
+        "reference": reference.model or model.name_or_path,
+        **trained,
+        "held-out data": f"{data.counts['pairs']} pairs of {data.counts['groups']} prompts",
+        "samples": f"{evaluate.num_prompts} prompts, temperature {evaluate.temperature}, up to "
+        f"{evaluate.completion_tokens} tokens, seed {evaluate.seed}, scorer {evaluate.scorer or 'none'}",
+        "KL": "estimated from separate samples at temperature 1, without top-k or top-p",
+        "intervals": "95 %, bootstrapped by prompt",
+    }
+    return Provenance(
+        essentials=essentials, commands=_commands(folder), versions=digests | _environment(folder)
+    )
+
+
+def learned_preferences(folder: RunFolder) -> bool:
+    """Whether `train` made the run, not `sft`; also true for a folder without a configuration."""
+    settings = folder.settings()
+    return settings is None or "loss" in settings
+
+
+def _environment(folder: RunFolder) -> dict[str, str]:
+    """What training wrote to environment.json, and the ranks of this evaluation."""
+    found: dict[str, str] = {}
+    if folder.environment.is_file():
+        trained = json.loads(folder.environment.read_text())
+        found["trained by"] = f"{trained['engine']}, {trained['world_size']} rank(s)"
+        packages = trained["packages"].items()
+        found["versions"] = ", ".join(
+            [f"python {trained['python']}", *(f"{name} {version}" for name, version in packages)]
+        )
+        found["code"] = f"git commit {trained['git_commit'] or 'unknown'}"
+    device = distributed.device().type
+    return found | {"evaluated on": f"{distributed.world_size()} rank(s), {device}"}
+
+
+def _commands(folder: RunFolder) -> list[str]:
+    world = distributed.world_size()
+    start = f"NPROC={world} launch/run" if world > 1 else "python -m dpo"
+    return [f"{start} {name} --config {folder.config}" for name in ("precompute-ref", "train", "evaluate")]

@@ -1,0 +1,98 @@
+"""The advice of a plan: requested micro-batches first, then smaller ones, sharding and recomputation.
+
+The memory of a micro-batch is replaced by a linear function of its tokens, so that every decision is known.
+"""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from dpo.config import ModelConfig, TrainConfig
+from dpo.planning import fit as module
+from dpo.planning.data_sample import SampledData
+from dpo.planning.fit import USABLE, Advice, Fit, Machine
+from dpo.planning.memory import Memory, Name, Shape
+from dpo.planning.rehearsal import Rehearsal
+
+SHAPE = Shape(parameters=1, trainable=1, block=1, trained_block=1, largest=1)
+KEPT: dict[Name, int] = {"no DeepSpeed": 500, "ZeRO-2": 300, "ZeRO-3": 100, "ZeRO-3 offload": 0}
+"""Bytes that each sharding keeps here; a token adds 1 byte, or 1/10 if activations are recomputed."""
+
+
+@pytest.fixture(autouse=True)
+def linear_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rehearse(_: Any, model: ModelConfig, tokens: int, **__: Any) -> Rehearsal:
+        activations = tokens // 10 if model.gradient_checkpointing else tokens
+        return Rehearsal(activations=activations, of_a_block=0, projection=0)
+
+    def rank_memory(sharding: Name, _: Shape, step: Rehearsal, **__: Any) -> Memory:
+        nothing = {"gradients": 0, "optimizer": 0, "projection": 0, "buckets": 0, "host": 0}
+        return Memory(weights=KEPT[sharding], activations=step.activations, **nothing)
+
+    monkeypatch.setattr(module, "rehearse", rehearse)
+    monkeypatch.setattr(module, "rank_memory", rank_memory)
+    monkeypatch.setattr(module, "ROUNDED", 1)
+
+
+def fit(room: int, *, gpus: int = 8, requested: int = 1000, longest: int = 10, **model: Any) -> Fit:
+    """A policy on GPUs with `room` usable bytes."""
+    data = cast(SampledData, SimpleNamespace(longest=longest, trees=lambda tokens: tokens))
+    return Fit(
+        ModelConfig(name_or_path="m", **model),
+        TrainConfig(max_tokens_per_micro_batch=requested),
+        cast(Any, None),
+        SHAPE,
+        data,
+        Machine(num_gpus=gpus, gpu_memory=-int(-room // USABLE), gpu_flops=1.0, mfu=0.5),
+    )
+
+
+def chosen(advice: Advice) -> tuple[Name | None, int, bool]:
+    return advice.sharding, advice.max_tokens_per_micro_batch, advice.gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [
+        (1400, ("ZeRO-2", 1000, False)),
+        (1200, ("ZeRO-3", 1000, False)),
+        (1050, ("ZeRO-3 offload", 1000, False)),
+        (700, ("ZeRO-2", 400, False)),  # smaller micro-batches before recomputation
+        (240, ("ZeRO-3", 1000, True)),
+        (110, ("ZeRO-3 offload", 1000, True)),
+        (60, ("ZeRO-3 offload", 600, True)),
+        (0, (None, 1000, True)),
+    ],
+)
+def test_less_memory_changes_the_advice_in_this_order(
+    room: int, expected: tuple[Name | None, int, bool]
+) -> None:
+    sharding, tokens, checkpointing = chosen(fit(room).advice())
+    assert (sharding, checkpointing) == (expected[0], expected[2])
+    assert tokens == pytest.approx(expected[1], rel=0.05)
+
+
+def test_recomputation_that_is_configured_is_kept() -> None:
+    assert chosen(fit(1400, gradient_checkpointing=True).advice()) == ("ZeRO-2", 1000, True)
+
+
+def test_one_gpu_trains_without_deepspeed() -> None:
+    assert fit(2000, gpus=1).advice().launcher == "launch/one_gpu.yaml"
+    names = [way.sharding for way in fit(2000, gpus=1).ways(checkpointing=False)]
+    assert names == ["no DeepSpeed", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload"]
+    assert "no DeepSpeed" not in [way.sharding for way in fit(2000).ways(checkpointing=False)]
+
+
+def test_more_gpus_than_a_node_has_need_the_launcher_for_several_nodes() -> None:
+    assert fit(1400, gpus=8).advice().launcher == "launch/one_node.yaml"
+    assert fit(1400, gpus=16).advice().launcher == "launch/multi_node.yaml"
+
+
+def test_the_reason_names_what_does_not_fit() -> None:
+    assert "ZeRO-2 would need" in fit(1200).advice().reason
+    assert "recomputed" in fit(240).advice().reason
+
+
+def test_a_micro_batch_holds_at_least_the_longest_group() -> None:
+    assert fit(9000, requested=100, longest=5000).requested == 5000
