@@ -83,7 +83,7 @@ def test_a_dead_machine_is_named_and_the_rest_goes_on_without_it(rig: Rig) -> No
     assert re.search(r"machine 1 \(10\.77\.\d+\.2\) ended with status", said)
     alone = rig.run("two", world_size=1)
     assert set(alone.statuses) == {0}, alone.said[-3000:]
-    assert "going on after step " in alone.said
+    assert "resuming after step " in alone.said
     found = metrics(run_dir)
     assert found[-1]["step"] == STEPS
     for ours, theirs in zip(found, straight, strict=True):

@@ -75,7 +75,7 @@ def test_changed_settings_are_refused_key_by_key(rig: Rig) -> None:
         assert f"-> {value}" in ended.said
     allowed = rig.run("changing", *arguments, "--train.resume_allow", ",".join(changes))
     assert set(allowed.statuses) == {0}, allowed.said[-3000:]
-    assert "going on after step 2" in allowed.said
+    assert "resuming after step 2" in allowed.said
 
 
 @pytest.mark.fault(

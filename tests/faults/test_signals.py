@@ -59,13 +59,13 @@ def test_a_signal_to_one_rank_stops_all(rig: Rig, whole: Path, rank: int, number
     ended = ranks.end(40)
     assert set(ended.statuses) == {3}, ended.said[-3000:]
     assert ended.status == 3
-    assert "the same command goes on" in ended.message
+    assert "run the same command again" in ended.message
     assert not ended.left
     stopped_at = metrics(rig.folder / name)[-1]["step"]
     assert 2 <= stopped_at < STEPS
     again = rig.run(name)
     assert set(again.statuses) == {0}
-    assert f"going on after step {stopped_at}" in again.said
+    assert f"resuming after step {stopped_at}" in again.said
     assert metrics(rig.folder / name) == metrics(whole)
     assert weights(rig.folder / name) == weights(whole)
 

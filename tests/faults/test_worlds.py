@@ -29,10 +29,10 @@ def test_two_ranks_then_one_then_two(rig: Rig, stage: int) -> None:
     straight = rig.completed(f"straight_{stage}", *decay, stage=stage)
     rig.run(name, *decay, before=at_step(5, KILL, 0, 1), stage=stage)
     second = rig.run(name, *decay, before=at_step(9, KILL, 0), stage=stage, world_size=1)
-    assert "going on after step 4" in second.said, second.said[-3000:]
+    assert "resuming after step 4" in second.said, second.said[-3000:]
     third = rig.run(name, *decay, stage=stage, world_size=2)
     assert set(third.statuses) == {0}, third.said[-3000:]
-    assert "going on after step 8" in third.said
+    assert "resuming after step 8" in third.said
     run_dir = rig.folder / name
     assert not list((run_dir / "checkpoints").glob(".*"))
     for ours, theirs in zip(curves(run_dir), curves(straight), strict=True):
