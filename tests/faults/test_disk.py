@@ -30,15 +30,15 @@ FILL = """
 import os
 from dpo.train import loop
 plain = loop.save_checkpoint
-def patched(engine, progress, run_dir, *rest, **named):
+def patched(engine, progress, folder, *rest, **named):
     if progress.step == 6 and os.environ.get("RANK", "0") == "0":
-        with open(run_dir / "filler", "wb", buffering=0) as file:
+        with open(folder.path / "filler", "wb", buffering=0) as file:
             try:
                 while True:
                     file.write(bytes(4096))
             except OSError:
                 file.truncate(file.tell() - {left})
-    return plain(engine, progress, run_dir, *rest, **named)
+    return plain(engine, progress, folder, *rest, **named)
 loop.save_checkpoint = patched
 """
 
