@@ -62,7 +62,7 @@ def test_another_engine_is_refused(rig: Rig, stage: int | None) -> None:
         rig.run("of_zero_2", before=at_step(3, KILL, 0, 1))
     ended = rig.run("of_zero_2", stage=stage, world_size=2)
     assert set(ended.statuses) == {2}, ended.said[-3000:]
-    assert "written with DeepSpeed ZeRO-2, and this run has" in ended.said
+    assert "written with DeepSpeed ZeRO-2" in ended.said
     assert "start it with the same engine" in ended.said
 
 
@@ -73,7 +73,7 @@ def test_another_engine_is_refused(rig: Rig, stage: int | None) -> None:
 def test_an_optimizer_that_cannot_be_offloaded_is_refused(rig: Rig) -> None:
     ended = rig.run("offloaded", "--train.optimizer", "rmsprop", stage=OFFLOAD)
     assert set(ended.statuses) == {2}, ended.said[-3000:]
-    assert "train.optimizer: rmsprop; DeepSpeed knows only adamw on the host" in ended.said
+    assert "train.optimizer: rmsprop" in ended.said
 
 
 @pytest.mark.fault("optimizer and weights on the host, killed and resumed", "the same metrics and bytes")
