@@ -117,9 +117,10 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
                     data.pairs_per_group, seed=0, num_epochs=1, pairs_per_step=24, max_steps=STEPS
                 ),
                 tokenizer=tokenizer,
+                description="data",
                 guard=Guard(RunFolder(run_dir), "train", 600),
             )
-            with session.guard, session.opened(""), closing(loop.batches_of(session)) as batches:
+            with session.guard, session.opened(), closing(loop.batches_of(session)) as batches:
                 found[f"{name}, {budget}"] = [
                     loop.train_step(session, batches, 1e-3)[0] for _ in range(STEPS)
                 ]

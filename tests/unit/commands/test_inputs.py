@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo.commands.inputs import described, settings_of, trained, with_reference
+from dpo.commands.inputs import described, settings_of, with_reference
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig, SftModelConfig, flat, resolved
 from dpo.data.dataset import TokenizedDataset
 from dpo.errors import UserError
@@ -29,8 +29,6 @@ def test_the_defaults_are_those_of_a_configuration_that_gives_only_what_it_must(
 
 def test_data_is_described_in_one_line() -> None:
     assert described("test", None) == "test: none"
-    assert trained(7, "d", 0) == "7 steps on d"
-    assert "2 steps were skipped" in trained(7, "d", 2)
 
 
 def test_weights_by_margin_need_scores(

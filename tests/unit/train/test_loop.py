@@ -171,12 +171,13 @@ def run(
             objective=objective,
             plan=plan,
             tokenizer=tokenizer,
+            description="data",
             guard=Guard(folder, "train", 60),
             evaluate=evaluate if evaluation else None,
             checkpoint=start.checkpoint if isinstance(start, Resume) else None,
         )
         session.exported = result.exported
-        with session.guard, session.opened("pairs"):
+        with session.guard, session.opened():
             result.evaluated = train(session)
         result.weights = session.engine.weights()
         return result

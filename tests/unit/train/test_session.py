@@ -45,6 +45,7 @@ def session(
         ),
         plan=BatchPlan(data.pairs_per_group, seed=0, num_epochs=1, pairs_per_step=64, max_steps=None),
         tokenizer=tokenizer,
+        description="data",
         guard=Guard(folder, "train", 60),
     )
 
@@ -57,7 +58,7 @@ def test_groups_are_described_by_number_and_prompt(session: Session) -> None:
 
 
 def test_opening_claims_the_folder_and_knows_the_work_of_each_group(session: Session) -> None:
-    with session.opened("some data"):
+    with session.opened():
         assert session.folder.config.is_file()
         assert session.folder.environment.is_file()
         assert session.group_flops is not None
