@@ -148,7 +148,7 @@ def _prepare(
     from dpo.model.files import max_positions
 
     if is_preference_folder(args.input):
-        prompts = ready_prompts(args, writer.drops)
+        prompts = ready_prompts(args, writer.notes)
     else:
         num_train = args.num_prompts or NUM_PROMPTS
         num_test = args.num_test_prompts

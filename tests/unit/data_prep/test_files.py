@@ -29,6 +29,7 @@ def test_a_folder_holds_both_splits_and_a_manifest(tmp_path: Path) -> None:
     with _writer(tmp_path / "out") as writer:
         writer.write_all([("train", GROUP), ("train", GROUP), ("test", GROUP)])
         writer.drops["empty_completion"] += 3
+        writer.notes.ignored["margin"] += 2
     rows = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
     assert rows == 2 * [
         {
@@ -48,6 +49,7 @@ def test_a_folder_holds_both_splits_and_a_manifest(tmp_path: Path) -> None:
         "rows": {"train": 2, "test": 1},
         "pairs": 6,
         "dropped": {"empty_completion": 3},
+        "unused_columns": {"margin": 2},
         "completions_are_complete": False,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
