@@ -184,7 +184,7 @@ def fitting(
     options = TokenizeOptions(
         max_length=settings.max_length, max_prompt_length=None, drop_too_long=True, append_eos=True
     )
-    tokenized = next(iter(tokenize_groups([group], tokenizer, options, Counter())), None)
+    tokenized = next(iter(tokenize_groups([group], tokenizer, options, Counter(), RowNotes())), None)
     if tokenized is None or tokenized.pairs != group.pairs:
         return None
     for text, ids in zip(group.completions, tokenized.completions, strict=True):

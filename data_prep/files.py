@@ -157,7 +157,7 @@ class PreferenceWriter:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
             raise UserError(
                 f"nothing left after filtering: {self._rows['test']} test groups and no training groups; "
-                f"dropped: {reasons or 'nothing'}. --strict shows the first faulty row"
+                + "\n".join([f"dropped: {reasons or 'nothing'}", *self.notes.drop_lines("input")])
             )
         manifest = {
             "format_version": FORMAT_VERSION,

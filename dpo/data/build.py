@@ -80,7 +80,8 @@ def check_sources(data: DataConfig) -> None:
     for source, _ in [*train_sources_of(data), *test_sources_of(data)]:
         notes = RowNotes()
         if next(_read(source, data, notes), None) is None:
-            raise UserError(f"{source.path}: nothing left after filtering: {_listed(notes.drops)}")
+            lines = [f"{source.path}: nothing left after filtering: {_listed(notes.drops)}"]
+            raise UserError("\n".join([*lines, *notes.drop_lines(source.path)]))
 
 
 def train_sources_of(data: DataConfig) -> list[Weighted]:
@@ -124,11 +125,13 @@ def _open(
 
     distributed.on_main(tokenize_once)
     dataset = map_dataset(folder, digest)
-    terminal.note(*(line for source in dataset.sources for line in source.notes))
-    terminal.warning(*(line for source in dataset.sources for line in source.warnings))
+    notes = [line for source in dataset.sources for line in source.notes]
     if len(dataset) == 0:
         names = ", ".join(source.path for source, _ in sources)
-        raise UserError(f"data.{split}: {names}: nothing left after filtering: {_listed(dataset.counts)}")
+        what = f"data.{split}: {names}: nothing left after filtering: {_listed(dataset.counts)}"
+        raise UserError("\n".join([what, *notes]))
+    terminal.note(*notes)
+    terminal.warning(*(line for source in dataset.sources for line in source.warnings))
     return dataset
 
 
@@ -172,7 +175,7 @@ def _tokenized(
             unit="groups",
             leave=False,
         )
-        for group in tokenize_source(groups, source, data, max_length, tokenizer, counts):
+        for group in tokenize_source(groups, source, data, max_length, tokenizer, counts, notes):
             num_groups += 1
             yield group
         of_sources.append(
@@ -194,6 +197,7 @@ def tokenize_source(
     max_length: int,
     tokenizer: PreTrainedTokenizerBase,
     counts: Counter[str],
+    notes: RowNotes,
 ) -> Iterator[TokenizedGroup]:
     """Streams the groups of one source in token ids.
 
@@ -203,7 +207,8 @@ def tokenize_source(
         data: The options.
         max_length: Longest prompt + completion, in tokens.
         tokenizer: The policy's tokenizer.
-        counts: Receives what is dropped and truncated, by reason.
+        counts: Receives dropped pairs and what is truncated, by reason.
+        notes: Receives dropped groups.
     """
     complete = source.completions_are_complete
     options = TokenizeOptions(
@@ -212,7 +217,7 @@ def tokenize_source(
         drop_too_long=data.too_long == "drop",
         append_eos=data.append_eos if data.append_eos is not None else complete is not False,
     )
-    for group in tokenize_groups(groups, tokenizer, options, counts):
+    for group in tokenize_groups(groups, tokenizer, options, counts, notes):
         yield from [group] if data.group_pairs else split_pairs(group)
 
 

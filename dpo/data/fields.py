@@ -58,7 +58,11 @@ class Fields:
     def missing(self, name: str, why: str = "") -> RowError:
         """The error for a field that the row lacks."""
         column = self.names.get(name, name)
-        return RowError("missing_field", f"no field {column!r}{why}; the row has {sorted(self._row)}")
+        return RowError(
+            "missing_field",
+            f"no field {column!r}{why}; the row has {sorted(self._row)}; rename the column, or map it with "
+            f"python -m data_prep preferences INPUT --columns {name}=COLUMN",
+        )
 
     def unread(self) -> list[str]:
         """The columns that hold something and were not read; RowError if one of them cannot be left out."""

@@ -16,6 +16,8 @@ class RowNotes:
     """Rows that were read."""
     drops: Counter[str] = field(default_factory=Counter)
     """Dropped rows by reason."""
+    first: dict[str, str] = field(default_factory=dict)
+    """Reason -> place and details of the first row that was dropped for it."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Column -> rows in which it holds something that is not used."""
     implied: int = 0
@@ -23,12 +25,25 @@ class RowNotes:
     implied_example: str = ""
     """The prompt of the first of them."""
 
+    def drop(self, reason: str, detail: str) -> None:
+        """Counts a dropped row; `detail` says where it is and what is wrong with it."""
+        self.drops[reason] += 1
+        self.first.setdefault(reason, detail)
+
     def lines(self, name: str) -> list[str]:
         """What is not used of a source with this name."""
-        if not self.ignored:
-            return []
-        listed = ", ".join(f"{column} ({rows} rows)" for column, rows in sorted(self.ignored.items()))
-        return [f"{name}: columns that are not used: {listed}"]
+        found = self.drop_lines(name)
+        if self.ignored:
+            listed = ", ".join(f"{column} ({rows} rows)" for column, rows in sorted(self.ignored.items()))
+            found.append(f"{name}: columns that are not used: {listed}")
+        return found
+
+    def drop_lines(self, name: str) -> list[str]:
+        """One line per reason of what was dropped from a source with this name, with the first such row."""
+        return [
+            f"{name}: dropped {self.drops[reason]} as {reason}, first {detail}"
+            for reason, detail in self.first.items()
+        ]
 
     def warnings(self, name: str) -> list[str]:
         """What a person should check or mend in a source with this name."""

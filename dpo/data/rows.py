@@ -7,6 +7,7 @@ column that is not read is counted by name.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,13 +61,13 @@ def convert_rows(
     for place, row in rows:
         notes.rows += 1
         try:
-            group = convert(row)
+            group = replace(convert(row), place=place)
         except RowError as fault:
             if strict:
                 raise UserError(
                     f"{place}: {fault} ({fault.reason}); correct the row, or turn strict off to drop it"
                 ) from fault
-            notes.drops[fault.reason] += 1
+            notes.drop(fault.reason, f"{place}: {fault}")
         else:
             yield group
 

@@ -214,12 +214,14 @@ def _tokenize(
     cut: Counter[str],
 ) -> TokenizedDataset:
     """The groups in token ids, as training would have them; counts what is cut or dropped in `cut`."""
+    notes = RowNotes()
     groups = chain.from_iterable(
-        tokenize_source(mine, source, data, max_length, tokenizer, cut)
+        tokenize_source(mine, source, data, max_length, tokenizer, cut, notes)
         for (source, _), mine in zip(sources, by_source, strict=True)
     )
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(groups, Path(folder) / "sample", Counter())
+        cut.update({f"dropped/{reason}": number for reason, number in notes.drops.items()})
         return map_dataset(Path(folder) / "sample", "sample")  # mapped files outlive their names
 
 

@@ -287,6 +287,39 @@ def test_unused_columns_are_named_once_per_source_in_every_run(
         ]
 
 
+WRONG = {"question": "q", "good": "a", "bad": "b"}
+
+
+def test_wrong_columns_are_named_with_what_the_row_has_and_how_to_map_them(
+    open_with: Open, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = write_jsonl([WRONG] * 3, "bad.jsonl")
+    for refused in (lambda: open_with(bad), lambda: check_sources(DataConfig(train=bad))):
+        with pytest.raises(UserError) as error:
+            refused()
+        (line,) = [line for line in str(error.value).splitlines() if "missing_field, first" in line]
+        assert f"{bad}:1: no field 'chosen'" in line
+        assert "['bad', 'good', 'question']" in line
+        assert "--columns chosen=" in line
+    assert capsys.readouterr().out == ""
+
+
+def test_the_first_row_of_each_reason_is_shown_in_every_run(
+    open_with: Open, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    long = {"prompt": "the cat" * 9, "chosen": " b", "rejected": " c"}
+    path = write_jsonl([good, WRONG, {**good, "rejected": " b"}, WRONG, long, long])
+    for _ in range(2):
+        data, _ = open_with(path, max_length=16, too_long="drop")
+        assert data.counts["dropped/too_long"] == 2
+        missing, identical, too_long = capsys.readouterr().out.splitlines()
+        assert missing.startswith(f"{path}: dropped 2 as missing_field, first {path}:2: ")
+        assert identical.startswith(f"{path}: dropped 1 as identical_completions, first {path}:3: ")
+        assert too_long.startswith(f"{path}: dropped 2 as too_long, first {path}:5: ")
+        assert "the cat'" in too_long
+
+
 def test_rows_without_a_prompt_never_train_on_an_empty_one(
     open_with: Open, write_jsonl: Callable[..., str]
 ) -> None:

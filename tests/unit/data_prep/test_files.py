@@ -97,9 +97,12 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, error: type[BaseExcep
 
 
 def test_nothing_left_is_an_error_that_counts_the_reasons(tmp_path: Path) -> None:
-    message = r"nothing left after filtering.*empty_completion 4"
-    with pytest.raises(UserError, match=message), _writer(tmp_path / "out") as writer:
-        writer.drops["empty_completion"] += 4
+    writer = _writer(tmp_path / "out")
+    writer.drops["empty_completion"] += 4
+    writer.notes.drop("not_text", "f:1: x")
+    message = r"nothing left after filtering.*empty_completion 4.*\n.*first f:1: x"
+    with pytest.raises(UserError, match=message), writer:
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
