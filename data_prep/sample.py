@@ -148,7 +148,7 @@ def _prepare(
     from dpo.model.files import max_positions
 
     if is_preference_folder(args.input):
-        prompts = ready_prompts(args, writer.drops)
+        prompts = ready_prompts(args, writer.notes)
     else:
         num_train = args.num_prompts or NUM_PROMPTS
         num_test = args.num_test_prompts
@@ -190,7 +190,7 @@ def _continue(
 ) -> list[list[str]]:
     """`num_samples` continuations of each prompt as text, on every rank."""
     from dpo import distributed
-    from dpo.evaluate.sampling import sample
+    from dpo.evaluate.sampling import sample, stop_ids_of
     from dpo.model.load import load_model
 
     policy = load_model(model)
@@ -203,7 +203,7 @@ def _continue(
         temperature=args.temperature,
         seed=args.seed,
         batch_size=args.batch_size,
-        eos_token_id=tokenizer.eos_token_id,
+        stop_ids=stop_ids_of(policy, tokenizer),
         progress="sample",
     )
     return [

@@ -20,7 +20,7 @@ from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.errors import UserError
 from dpo.evaluate.best_of import Limit, ReferenceSamples, best_of_summary, score_limit, values_of_n
 from dpo.evaluate.samples import PromptAndCompletion, held_out_prompts, log_probs, texts_of
-from dpo.evaluate.sampling import Continuation, sample
+from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
 from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
 from dpo.files import write_file
 from dpo.model.files import max_positions
@@ -79,7 +79,7 @@ def best_of_reference(
             temperature=1.0,
             seed=options.seed + SEED_OFFSET,
             batch_size=options.batch_size,
-            eos_token_id=int(tokenizer.eos_token_id),
+            stop_ids=stop_ids_of(bare_scorer(model).model, tokenizer),
             progress="reference samples",
             sharded=sharded,
         )
@@ -88,8 +88,7 @@ def best_of_reference(
         picks = {n: samples.best_of(n).tolist() for n in values_of_n(options.reference_samples)}
         picked = sorted({(row, pick) for of_n in picks.values() for row, pick in enumerate(of_n)})
         sequences: list[PromptAndCompletion] = [
-            (prompts[row], continuations[row][pick].sampled_ids(int(tokenizer.eos_token_id)))
-            for row, pick in picked
+            (prompts[row], continuations[row][pick].sampled_ids()) for row, pick in picked
         ]
         logps = dict(zip(picked, log_probs(model, sequences, layout, budget).tolist(), strict=True))
     if distributed.is_main():
@@ -105,10 +104,9 @@ def _scored(
     continuations: Sequence[Sequence[Continuation]], scorer: Scorer, tokenizer: PreTrainedTokenizerBase
 ) -> ReferenceSamples:
     """The samples as text, scored over the ranks."""
-    eos = int(tokenizer.eos_token_id)
     texts = [texts_of([one.ids for one in several], tokenizer) for several in continuations]
     scores = score_over_ranks(scorer, [text for several in texts for text in several])
-    tokens = [[len(one.sampled_ids(eos)) for one in several] for several in continuations]
+    tokens = [[len(one.sampled_ids()) for one in several] for several in continuations]
     return ReferenceSamples(
         texts=texts, scores=np.asarray(scores).reshape(len(texts), -1), tokens=np.asarray(tokens, np.int64)
     )

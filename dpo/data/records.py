@@ -5,7 +5,7 @@ They are immutable and have no behaviour; every stage reads what the one before 
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypedDict
 
 import numpy as np
@@ -42,6 +42,8 @@ class PreferenceGroup:
     """One score per completion, higher is better; None where the data has none."""
     id: str | None = None
     """The data's own name for the group, if it has one."""
+    place: str = field(default="", compare=False)
+    """File and line, or row, that it was read from, for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

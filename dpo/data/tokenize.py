@@ -16,9 +16,17 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.notes import RowNotes
 from dpo.data.records import Message, Pair, PreferenceGroup, TokenIds, TokenizedGroup
 from dpo.errors import UserError
 
+DROPS = {
+    "template_refuses_dialogue": "the chat template refuses these turns",
+    "template_rewrites_history": "the chat template writes the prompt in another way before a completion",
+    "too_long": "longer than data.max_length, and data.too_long is drop",
+    "nothing_left_after_tokenization": "no pair has two different completions in token ids",
+}
+"""Reason to drop a group -> what is wrong with it."""
 GROUPS_PER_CALL = 512  # the fast tokenizers work in parallel inside one call
 
 
@@ -41,6 +49,7 @@ def tokenize_groups(
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     counts: Counter[str],
+    notes: RowNotes,
 ) -> Iterator[TokenizedGroup]:
     """Tokenizes a stream of groups, in order.
 
@@ -48,8 +57,9 @@ def tokenize_groups(
         groups: Text groups; prompts as text or as chat turns.
         tokenizer: The policy's tokenizer; needs a chat template for chat turns.
         options: Lengths and EOS.
-        counts: Receives the number of dropped groups and pairs by reason (`dropped/...`), and of truncated
-            prompts and completions (`truncated/...`).
+        counts: Receives the number of dropped pairs by reason (`dropped/...`), and of truncated prompts and
+            completions (`truncated/...`).
+        notes: Receives dropped groups by reason, with the first of each.
 
     Raises:
         UserError: Chat turns and a tokenizer without a chat template.
@@ -60,9 +70,16 @@ def tokenize_groups(
             chunk, _encode(chunk, tokenizer, options.append_eos), strict=True
         ):
             if isinstance(completions, str):
-                counts[f"dropped/{completions}"] += 1
-            elif (fitted := _fit(prompt, completions, group, tokenizer, options, counts)) is not None:
+                _drop(group, completions, notes)
+            elif isinstance(fitted := _fit(prompt, completions, group, tokenizer, options, counts), str):
+                _drop(group, fitted, notes)
+            else:
                 yield fitted
+
+
+def _drop(group: PreferenceGroup, reason: str, notes: RowNotes) -> None:
+    prompt = group.prompt if isinstance(group.prompt, str) else group.prompt[-1]["content"]
+    notes.drop(reason, f"{group.place or 'a row'}: {DROPS[reason]}; its prompt ends with {prompt[-40:]!r}")
 
 
 def encode_prompt(
@@ -195,15 +212,18 @@ def _fit(
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     counts: Counter[str],
-) -> TokenizedGroup | None:
-    """Truncates or drops what is too long; drops pairs that became identical. None if nothing is left."""
+) -> TokenizedGroup | str:
+    """Truncates or drops what is too long; drops pairs that became identical.
+
+    Returns:
+        The group, or the reason to drop it.
+    """
     longest = max(map(len, completions))
     limit = options.max_prompt_length or max(options.max_length - longest, options.max_length // 2)
     room = options.max_length - min(len(prompt), limit)
     if len(prompt) > limit or longest > room:
         if options.drop_too_long:
-            counts["dropped/too_long"] += 1
-            return None
+            return "too_long"
         if len(prompt) > limit:
             counts["truncated/prompts"] += 1
             bos = bos_prefix(tokenizer) if prompt[:1] == bos_prefix(tokenizer) and limit > 1 else []
@@ -213,8 +233,7 @@ def _fit(
     kept = tuple(pair for pair in source.pairs if completions[pair.chosen] != completions[pair.rejected])
     counts["dropped/pairs_identical_in_tokens"] += len(source.pairs) - len(kept)
     if any(not ids for ids in completions) or not kept:
-        counts["dropped/nothing_left_after_tokenization"] += 1
-        return None
+        return "nothing_left_after_tokenization"
     group = _without_unused(np.asarray(prompt, dtype=np.int32), completions, kept, source.scores)
     counts["dropped/pairs_repeated"] += len(kept) - len(group.pairs)
     return group

@@ -1,13 +1,14 @@
 """One row in each format, and one with each fault."""
 
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
 
+from dpo.data.fields import RowError
+from dpo.data.notes import RowNotes
 from dpo.data.records import Message, Pair
-from dpo.data.rows import RowError, convert_rows, group_from_row
+from dpo.data.rows import convert_rows, group_from_row
 from dpo.errors import UserError
 
 USER = {"role": "user", "content": "Hi"}
@@ -37,7 +38,6 @@ def test_the_prompt_of_two_dialogues_ends_at_the_last_assistant_marker_they_shar
         ("The cat is good", "The cat is gone", "The cat is", (" good", " gone")),
         ("Question?\nYes", "Question?\nNo", "Question?\n", ("Yes", "No")),
         ("a b", "a b c", "a", (" b", " b c")),
-        ("good", "gone", "", ("good", "gone")),
     ],
 )
 def test_other_texts_are_split_between_words(
@@ -82,6 +82,48 @@ def test_given_pairs_have_priority_over_scores() -> None:
     assert group_from_row(row).pairs == (Pair(0, 1),)
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("columns", "turns"),
+    [
+        ({"question": "Hi"}, [USER]),
+        ({"system": "Be brief.", "question": "Hi"}, [SYSTEM, USER]),
+        ({"system": "", "question": "Hi"}, [USER]),
+        ({"system": None, "input": "Hi"}, [USER]),
+        ({"system": "Be brief.", "prompt": "Hi"}, [SYSTEM, USER]),
+        ({"system": "Be brief.", "prompt": [USER]}, [SYSTEM, USER]),
+        ({"system": "Be brief.", "prompt": [SYSTEM, USER]}, [SYSTEM, USER]),
+        ({"instruction": "Hi"}, [USER]),
+        ({"instruction": "Hi", "input": ""}, [USER]),
+        ({"instruction": "Add.", "input": "1 + 1"}, [{"role": "user", "content": "Add.\n1 + 1"}]),
+    ],
+)
+def test_columns_of_orca_and_alpaca_become_turns(
+    columns: dict[str, Any], turns: list[dict[str, str]]
+) -> None:
+    for answers in (("yes", "no"), ([YES], [NO])):
+        group = group_from_row({**columns, "chosen": answers[0], "rejected": answers[1]})
+        assert group.prompt == tuple(turns)
+        assert group.completions == ("yes", "no")
+    row = {**columns, "completions": ["yes", "no"], "pairs": [[0, 1]]}
+    assert group_from_row(row).prompt == tuple(turns)
+
+
+def test_an_empty_system_column_leaves_a_text_prompt_as_it_was() -> None:
+    row = {"system": "", "prompt": "p", "chosen": "a", "rejected": "b"}
+    assert group_from_row(row).prompt == "p"
+
+
+def test_columns_that_hold_something_and_are_not_read_are_counted() -> None:
+    notes = RowNotes()
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "id": 1, "messages": [USER], "n": 0, "note": "x"}
+    group_from_row({**row, "empty": [], "null": None, "blank": ""}, notes=notes)
+    group_from_row({**row, "messages": None, "n": None, "question": "q"}, notes=notes)
+    assert notes.ignored == {"messages": 1, "n": 1, "note": 2, "question": 1}
+
+
 def test_columns_rename_the_fields() -> None:
     row = {"question": "q", "good": "a", "rejected": "b"}
     group = group_from_row(row, columns={"prompt": "question", "chosen": "good"})
@@ -101,6 +143,17 @@ def _group(**fields: Any) -> dict[str, Any]:
         ({"completions": ["a", "b"], "pairs": [[0, 1]]}, "missing_field"),
         (_group(), "missing_field"),
         ({"chosen": [YES], "rejected": [NO]}, "missing_field"),
+        ({"chosen": "good", "rejected": "gone"}, "missing_field"),
+        ({"query": "q", "chosen": "good", "rejected": "bad"}, "missing_field"),
+        ({"system": "s", "chosen": "a b", "rejected": "a c"}, "missing_field"),
+        ({"system": 3, "prompt": "p", "chosen": "a", "rejected": "b"}, "not_text"),
+        ({"instruction": ["Hi"], "chosen": "a", "rejected": "b"}, "not_text"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "images": [{"bytes": b""}]}, "unusable_field"),
+        ({"instruction": "p", "history": [["q", "a"]], "chosen": "a", "rejected": "b"}, "unusable_field"),
+        (
+            {"system": "s", "prompt": [{**USER, "role": "system"}], "chosen": "a", "rejected": "b"},
+            "prompts_differ",
+        ),
         ({"prompt": "p", "chosen": "a", "rejected": 3}, "not_text"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "not_text"),
         ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, "not_text"),
@@ -133,6 +186,12 @@ def test_a_faulty_row_is_refused_for_its_reason(row: Any, reason: str) -> None:
     assert error.value.reason == reason
 
 
+def test_a_mapped_column_that_a_row_lacks_is_not_replaced_by_an_implied_prompt() -> None:
+    with pytest.raises(RowError, match="'quesiton'") as error:
+        group_from_row({"question": "q", "chosen": "a b", "rejected": "a c"}, columns={"prompt": "quesiton"})
+    assert error.value.reason == "missing_field"
+
+
 ROWS = [
     ("f:1", {"prompt": "p", "chosen": "a", "rejected": "b"}),
     ("f:2", {"prompt": "p", "chosen": "a", "rejected": ""}),
@@ -142,14 +201,14 @@ ROWS = [
 
 
 def test_faulty_rows_are_dropped_and_counted() -> None:
-    drops: Counter[str] = Counter()
-    groups = convert_rows(ROWS, group_from_row, strict=False, drops=drops)
+    notes = RowNotes()
+    groups = convert_rows(ROWS, group_from_row, strict=False, notes=notes)
     assert [group.prompt for group in groups] == ["p", "q"]
-    assert drops == {"empty_completion": 2}
+    assert notes.drops == {"empty_completion": 2}
 
 
 def test_strict_makes_the_first_faulty_row_an_error_with_its_place() -> None:
-    groups = convert_rows(ROWS, group_from_row, strict=True, drops=Counter())
+    groups = convert_rows(ROWS, group_from_row, strict=True, notes=RowNotes())
     assert next(groups).prompt == "p"
     with pytest.raises(UserError, match=r"f:2: .*empty_completion"):
         next(groups)

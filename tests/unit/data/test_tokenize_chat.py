@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from dpo.data.notes import RowNotes
 from dpo.data.records import Message, Pair, PreferenceGroup, TokenizedGroup
 from dpo.data.tokenize import TokenizeOptions, encode_prompt, tokenize_groups, tokenizer_digest
 from dpo.errors import UserError
@@ -36,7 +37,9 @@ def run(
     tokenizer: PreTrainedTokenizerFast, *groups: PreferenceGroup
 ) -> tuple[list[TokenizedGroup], dict[str, int]]:
     counts: Counter[str] = Counter()
-    found = list(tokenize_groups(groups, tokenizer, OPTIONS, counts))
+    notes = RowNotes()
+    found = list(tokenize_groups(groups, tokenizer, OPTIONS, counts, notes))
+    counts.update({f"dropped/{reason}": number for reason, number in notes.drops.items()})
     return found, {name: number for name, number in counts.items() if number}
 
 
