@@ -102,6 +102,12 @@ class Engine:
         return scorer.layout
 
     @property
+    def windows(self) -> list[int | None]:
+        """How far back the policy's layers look; see `TreeBatch.to`."""
+        scorer: SequenceScorer = self._accelerator.unwrap_model(self._scorer)
+        return scorer.windows
+
+    @property
     def device(self) -> torch.device:
         """The device of batches."""
         return torch.device(self._accelerator.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo.data.trees import Layout, TreeBatch
-from dpo.model.attention import TREE_ATTENTION, TreeAttention, dense_masks
+from dpo.model.attention import TREE_ATTENTION, TreeAttention, dense_masks, windows_of
 from dpo.model.projection import TokenLogProbs
 
 
@@ -46,6 +46,8 @@ class SequenceScorer(nn.Module):
                     self.layouts.insert(0, "flex")
         self.layout = self.layouts[0]
         """The layout for batches of this model; `dpo.model.probe` may change it."""
+        self.windows = windows_of(model.config)
+        """How far back its layers look; for `TreeBatch.to`."""
         self.projection = TokenLogProbs(model.get_output_embeddings(), model.config)
         self.uses_projection = True
         """Whether our output projection replaces the model's own; `dpo.model.probe` may change it."""

@@ -2,7 +2,7 @@
 batch is built while this step computes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,7 @@ def micro_batches(
     *,
     first_step: int,
     layout: Layout,
+    windows: Sequence[int | None] = (),
     device: torch.device,
     budget: int,
     rank: int,
@@ -56,6 +57,7 @@ def micro_batches(
         plan: The optimizer steps; used by nobody else meanwhile.
         first_step: From 1.
         layout: How the policy takes its batches.
+        windows: How far back the policy's layers look; see `TreeBatch.to`.
         device: Where batches belong.
         budget: Most tokens of a micro-batch, padding included.
         rank: This rank.
@@ -73,7 +75,7 @@ def micro_batches(
                 index=index,
                 of=len(shares[rank]),
                 groups=groups,
-                batch=objective.batch(groups, layout).to(device),
+                batch=objective.batch(groups, layout).to(device, windows),
                 count=count,
                 imbalance=imbalance,
             )
