@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, Tree, TreeBatch
-from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer
+from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, without_waiting
 from dpo.engine.optimizer import OPTIMIZERS, make_optimizer
 from dpo.engine.scoring import make_scorer, register_head, settle_layout
 from dpo.engine.sharded_state import load_sharded, save_sharded
@@ -82,6 +82,7 @@ class Engine:
         if self._zero:
             plugin = accelerator.deepspeed_plugin
             fit_buckets(plugin.deepspeed_config, model)
+            without_waiting(plugin.deepspeed_config)
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # tokens size our micro-batches
             plugin.deepspeed_config["gradient_clipping"] = options.max_grad_norm
             plugin.deepspeed_config["checkpoint"] = {"load_universal": universal}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo.data.trees import Layout, TreeBatch
 from dpo.model.attention import TREE_ATTENTION, TreeAttention, dense_masks, windows_of
-from dpo.model.projection import TokenLogProbs
+from dpo.model.projection import TokenLogProbs, product_dtype
 
 
 class SequenceScorer(nn.Module):
@@ -84,8 +84,7 @@ class SequenceScorer(nn.Module):
 
     def compute_dtype(self) -> torch.dtype:
         """The dtype of matrix products, under autocast too."""
-        kind = self.model.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
+        return product_dtype(self.model.device, self.model.dtype)
 
 
 def sequence_sums(token_logps: Tensor, batch: TreeBatch) -> Tensor:
