@@ -1,4 +1,4 @@
-"""Two steps of training with each loss, on real ranks in one process group: what test_losses.py compares."""
+"""Trains two steps with each loss on real ranks in one process group; test_losses.py compares the results."""
 
 import json
 import os
@@ -42,7 +42,7 @@ SWEEP: dict[str, dict[str, Any]] = {
 
 
 def experiment(folder: Path, model: Path) -> Config:
-    """Groups of two to four scored completions, so that rankings, ties and weights are there."""
+    """Groups of two to four scored completions, which cover rankings, ties and weights."""
     return Config(
         run_dir=str(folder / "run"),
         model=ModelConfig(name_or_path=str(model), dtype="float32"),
@@ -70,7 +70,7 @@ def write_scored(folder: Path) -> None:
 
 
 def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) -> None:
-    """One rank: fills the cache, then trains with every loss and budget; rank 0 writes what was measured."""
+    """One rank's work: fills the cache, trains with every loss and budget; rank 0 writes the metrics."""
     os.environ.update(environment)
     distributed.start()
     base = experiment(folder, model)
@@ -117,9 +117,10 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
                     data.pairs_per_group, seed=0, num_epochs=1, pairs_per_step=24, max_steps=STEPS
                 ),
                 tokenizer=tokenizer,
+                description="data",
                 guard=Guard(RunFolder(run_dir), "train", 600),
             )
-            with session.guard, session.opened(""), closing(loop.batches_of(session)) as batches:
+            with session.guard, session.opened(), closing(loop.batches_of(session)) as batches:
                 found[f"{name}, {budget}"] = [
                     loop.train_step(session, batches, 1e-3)[0] for _ in range(STEPS)
                 ]

@@ -92,6 +92,8 @@ class Session:
     objective: Objective
     plan: BatchPlan
     tokenizer: PreTrainedTokenizerBase
+    description: str
+    """The training data, for people."""
     guard: Guard
     evaluate: Callable[["Session"], Evaluation] | None = None
     """Of the current policy on held-out data, with `score_only`; None without held-out data."""
@@ -113,12 +115,8 @@ class Session:
     """Operations per second that one device can do at most, or None where that is not known."""
 
     @contextmanager
-    def opened(self, description: str) -> Iterator[None]:
-        """Loads the checkpoint and opens the records; within the block the loop may run.
-
-        Args:
-            description: The training data, for people.
-        """
+    def opened(self) -> Iterator[None]:
+        """Loads the checkpoint and opens the records; within the block the loop may run."""
         torch.manual_seed(self.options.seed)  # for models that draw; ours have no dropout
         self.progress = self._load()
         self.objective.restore(self.progress.loss_sums)
@@ -136,7 +134,7 @@ class Session:
             trackers=trackers,
         )
         with self.monitor:
-            terminal.note(f"{self.engine.description}; {self._parameters()}; {description}")
+            terminal.note(f"{self.engine.description}; {self._parameters()}; {self.description}")
             if self.checkpoint:
                 terminal.note(f"resuming after step {self.progress.step}, from {self.checkpoint}")
             self.monitor.text("config", f"```yaml\n{settings_text(dict(self.settings.values))}```")

@@ -1,5 +1,6 @@
-"""The scripts of launch/: what they would start, and what they say of a wrong variable. Only shells are
-started here; tests/distributed and tests/faults start the real thing.
+"""The scripts of launch/: the commands they would start, and their errors for invalid variables.
+
+These tests start only shells; tests/distributed and tests/faults start real ranks.
 """
 
 import json
@@ -18,7 +19,7 @@ SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.read_text(
 PYTHON_THAT_CHECKS = """#!/usr/bin/env bash
 case "$*" in *"-m dpo check"*) echo runs/x ;; esac
 """
-"""Instead of an interpreter: `dpo check` finds everything in order."""
+"""Replaces the interpreter: `dpo check` succeeds, and everything else does nothing."""
 
 
 def shell(*command: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +47,7 @@ def test_shellcheck_finds_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)
-def test_a_launch_configuration_owns_no_number_of_the_experiment(path: Path) -> None:
+def test_a_launch_configuration_sets_no_number_of_the_experiment(path: Path) -> None:
     engine = yaml.safe_load(path.read_text())["deepspeed_config"]
     settings = json.loads((ROOT / engine["deepspeed_config_file"]).read_text())
     assert engine["zero3_init_flag"] == (settings["zero_optimization"]["stage"] == 3)
@@ -59,17 +60,17 @@ def test_a_launch_configuration_owns_no_number_of_the_experiment(path: Path) -> 
 @pytest.mark.parametrize(
     ("variables", "problem"),
     [
-        ({"NNODES": "2"}, "MASTER_ADDR is missing; expected the address of machine 0, since NNODES is 2"),
-        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK is missing; expected this machine's number, from 0"),
+        ({"NNODES": "2"}, "MASTER_ADDR is missing"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK is missing"),
         (
             {"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2", "NPROC": "1"},
-            "NODE_RANK: 2; expected a number below",
+            "NODE_RANK: 2;",
         ),
-        ({"NNODES": "two"}, "NNODES: two; expected a number"),
-        ({"NPROC": "-1"}, "NPROC: -1; expected a number"),
+        ({"NNODES": "two"}, "NNODES: two;"),
+        ({"NPROC": "-1"}, "NPROC: -1;"),
     ],
 )
-def test_a_wrong_variable_is_named(variables: dict[str, str], problem: str) -> None:
+def test_an_invalid_variable_is_named(variables: dict[str, str], problem: str) -> None:
     ended = shell("launch/run", "train", "--config", "x.yaml", **variables)
     assert ended.returncode == 2
     assert problem in ended.stderr
@@ -89,7 +90,7 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(checks: str) -> None:
     )
 
 
-def test_a_machine_of_several_counts_the_processes_of_all(checks: str) -> None:
+def test_num_processes_counts_all_machines(checks: str) -> None:
     place = {"NNODES": "4", "NODE_RANK": "3", "MASTER_ADDR": "10.0.0.1", "NPROC": "8"}
     ended = shell("launch/run", "train", "--config", "x.yaml", DRY_RUN="1", PYTHON=checks, **place)
     assert ended.returncode == 0, ended.stderr
@@ -107,7 +108,7 @@ esac
 """
 
 
-def test_a_machine_0_that_does_not_answer_is_named(tmp_path: Path) -> None:
+def test_an_unreachable_machine_0_is_named(tmp_path: Path) -> None:
     python = script(tmp_path / "python", PYTHON_THAT_WAITS.replace("PYTHON", sys.executable))
     place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "NPROC": "1", "MASTER_WAIT": "1"}
     with socket.create_server(("127.0.0.1", 0)) as machine:
@@ -127,16 +128,16 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path, checks: str) -> No
     words = ("launch/run", "train", "--config", "x.yaml")
     ended = shell(*words, PATH=path, NPROC="8", PYTHON=checks)
     assert ended.returncode == 2
-    assert "NPROC: 8; this machine has 2 GPU(s)" in ended.stderr
+    assert "NPROC: 8;" in ended.stderr
     assert shell(*words, PATH=path, NPROC="2", DRY_RUN="1", PYTHON=checks).returncode == 0
     on_cpus = {"ACCELERATE_CONFIG": "launch/cpu.yaml", "NPROC": "8"}
     assert shell(*words, PATH=path, DRY_RUN="1", PYTHON=checks, **on_cpus).returncode == 0
 
 
-HOSTFILE = "# ours\n10.0.0.1 slots=8\n\n10.0.0.2 slots=8\n"
+HOSTFILE = "# a comment\n10.0.0.1 slots=8\n\n10.0.0.2 slots=8\n"
 
 
-def test_a_hostfile_becomes_a_command_a_machine(tmp_path: Path) -> None:
+def test_a_hostfile_becomes_one_command_per_machine(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(HOSTFILE)
     ended = shell("launch/nodes", str(tmp_path / "hosts"), "train", "--config", "a b.yaml", DRY_RUN="1")
     assert ended.returncode == 0, ended.stderr
@@ -154,7 +155,7 @@ def test_a_hostfile_becomes_a_command_a_machine(tmp_path: Path) -> None:
         ("10.0.0.1 slots=8\n10.0.0.2 slots=4\n", "slots differ (8 4)"),
     ],
 )
-def test_a_wrong_hostfile_is_refused(tmp_path: Path, hosts: str, problem: str) -> None:
+def test_an_invalid_hostfile_is_refused(tmp_path: Path, hosts: str, problem: str) -> None:
     (tmp_path / "hosts").write_text(hosts)
     ended = shell("launch/nodes", str(tmp_path / "hosts"), "train", "--config", "x.yaml")
     assert ended.returncode == 2
@@ -163,7 +164,7 @@ def test_a_wrong_hostfile_is_refused(tmp_path: Path, hosts: str, problem: str) -
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """A SLURM of two machines: srun starts a task on each, one after the other, and scontrol writes down."""
+    """A fake SLURM with two machines: srun runs a task on each in sequence, and scontrol logs its calls."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "launch").mkdir()
     script(
@@ -179,9 +180,7 @@ def cluster(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, False), (3, True), (1, False)])
-def test_a_slurm_job_precomputes_trains_and_goes_back_into_the_queue(
-    cluster: Path, status: int, requeued: bool
-) -> None:
+def test_a_slurm_job_precomputes_trains_and_is_requeued(cluster: Path, status: int, requeued: bool) -> None:
     script(
         cluster / "launch" / "run",
         "#!/usr/bin/env bash\n"
@@ -210,7 +209,7 @@ def test_a_slurm_job_precomputes_trains_and_goes_back_into_the_queue(
     assert not requeued or (cluster / "scontrol.log").read_text() == "requeue 41\n"
 
 
-def test_a_stage_that_fails_is_not_followed_by_the_next(cluster: Path) -> None:
+def test_a_failed_stage_ends_the_job(cluster: Path) -> None:
     script(cluster / "launch" / "run", '#!/usr/bin/env bash\necho "$1" >>run.log\nexit 2\n')
     path = f"{cluster / 'bin'}:{os.environ['PATH']}"
     ended = shell(

@@ -29,6 +29,8 @@ from dpo.engine.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import averaged_over_groups
+from dpo.loss.pairs import LossValues, Pairs
+from dpo.loss.preference_loss import FUNCTIONS
 from dpo.model.load import load_model
 from dpo.reference.identity import reference_identity
 from dpo.reference.precompute import precompute
@@ -169,12 +171,13 @@ def run(
             objective=objective,
             plan=plan,
             tokenizer=tokenizer,
+            description="data",
             guard=Guard(folder, "train", 60),
             evaluate=evaluate if evaluation else None,
             checkpoint=start.checkpoint if isinstance(start, Resume) else None,
         )
         session.exported = result.exported
-        with session.guard, session.opened("pairs"):
+        with session.guard, session.opened():
             result.evaluated = train(session)
         result.weights = session.engine.weights()
         return result
@@ -466,6 +469,38 @@ def test_rows_and_trees_train_alike_and_trees_compute_less(experiment: Config, r
         assert (step["perf/padding_fraction"], in_rows["perf/shared_prefix_fraction"]) == (0, 0)
         assert step["perf/shared_prefix_fraction"] > 0.1
         assert step["perf/rank_imbalance"] == 0
+
+
+def relative_to_the_last_step(pairs: Pairs, loss: LossConfig) -> LossValues:
+    """A loss of the whole step: DPO on margins relative to the mean margin of the step before."""
+    last = pairs.last_step
+    mean = last["margins"] / last["pairs"] if last else 0.0
+    losses = -torch.nn.functional.logsigmoid(loss.beta * (pairs.margins - mean))
+    return LossValues(
+        losses=losses, sums={"margins": pairs.margins.sum(), "pairs": torch.ones_like(losses).sum()}
+    )
+
+
+def test_a_loss_may_look_at_the_whole_step_before_and_is_resumed_with_it(
+    experiment: Config, run: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FUNCTIONS, "sigmoid", relative_to_the_last_step)
+    options = {"checkpoint_every": 2, "evaluate_every": 1}
+    whole = run(changed(experiment, "whole", **options), evaluation=float)
+    small = run(changed(experiment, "small", max_tokens_per_micro_batch=40, **options), evaluation=float)
+    assert small.curve("train/loss") == pytest.approx(whole.curve("train/loss"), rel=1e-5)
+    assert not any("loss_sum" in name for line in whole.lines() for name in line)  # no metric of its own
+    config = changed(experiment, "killed", **options)
+    with pytest.raises(KilledError):
+        run(config, evaluation=float, die_at=4)
+    resumed = run(config, evaluation=float)
+    assert resumed.lines() == whole.lines()
+    for name, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+    plain = run(
+        changed(replace(experiment, loss=LossConfig(type="hinge")), "plain", **options), evaluation=float
+    )
+    assert plain.curve("train/loss") != whole.curve("train/loss")
 
 
 @pytest.mark.parametrize(
