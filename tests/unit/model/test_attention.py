@@ -122,6 +122,22 @@ def test_one_kernel_too_many_is_an_error_and_never_dense_scores(monkeypatch: pyt
         SequenceScorer(tiny("gpt2"), flex=True)(batch)  # no groups of heads: another kernel
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
+@pytest.mark.usefixtures("flex_backward")
+def test_more_head_sizes_than_dynamos_own_limit_have_kernels_of_their_own() -> None:
+    tree = attention.TreeAttention(batch=tree_batch([random_tree(np.random.default_rng(0), 2)], "flex"))
+    packed = attention.TreeAttention(batch=tree_batch([random_tree(np.random.default_rng(0), 2)], "packed"))
+    tokens = packed.batch.input_ids.shape[1]
+    layer = torch.nn.Module()
+    with torch.no_grad():
+        for size in range(8, 8 + torch._dynamo.config.recompile_limit + 2):
+            states = torch.randn(3, 1, 2, 128, size).unbind()
+            found = attention.tree_attention(layer, *states, None, tree=tree)[0][:, :tokens]
+            real = [part[:, :, :tokens] for part in states]
+            expected = attention.tree_attention(layer, *real, None, tree=packed)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_scores_with_sinks_are_left_to_other_layouts() -> None:
     states = torch.zeros(1, 2, 128, 8)
     batch = tree_batch([random_tree(np.random.default_rng(0), 2)], "flex")
