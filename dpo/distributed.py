@@ -49,6 +49,16 @@ def start() -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
 
 
+def leave() -> None:
+    """Leaves the process group at the end of a run that all ranks ended alike; safe without a group.
+
+    NCCL's communicators are closed on every rank before rank 0, which keeps the store, exits. Gloo has
+    nothing to close, and may abort the process here (pytorch/pytorch#190489).
+    """
+    if dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend():
+        dist.destroy_process_group()
+
+
 def trains_on_cpu_alone() -> bool:
     """Whether this is DDP on CPUs: no accelerator, no DeepSpeed.
 

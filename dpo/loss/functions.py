@@ -13,6 +13,8 @@ Where policy and reference are equal, h = h_w = h_l = 0. First come losses that 
 and reference, then the one over rankings, then those without a reference.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor
@@ -54,10 +56,9 @@ def exo_pair(pairs: Pairs, loss: LossConfig) -> Tensor:
     arXiv 2402.00856, Eq. 16; eps in (0, 0.5), such as 0.001. Mode-seeking instead of mode-covering.
     ln(1/2) - (ln(1 - eps) + ln eps) / 2 where policy = reference.
     """
-    logits = loss.beta * pairs.margins
-    smoothing = torch.tensor(loss.label_smoothing, dtype=logits.dtype, device=logits.device)
-    chosen_wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - torch.log1p(-smoothing))
-    return chosen_wins + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - torch.log(smoothing))
+    logits, smoothing = loss.beta * pairs.margins, loss.label_smoothing
+    chosen_wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-smoothing))
+    return chosen_wins + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(smoothing))
 
 
 def ipo(pairs: Pairs, loss: LossConfig) -> Tensor:
@@ -200,12 +201,10 @@ def plackett_luce(pairs: Pairs, loss: LossConfig) -> Tensor:
     """
     chosen = pairs.policy.chosen_sequences
     assert chosen is not None
-    _, ranked, counts = torch.unique(chosen, return_inverse=True, return_counts=True)  # R completions k
-    below = torch.arange(len(counts), device=ranked.device)[:, None] == ranked  # (R, B) j below k
+    below = chosen[:, None] == chosen  # (B, B): for the pair (k, j), all pairs (k, .)
     exponents = torch.where(below, -loss.beta * pairs.margins, -torch.inf)
     with_itself = torch.cat([exponents, torch.zeros_like(exponents[:, :1])], dim=1)
-    shares: Tensor = (torch.logsumexp(with_itself, dim=1) / counts)[ranked]
-    return shares
+    return torch.logsumexp(with_itself, dim=1) / below.sum(1)
 
 
 def simpo(pairs: Pairs, loss: LossConfig) -> Tensor:

@@ -113,14 +113,19 @@ def pair_logps(
     if ld_alpha is None:
         of_chosen, of_rejected = logps[chosen], logps[rejected]
     else:
-        ends = num_tokens.cumsum(0)
-        before = torch.cat([logps.new_zeros(1, dtype=torch.float64), logps.double().cumsum(0)])  # (N + 1,)
+        # One product per pair and token: sums from one cumulative sum would not be deterministic on GPUs.
+        ends, place, values = (
+            num_tokens.cumsum(0),
+            torch.arange(len(logps), device=logps.device),
+            logps.double(),
+        )
 
         def weighted(sequences: Tensor) -> Tensor:
-            end = ends[sequences]
-            start = end - num_tokens[sequences]
-            shared = start + torch.minimum(*tokens)
-            return before[shared] - before[start] + ld_alpha * (before[end] - before[shared])
+            end = ends[sequences, None]
+            start = end - num_tokens[sequences, None]
+            within = (place >= start) & (place < end)  # (B, N)
+            shared = place < start + torch.minimum(*tokens)[:, None]
+            return torch.where(within, torch.where(shared, values, ld_alpha * values), 0.0).sum(1)
 
         of_chosen, of_rejected = weighted(chosen), weighted(rejected)
     return PairLogProbs(

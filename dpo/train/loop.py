@@ -143,6 +143,7 @@ def batches_of(session: Session) -> Generator[MicroBatch, None, None]:
             session.plan,
             first_step=session.progress.step + 1,
             layout=session.engine.layout,
+            windows=session.engine.windows,
             device=session.engine.device,
             budget=token_budget(session.options.max_tokens_per_micro_batch),
             cached=uses_cached_gradient(session),

@@ -5,7 +5,7 @@ In a step with a cached gradient a micro-batch is a piece: a group that is large
 several, each with its prompt and some of its completions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,7 @@ def micro_batches(
     *,
     first_step: int,
     layout: Layout,
+    windows: Sequence[int | None] = (),
     device: torch.device,
     budget: int,
     cached: bool,
@@ -63,6 +64,7 @@ def micro_batches(
         plan: The optimizer steps; used by nothing else meanwhile.
         first_step: From 1.
         layout: The batch layout that the policy takes.
+        windows: How far back the policy's layers look; see `TreeBatch.to`.
         device: The batches' device.
         budget: Most tokens of a micro-batch, padding included.
         cached: Cut groups that are larger than the budget.
@@ -87,7 +89,7 @@ def micro_batches(
                 index=index,
                 of=len(pieces),
                 groups=groups,
-                batch=batch.to(device),
+                batch=batch.to(device, windows),
                 whole=whole,
                 count=objective.count(step.groups),
                 imbalance=_imbalance(sizes, shares),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from dpo import distributed
 from dpo.distributed import SharedCount, from_main, gather_objects, on_main, require_shared, sum_over_ranks
@@ -85,3 +86,19 @@ def test_a_token_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "is_file", lambda path: next(looks))
     require_shared(tmp_path, "data.cache_dir")
     assert next(looks, "all used") == "all used"
+
+
+@pytest.mark.parametrize(("backend", "destroyed"), [("nccl", 1), ("cpu:gloo,cuda:nccl", 1), ("gloo", 0)])
+def test_groups_of_gpus_are_destroyed_at_the_end(
+    backend: str, destroyed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    distributed.leave()
+    assert len(calls) == destroyed
+
+
+def test_leaving_without_a_group_does_nothing() -> None:
+    distributed.leave()

@@ -46,3 +46,19 @@ def test_the_layout_that_is_settled_is_set_on_the_scorer_inside_any_wrapper(conf
     assert probed.layout == "packed"
     assert scorer.layout == "packed"
     assert bare_scorer(Wrapper(scorer)) is scorer
+
+
+def test_in_bfloat16_layouts_are_checked_in_float32_or_a_note_says_why_not(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.arange(1, 6, dtype=np.int32)
+    scorer = make_scorer(load_model(replace(config, dtype="bfloat16")), replace(config, dtype="bfloat16"))
+    assert settle_layout(scorer, (ids, [ids[:2], ids[:4]]), torch.bfloat16).notes == ()
+
+    def broken(*rest: object) -> None:
+        raise KeyError("of the test")
+
+    monkeypatch.setattr("dpo.engine.scoring.first_blocks", broken)
+    probed = settle_layout(scorer, (ids, [ids[:2], ids[:4]]), torch.bfloat16)
+    assert probed.layout == "packed"
+    assert "KeyError" in probed.notes[0]
