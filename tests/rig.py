@@ -152,6 +152,7 @@ class Rig:
         command: str = "train",
         before: str = "",
         place: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> Started:
         """Starts a command.
 
@@ -163,6 +164,7 @@ class Rig:
             command: Which.
             before: Code that each rank runs first.
             place: Folder of the run folder.
+            variables: More of the ranks' environment.
         """
         place = place or self.folder
         logs = self.folder / f"{run}_logs_{time.monotonic_ns()}"
@@ -179,11 +181,11 @@ class Rig:
         with contextlib.suppress(OSError):  # of a disk that cannot be written to
             (place / run / "exit.json").unlink(missing_ok=True)
         code = PIDS + before
-        variables = {"PIDS": str(logs / "pids")}
+        variables = {"PIDS": str(logs / "pids"), **(variables or {})}
         if LAUNCHER and stage is not None:
             processes: Sequence[Any] = [self._launch(arguments, logs, world_size, stage, code, variables)]
         else:
-            variables |= deepspeed_variables(self.folder, stage)
+            variables = deepspeed_variables(self.folder, stage) | variables
             processes = start_ranks(world_size, arguments, logs / "logs", variables=variables, before=code)
         return Started(logs, place / run, processes)
 

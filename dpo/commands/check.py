@@ -1,5 +1,6 @@
 """`dpo check`: everything that can be known to be wrong before a model is in memory."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from dpo.commands.inputs import settings_of
 from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig
 from dpo.data.build import check_sources
 from dpo.data.text import check_text, is_text
+from dpo.engine.launcher import check_launcher
 from dpo.errors import UserError
 from dpo.model.files import check_model_path
 from dpo.model.lora import check_policy
@@ -23,6 +25,8 @@ def check(command: str, config: Config | SftConfig) -> None:
     Prints the run folder, for scripts that want RUN_DIR/exit.json afterwards.
     """
     folder = RunFolder(Path(config.run_dir))
+    launcher = os.environ.get("ACCELERATE_CONFIG")
+    check_launcher(os.environ, file=Path(launcher) if launcher else None)
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
     if command in ("train", "sft"):
