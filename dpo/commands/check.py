@@ -15,6 +15,7 @@ from dpo.errors import UserError
 from dpo.model.files import check_model_path
 from dpo.model.lora import check_policy
 from dpo.tracking.run_folder import RunFolder
+from dpo.tracking.run_lock import refuse_if_in_use
 from dpo.tracking.trackers import check_trackers
 from dpo.train.resume import Refuse, Settings, find_start
 
@@ -32,6 +33,7 @@ def check(command: str, config: Config | SftConfig) -> None:
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
         check_trackers(config.train.trackers)
+        refuse_if_in_use(folder, patient=False)
         check_start(folder, settings_of(config), config.train)
     if isinstance(config, SftConfig):
         if is_text(config.data.train):

@@ -12,21 +12,23 @@ from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.guards.signals import StopRequestedError, StopRequests, end_with_launcher
 from dpo.guards.watchdog import Watchdog
 from dpo.tracking.run_folder import RunFolder
+from dpo.tracking.run_lock import RunLock
 
 
 class Guard:
-    """Stop signals and the watchdog of one command."""
+    """Stop signals, the watchdog and the run folder's lock of one command."""
 
     def __init__(self, folder: RunFolder, command: str, stuck_after_seconds: float) -> None:
         """Watches nothing before it is entered; the process group must be up by now.
 
         Args:
-            folder: Where stacks and exit.json go.
+            folder: Where stacks and exit.json go, and what is locked.
             command: For exit.json.
             stuck_after_seconds: Longest time without progress.
         """
         self.stop = StopRequests()
         self._watchdog = Watchdog(folder, command, stuck_after_seconds)
+        self._lock = RunLock(folder)
         self._entered = ExitStack()
 
     def progress(self, doing: str) -> None:
@@ -49,8 +51,11 @@ class Guard:
 
     def __enter__(self) -> "Guard":
         end_with_launcher()
-        self._entered.enter_context(self.stop)
-        self._entered.enter_context(self._watchdog)
+        with ExitStack() as entered:
+            entered.enter_context(self.stop)
+            entered.enter_context(self._watchdog)
+            entered.enter_context(self._lock)
+            self._entered = entered.pop_all()
         return self
 
     def __exit__(

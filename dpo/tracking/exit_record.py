@@ -10,11 +10,13 @@ from dpo.tracking.history import last_step
 from dpo.tracking.run_folder import RunFolder
 
 
-def record_end(folder: RunFolder, command: str, status: int, message: str, started: float) -> None:
+def record_end(
+    folder: RunFolder, command: str, status: int, message: str, started: float, *, in_use: bool = False
+) -> None:
     """Writes exit.json (command, status, message, last step, start).
 
     Only into a folder that is a run of ours, or does not exist yet. If that fails, such as on a full disk,
-    the record goes to the file that EXIT_RECORD names: launch/run reads it there.
+    or the folder is in use, the record goes to the file that EXIT_RECORD names: launch/run reads it there.
 
     Args:
         folder: The run folder.
@@ -22,8 +24,9 @@ def record_end(folder: RunFolder, command: str, status: int, message: str, start
         status: The process's exit status.
         message: One reason, for people.
         started: When the command began, in seconds since 1970.
+        in_use: The folder belongs to another process, whose record it will hold.
     """
-    if not _may_write(folder):
+    if not folder.may_be_written:
         return
     step = 0
     if command in ("train", "sft"):
@@ -31,14 +34,10 @@ def record_end(folder: RunFolder, command: str, status: int, message: str, start
             step = last_step(folder)
     record = {"command": command, "status": status, "message": message, "step": step, "started": started}
     try:
+        if in_use:
+            raise OSError("it belongs to another process")
         folder.path.mkdir(parents=True, exist_ok=True)
         write_file(folder.exit_record, json.dumps(record, indent=2) + "\n")
     except OSError:  # has been reported already
         with contextlib.suppress(OSError, KeyError):
             Path(os.environ["EXIT_RECORD"]).write_text(json.dumps(record))
-
-
-def _may_write(folder: RunFolder) -> bool:
-    if not folder.path.exists():
-        return True
-    return folder.path.is_dir() and (folder.is_run or not any(folder.path.iterdir()))

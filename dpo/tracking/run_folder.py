@@ -103,9 +103,21 @@ class RunFolder:
         return self.path / "stacks"
 
     @property
+    def lock(self) -> Path:
+        """Who trains there; see `dpo.tracking.run_lock`."""
+        return self.path / "lock.json"
+
+    @property
     def is_run(self) -> bool:
         """Whether a command of ours made this folder."""
-        return self.config.is_file() or self.exit_record.is_file()
+        return any(path.is_file() for path in (self.config, self.exit_record, self.lock))
+
+    @property
+    def may_be_written(self) -> bool:
+        """Whether the folder is a run of ours, empty, or not there yet."""
+        if not self.path.exists():
+            return True
+        return self.path.is_dir() and (self.is_run or not any(self.path.iterdir()))
 
     def settings(self) -> dict[str, Any] | None:
         """The configuration that the run was started with, nested; None where none is recorded.

@@ -88,3 +88,12 @@ def test_on_a_full_disk_the_launchers_own_file_has_the_record(
     record_end(RunFolder(tmp_path / "run"), "train", 2, "disk full", 0.0)
     assert list((tmp_path / "run").iterdir()) == []
     assert json.loads((tmp_path / "record").read_text())["status"] == 2
+
+
+def test_the_record_of_a_process_that_was_refused_stays_out_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXIT_RECORD", str(tmp_path / "record.json"))
+    record_end(RunFolder(tmp_path / "run"), "train", 2, "in use", 0.0, in_use=True)
+    assert not (tmp_path / "run").exists()
+    assert json.loads((tmp_path / "record.json").read_text())["status"] == 2
