@@ -148,6 +148,8 @@ def set_ours(settings: dict[str, Any], *, max_grad_norm: float, universal: bool)
         "data_types": {**_part(settings, "data_types"), "grad_accum_dtype": "fp32"},
     }
     settings.pop("train_batch_size", None)  # DeepSpeed multiplies the others
+    if settings["zero_optimization"].get("stage") == 3:  # DeepSpeed's default is a run without a model
+        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def _part(settings: dict[str, Any], key: str) -> dict[str, Any]:

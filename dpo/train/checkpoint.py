@@ -40,6 +40,8 @@ class Progress:
     """Tokens trained on so far, without padding."""
     best_loss: float | None = None
     """Lowest held-out loss so far, in nats."""
+    best_step: int = -1
+    """The step of `best_loss`, if the best weights are kept."""
     evaluated_step: int = -1
     """The last step whose evaluation is recorded."""
     skipped: int = 0

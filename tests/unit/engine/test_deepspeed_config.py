@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +150,14 @@ def test_our_numbers_are_written_over_those_of_the_launcher() -> None:
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": 2},
     }
+
+
+def test_zero3_gathers_its_weights_for_the_model_whatever_the_file_says() -> None:
+    for stage, said in ((3, {}), (3, {"stage3_gather_16bit_weights_on_model_save": False}), (2, {})):
+        settings: dict[str, Any] = {"zero_optimization": {"stage": stage, **said}}
+        set_ours(settings, max_grad_norm=1.0, universal=False)
+        found = settings["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save")
+        assert found is (True if stage == 3 else None)
 
 
 def test_all_problems_are_listed() -> None:
