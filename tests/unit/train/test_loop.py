@@ -291,6 +291,35 @@ def test_tokens_are_counted_without_padding_over_the_whole_run(
     assert trained.curve("train/epoch")[-1] == 2.0
 
 
+def test_threads_change_no_bit(
+    make_config: Callable[..., Config],
+    write_jsonl: Callable[..., str],
+    run: Trained,
+) -> None:
+    """Law 5 with 2 threads per rank: completions of one prompt share the state that predicts their first token."""
+    rng = np.random.default_rng(0)
+    words = ("good", "bad", "day", "cat", "film", "well")
+    rows = [
+        {
+            "prompt": f"{number} the",
+            "completions": [f" {' '.join(rng.choice(words, 9))} {other}" for other in range(4)],
+            "pairs": [{"chosen": 0, "rejected": other} for other in (1, 2, 3)],
+        }
+        for number in range(24)
+    ]
+    options = {"pairs_per_step": 72, "max_steps": 2, "num_epochs": 2, "max_tokens_per_micro_batch": 8192}
+    config = make_config(write_jsonl(rows), **options, learning_rate=1e-2, warmup_steps=0)
+    config = replace(config, loss=LossConfig(type="simpo", beta=2.0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [run(changed(config, f"run{n}"), reference=np.zeros(96)) for n in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(weight, runs[0].weights[name]) for name, weight in other.weights.items())
+
+
 @pytest.mark.parametrize(("every", "steps"), [(0, [0, 6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6])])
 def test_evaluation_is_at_both_ends_and_every_so_often(
     experiment: Config, run: Trained, every: int, steps: list[int]
