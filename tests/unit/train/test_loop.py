@@ -296,7 +296,7 @@ def test_threads_change_no_bit(
     write_jsonl: Callable[..., str],
     run: Trained,
 ) -> None:
-    """Law 5 with 2 threads per rank: completions of one prompt share the state that predicts their first token."""
+    """Law 5 with 2 threads: completions of one prompt share the state that predicts their first token."""
     rng = np.random.default_rng(0)
     words = ("good", "bad", "day", "cat", "film", "well")
     rows = [
