@@ -139,12 +139,16 @@ class RunFolder:
         return found
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Writes config.yaml, which makes the folder a run of ours. One process writes.
+        """Writes config.yaml, which makes the folder a run of ours. Links to folders are followed. One process
+        writes.
 
         Args:
             settings: The resolved configuration, nested; see `dpo.config.resolved`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        for link in (self.checkpoints, self.snapshots, self.tensorboard):  # to a big disk
+            if link.is_symlink():
+                link.resolve().mkdir(parents=True, exist_ok=True)
         text = settings_text(settings)
         if not (self.config.is_file() and self.config.read_text() == text):
             write_file(self.config, text)
