@@ -139,8 +139,7 @@ class RunFolder:
         return found
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Writes config.yaml, which makes the folder a run of ours. Links to folders are followed. One process
-        writes.
+        """Writes config.yaml, which makes the folder a run of ours, and follows links. One process writes.
 
         Args:
             settings: The resolved configuration, nested; see `dpo.config.resolved`.
