@@ -98,6 +98,11 @@ class RunFolder:
         return self.path / "exit.json"
 
     @property
+    def previous_exit_record(self) -> Path:
+        """The record before: launch/run puts it aside, so that an old one is never taken for a new one."""
+        return self.path / ".exit.previous.json"
+
+    @property
     def stacks(self) -> Path:
         """The stacks of all threads of a run that got stuck, one file per rank."""
         return self.path / "stacks"
@@ -110,7 +115,8 @@ class RunFolder:
     @property
     def is_run(self) -> bool:
         """Whether a command of ours made this folder."""
-        return any(path.is_file() for path in (self.config, self.exit_record, self.lock))
+        marks = (self.config, self.exit_record, self.previous_exit_record, self.lock)
+        return any(path.is_file() for path in marks)
 
     @property
     def may_be_written(self) -> bool:
