@@ -5,18 +5,24 @@ from pathlib import Path
 from dpo import distributed, terminal
 from dpo.commands.inputs import described, join_ranks, open_data
 from dpo.config import Config
+from dpo.guards.guard import Guard
 from dpo.guards.signals import StopRequests
 from dpo.loss.catalog import needs_reference, title_of
 from dpo.reference.identity import reference_model
 from dpo.reference.precompute import precompute
 from dpo.reference.store import reference_store
+from dpo.tracking.run_folder import RunFolder
+
+KEPT = "during precompute-ref: what was computed is kept; run the same command again"
 
 
 def precompute_ref(config: Config) -> None:
     """Fills the reference cache with every sequence of the training and held-out data."""
-    with StopRequests("during precompute-ref: what was computed is kept; run the same command again"):
+    with StopRequests(KEPT):
         join_ranks()
-        _precompute_ref(config)
+        folder, stuck = RunFolder(Path(config.run_dir)), config.train.stuck_after_seconds
+        with Guard(folder, "precompute-ref", stuck, at_once=KEPT, exclusive=False):
+            _precompute_ref(config)
 
 
 def _precompute_ref(config: Config) -> None:

@@ -94,6 +94,8 @@ class Watchdog:
             else:
                 said = json.loads(self._store.get("end/1"))
                 kind = KINDS.get(said["kind"], RunFailed)
+                if kind is StoppedBySignal and isinstance(error, StoppedBySignal):
+                    return error
                 reason = kind(f"rank {said['rank']}: {said['message']}")
         except dist.DistError:
             gone = {0: Heartbeat(host=os.environ.get("MASTER_ADDR", "?"), pid=0)}

@@ -98,14 +98,32 @@ class RunFolder:
         return self.path / "exit.json"
 
     @property
+    def previous_exit_record(self) -> Path:
+        """The record before: launch/run puts it aside, so that an old one is never taken for a new one."""
+        return self.path / ".exit.previous.json"
+
+    @property
     def stacks(self) -> Path:
         """The stacks of all threads of a run that got stuck, one file per rank."""
         return self.path / "stacks"
 
     @property
+    def lock(self) -> Path:
+        """Who trains there; see `dpo.tracking.run_lock`."""
+        return self.path / "lock.json"
+
+    @property
     def is_run(self) -> bool:
         """Whether a command of ours made this folder."""
-        return self.config.is_file() or self.exit_record.is_file()
+        marks = (self.config, self.exit_record, self.previous_exit_record, self.lock)
+        return any(path.is_file() for path in marks)
+
+    @property
+    def may_be_written(self) -> bool:
+        """Whether the folder is a run of ours, empty, or not there yet."""
+        if not self.path.exists():
+            return True
+        return self.path.is_dir() and (self.is_run or not any(self.path.iterdir()))
 
     def settings(self) -> dict[str, Any] | None:
         """The configuration that the run was started with, nested; None where none is recorded.
@@ -127,12 +145,15 @@ class RunFolder:
         return found
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Writes config.yaml, which makes the folder a run of ours. One process writes.
+        """Writes config.yaml, which makes the folder a run of ours, and follows links. One process writes.
 
         Args:
             settings: The resolved configuration, nested; see `dpo.config.resolved`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        for link in (self.checkpoints, self.snapshots, self.tensorboard):  # to a big disk
+            if link.is_symlink():
+                link.resolve().mkdir(parents=True, exist_ok=True)
         text = settings_text(settings)
         if not (self.config.is_file() and self.config.read_text() == text):
             write_file(self.config, text)

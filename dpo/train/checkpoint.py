@@ -14,13 +14,13 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from dpo import distributed
 from dpo.engine.engine import Engine
 from dpo.engine.sharded_state import ENGINE_TAG
 from dpo.errors import UserError
-from dpo.files import REPLACED, WRITING, publish_folder, sync
+from dpo.files import REPLACED, WRITING, publish_folder, sync, write_file
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.manifest import MANIFEST, FileDigests, Manifest, digest_of, read_manifest, write_manifest
 
@@ -40,6 +40,8 @@ class Progress:
     """Tokens trained on so far, without padding."""
     best_loss: float | None = None
     """Lowest held-out loss so far, in nats."""
+    best_step: int = -1
+    """The step of `best_loss`, if the best weights are kept."""
     evaluated_step: int = -1
     """The last step whose evaluation is recorded."""
     skipped: int = 0
@@ -171,7 +173,7 @@ def _save_random_state(building: Path) -> Path:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, _random_state_file(building))
+    write_file(_random_state_file(building), save(states))
     return _random_state_file(building)
 
 

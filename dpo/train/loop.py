@@ -34,8 +34,8 @@ class DueActions:
     """What is to be done between two steps, in this order."""
 
     evaluate: bool
-    keep_snapshot: bool
     save_checkpoint: bool
+    keep_snapshot: bool
     finish: bool
     """All steps are done."""
 
@@ -84,12 +84,11 @@ def train(session: Session) -> dict[str, float]:
                     _evaluate(session)
                 except StopRequestedError:
                     stopping = True
-            if due.keep_snapshot and not stopping:
-                _keep_snapshot(session)
             if saved < progress.step and (stopping or due.save_checkpoint):
                 saved = _save(session)
             if stopping:
                 _stop(session, saved)
+            _export(session, snapshot=due.keep_snapshot)  # what fails here has its checkpoint
             if due.finish:
                 return session.evaluated
             stopping = _advance(session, batches)
@@ -161,13 +160,16 @@ def _evaluate(session: Session) -> None:
     progress.evaluated_step = progress.step
     best = math.inf if progress.best_loss is None else progress.best_loss
     if session.options.keep_best and evaluation.values["eval/loss"] < best:
-        progress.best_loss = evaluation.values["eval/loss"]
+        progress.best_loss, progress.best_step = evaluation.values["eval/loss"], progress.step
+
+
+def _export(session: Session, *, snapshot: bool) -> None:
+    """Writes the models of this step: also after a resume, since the run may have died before it did."""
+    step = session.progress.step
+    if session.options.keep_best and session.progress.best_step == step:
         session.export(session.folder.best)
-
-
-def _keep_snapshot(session: Session) -> None:
-    target = session.folder.model(session.progress.step)
-    if not distributed.on_main(target.exists):  # a resumed run makes the same weights again
+    target = session.folder.model(step)
+    if snapshot and not distributed.on_main(target.exists):  # a resumed run makes the same weights again
         session.export(target)
 
 

@@ -159,7 +159,7 @@ def _look_into(folder: RunFolder, resume: str) -> tuple[int, list[Path], str]:
             [],
             f"run_dir: {path} holds a run of {recorded} steps, and train.resume is never",
         )
-    if path.is_dir() and any(path.iterdir()) and not folder.is_run:
+    if not folder.may_be_written:
         return (
             0,
             [],

@@ -209,6 +209,35 @@ def test_a_slurm_job_precomputes_trains_and_is_requeued(cluster: Path, status: i
     assert not requeued or (cluster / "scontrol.log").read_text() == "requeue 41\n"
 
 
+@pytest.mark.parametrize(("without", "requeued"), [(0, True), (2, True), (3, False)])
+def test_a_job_that_gains_no_step_gives_up_with_the_reason(
+    cluster: Path, without: int, requeued: bool
+) -> None:
+    script(cluster / "launch" / "run", "#!/usr/bin/env bash\n[ $1 = precompute-ref ] || exit 3\n")
+    (cluster / "runs").mkdir()
+    record = {"attempts_without_a_step": without, "message": "SIGTERM before the first step"}
+    (cluster / "runs" / "exit.json").write_text(json.dumps(record))
+    instead = (
+        f'#!/usr/bin/env bash\ncase "$*" in "-m dpo"*) echo runs ;; *) exec {sys.executable} "$@" ;; esac\n'
+    )
+    ended = shell(
+        "bash",
+        str(ROOT / "launch" / "slurm.sbatch"),
+        "--config",
+        "x.yaml",
+        folder=cluster,
+        PATH=f"{cluster / 'bin'}:{os.environ['PATH']}",
+        PYTHON=str(script(cluster / "python", instead)),
+        SLURM_JOB_ID="41",
+        SLURM_RESTART_COUNT="4",
+    )
+    assert ended.returncode == 3
+    assert (cluster / "scontrol.log").is_file() == requeued
+    assert ended.stderr.splitlines()[0] == "launch/slurm.sbatch: job 41, attempt 5"
+    said = "3 attempts in a row gained no step; the last: SIGTERM before the first step"
+    assert (said in ended.stderr) is not requeued
+
+
 def test_a_failed_stage_ends_the_job(cluster: Path) -> None:
     script(cluster / "launch" / "run", '#!/usr/bin/env bash\necho "$1" >>run.log\nexit 2\n')
     path = f"{cluster / 'bin'}:{os.environ['PATH']}"

@@ -155,3 +155,41 @@ def test_no_rank_outlives_the_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch
     os.kill(parent, signal.SIGKILL)
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30, "the ranks to exit")
     assert ranks.end(30).status == 3
+
+
+LOADING = """
+import os, signal, time
+from dpo.commands import train as commands
+from dpo.reference import precompute
+def patched(*arguments, **named):
+    if os.environ["RANK"] == "1":
+        {action}
+    time.sleep(60)
+commands.load_policy = precompute.frozen_scorer = patched
+"""
+
+
+@pytest.mark.fault(
+    "a rank is killed, or fails, while all of them load",
+    "status 1 with its name or its reason, although the launcher sends the others a SIGTERM",
+)
+@pytest.mark.parametrize(
+    ("command", "action", "said"),
+    [
+        ("train", KILL, "is gone: killed, or out of memory"),
+        ("train", "raise ValueError('a broken file')", "ValueError: a broken file"),
+        ("precompute-ref", KILL, "is gone: killed, or out of memory"),
+    ],
+)
+def test_a_rank_that_dies_while_loading_is_no_preemption(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, command: str, action: str, said: str
+) -> None:
+    monkeypatch.setattr("rig.LAUNCHER", True)
+    name = f"loading_{command}_{action == KILL}"
+    empty = ("--reference.cache_dir", str(rig.folder / "empty")) if command == "precompute-ref" else ()
+    ended = rig.run(name, *empty, command=command, before=LOADING.format(action=action), seconds=90)
+    assert ended.statuses == [1], ended.said[-3000:]
+    assert ended.status == 1
+    assert "rank 1" in ended.message
+    assert said in ended.message
+    assert not ended.left

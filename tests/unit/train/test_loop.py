@@ -26,7 +26,7 @@ from dpo.data.preference_data import preference_data
 from dpo.data.trees import sequence_batch
 from dpo.engine import world
 from dpo.engine.engine import Engine
-from dpo.errors import RunFailed, StoppedBySignal
+from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import averaged_over_groups
 from dpo.loss.pairs import LossValues, Pairs
@@ -83,8 +83,11 @@ class WithoutExport(Session):
     """Notes the steps at which a model would be written."""
 
     exported: list[int]
+    no_room_at: int | None = None
 
     def export(self, target: Path) -> None:
+        if self.progress.step == self.no_room_at:
+            raise UserError(f"{target}: the model could not be written")
         self.exported.append(self.progress.step)
 
 
@@ -115,7 +118,7 @@ def run(
     """Trains as `dpo train` does, from the start or from a checkpoint.
 
     `evaluation` gives the held-out loss of a step; `die_at` is the step whose evaluation raises KilledError,
-    `stop_at` the one in which a signal arrives.
+    `stop_at` the one in which a signal arrives, `no_room_at` the one whose model cannot be written.
     """
 
     def run_it(
@@ -124,6 +127,7 @@ def run(
         evaluation: Callable[[int], float] | None = None,
         die_at: int | None = None,
         stop_at: int | None = None,
+        no_room_at: int | None = None,
         reference: np.ndarray | None = None,
     ) -> Run:
         start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
@@ -176,7 +180,7 @@ def run(
             evaluate=evaluate if evaluation else None,
             checkpoint=start.checkpoint if isinstance(start, Resume) else None,
         )
-        session.exported = result.exported
+        session.exported, session.no_room_at = result.exported, no_room_at
         with session.guard, session.opened():
             result.evaluated = train(session)
         result.weights = session.engine.weights()
@@ -290,6 +294,35 @@ def test_tokens_are_counted_without_padding_over_the_whole_run(
     assert trained.curve("train/epoch")[-1] == 2.0
 
 
+def test_threads_change_no_bit(
+    make_config: Callable[..., Config],
+    write_jsonl: Callable[..., str],
+    run: Trained,
+) -> None:
+    """Law 5 with 2 threads: completions of one prompt share the state that predicts their first token."""
+    rng = np.random.default_rng(0)
+    words = ("good", "bad", "day", "cat", "film", "well")
+    rows = [
+        {
+            "prompt": f"{number} the",
+            "completions": [f" {' '.join(rng.choice(words, 9))} {other}" for other in range(4)],
+            "pairs": [{"chosen": 0, "rejected": other} for other in (1, 2, 3)],
+        }
+        for number in range(24)
+    ]
+    options = {"pairs_per_step": 72, "max_steps": 2, "num_epochs": 2, "max_tokens_per_micro_batch": 8192}
+    config = make_config(write_jsonl(rows), **options, learning_rate=1e-2, warmup_steps=0)
+    config = replace(config, loss=LossConfig(type="simpo", beta=2.0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [run(changed(config, f"run{n}"), reference=np.zeros(96)) for n in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(weight, runs[0].weights[name]) for name, weight in other.weights.items())
+
+
 @pytest.mark.parametrize(("every", "steps"), [(0, [0, 6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6])])
 def test_evaluation_is_at_both_ends_and_every_so_often(
     experiment: Config, run: Trained, every: int, steps: list[int]
@@ -316,6 +349,19 @@ def test_a_resumed_run_remembers_its_best(experiment: Config, run: Trained) -> N
     with pytest.raises(KilledError):
         run(config, evaluation=losses.__getitem__, die_at=3)
     assert run(config, evaluation=losses.__getitem__).exported == [5]
+
+
+@pytest.mark.parametrize("kept", [{"keep_best": True}, {"snapshot_every": 4}])
+def test_a_model_that_could_not_be_written_has_its_checkpoint_and_is_written_by_the_next_start(
+    experiment: Config, run: Trained, kept: dict[str, Any]
+) -> None:
+    options = {"evaluate_every": 4, "checkpoint_every": 4, **kept}
+    losses = {0: 0.7, 4: 0.2, 6: 0.6}
+    config = changed(experiment, "unwritten", **options)
+    with pytest.raises(UserError, match="could not be written"):
+        run(config, evaluation=losses.__getitem__, no_room_at=4)
+    assert [path.name for path in (Path(config.run_dir) / "checkpoints").iterdir()] == ["step_00000004"]
+    assert run(config, evaluation=losses.__getitem__).exported == [4]
 
 
 def test_models_are_kept_along_the_way_and_not_again_after_a_resume(experiment: Config, run: Trained) -> None:
