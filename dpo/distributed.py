@@ -6,11 +6,13 @@ In a single process that was not launched the same functions work with a world o
 import io
 import itertools
 import os
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from socket import gethostname
 from typing import Any, TypeVar, cast
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from dpo import terminal
 from dpo.errors import UserError
 
 T = TypeVar("T")
@@ -37,6 +40,7 @@ def start() -> None:
     Without an accelerator the backend must be named: Accelerate otherwise leaves it unset under DeepSpeed,
     and every rank assumes a world of one.
     """
+    _warn_of_unseen_gpus()
     if "WORLD_SIZE" not in os.environ:
         PartialState()
         return
@@ -47,6 +51,25 @@ def start() -> None:
     if backend and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # the launcher's default, not the user's
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+
+
+@cache
+def _warn_of_unseen_gpus() -> None:
+    """Says once, on rank 0, that this machine has GPUs and torch does not see them."""
+    unwanted = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    if torch.cuda.is_available() or unwanted or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    if found := sum(line.startswith("GPU") for line in listed.splitlines()):
+        terminal.warning(
+            f"this machine has {found} GPU(s) and torch {torch.__version__} sees none, so the CPU is used: "
+            "install a torch with CUDA and its driver, or set CUDA_VISIBLE_DEVICES= if the CPU is meant"
+        )
 
 
 def leave() -> None:

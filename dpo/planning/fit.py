@@ -34,7 +34,7 @@ activations does."""
 ROUNDED = 1024
 """Advised micro-batches are a multiple of this many tokens."""
 LAUNCHERS = {
-    "no DeepSpeed": "launch/one_gpu.yaml",
+    "no DeepSpeed": "launch/one_process.yaml",
     "ZeRO-2": "launch/{place}.yaml",
     "ZeRO-3": "launch/{place}_zero3.yaml",
     "ZeRO-3 offload": "launch/{place}_zero3.yaml with configs/ds_zero3_offload.json",

@@ -24,6 +24,7 @@ case "$*" in *"-m dpo check"*) echo runs/x ;; esac
 
 def shell(*command: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     names = ("NNODES", "NODE_RANK", "NPROC", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_CONFIG", "PYTHON")
+    names += ("CUDA_VISIBLE_DEVICES",)
     environment = {name: value for name, value in os.environ.items() if name not in names} | variables
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
@@ -48,7 +49,12 @@ def test_shellcheck_finds_nothing(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_launch_configuration_sets_no_number_of_the_experiment(path: Path) -> None:
-    engine = yaml.safe_load(path.read_text())["deepspeed_config"]
+    launcher = yaml.safe_load(path.read_text())
+    assert (launcher["distributed_type"] == "NO") == (path.name == "one_process.yaml")
+    if launcher["distributed_type"] == "NO":
+        assert "deepspeed_config" not in launcher
+        return
+    engine = launcher["deepspeed_config"]
     settings = json.loads((ROOT / engine["deepspeed_config_file"]).read_text())
     assert engine["zero3_init_flag"] == (settings["zero_optimization"]["stage"] == 3)
     for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
@@ -122,7 +128,64 @@ def test_an_unreachable_machine_0_is_named(tmp_path: Path) -> None:
     assert "started" not in gone.stdout
 
 
-def test_more_processes_than_gpus_are_refused(tmp_path: Path, checks: str) -> None:
+PYTHON_THAT_COUNTS = """#!/usr/bin/env bash
+case "$*" in
+    *"-m dpo check"*) echo runs/x ;;
+    *device_count*) echo "${SEEN:-0}" ;;
+esac
+"""
+MIG = (
+    "GPU 0: A100 (UUID: GPU-1)\n  MIG 3g.20gb Device 0: (UUID: MIG-1)\n  MIG 3g.20gb Device 1: (UUID: MIG-2)"
+)
+
+
+def on_gpus(folder: Path, listed: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A dry run of training where nvidia-smi lists GPUs and torch sees `SEEN` of them."""
+    script(folder / "nvidia-smi", f"#!/usr/bin/env bash\necho '{listed}'\n")
+    python = script(folder / "python", PYTHON_THAT_COUNTS)
+    path = f"{folder}:{os.environ['PATH']}"
+    words = ("launch/run", "train", "--config", "x.yaml")
+    return shell(*words, PATH=path, PYTHON=str(python), DRY_RUN="1", **variables)
+
+
+@pytest.mark.parametrize(
+    ("listed", "seen", "expected"),
+    [
+        ("GPU 0\nGPU 1\nGPU 2", "3", "launch/one_node.yaml --num_processes 3 "),
+        ("GPU 0\nGPU 1\nGPU 2", "2", "launch/one_node.yaml --num_processes 2 "),  # CUDA_VISIBLE_DEVICES=0,2
+        (MIG, "1", "launch/one_gpu.yaml "),  # CUDA shows one instance to a process
+    ],
+)
+def test_ranks_are_counted_by_the_gpus_that_torch_sees(
+    tmp_path: Path, listed: str, seen: str, expected: str
+) -> None:
+    ended = on_gpus(tmp_path, listed, SEEN=seen)
+    assert ended.returncode == 0, ended.stderr
+    assert expected in ended.stdout
+
+
+def test_a_torch_that_sees_no_gpu_is_refused_unless_the_cpu_is_asked_for(tmp_path: Path) -> None:
+    refused = on_gpus(tmp_path, "GPU 0", SEEN="0")
+    assert refused.returncode == 2
+    assert "torch sees none" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    for wanted in ({"CUDA_VISIBLE_DEVICES": ""}, {"ACCELERATE_CONFIG": "launch/cpu.yaml"}):
+        ended = on_gpus(tmp_path, "GPU 0", SEEN="0", **wanted)
+        assert ended.returncode == 0, ended.stderr
+        assert "launch/cpu.yaml" in ended.stdout
+
+
+def test_without_deepspeed_the_stage_is_started_directly(checks: str) -> None:
+    words, plain = ("launch/run", "train", "--config", "x.yaml"), "launch/one_process.yaml"
+    ended = shell(*words, DRY_RUN="1", PYTHON=checks, ACCELERATE_CONFIG=plain)
+    assert ended.stdout.split() == [checks, *["-m", "dpo", "train", "--config", "x.yaml"]]
+    refused = shell(*words, DRY_RUN="1", PYTHON=checks, ACCELERATE_CONFIG=plain, NPROC="2")
+    assert refused.returncode == 2
+    assert "NPROC: 2" in refused.stderr
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
+    checks = str(script(tmp_path / "python", PYTHON_THAT_COUNTS.replace("${SEEN:-0}", "2")))
     script(tmp_path / "nvidia-smi", "#!/usr/bin/env bash\necho GPU 0\necho GPU 1\n")
     path = f"{tmp_path}:{os.environ['PATH']}"
     words = ("launch/run", "train", "--config", "x.yaml")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
 from dpo import distributed
@@ -102,3 +103,29 @@ def test_groups_of_gpus_are_destroyed_at_the_end(
 
 def test_leaving_without_a_group_does_nothing() -> None:
     distributed.leave()
+
+
+@pytest.mark.parametrize(
+    ("listed", "devices", "said"),
+    [("GPU 0: H100", None, True), ("GPU 0: H100", "", False), ("No devices were found", None, False)],
+)
+def test_gpus_that_torch_does_not_see_are_mentioned(
+    listed: str,
+    devices: str | None,
+    said: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    distributed._warn_of_unseen_gpus.cache_clear()
+    distributed._warn_of_unseen_gpus()
+    distributed._warn_of_unseen_gpus.cache_clear()
+    shown = capsys.readouterr()
+    assert ("1 GPU(s)" in shown.err + shown.out) is said

@@ -78,7 +78,7 @@ def test_recomputation_that_is_configured_is_kept() -> None:
 
 
 def test_one_gpu_trains_without_deepspeed() -> None:
-    assert fit(2000, gpus=1).advice().launcher == "launch/one_gpu.yaml"
+    assert fit(2000, gpus=1).advice().launcher == "launch/one_process.yaml"
     names = [way.sharding for way in fit(2000, gpus=1).ways(checkpointing=False)]
     assert names == ["no DeepSpeed", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload"]
     assert "no DeepSpeed" not in [way.sharding for way in fit(2000).ways(checkpointing=False)]
