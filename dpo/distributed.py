@@ -22,6 +22,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from dpo.errors import UserError
+from dpo.launched import end_with_launcher
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ def start() -> None:
     Without an accelerator the backend must be named: Accelerate otherwise leaves it unset under DeepSpeed,
     and every rank assumes a world of one.
     """
+    end_with_launcher()
     if "WORLD_SIZE" not in os.environ:
         PartialState()
         return
