@@ -6,7 +6,6 @@ from dpo import distributed, terminal
 from dpo.commands.inputs import described, join_ranks, open_data
 from dpo.config import Config
 from dpo.guards.guard import Guard
-from dpo.guards.signals import StopRequests
 from dpo.loss.catalog import needs_reference, title_of
 from dpo.reference.identity import reference_model
 from dpo.reference.precompute import precompute
@@ -18,11 +17,10 @@ KEPT = "during precompute-ref: what was computed is kept; run the same command a
 
 def precompute_ref(config: Config) -> None:
     """Fills the reference cache with every sequence of the training and held-out data."""
-    with StopRequests(KEPT):
-        join_ranks()
-        folder, stuck = RunFolder(Path(config.run_dir)), config.train.stuck_after_seconds
-        with Guard(folder, "precompute-ref", stuck, at_once=KEPT, exclusive=False):
-            _precompute_ref(config)
+    join_ranks()  # a signal ends this at once, also while it waits for the others
+    folder, stuck = RunFolder(Path(config.run_dir)), config.train.stuck_after_seconds
+    with Guard(folder, "precompute-ref", stuck, at_once=KEPT, exclusive=False):
+        _precompute_ref(config)
 
 
 def _precompute_ref(config: Config) -> None:

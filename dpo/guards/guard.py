@@ -10,7 +10,7 @@ from types import TracebackType
 
 from dpo import distributed
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.guards.signals import AT_ONCE, StopRequestedError, StopRequests, end_with_launcher
+from dpo.guards.signals import AT_ONCE, StopRequestedError, StopRequests
 from dpo.guards.watchdog import Watchdog
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.run_lock import RunLock
@@ -61,7 +61,6 @@ class Guard:
             raise StopRequestedError
 
     def __enter__(self) -> "Guard":
-        end_with_launcher()
         with ExitStack() as entered:
             entered.enter_context(self.stop)
             entered.enter_context(self._watchdog)

@@ -5,23 +5,19 @@ agent receives and signals the other ranks once the first one has exited. So the
 itself: the loop adds the flags of all ranks to a sum that it makes anyway, saves, and all exit together.
 """
 
-import ctypes
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from dpo.errors import StoppedBySignal
+from dpo.launched import LAUNCHED
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEATS_WITHIN_SECONDS = 3.0
 """A scheduler signals launcher and rank, and the launcher forwards it: within this time it is one request."""
-PR_SET_PDEATHSIG = 1
-LAUNCHED = "TORCHELASTIC_RUN_ID"
-"""Is set where torchelastic has started this process."""
 AT_ONCE = "before the first step: nothing is lost; run the same command again"
 
 Handler = Callable[[int, FrameType | None], None]
@@ -121,12 +117,6 @@ class StopRequests:
 
     def _stopped(self, name: str) -> StoppedBySignal:
         return StoppedBySignal(f"{name} {self._at_once}")
-
-
-def end_with_launcher() -> None:
-    """Asks the kernel for a SIGTERM when the launcher dies, so that no rank is left behind (Linux only)."""
-    if sys.platform == "linux" and LAUNCHED in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _say(message: str) -> None:
