@@ -24,10 +24,9 @@ from dpo.data.trees import TreeBatch
 TREE_ATTENTION = "shared_prefix_tree"
 KERNELS = 64
 """Most variants of FlexAttention's kernel in a process: head sizes, groups of heads, windows, compute types,
-with and without gradients. One more is an error; torch's own limit of 8 would fall back to dense scores."""
-compiled_flex = torch.compile(  # type: ignore[call-overload]  # whose types do not have recompile_limit yet
-    flex_attention, fullgraph=True, recompile_limit=KERNELS
-)
+with and without gradients. One more is an error; torch's own limit is 8."""
+torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNELS)
+compiled_flex = torch.compile(flex_attention, fullgraph=True)
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Batch, head, query, key -> whether the query attends to the key."""
 
