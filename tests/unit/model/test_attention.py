@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from dpo.data.trees import Layout, tree_batch
 from dpo.model import attention
-from dpo.model.attention import KERNELS, windows_of
+from dpo.model.attention import windows_of
 from dpo.model.scorer import SequenceScorer
 
+DYNAMOS_OWN_LIMIT = 8
 SHARED: tuple[Layout, ...] = ("packed", "trees")
 
 
@@ -74,13 +75,11 @@ def flex_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention with gradients on a CPU."""
     torch._dynamo.reset()
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(attention, "compiled_flex", compiled(KERNELS))
+    monkeypatch.setattr(attention, "compiled_flex", compiled())
 
 
-def compiled(limit: int) -> object:
-    return torch.compile(
-        flex_attention.flex_attention, fullgraph=True, backend="aot_eager", recompile_limit=limit
-    )
+def compiled() -> object:
+    return torch.compile(flex_attention.flex_attention, fullgraph=True, backend="aot_eager")
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
@@ -114,12 +113,12 @@ def test_flex_attention_has_the_gradients_of_rows(
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own
 @pytest.mark.usefixtures("flex_backward")
-def test_one_kernel_too_many_is_an_error_and_never_dense_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "compiled_flex", compiled(1))
+def test_one_kernel_too_many_is_an_error_and_never_dense_scores() -> None:
     batch = tree_batch([random_tree(np.random.default_rng(0), 2)], "flex")
-    SequenceScorer(tiny("llama"), flex=True)(batch)
-    with pytest.raises(FailOnRecompileLimitHit):
-        SequenceScorer(tiny("gpt2"), flex=True)(batch)  # no groups of heads: another kernel
+    with torch._dynamo.config.patch(recompile_limit=1):
+        SequenceScorer(tiny("llama"), flex=True)(batch)
+        with pytest.raises(FailOnRecompileLimitHit):
+            SequenceScorer(tiny("gpt2"), flex=True)(batch)  # no groups of heads: another kernel
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
@@ -130,7 +129,7 @@ def test_more_head_sizes_than_dynamos_own_limit_have_kernels_of_their_own() -> N
     tokens = packed.batch.input_ids.shape[1]
     layer = torch.nn.Module()
     with torch.no_grad():
-        for size in range(8, 8 + torch._dynamo.config.recompile_limit + 2):
+        for size in range(8, 8 + DYNAMOS_OWN_LIMIT + 2):
             states = torch.randn(3, 1, 2, 128, size).unbind()
             found = attention.tree_attention(layer, *states, None, tree=tree)[0][:, :tokens]
             real = [part[:, :, :tokens] for part in states]
