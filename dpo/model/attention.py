@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
@@ -24,8 +25,8 @@ from dpo.data.trees import TreeBatch
 TREE_ATTENTION = "shared_prefix_tree"
 KERNELS = 64
 """Most variants of FlexAttention's kernel in a process: head sizes, groups of heads, windows, compute types,
-with and without gradients. One more is an error; torch's own limit is 8."""
-torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, KERNELS)
+with and without gradients. One more is an error; torch's own limit of 8 would fall back to dense scores."""
+torch._dynamo.config.recompile_limit = max(KERNELS, torch._dynamo.config.recompile_limit)
 compiled_flex = torch.compile(flex_attention, fullgraph=True)
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Batch, head, query, key -> whether the query attends to the key."""
