@@ -192,12 +192,13 @@ def _find_problem(checkpoint: Path) -> str | None:
 
 
 def _ended_before_first_checkpoint(folder: RunFolder, recorded: int) -> bool:
-    """Whether the run was to write checkpoints, and died before the first."""
+    """Whether the run was to write checkpoints, and died before it had finished the first."""
     try:
         every = int((folder.settings() or {})["train"]["checkpoint_every"])
     except (UserError, KeyError, TypeError, ValueError):
         return False
-    return recorded < every and not folder.model().exists()
+    none_yet = recorded < every or (every > 0 and folder.no_checkpoint_yet.is_file())
+    return none_yet and not folder.model().exists()
 
 
 def _same_settings(

@@ -1,6 +1,7 @@
 """Where a run starts or resumes, and every folder it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from dpo.config import Config, resolved
 from dpo.errors import UserError
 from dpo.tracking.run_folder import RunFolder
 from dpo.train import resume
-from dpo.train.checkpoint import Progress, save_checkpoint
+from dpo.train.checkpoint import Progress, prepare_checkpoints, save_checkpoint
 from dpo.train.resume import Fresh, Refuse, Resume, Start, check_fingerprints
 
 Make = Callable[..., Config]
@@ -113,6 +114,29 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again_and_says_so(co
     assert "ended after step 3, before its first checkpoint: it starts again" in note
     with pytest.raises(UserError, match=r"other settings.*loss\.beta"):
         find_start(changed(config, "loss.beta", 0.7))
+
+
+def test_a_run_that_never_finished_a_checkpoint_starts_again(config: Config) -> None:
+    config = changed(config, "train.checkpoint_every", 2)
+    run_dir = begin(config, steps=2)  # killed while it wrote its first
+    folder = RunFolder(run_dir)
+    prepare_checkpoints(folder, resumed=False)
+    (folder.checkpoints / ".step_00000002.writing").mkdir()
+    assert isinstance(look(config), Fresh)
+    engine: Any = FakeEngine()
+    save_checkpoint(engine, Progress(step=2), folder, 9, {})
+    assert isinstance(look(config), Resume)
+    shutil.rmtree(folder.checkpoint(2))  # lost
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        find_start(config)
+
+
+def test_steps_after_another_runs_checkpoint_never_start_from_scratch(config: Config) -> None:
+    config = changed(config, "train.checkpoint_every", 2)
+    begin(config, steps=3)
+    prepare_checkpoints(RunFolder(Path(config.run_dir)), resumed=True)
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        find_start(config)
 
 
 def test_what_may_have_been_finished_never_starts_again(config: Config) -> None:
