@@ -92,6 +92,16 @@ def test_a_step_of_which_half_a_line_was_written_is_not_recorded(config: Config)
     assert find_start(config) is None
 
 
+def test_damaged_metrics_are_refused_only_before_the_checkpoint(config: Config) -> None:
+    run_dir = begin(config, steps=5, checkpoints=(3,))
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join([*lines[:5], "\0\0\n", *lines[5:]]))
+    assert find_start(config) == run_dir / "checkpoints" / "step_00000003"
+    (run_dir / "metrics.jsonl").write_text("".join([*lines[:2], "\0\0\n", *lines[2:]]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 3 "):
+        find_start(config)
+
+
 def test_a_run_that_was_refused_before_it_began_starts(config: Config) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir()
