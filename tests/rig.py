@@ -283,7 +283,7 @@ def weights(run_dir: Path) -> bytes:
 
 def checkpoints(run_dir: Path) -> list[str]:
     """Names in checkpoints/, oldest first."""
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
 
 
 def wait_for(condition: Any, seconds: float, what: str) -> None:

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dpo import distributed, terminal
 from dpo.files import write_file
-from dpo.tracking.history import complete_lines
+from dpo.tracking.history import History, load_history
 from dpo.tracking.metrics import Evaluation
 from dpo.tracking.run_folder import RunFolder
 
@@ -73,13 +73,19 @@ class Monitor:
         if not self._enabled:
             return
         # A run without a step starts afresh: what it measured before its first step is measured again.
-        lines = [(line, json.loads(line)) for line in complete_lines(folder) if first_step]
+        history = load_history(folder, until=first_step) if first_step else History()
         kept = [
-            line
-            for line, values in lines
+            text
+            for text, values in zip(history.texts, history.lines, strict=True)
             if values["step"] < first_step
             or (values["step"] == first_step and (evaluated or "eval/loss" not in values))
         ]
+        if history.num_damaged:
+            last = max((line["step"] for line in history.lines), default=0)
+            terminal.warning(
+                f"{folder.history}: {history.num_damaged} damaged line(s) were removed; it goes up to "
+                f"step {last:g}, and the run resumes after step {first_step}"
+            )
         write_file(folder.history, "".join(kept))
         self._file = folder.history.open("a", buffering=1)
         self._writer = SummaryWriter(

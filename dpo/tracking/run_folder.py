@@ -55,6 +55,11 @@ class RunFolder:
         return self.checkpoints / f"step_{step:08d}"
 
     @property
+    def no_checkpoint_yet(self) -> Path:
+        """Is there from before the first step until the first checkpoint is complete."""
+        return self.checkpoints / ".none_yet"
+
+    @property
     def key(self) -> Path:
         """Signs the checkpoints."""
         return self.path / "checkpoint.key"

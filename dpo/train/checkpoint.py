@@ -22,7 +22,15 @@ from dpo.engine.sharded_state import ENGINE_TAG
 from dpo.errors import UserError
 from dpo.files import REPLACED, WRITING, publish_folder, sync, write_file
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.manifest import MANIFEST, FileDigests, Manifest, digest_of, read_manifest, write_manifest
+from dpo.train.manifest import (
+    MANIFEST,
+    FileDigests,
+    Manifest,
+    digest_of,
+    make_key,
+    read_manifest,
+    write_manifest,
+)
 
 T = TypeVar("T")
 
@@ -50,6 +58,26 @@ class Progress:
     """How many of the last steps were skipped."""
     loss_sums: dict[str, float] = field(default_factory=dict)
     """The loss's named sums over the last step, which the next step's loss may read; see `Objective`."""
+
+
+def prepare_checkpoints(folder: RunFolder, resumed: bool) -> None:
+    """Makes, before the first step, what the first checkpoint needs and what shows that there was none.
+
+    A run that is killed while it writes its first checkpoint can then be told from one that has lost it.
+
+    Args:
+        folder: The run folder. One process writes.
+        resumed: Whether the run resumes from a checkpoint, of this run or another.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    make_key(folder)
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    if resumed:
+        folder.no_checkpoint_yet.unlink(missing_ok=True)
+    else:
+        write_file(folder.no_checkpoint_yet, "")
 
 
 def save_checkpoint(
@@ -156,6 +184,7 @@ def _publish(manifest: Manifest, building: Path, final: Path, folder: RunFolder,
     rest = {name: digest_of(sync(path)) for name, path in sorted(there.items()) if name not in manifest.files}
     write_manifest(manifest.with_files(rest), building, folder)
     publish_folder(building, final)
+    folder.no_checkpoint_yet.unlink(missing_ok=True)
     for abandoned in final.parent.glob(f".step_*{WRITING}"):  # by a process that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
     # A run that was resumed from an earlier checkpoint writes those after it anew.

@@ -5,13 +5,14 @@ Nothing is overwritten: a folder that holds something else is refused, and so is
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpo import distributed
 from dpo.config import OptimizationConfig, flat
 from dpo.errors import UserError
-from dpo.tracking.history import last_step
+from dpo.tracking.history import last_step, load_history
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import complete_checkpoints
 from dpo.train.manifest import NotValid, read_manifest, run_of, verify
@@ -110,6 +111,7 @@ def find_start(
     for checkpoint in reversed(candidates):
         problem = find_problem(checkpoint)
         if problem is None:
+            distributed.on_main(partial(_require_history, folder, checkpoint))
             return _same_settings(Resume(checkpoint, tuple(notes)), {folder}, settings, options)
         notes.append(f"checkpoint {checkpoint} is not used: {problem}")
     if not recorded and not candidates:
@@ -168,6 +170,11 @@ def _look_into(folder: RunFolder, resume: str) -> tuple[int, list[Path], str]:
     return recorded, candidates, ""
 
 
+def _require_history(folder: RunFolder, checkpoint: Path) -> None:
+    """Raises UserError if metrics.jsonl is damaged before the checkpoint's step; after it, it is cut."""
+    load_history(folder, until=read_manifest(checkpoint).step)
+
+
 def _find_missing(checkpoint: Path) -> str | None:
     """What the manifest alone shows to be wrong with a checkpoint."""
     try:
@@ -193,12 +200,13 @@ def _find_problem(checkpoint: Path) -> str | None:
 
 
 def _ended_before_first_checkpoint(folder: RunFolder, recorded: int) -> bool:
-    """Whether the run was to write checkpoints, and died before the first."""
+    """Whether the run was to write checkpoints, and died before it had finished the first."""
     try:
         every = int((folder.settings() or {})["train"]["checkpoint_every"])
     except (UserError, KeyError, TypeError, ValueError):
         return False
-    return recorded < every and not folder.model().exists()
+    none_yet = recorded < every or (every > 0 and folder.no_checkpoint_yet.is_file())
+    return none_yet and not folder.model().exists()
 
 
 def _same_settings(

@@ -31,7 +31,7 @@ from dpo.tracking.metrics import Evaluation, MetricSums
 from dpo.tracking.monitor import Monitor
 from dpo.tracking.run_folder import RunFolder, settings_text
 from dpo.tracking.trackers import open_trackers
-from dpo.train.checkpoint import Progress, load_checkpoint
+from dpo.train.checkpoint import Progress, load_checkpoint, prepare_checkpoints
 from dpo.train.resume import Settings
 
 GROUPS_SHOWN = 8
@@ -130,6 +130,8 @@ class Session:
         if distributed.is_main():
             self.folder.claim(dict(self.settings.values))
             self.folder.describe(world_size=distributed.world_size(), engine=self.engine.description)
+            if self.options.checkpoint_every:
+                prepare_checkpoints(self.folder, resumed=self.checkpoint is not None)
         self.group_flops, self.peak_flops = self._flops()
         trackers = open_trackers(self.options.trackers, self.folder.path, flat(self.settings.values))
         self.monitor = Monitor(

@@ -64,6 +64,21 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
     assert curves(tmp_path)["train/loss"] == expected
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 64, b'{"step": 4, "tr\n{"step": 5}\n', b"\0\0\n"])
+def test_damage_after_the_checkpoint_is_cut_and_said(
+    tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_steps(tmp_path, {step: {"train/loss": float(step)} for step in (1, 2, 3)})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    capsys.readouterr()
+    write_steps(tmp_path, {3: {"train/loss": 30.0}}, first_step=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert "1 damaged line(s) were removed" in said
+    assert "resumes after step 2" in said
+
+
 def test_the_evaluation_at_the_checkpoint_stays(tmp_path: Path) -> None:
     write_steps(tmp_path, {2: {"eval/loss": 0.5}, 3: {"train/loss": 3.0}})
     write_steps(tmp_path, {3: {"train/loss": 4.0}}, first_step=2)

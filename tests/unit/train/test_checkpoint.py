@@ -169,6 +169,12 @@ def test_files_have_the_permissions_of_the_umask_and_the_key_is_private(
     assert (tmp_path / "checkpoint.key").stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("content", ["", "abc", "not hex"])
+def test_a_damaged_key_is_made_anew_before_it_signs_anything(tmp_path: Path, content: str) -> None:
+    (tmp_path / "checkpoint.key").write_text(content)  # killed, or the machine lost power
+    assert problem_of(save(tmp_path, 2)) is None
+
+
 def test_checkpoints_may_be_a_link_to_a_big_disk(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
