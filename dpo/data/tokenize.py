@@ -167,15 +167,16 @@ def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
 def _encode_chat(text: ChatText, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
     """Ids of the prompt and of what follows it in each dialogue.
 
-    The ids of a dialogue must start with the ids of its prompt. Otherwise a log-prob of the completion would
-    belong to another prompt.
+    Where the first characters of a completion merge with the end of the prompt into one token, the two are
+    encoded apart, as in plain text: the policy answers the prompt's own ids.
     """
     prompt, *dialogues = _encode_batch([text.prompt, *text.dialogues], tokenizer)
     completions = []
-    for whole in dialogues:
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise RowError("template_rewrites_history", "the completion changes the ids of the prompt")
-        completions.append(whole[len(prompt) :])
+    for whole, written in zip(dialogues, text.dialogues, strict=True):
+        fits = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
+        completions.append(
+            whole[len(prompt) :] if fits else _encode_batch([written[len(text.prompt) :]], tokenizer)[0]
+        )
     return prompt, completions
 
 

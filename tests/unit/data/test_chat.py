@@ -70,6 +70,33 @@ def test_a_template_that_rewrites_history_drops_the_rows_it_rewrites(
     assert counts == {"dropped/template_rewrites_history": 1}
 
 
+@pytest.mark.parametrize(
+    ("end", "answer"),
+    [
+        ("<assistant> ", "good"),  # " good" is one token
+        ("<assistant>", "good"),
+        ("<assistant>\n", "\n\n good"),
+        ("<assistant> the", " cat"),
+        ("<assistant>a day en", "ded well"),
+    ],
+)
+def test_an_answer_that_merges_with_the_templates_last_token_is_encoded_apart(
+    tokenizer: PreTrainedTokenizerFast, end: str, answer: str
+) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '" + end + "' if m.role == 'assistant' else '<user>' }}{{ m.content }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}" + end + "{% endif %}"
+    )
+    (group,), counts = run(tokenizer, group_from_row({"prompt": [HI], "chosen": answer, "rejected": "bad"}))
+    assert counts == {}
+    assert group.prompt.tolist() == encode_prompt((Message(role="user", content="hi"),), tokenizer)
+    assert tokenizer.decode(group.prompt) == f"<user>hi<|endoftext|>{end}"
+    assert tokenizer.decode(group.completions[0]) == f"{answer}<|endoftext|>"
+    whole = tokenizer.apply_chat_template([HI, {"role": "assistant", "content": answer}], return_dict=False)
+    joint = whole[len(group.prompt) :] if whole[: len(group.prompt)] == group.prompt.tolist() else None
+    assert group.completions[0].tolist() == (joint or tokenizer(f"{answer}<|endoftext|>").input_ids)
+
+
 def test_chat_turns_without_a_template_are_refused_with_the_option(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
