@@ -56,12 +56,16 @@ def prompt_text(
     return _rendered(turns, tokenizer, template_fields, add_generation_prompt=True)
 
 
-def chat_text(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase) -> ChatText:
+def chat_text(
+    group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, *, complete: bool = True
+) -> ChatText:
     """The texts of a group whose prompt is chat turns.
 
     Args:
         group: Its prompt is messages.
         tokenizer: Has a chat template.
+        complete: Whether completions end where their author ended; a fragment is not followed by what the
+            template writes at the end of a turn.
 
     Raises:
         RowError: The template refuses the turns, does not know a field of them, rewrites the prompt when a
@@ -72,7 +76,8 @@ def chat_text(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase) -> Cha
     prompt = prompt_text(group.prompt, tokenizer, group.template_fields)
     dialogues = []
     for answer in _answers(group):
-        whole = _rendered([*group.prompt, answer], tokenizer, group.template_fields)
+        turns = [*group.prompt, answer]
+        whole = _rendered(turns, tokenizer, group.template_fields, continue_final_message=not complete)
         if not whole.startswith(prompt):
             raise RowError(
                 "template_rewrites_history",

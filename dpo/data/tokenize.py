@@ -33,7 +33,7 @@ class TokenizeOptions:
     drop_too_long: bool
     """Drop a group that does not fit instead of truncating it."""
     append_eos: bool
-    """Completions are complete: end them with EOS."""
+    """Completions are complete: end them with EOS, or with what the chat template writes after an answer."""
 
 
 def tokenize_groups(
@@ -136,7 +136,7 @@ def _encode(
         if not isinstance(group.prompt, str):
             check_template(tokenizer, "data.train")
             try:
-                text = chat_text(group, tokenizer)
+                text = chat_text(group, tokenizer, complete=append_eos)
                 notes.ignored.update(f"messages.{key}" for key in text.unused)
                 yield _encode_chat(text, tokenizer)
             except RowError as fault:

@@ -1,6 +1,7 @@
 """Chat templates own BOS, EOS and turns; those that rewrite history, or refuse one, drop the group."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,11 +37,12 @@ def chat(*turns: tuple[str, str]) -> PreferenceGroup:
 
 
 def run(
-    tokenizer: PreTrainedTokenizerFast, *groups: PreferenceGroup
+    tokenizer: PreTrainedTokenizerFast, *groups: PreferenceGroup, complete: bool = True
 ) -> tuple[list[TokenizedGroup], dict[str, int]]:
     counts: Counter[str] = Counter()
     notes = RowNotes()
-    found = list(tokenize_groups(groups, tokenizer, OPTIONS, counts, notes))
+    options = replace(OPTIONS, append_eos=complete)
+    found = list(tokenize_groups(groups, tokenizer, options, counts, notes))
     counts.update({f"dropped/{reason}": number for reason, number in notes.drops.items()})
     return found, {name: number for name, number in counts.items() if number}
 
@@ -95,6 +97,32 @@ def test_an_answer_that_merges_with_the_templates_last_token_is_encoded_apart(
     whole = tokenizer.apply_chat_template([HI, {"role": "assistant", "content": answer}], return_dict=False)
     joint = whole[len(group.prompt) :] if whole[: len(group.prompt)] == group.prompt.tolist() else None
     assert group.completions[0].tolist() == (joint or tokenizer(f"{answer}<|endoftext|>").input_ids)
+
+
+def test_fragments_are_not_followed_by_the_end_of_a_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    for template in (PLAIN, PLAIN.replace("{{ eos_token }}", "{{ eos_token }}\n")):
+        tokenizer.chat_template = template
+        (whole,), _ = run(tokenizer, chat(("user", "hi")))
+        (cut,), counts = run(tokenizer, chat(("user", "hi")), complete=False)
+        assert counts == {}
+        assert cut.prompt.tolist() == whole.prompt.tolist()
+        assert [tokenizer.decode(ids) for ids in cut.completions] == ["well", "bad"]
+
+
+def test_a_fragment_whose_text_is_also_in_the_template_is_cut_after_its_own_end(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = PLAIN.replace("{{ eos_token }}", "|end|{{ eos_token }}")
+    row = {"prompt": [HI], "chosen": "the end", "rejected": "end "}
+    (group,), _ = run(tokenizer, group_from_row(row), complete=False)
+    assert [tokenizer.decode(ids) for ids in group.completions] == ["the end", "end "]
+
+
+def test_a_call_of_a_tool_cannot_be_a_fragment(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = AGENT
+    row = {"prompt": [HI], "chosen": [DAY], "rejected": [BAD]}
+    found, counts = run(tokenizer, group_from_row(row), complete=False)
+    assert (found, counts) == ([], {"dropped/template_changes_completion": 1})
 
 
 def test_chat_turns_without_a_template_are_refused_with_the_option(
