@@ -13,10 +13,11 @@ from typing import Any
 
 from data_prep.files import PreferenceWriter, describe_arguments
 from data_prep.splits import open_inputs, read_inputs
+from dpo.data.dialogue import ASSISTANT_TURN
 from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
 from dpo.data.records import Message, PreferenceGroup
-from dpo.data.rows import ASSISTANT_TURN, group_from_row
+from dpo.data.rows import group_from_row
 
 SUMMARY = "Anthropic's HH-RLHF dialogues; train and test never share the human's first turn."
 

@@ -21,6 +21,7 @@ from data_prep.prompts import (
     text_prompts,
 )
 from dpo.config import ModelConfig
+from dpo.data.fields import RowError
 from dpo.data.pairing import PAIRING_RULES, pairs_from_scores
 from dpo.data.records import PreferenceGroup, TokenIds
 from dpo.errors import UserError
@@ -142,8 +143,6 @@ def _prepare(
     writer: PreferenceWriter,
 ) -> list[PromptIds]:
     """The prompts with their token ids, without those that leave no room for a continuation."""
-    from jinja2 import TemplateError
-
     from dpo.data.tokenize import encode_prompt
     from dpo.model.files import max_positions
 
@@ -167,8 +166,8 @@ def _prepare(
     for prompt in prompts:
         try:
             ids = encode_prompt(prompt.content, tokenizer, key="--model")
-        except TemplateError:
-            writer.drops["template_refuses_dialogue"] += 1
+        except RowError as fault:
+            writer.notes.drop(fault.reason, f"a prompt: {fault}")
             continue
         if positions is not None and len(ids) + args.completion_tokens > positions:
             writer.drops["prompt_too_long"] += 1

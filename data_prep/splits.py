@@ -13,6 +13,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from data_prep.files import describe_file
+from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
 from dpo.data.records import PreferenceGroup
 from dpo.data.rows import convert_rows
@@ -106,8 +107,21 @@ def split_groups(
         UserError: A fold of data that has test rows.
     """
 
+    def plain(row: Any) -> PreferenceGroup:
+        group = convert(row)
+        turns = [turn for turn in group.prompt if not isinstance(turn, str)]
+        others = {*group.template_fields, *(key for fields in group.message_fields for key in fields)}
+        others |= {key for turn in turns for key in turn} - {"role", "content"}
+        if others:
+            raise RowError(
+                "fields_not_in_files",
+                f"the row has {', '.join(sorted(others))}; preference files hold role and text of "
+                "messages alone: give such data to training as it is",
+            )
+        return group
+
     def groups(split: Split) -> Iterator[PreferenceGroup]:
-        return convert_rows(islice(rows[split], args.max_rows), convert, strict=args.strict, notes=notes)
+        return convert_rows(islice(rows[split], args.max_rows), plain, strict=args.strict, notes=notes)
 
     if "test" not in rows:
         held_out = args.fold.part() if args.fold else (0.0, args.test_fraction)

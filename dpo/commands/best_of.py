@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import join_ranks, open_held_out
+from dpo.commands.inputs import join_ranks, open_held_out, open_reference_model
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.engine.frozen import frozen_scorer, is_sharded
@@ -25,7 +25,6 @@ from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
 from dpo.files import write_file
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
-from dpo.reference.identity import reference_model
 from dpo.tracking.run_folder import RunFolder
 
 SEED_OFFSET = 2
@@ -37,7 +36,7 @@ def best_of(config: Config) -> None:
     check_best_of(config.evaluate)
     join_ranks()
     _, test_data, tokenizer = open_held_out(config.data, config.model, "best-of")
-    reference = reference_model(config.model, config.reference)
+    reference = open_reference_model(config)
     best_of_reference(config, reference, test_data, tokenizer)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
 from dpo.commands.check import finished_model
-from dpo.commands.inputs import join_ranks, open_held_out, with_reference
+from dpo.commands.inputs import join_ranks, open_held_out, open_reference_model, with_reference
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import longest_tree
 from dpo.data.preference_data import PreferenceData
@@ -39,7 +39,6 @@ from dpo.files import write_file
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
-from dpo.reference.identity import reference_model
 from dpo.reference.values import open_reference
 from dpo.report.build import compose
 from dpo.report.content import Report
@@ -57,7 +56,7 @@ def evaluate(config: Config) -> None:
     join_ranks()
     policy = finished_model(config)
     train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
-    reference = reference_model(config.model, config.reference)
+    reference = open_reference_model(config)
     values = open_reference(
         reference,
         config.reference,

@@ -36,6 +36,7 @@ class Fields:
         self.names = names
         self._row = row
         self._read: set[str] = set()
+        self._left: set[str] = set()
 
     def get(self, name: str) -> Any:
         """The value, or None where the row has none."""
@@ -64,8 +65,12 @@ class Fields:
             f"python -m data_prep preferences INPUT --columns {name}=COLUMN",
         )
 
+    def leave(self, *names: str) -> None:
+        """Names parts of a value that are not used."""
+        self._left.update(names)
+
     def unread(self) -> list[str]:
-        """The columns that hold something and were not read; RowError if one of them cannot be left out."""
+        """What holds something and is not used; RowError if a column of it cannot be left out."""
         found = [name for name, value in self._row.items() if name not in self._read and holds(value)]
         for name in found:
             if name in UNUSABLE_COLUMNS:
@@ -73,7 +78,7 @@ class Fields:
                     "unusable_field",
                     f"the field {name!r} is part of the question and cannot be used; expected text alone",
                 )
-        return found
+        return [*found, *sorted(self._left)]
 
 
 def holds(value: Any) -> bool:

@@ -5,23 +5,21 @@ A row is a pair (prompt, chosen, rejected, as text or as messages, the prompt po
 column that is not read is counted by name.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from dpo.data.fields import Fields, RowError, as_list, brief
+from dpo.data.dialogue import Dialogue, read_dialogue
+from dpo.data.fields import Fields, RowError, as_list, brief, holds
+from dpo.data.messages import list_of_objects, parsed
 from dpo.data.notes import RowNotes
 from dpo.data.pairing import PairingRule, pairs_from_scores
-from dpo.data.records import Message, Pair, PreferenceGroup
+from dpo.data.records import Pair, PreferenceGroup
 from dpo.data.sources import PreferenceSource, read_rows
 from dpo.errors import UserError
-
-ASSISTANT_TURN = "\n\nAssistant:"
-"""Start of the assistant's turn in dialogues of HH-RLHF's format."""
-
-Prompt = str | tuple[Message, ...]
 
 
 def read_groups(
@@ -87,13 +85,14 @@ def group_from_row(
     """
     fields = Fields(row, columns or {})
     notes = notes or RowNotes()
+    template_fields = _template_fields(fields)
     pairs: tuple[Pair, ...]
     scores: tuple[float, ...] | None = None
     if fields.get("completions") is not None:
         values = as_list(fields.needed("completions"), "completions")
         if len(values) < 2:
             raise RowError("too_few_completions", f"completions has {len(values)}; expected at least 2")
-        prompt, completions = _prompt_and_texts(fields, values, None)
+        dialogue = read_dialogue(fields, values, None)
         if fields.get("scores") is not None:
             scores = _scores(fields.get("scores"), len(values))
         if fields.get("pairs") is not None or scores is None:
@@ -102,136 +101,36 @@ def group_from_row(
             pairs = pairs_from_scores(scores, pairing, min_margin)
     else:
         values = [fields.needed("chosen"), fields.needed("rejected")]
-        prompt, completions = _prompt_and_texts(fields, values, notes)
+        dialogue = read_dialogue(fields, values, notes)
         pairs = (Pair(0, 1),)
-    _check_pairs(pairs, completions)
+    if template_fields and isinstance(dialogue.prompt, str):
+        raise RowError(
+            "unusable_field", f"{', '.join(template_fields)} beside a prompt of plain text; expected turns"
+        )
+    _check_pairs(pairs, dialogue)
     identifier = fields.get("id")
     notes.ignored.update(fields.unread())
     return PreferenceGroup(
-        prompt=prompt,
-        completions=completions,
+        prompt=dialogue.prompt,
+        completions=dialogue.completions,
         pairs=pairs,
         scores=scores,
         id=None if identifier is None else str(identifier),
+        message_fields=dialogue.message_fields,
+        template_fields=template_fields,
     )
 
 
-def _prompt_and_texts(
-    fields: Fields, values: Sequence[Any], notes: RowNotes | None
-) -> tuple[Prompt, tuple[str, ...]]:
-    """The prompt, and each completion as one string: its text, or the content of its last message.
-
-    The values of a pair may imply the prompt, which is then counted in `notes`.
-    """
-    prompt, is_turn = _prompt_field(fields)
-    system = fields.text("system")
-    if prompt is None and notes is None:
-        raise fields.missing("prompt")
-    if prompt is not None and not isinstance(prompt, str):
-        prompt = _messages(prompt, "prompt")
-    if all(isinstance(value, str) for value in values):
-        completions = tuple(values)
-        if prompt is None:
-            if system:
-                raise fields.missing("prompt", " beside 'system'")
-            prompt, completions = _implied_prompt(fields, *completions)
-            if notes is not None and not prompt.endswith(ASSISTANT_TURN):
-                notes.implied += 1
-                notes.implied_example = notes.implied_example or prompt[:80]
-        if isinstance(prompt, str) and (is_turn or system):
-            prompt = (Message(role="user", content=prompt),)
-    else:
-        conversations = [_messages(value, "a completion") for value in values]
-        prompt = _prompt_of_conversations(fields, prompt, conversations)
-        completions = tuple(turns[-1]["content"] for turns in conversations)
-    for completion in completions:
-        if not completion.strip():
-            raise RowError("empty_completion", f"a completion is {completion!r}; expected some text")
-    return _with_system(prompt, system), completions
-
-
-def _prompt_field(fields: Fields) -> tuple[Any, bool]:
-    """The value of the prompt's column, and whether the column's name makes its text a user's turn."""
-    if "prompt" in fields.names:
-        return fields.needed("prompt"), False
-    if (prompt := fields.get("prompt")) is not None:
-        return prompt, False
-    if instruction := fields.text("instruction"):
-        extra = fields.text("input")
-        return f"{instruction}\n{extra}" if extra.strip() else instruction, True
-    for name in ("question", "input"):
-        if (value := fields.get(name)) is not None:
-            return value, True
-    return None, False
-
-
-def _with_system(prompt: Prompt, system: str) -> Prompt:
-    """The prompt with a system turn at its start, where the row has one in a column of its own."""
-    if not system or isinstance(prompt, str):
-        return prompt
-    if prompt[0]["role"] != "system":
-        return (Message(role="system", content=system), *prompt)
-    if prompt[0]["content"] != system:
-        raise RowError("prompts_differ", "the field 'system' differs from the system turn of the prompt")
-    return prompt
-
-
-def _implied_prompt(fields: Fields, chosen: str, rejected: str) -> tuple[str, tuple[str, ...]]:
-    """Splits two texts after their common part: dialogues after "Assistant:", other texts between words.
-
-    "A b c" and "A b d" give the prompt "A b" and the completions " c" and " d". Texts without a common part
-    imply no prompt: that of such a row stands in another column, or nowhere.
-    """
-    length = min(len(chosen), len(rejected))
-    common = chosen[: next((i for i in range(length) if chosen[i] != rejected[i]), length)]
-    if (turn := common.rfind(ASSISTANT_TURN)) >= 0:
-        end = turn + len(ASSISTANT_TURN)
-    else:  # a space belongs to the completion, a newline to the prompt
-        end = max(common.rfind(" "), common.rfind("\n") + 1)
-    if chosen != rejected and not common[:end].strip():
-        raise fields.missing("prompt", ", and chosen and rejected share no words at their start")
-    return common[:end], (chosen[end:], rejected[end:])
-
-
-def _prompt_of_conversations(
-    fields: Fields, prompt: Prompt | None, conversations: Sequence[tuple[Message, ...]]
-) -> tuple[Message, ...]:
-    """The turns before the completion: from the prompt field, from the conversations, or in both."""
-    shared = conversations[0][:-1]
-    for turns in conversations:
-        if turns[-1]["role"] != "assistant":
-            raise RowError(
-                "last_turn_not_assistant",
-                f"a completion ends with the role {turns[-1]['role']!r}; expected assistant",
-            )
-        if turns[:-1] != shared:
-            raise RowError("prompts_differ", "the completions do not share all turns before the last one")
-    if isinstance(prompt, tuple):
-        if shared and shared != prompt:
-            raise RowError("prompts_differ", "the completions' first turns differ from the prompt")
-        return prompt
-    if shared:
-        return shared
-    if prompt is None:
-        raise fields.missing("prompt", ", and no turns before the assistant's")
-    return (Message(role="user", content=prompt),)
-
-
-def _messages(value: Any, name: str) -> tuple[Message, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise RowError(
-            "not_text",
-            f"{name} is {brief(value)}; expected a string or a list of messages, like the rest of the row",
-        )
-    turns = []
-    for turn in value:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise RowError(
-                "not_text", f"{name} has the message {brief(turn)}; expected text as role and content"
-            )
-        turns.append(Message(role=role, content=content))
-    return tuple(turns)
+def _template_fields(fields: Fields) -> dict[str, Any]:
+    """What the chat template gets besides the turns: tools, and the row's own arguments of the template."""
+    found: dict[str, Any] = {}
+    if holds(options := fields.get("chat_template_kwargs")):
+        if not isinstance(options := parsed(options, "chat_template_kwargs"), Mapping):
+            raise RowError("bad_tools", f"chat_template_kwargs is {brief(options)}; expected an object")
+        found |= {str(key): value for key, value in options.items() if value is not None}
+    if holds(tools := fields.get("tools")) and (listed := list_of_objects(tools, "tools")):
+        found["tools"] = listed
+    return found
 
 
 def _scores(value: Any, num_completions: int) -> tuple[float, ...]:
@@ -262,9 +161,13 @@ def _pairs(value: Any, num_completions: int) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
-def _check_pairs(pairs: Sequence[Pair], completions: Sequence[str]) -> None:
+def _check_pairs(pairs: Sequence[Pair], dialogue: Dialogue) -> None:
     if not pairs:
         raise RowError("no_pairs", "the row prefers no completion to another")
+    completions: Sequence[str] = dialogue.completions
+    if dialogue.message_fields:  # completions may differ in a call or in their reasoning alone
+        both = zip(completions, dialogue.message_fields, strict=True)
+        completions = [json.dumps(one, sort_keys=True, default=str) for one in both]
     preferences = {(completions[pair.chosen], completions[pair.rejected]) for pair in pairs}
     for chosen, rejected in preferences:
         if chosen == rejected:

@@ -223,6 +223,25 @@ def test_eos_follows_the_manifest_unless_the_option_overrides(
     assert (int(train[0].completions[0][-1]) == tokenizer.eos_token_id) is ends
 
 
+@pytest.mark.parametrize(
+    ("complete", "option", "ends"), [(True, None, True), (False, None, False), (True, False, False)]
+)
+def test_the_end_of_a_chat_turn_follows_the_manifest_and_the_option_too(
+    open_with: Open,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    complete: bool,
+    option: bool | None,
+    ends: bool,
+) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    folder = Path(prepared(tmp_path / "a", {"train": 1}, complete=complete))
+    row = {"prompt": [{"role": "user", "content": "hi"}], "completions": [" cat", " mat"], "pairs": [[0, 1]]}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "train.parquet")
+    train, _ = open_with(str(folder), append_eos=option)
+    assert tokenizer.decode(train[0].completions[0]) == " cat" + "<|endoftext|>" * ends
+
+
 def test_the_folder_is_used_again_and_an_option_that_decides_ids_makes_another(
     open_with: Open, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """One row in each format, and one with each fault."""
 
+import json
 import math
 from typing import Any
 
@@ -57,7 +58,12 @@ def test_other_texts_are_split_between_words(
         {"prompt": "Hi", "chosen": [YES], "rejected": [NO]},
         {"chosen": [USER, YES], "rejected": [USER, NO]},
         {"prompt": [USER], "completions": [[YES], [NO]], "pairs": [{"chosen": 0, "rejected": 1}]},
-        {"prompt": [{**USER, "name": "Ann"}], "completions": ["yes", "no"], "pairs": [[0, 1]]},
+        {"prompt": [{**USER, "name": None}], "completions": ["yes", "no"], "pairs": [[0, 1]]},
+        {
+            "prompt": [{**USER, "content": [{"type": "text", "text": "Hi"}]}],
+            "chosen": [YES],
+            "rejected": [NO],
+        },
     ],
 )
 def test_every_format_of_a_chat_gives_the_same_group(row: dict[str, Any]) -> None:
@@ -124,6 +130,48 @@ def test_columns_that_hold_something_and_are_not_read_are_counted() -> None:
     assert notes.ignored == {"messages": 1, "n": 1, "note": 2, "question": 1}
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def called(*calls: Any, content: Any = None, **fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, "tool_calls": list(calls), **fields}
+
+
+def test_completions_that_differ_only_in_a_call_or_in_their_reasoning_are_a_pair() -> None:
+    other = {"type": "function", "function": {"name": "g", "arguments": {"x": 1}}}
+    group = group_from_row({"prompt": [USER], "chosen": [called(CALL)], "rejected": [called(other)]})
+    assert group.completions == ("", "")
+    assert group.message_fields == ({"tool_calls": [CALL]}, {"tool_calls": [other]})
+    thoughts = [{**YES, "reasoning_content": text} for text in ("hm", "ah")]
+    group = group_from_row({"prompt": [USER], "chosen": thoughts[:1], "rejected": thoughts[1:]})
+    assert group.completions == ("yes", "yes")
+    with pytest.raises(RowError) as error:
+        group_from_row({"prompt": [USER], "chosen": [called(CALL)], "rejected": [called(CALL)]})
+    assert error.value.reason == "identical_completions"
+
+
+def test_tools_and_arguments_of_the_template_go_with_the_row_also_as_json() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "strict": None}}]
+    row = {
+        "prompt": [USER],
+        "chosen": "yes",
+        "rejected": "no",
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    expected = {"tools": [{"type": "function", "function": {"name": "f"}}], "enable_thinking": False}
+    assert group_from_row({**row, "tools": tools}).template_fields == expected
+    as_json = {"tools": json.dumps(tools), "chat_template_kwargs": json.dumps(row["chat_template_kwargs"])}
+    assert group_from_row({**row, **as_json}).template_fields == expected
+    assert group_from_row({**row, "tools": [], "chat_template_kwargs": None}).template_fields == {}
+
+
+def test_message_fields_that_are_not_used_are_counted_once_per_row() -> None:
+    notes = RowNotes()
+    turns = [{**USER, "timestamp": 3}, {**YES, "timestamp": 4}, {**USER, "weight": 0}]
+    group_from_row({"prompt": turns, "chosen": [{**YES, "id": "x"}], "rejected": [NO]}, notes=notes)
+    assert notes.ignored == {"prompt.timestamp": 1, "prompt.weight": 1, "completion.id": 1}
+
+
 def test_columns_rename_the_fields() -> None:
     row = {"question": "q", "good": "a", "rejected": "b"}
     group = group_from_row(row, columns={"prompt": "question", "chosen": "good"})
@@ -144,6 +192,19 @@ def _group(**fields: Any) -> dict[str, Any]:
         (_group(), "missing_field"),
         ({"chosen": [YES], "rejected": [NO]}, "missing_field"),
         ({"chosen": "good", "rejected": "gone"}, "missing_field"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{"name": "f"}]}, "unusable_field"),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b", "tools": "[{"}, "bad_tools"),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b", "tools": ["f"]}, "bad_tools"),
+        ({"prompt": [USER], "chosen": "a", "rejected": "b", "chat_template_kwargs": [1]}, "bad_tools"),
+        ({"prompt": [USER], "chosen": [{**YES, "tool_calls": 1}], "rejected": [NO]}, "bad_tools"),
+        ({"prompt": [USER], "chosen": [{**YES, "content": None}], "rejected": [NO]}, "not_text"),
+        ({"prompt": [USER], "chosen": [{**YES, "content": []}], "rejected": [NO]}, "not_text"),
+        ({"prompt": [{**USER, "name": 3}], "chosen": [YES], "rejected": [NO]}, "not_text"),
+        ({"prompt": [{**USER, "images": ["i"]}], "chosen": [YES], "rejected": [NO]}, "unusable_field"),
+        (
+            {"prompt": [{**USER, "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
+            "unusable_field",
+        ),
         ({"query": "q", "chosen": "good", "rejected": "bad"}, "missing_field"),
         ({"system": "s", "chosen": "a b", "rejected": "a c"}, "missing_field"),
         ({"system": 3, "prompt": "p", "chosen": "a", "rejected": "b"}, "not_text"),

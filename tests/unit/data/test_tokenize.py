@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
 from dpo.data.records import Pair, PreferenceGroup, TokenizedGroup
 from dpo.data.tokenize import TokenizeOptions, _fit, encode_prompt, tokenize_groups
@@ -207,12 +208,13 @@ def test_whatever_the_lengths_a_group_fits_and_keeps_prompts_end_and_completions
     )
     counts: Counter[str] = Counter()
     group = PreferenceGroup(prompt="", completions=("",) * len(lengths), pairs=pairs)
-    found = _fit(prompt, completions, group, _NoBos(), options, counts)  # type: ignore[arg-type]
     fits = prompt_length + max(lengths) <= max_length and prompt_length <= (max_prompt or max_length)
-    assert isinstance(found, str) == (drop and not fits)
-    if isinstance(found, str):
-        assert (found, counts) == ("too_long", {})
+    if drop and not fits:
+        with pytest.raises(RowError) as error:
+            _fit(prompt, completions, group, _NoBos(), options, counts)  # type: ignore[arg-type]
+        assert (error.value.reason, counts) == ("too_long", {})
         return
+    found = _fit(prompt, completions, group, _NoBos(), options, counts)  # type: ignore[arg-type]
     kept = found.prompt.tolist()
     assert kept == prompt[-len(kept) :]
     assert len(kept) <= (max_prompt or max_length - 1)
@@ -243,9 +245,7 @@ def test_pairs_keep_the_margin_of_their_scores() -> None:
     )
     options = TokenizeOptions(max_length=9, max_prompt_length=None, drop_too_long=False, append_eos=False)
     found = _fit([7], completions, group, _NoBos(), options, Counter())  # type: ignore[arg-type]
-    assert not isinstance(found, str)
     assert found.pairs == (Pair(0, 1), Pair(2, 0))
     assert found.margins == (1.5, 1.0)
     unscored = _fit([7], completions, replace(group, scores=None), _NoBos(), options, Counter())  # type: ignore[arg-type]
-    assert not isinstance(unscored, str)
     assert unscored.margins is None

@@ -70,6 +70,22 @@ def test_test_rows_with_a_training_prompt_are_dropped_and_counted() -> None:
     assert notes.drops == {"test_prompt_in_train": 2}
 
 
+def test_rows_with_what_preference_files_cannot_hold_are_dropped_and_counted() -> None:
+    named = [{"role": "user", "content": "a", "name": "Ann"}]
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
+    user = [{"role": "user", "content": "a"}]
+    rows = [
+        {"prompt": named, "chosen": "yes", "rejected": "no"},
+        {"prompt": user, "chosen": call, "rejected": [{"role": "assistant", "content": "no"}]},
+        {"prompt": user, "chosen": "yes", "rejected": "no", "tools": [{"name": "f"}]},
+        {"prompt": user, "chosen": "yes", "rejected": "no"},
+    ]
+    notes = RowNotes()
+    assert len(_split({"train": [(f"f:{n}", row) for n, row in enumerate(rows, 1)]}, notes)) == 1
+    assert notes.drops == {"fields_not_in_files": 3}
+    assert notes.first["fields_not_in_files"].startswith("f:1: the row has name;")
+
+
 def test_max_rows_limits_each_input_split() -> None:
     splits = _split({"train": _rows("a", "b", "c"), "test": _rows("d", "e", "f")}, RowNotes(), max_rows=2)
     assert splits == [("train", "a"), ("train", "b"), ("test", "d"), ("test", "e")]
