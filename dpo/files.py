@@ -28,6 +28,11 @@ def write_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
         OSError: It could not be written; the old file is as it was.
     """
     path = path.resolve() if path.is_symlink() else path
+    with naming(path):
+        _replace(path, content, mode)
+
+
+def _replace(path: Path, content: str | bytes, mode: int) -> None:
     temporary = temporary_of(path)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -40,6 +45,17 @@ def write_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
     except BaseException:
         with suppress(OSError):  # a disk that has become read-only
             temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the name of the file into an OSError of the block that has none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
 
 

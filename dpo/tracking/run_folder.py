@@ -55,6 +55,11 @@ class RunFolder:
         return self.checkpoints / f"step_{step:08d}"
 
     @property
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the latest step, as far as names tell; None where there is none."""
+        return max(self.checkpoints.glob("step_*"), default=None)
+
+    @property
     def no_checkpoint_yet(self) -> Path:
         """Is there from before the first step until the first checkpoint is complete."""
         return self.checkpoints / ".none_yet"
