@@ -5,7 +5,10 @@ rank's reason, so that every rank reports the same one; so does the signal that 
 when a rank has failed.
 """
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import errno
+import shutil
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from pathlib import Path
 from types import TracebackType
 
 from dpo import distributed
@@ -14,6 +17,9 @@ from dpo.guards.signals import AT_ONCE, StopRequestedError, StopRequests
 from dpo.guards.watchdog import Watchdog
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.run_lock import RunLock
+
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE}
+"""What a disk answers, as opposed to what we ask wrongly."""
 
 
 class Guard:
@@ -37,6 +43,7 @@ class Guard:
             at_once: What is said of a signal before the first step.
             exclusive: Whether no other process may train in the folder meanwhile.
         """
+        self._folder = folder
         self.stop = StopRequests(at_once)
         self._watchdog = Watchdog(folder, command, stuck_after_seconds)
         self._lock: AbstractContextManager[object] = RunLock(folder) if exclusive else nullcontext()
@@ -79,6 +86,21 @@ class Guard:
             if isinstance(error, UserError | StoppedBySignal | RunFailed) and not by_launcher:
                 self._watchdog.publish_end(error)
             elif isinstance(error, Exception):
-                reason = self._watchdog.explain(error)
+                reason = self._watchdog.explain(_without_traceback(error, self._folder))
                 if reason is not error:
                     raise reason from error
+
+
+def _without_traceback(error: Exception, folder: RunFolder) -> Exception:
+    """A disk's error as one line: which file could not be written, why, and what the run has kept."""
+    if not isinstance(error, OSError) or error.errno not in OF_THE_DISK:
+        return error
+    file, free = Path(str(error.filename or folder.path)), ""
+    with suppress(OSError):
+        place = next(path for path in (file, *file.absolute().parents) if path.is_dir())
+        free = f"; {shutil.disk_usage(place).free / 1e6:,.1f} MB are free there"
+    kept = folder.newest_checkpoint
+    return UserError(
+        f"{file}: {error.strerror}{free}: make room or repair the disk, and run the same command again "
+        + (f"to resume from {kept}" if kept else "to start again: there is no checkpoint yet")
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from dpo.errors import UserError
-from dpo.files import write_file
+from dpo.files import UNIVERSAL, leftovers_of, remove, write_file
 
 PACKAGES = ("dpo", "torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "numpy")
 
@@ -53,6 +53,11 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of an optimizer step."""
         return self.checkpoints / f"step_{step:08d}"
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the latest step, as far as names tell; None where there is none."""
+        return max(self.checkpoints.glob("step_*"), default=None)
 
     @property
     def no_checkpoint_yet(self) -> Path:
@@ -163,6 +168,26 @@ class RunFolder:
         if not (self.config.is_file() and self.config.read_text() == text):
             write_file(self.config, text)
 
+    def remove_leftovers(self) -> None:
+        """Removes what killed processes of this run left half written. Only its holder may call it."""
+        files = (
+            self.config,
+            self.environment,
+            self.history,
+            self.key,
+            self.reference,
+            self.no_checkpoint_yet,
+        )
+        folders = (self.model(), self.best, self.tokenizer)
+        steps = {
+            _final(path) for place in (self.checkpoints, self.snapshots) for path in place.glob(".step_*")
+        }
+        for place in (*files, *folders, *steps):
+            for left in leftovers_of(place):
+                remove(left)
+        for left in self.checkpoints.glob(f".*{UNIVERSAL}"):
+            remove(left)
+
     def describe(self, *, world_size: int, engine: str) -> None:
         """Writes environment.json. It records no environment variable: they hold secrets.
 
@@ -178,6 +203,11 @@ class RunFolder:
             "engine": engine,
         }
         write_file(self.environment, json.dumps(environment, indent=2))
+
+
+def _final(left: Path) -> Path:
+    """The place of what was being written as `.step_00000004.writing` or the like."""
+    return left.with_name(left.name[1:].partition(".")[0])
 
 
 def settings_text(settings: dict[str, Any]) -> str:

@@ -105,6 +105,18 @@ def test_num_processes_counts_all_machines(checks: str) -> None:
     assert "--num_processes 32 --main_process_port 29500" in ended.stdout
 
 
+def test_what_a_killed_launch_run_left_is_removed(tmp_path: Path) -> None:
+    python = script(tmp_path / "python", PYTHON_THAT_WAITS.replace("PYTHON", sys.executable))
+    (tmp_path / "dpo-run.999999999.abcdef").touch()
+    alive = tmp_path / f"dpo-run.{os.getpid()}.abcdef"
+    alive.touch()
+    ended = shell(
+        "launch/run", "train", "--config", "x.yaml", PYTHON=str(python), TMPDIR=str(tmp_path), NPROC="1"
+    )
+    assert "started" in ended.stdout, ended.stderr
+    assert list(tmp_path.glob("dpo-run.*")) == [alive]
+
+
 PYTHON_THAT_WAITS = """#!/usr/bin/env bash
 case "$*" in
     *"-m dpo check"*) echo runs/x ;;

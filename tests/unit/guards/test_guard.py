@@ -1,5 +1,6 @@
 """Around a command: signals, the watchdog and the lock together, and one reason for all ranks."""
 
+import errno
 import json
 import os
 import signal
@@ -132,3 +133,18 @@ def test_only_training_locks_the_folder(tmp_path: Path) -> None:
         with pytest.raises(UserError), Guard(RunFolder(tmp_path), "sft", 60):
             pass
     assert run_lock.holder_of(RunFolder(tmp_path)) is None
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_disk_that_fails_is_one_line_with_what_was_kept(tmp_path: Path, kept: bool) -> None:
+    folder = RunFolder(tmp_path)
+    if kept:
+        folder.checkpoint(2).mkdir(parents=True)
+        folder.checkpoint(4).mkdir()
+    with pytest.raises(UserError) as refused, Guard(folder, "train", 60):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder.config))
+    assert str(refused.value).startswith(f"{folder.config}: No space left on device")
+    assert ("resume from" in str(refused.value)) is kept
+    assert not kept or str(refused.value).endswith("step_00000004")
+    with pytest.raises(FileNotFoundError), Guard(folder, "train", 60):  # a bug of ours keeps its traceback
+        (tmp_path / "nothing").read_text()

@@ -1,6 +1,7 @@
 """The lines of metrics.jsonl, and the same numbers in TensorBoard and the bar."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from dpo.tracking.run_folder import RunFolder
 
 
 def write_steps(run_dir: Path, steps: Mapping[int, Mapping[str, float]], first_step: int = 0) -> None:
+    if first_step:  # TensorBoard's files are in order of the seconds in their names
+        time.sleep(1 - time.time() % 1)
     with Monitor(RunFolder(run_dir), num_steps=9, first_step=first_step, unit="pairs") as monitor:
         for step, values in steps.items():
             monitor.record(step, values)
