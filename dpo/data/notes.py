@@ -24,6 +24,8 @@ class RowNotes:
     """Rows without a prompt column, whose prompt is the words that their texts share."""
     implied_example: str = ""
     """The prompt of the first of them."""
+    repeated: int = 0
+    """Rows whose completions all start with the prompt, which is taken once."""
 
     def drop(self, reason: str, detail: str) -> None:
         """Counts a dropped row; `detail` says where it is and what is wrong with it."""
@@ -36,6 +38,10 @@ class RowNotes:
         if self.ignored:
             listed = ", ".join(f"{column} ({rows} rows)" for column, rows in sorted(self.ignored.items()))
             found.append(f"{name}: columns that are not used: {listed}")
+        if self.repeated:
+            found.append(
+                f"{name}: completions that repeat the prompt, which is taken once: {self.repeated} rows"
+            )
         return found
 
     def drop_lines(self, name: str) -> list[str]:

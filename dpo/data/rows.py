@@ -92,7 +92,7 @@ def group_from_row(
         values = as_list(fields.needed("completions"), "completions")
         if len(values) < 2:
             raise RowError("too_few_completions", f"completions has {len(values)}; expected at least 2")
-        dialogue = read_dialogue(fields, values, None)
+        dialogue = read_dialogue(fields, values, notes, may_imply=False)
         if fields.get("scores") is not None:
             scores = _scores(fields.get("scores"), len(values))
         if fields.get("pairs") is not None or scores is None:
@@ -101,7 +101,7 @@ def group_from_row(
             pairs = pairs_from_scores(scores, pairing, min_margin)
     else:
         values = [fields.needed("chosen"), fields.needed("rejected")]
-        dialogue = read_dialogue(fields, values, notes)
+        dialogue = read_dialogue(fields, values, notes, may_imply=True)
         pairs = (Pair(0, 1),)
     if template_fields and isinstance(dialogue.prompt, str):
         raise RowError(
@@ -118,6 +118,7 @@ def group_from_row(
         id=None if identifier is None else str(identifier),
         message_fields=dialogue.message_fields,
         template_fields=template_fields,
+        continues=dialogue.continues,
     )
 
 

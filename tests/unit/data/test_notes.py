@@ -16,6 +16,12 @@ def test_unused_columns_are_in_one_line_with_their_rows() -> None:
     assert notes.warnings("s") == []
 
 
+def test_repeated_prompts_are_counted() -> None:
+    assert RowNotes(repeated=2).lines("s") == [
+        "s: completions that repeat the prompt, which is taken once: 2 rows"
+    ]
+
+
 def test_a_reason_to_drop_is_shown_with_its_number_and_its_first_row() -> None:
     notes = RowNotes()
     for place in ("f:1", "f:7"):
