@@ -97,6 +97,7 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
                 over_groups=averaged_over_groups(loss),
             ),
             loss_config=loss,
+            dtype="float32",
         )
         for budget in BUDGETS:
             train = replace(config.train, max_tokens_per_micro_batch=budget)

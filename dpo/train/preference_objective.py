@@ -9,6 +9,7 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import Int64s
 from dpo.data.preference_data import PreferenceData
 from dpo.data.trees import Layout, TreeBatch
+from dpo.loss.accuracy import accuracies
 from dpo.loss.pairs import pair_logps
 from dpo.loss.preference_loss import preference_loss
 from dpo.tracking.metrics import MetricSums
@@ -23,6 +24,8 @@ class PreferenceObjective:
 
     data: PreferenceData
     loss_config: LossConfig
+    dtype: str
+    """Compute type of the log-probs, which says how far they are rounded."""
     unit: str = "pairs"
     loss_sums: dict[str, float] = field(default_factory=dict)
     """The loss's named sums over the last step and all ranks; empty before the first step."""
@@ -66,7 +69,7 @@ class PreferenceObjective:
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).double(),
+            "rewards/accuracies": accuracies(result, policy, self.loss_config, self.dtype),
             "logps/chosen": policy.chosen.detach(),
             "logps/rejected": policy.rejected.detach(),
         }
