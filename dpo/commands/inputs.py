@@ -21,7 +21,7 @@ from dpo.engine.engine import Engine
 from dpo.errors import UserError
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import averaged_over_groups
-from dpo.model.files import max_positions
+from dpo.model.files import check_token_ids, max_positions
 from dpo.model.load import load_tokenizer
 from dpo.reference.identity import reference_model
 from dpo.reference.values import ReferenceUse
@@ -73,6 +73,9 @@ def open_data(
     distributed.require_shared(Path(data.cache_dir), "data.cache_dir")
     tokenizer = load_tokenizer(model)
     train_data, test_data = open_datasets(data, tokenizer, max_positions(model))
+    for data_set in (train_data, test_data):
+        if data_set is not None:
+            check_token_ids(model, data_set.largest_id, "model.name_or_path")
     return train_data, test_data, tokenizer
 
 

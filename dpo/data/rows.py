@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from dpo.data.dialogue import Dialogue, read_dialogue
-from dpo.data.fields import Fields, RowError, as_list, brief, holds
+from dpo.data.fields import Fields, RowError, as_list, brief, broken_at, holds
 from dpo.data.messages import list_of_objects, parsed
 from dpo.data.notes import RowNotes
 from dpo.data.pairing import DEFAULT_PAIRING, PairingRule, pairs_from_scores
@@ -60,6 +60,7 @@ def convert_rows(
         notes.rows += 1
         try:
             group = replace(convert(row), place=place)
+            _check_encodable(group)
         except RowError as fault:
             if strict:
                 raise UserError(
@@ -124,6 +125,22 @@ def group_from_row(
         template_fields=template_fields,
         continues=dialogue.continues,
     )
+
+
+def _check_encodable(group: PreferenceGroup) -> None:
+    """Raises RowError for text that is not Unicode, such as half of an emoji in JSON."""
+    texts = [*group.completions, group.id or ""]
+    if isinstance(group.prompt, str):
+        texts.append(group.prompt)
+    else:
+        others = (group.prompt, group.message_fields, dict(group.template_fields))
+        texts.append(json.dumps(others, ensure_ascii=False, default=str))
+    for text in texts:
+        if (place := broken_at(text)) is not None:
+            raise RowError(
+                "not_unicode",
+                f"half of a surrogate pair after {text[max(0, place - 20) : place]!r}; expected text",
+            )
 
 
 def _template_fields(fields: Fields) -> dict[str, Any]:

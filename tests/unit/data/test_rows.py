@@ -309,6 +309,30 @@ ROWS = [
 ]
 
 
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": HALF, "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": HALF, "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "b", "id": HALF},
+        {"prompt": [{**USER, "content": HALF}], "chosen": "a", "rejected": "b"},
+        {"prompt": [{**USER, "name": HALF}], "chosen": "a", "rejected": "b"},
+        {"prompt": [USER], "chosen": [{**YES, "reasoning": HALF}], "rejected": [NO]},
+        {"prompt": [USER], "chosen": "a", "rejected": "b", "tools": [{"name": HALF}]},
+    ],
+)
+def test_half_of_a_surrogate_pair_drops_the_row_with_its_place(row: dict[str, Any]) -> None:
+    notes = RowNotes()
+    groups = convert_rows([*ROWS[:1], ("f:9", row)], group_from_row, strict=False, notes=notes)
+    assert len(list(groups)) == 1
+    assert notes.drops == {"not_unicode": 1}
+    assert notes.first["not_unicode"].startswith("f:9: ")
+    notes.first["not_unicode"].encode()  # the message can be printed
+
+
 def test_faulty_rows_are_dropped_and_counted() -> None:
     notes = RowNotes()
     groups = convert_rows(ROWS, group_from_row, strict=False, notes=notes)
