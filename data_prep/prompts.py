@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from data_prep.splits import open_inputs, prompt_key, read_inputs
 from dpo import terminal
+from dpo.data.fields import broken_at
 from dpo.data.notes import RowNotes
 from dpo.data.records import Message
 from dpo.data.rows import group_from_row
@@ -92,6 +93,8 @@ def read_documents(path: str, *, max_rows: int | None, num_prompts: int) -> Iter
     for place, row in islice(read_rows(source), limit):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise UserError(f"{place}: no column `text` with a string; expected a text data set")
+        if broken_at(row["text"]) is not None:
+            raise UserError(f"{place}: half of a surrogate pair in `text`; expected Unicode: correct the row")
         if row["text"].strip():
             yield [line.strip() for line in row["text"].splitlines() if line.strip()]
 

@@ -13,6 +13,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from data_prep.files import describe_file
+from dpo.data.dialogue import ends_with_answer
 from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
 from dpo.data.records import PreferenceGroup
@@ -112,6 +113,8 @@ def split_groups(
         turns = [turn for turn in group.prompt if not isinstance(turn, str)]
         others = {*group.template_fields, *(key for fields in group.message_fields for key in fields)}
         others |= {key for turn in turns for key in turn} - {"role", "content"}
+        if turns and ends_with_answer(turns) and not group.continues:
+            others.add("two turns of the assistant in a row")
         if others:
             raise RowError(
                 "fields_not_in_files",

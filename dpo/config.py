@@ -102,7 +102,7 @@ class DataConfig:
     pairing: Literal["best-vs-rest", "best-vs-worst", "all"] = "best-vs-rest"
     """How scored completions become pairs, where the data has scores and no pairs."""
     min_margin: NotNegative = 0.0
-    """Pairs whose scores differ by no more than this are not made."""
+    """Pairs whose scores differ by no more than this are left out."""
     append_eos: bool | None = None
     """End completions with EOS. Default: what the data's manifest says of them, else true."""
     strict: bool = False

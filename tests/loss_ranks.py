@@ -99,6 +99,7 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
                 over_groups=averaged_over_groups(loss),
             ),
             loss_config=loss,
+            dtype="float32",
         )
         for budget in BUDGETS:
             backward = "cached" if name.startswith("cached") else "auto"

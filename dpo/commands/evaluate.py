@@ -158,7 +158,9 @@ def _use_policy(
     with frozen_scorer(policy, sharded=sharded) as scorer:
         layout = settle_layout(scorer, longest_tree([data.dataset]), DTYPES[policy.dtype]).layout
         device = distributed.device()
-        scores = score_pairs(scorer, data, config.loss, layout=layout, budget=budget, device=device)
+        scores = score_pairs(
+            scorer, data, config.loss, dtype=policy.dtype, layout=layout, budget=budget, device=device
+        )
         if not prompts:
             return _ByPolicy(scores=scores, prompts=[], samples=[], for_kl=[], logps=np.zeros(0), stop_ids=())
         model = bare_scorer(scorer).model

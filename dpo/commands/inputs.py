@@ -19,7 +19,7 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import PreferenceData, preference_data
 from dpo.errors import UserError
 from dpo.loss.catalog import averaged_over_groups
-from dpo.model.files import max_positions
+from dpo.model.files import check_token_ids, max_positions
 from dpo.model.load import load_tokenizer
 from dpo.reference.identity import reference_model
 from dpo.reference.values import ReferenceUse
@@ -62,6 +62,9 @@ def open_data(
     distributed.require_shared(Path(data.cache_dir), "data.cache_dir")
     tokenizer = load_tokenizer(model)
     train_data, test_data = open_datasets(data, tokenizer, max_positions(model))
+    for data_set in (train_data, test_data):
+        if data_set is not None:
+            check_token_ids(model, data_set.largest_id, "model.name_or_path")
     return train_data, test_data, tokenizer
 
 

@@ -7,6 +7,7 @@ from dpo.commands.inputs import described, join_ranks, open_data, open_reference
 from dpo.config import Config
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference, title_of
+from dpo.model.files import check_token_ids
 from dpo.reference.precompute import precompute
 from dpo.reference.store import reference_store
 from dpo.tracking.run_folder import RunFolder
@@ -32,6 +33,8 @@ def _precompute_ref(config: Config) -> None:
     train_data, test_data, _ = open_data(config.data, config.model)
     datasets = [data for data in (train_data, test_data) if data is not None]
     model = open_reference_model(config)
+    for data in datasets:
+        check_token_ids(model, data.largest_id, "reference.model")
     store = reference_store(model, cache_dir)
     result = precompute(model, config.reference, datasets, store)
     rate = f", {result.misses / result.seconds:.1f} sequences/s" if result.misses else ""

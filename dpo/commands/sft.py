@@ -17,7 +17,7 @@ from dpo.engine.scoring import token_budget
 from dpo.engine.world import make_repeatable, start, weight_dtype
 from dpo.errors import UserError
 from dpo.guards.guard import Guard
-from dpo.model.files import max_positions, num_parameters
+from dpo.model.files import check_token_ids, max_positions, num_parameters
 from dpo.model.from_scratch import scratch_model, scratch_positions, scratch_tokenizer
 from dpo.model.load import load_tokenizer
 from dpo.model.lora import check_policy, load_policy
@@ -45,6 +45,9 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
 
     tokenizer, positions = open_tokenizer(config, folder)
     train_data, test_data = open_text_or_preferences(config.data, tokenizer, positions)
+    for data in (train_data, test_data):
+        if data is not None and config.model.scratch is None:
+            check_token_ids(config.model, data.largest_id, "model.name_or_path")
     fingerprints = {"data.train": train_data.content_digest()}
     if test_data is not None:
         fingerprints["data.test"] = test_data.content_digest()

@@ -41,7 +41,11 @@ def check_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
 
 
 def prompt_text(
-    turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template_fields: Mapping[str, Any]
+    turns: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template_fields: Mapping[str, Any],
+    *,
+    continues: bool,
 ) -> str:
     """The turns as text, followed by the start of the assistant's turn.
 
@@ -49,11 +53,13 @@ def prompt_text(
         turns: The turns before the completion.
         tokenizer: Has a chat template.
         template_fields: What the template gets besides the turns.
+        continues: The last turn is that start, and is left open.
 
     Raises:
         RowError: The template refuses the turns.
     """
-    return _rendered(turns, tokenizer, template_fields, add_generation_prompt=True)
+    start = {"continue_final_message": True} if continues else {"add_generation_prompt": True}
+    return _rendered(turns, tokenizer, template_fields, **start)
 
 
 def chat_text(
@@ -73,10 +79,13 @@ def chat_text(
     """
     assert not isinstance(group.prompt, str)
     _check_fields(group, tokenizer)
-    prompt = prompt_text(group.prompt, tokenizer, group.template_fields)
+    prompt = prompt_text(group.prompt, tokenizer, group.template_fields, continues=group.continues)
     dialogues = []
     for answer in _answers(group):
         turns = [*group.prompt, answer]
+        if group.continues:
+            *before, start = group.prompt
+            turns = [*before, {**start, **answer, "content": start["content"] + answer["content"]}]
         whole = _rendered(turns, tokenizer, group.template_fields, continue_final_message=not complete)
         if not whole.startswith(prompt):
             raise RowError(
@@ -86,6 +95,20 @@ def chat_text(
         _check_survives(answer, whole[len(prompt) :])
         dialogues.append(whole)
     return ChatText(prompt, dialogues, tuple(_unused_identifiers(group, tokenizer, prompt)))
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The special token that the chat template writes after an answer; None without such a template."""
+    if tokenizer.chat_template is None:
+        return None
+    turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
+    try:
+        whole = _rendered(turns, tokenizer, {})
+        rest = whole[len(_rendered(turns, tokenizer, {}, continue_final_message=True)) :]
+    except RowError:
+        return None
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return max((token for token in special if rest.startswith(token)), key=len, default=None)
 
 
 def _answers(group: PreferenceGroup) -> list[Message]:
@@ -128,7 +151,7 @@ def _unused_identifiers(
     for key in IDENTIFIERS:
         if any(key in turn for turn in turns):
             without: Any = [{n: value for n, value in turn.items() if n != key} for turn in turns]
-            if prompt_text(without, tokenizer, group.template_fields) == prompt:
+            if prompt_text(without, tokenizer, group.template_fields, continues=group.continues) == prompt:
                 yield key
 
 

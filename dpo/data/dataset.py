@@ -28,6 +28,7 @@ from dpo.files import atomic_folder
 FORMAT_VERSION = 3
 """Version of the files in a folder; part of every digest that names one, so another version is not read."""
 _COUNTS = "counts.json"
+_LARGEST = "largest_id"  # in that file; an earlier version did not write it
 
 
 class SourceGroups(NamedTuple):
@@ -58,6 +59,8 @@ class TokenizedDataset:
     """groups, pairs, tokens, and what was dropped or truncated, by reason."""
     sources: tuple[SourceGroups, ...]
     """In the order of their groups; empty where the writer named none."""
+    largest_id: int
+    """The largest token id; -1 without tokens."""
     tokens: npt.NDArray[np.int32]
     """Token ids of all segments, one segment after the other."""
     segment_offsets: npt.NDArray[np.int64]
@@ -210,12 +213,13 @@ def write_dataset(
 
 def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Counter[str]) -> None:
     segment_offsets, group_segments, margins = array("q", [0]), array("q", [0]), array("d")
-    pairs, group_pairs, keys = array("i"), array("q", [0]), bytearray()
+    pairs, group_pairs, keys, largest = array("i"), array("q", [0]), bytearray(), -1
     with (building / "tokens.bin").open("wb") as file:
         for group in groups:
             for segment in (group.prompt, *group.completions):
                 file.write(np.ascontiguousarray(segment, dtype="<i4").tobytes())
                 segment_offsets.append(segment_offsets[-1] + len(segment))
+                largest = max(largest, int(segment.max(initial=-1)))
             for completion in group.completions:
                 keys += sequence_key(group.prompt, completion)
             for pair in group.pairs:
@@ -230,7 +234,8 @@ def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Coun
     np.save(building / "margins.npy", np.frombuffer(margins, dtype=np.float64))
     np.save(building / "keys.npy", np.frombuffer(bytes(keys), dtype=f"V{KEY_BYTES}"))
     counts.update(groups=len(group_segments) - 1, pairs=len(pairs) // 2, tokens=segment_offsets[-1])
-    (building / _COUNTS).write_text(json.dumps(dict(sorted(counts.items())), indent=2))
+    described = {_LARGEST: largest, **dict(sorted(counts.items()))}
+    (building / _COUNTS).write_text(json.dumps(described, indent=2))
 
 
 def map_dataset(folder: Path, digest: str) -> TokenizedDataset:
@@ -240,14 +245,18 @@ def map_dataset(folder: Path, digest: str) -> TokenizedDataset:
         folder: The folder.
         digest: Of what decides its content.
     """
-    tokens = folder / "tokens.bin"
+    file = folder / "tokens.bin"
+    tokens = np.memmap(file, dtype="<i4", mode="r") if file.stat().st_size else np.zeros(0, np.int32)
+    counts = json.loads((folder / _COUNTS).read_text())
+    largest = counts.pop(_LARGEST, None)
     names = ("segment_offsets", "group_segments", "pairs", "group_pairs", "margins", "keys")
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
     return TokenizedDataset(
         path=folder,
         digest=digest,
-        counts=json.loads((folder / _COUNTS).read_text()),
+        counts=counts,
+        largest_id=int(tokens.max(initial=-1)) if largest is None else largest,
         sources=tuple(SourceGroups(*source) for source in json.loads((folder / "sources.json").read_text())),
-        tokens=np.memmap(tokens, dtype="<i4", mode="r") if tokens.stat().st_size else np.zeros(0, np.int32),
+        tokens=tokens,
         **arrays,
     )

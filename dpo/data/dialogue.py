@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo.data.fields import Fields, RowError
-from dpo.data.messages import read_messages
+from dpo.data.messages import messages_of_json, read_messages
 from dpo.data.notes import RowNotes
 from dpo.data.records import Message
 
 ASSISTANT_TURN = "\n\nAssistant:"
 """Start of the assistant's turn in dialogues of HH-RLHF's format."""
+
+SHORTEST_REPEATED = 20
+"""Characters of a prompt that all completions start with, for it to be a repetition."""
 
 Prompt = str | tuple[Message, ...]
 
@@ -25,35 +28,43 @@ class Dialogue(NamedTuple):
     """Their texts; "" where a completion is a call of a tool alone."""
     message_fields: tuple[Mapping[str, Any], ...]
     """What the message of each completion holds besides its text; empty where none does."""
+    continues: bool
+    """Whether completions continue the last turn of the prompt, which is the start of the answer."""
 
 
-def read_dialogue(fields: Fields, values: Sequence[Any], notes: RowNotes | None) -> Dialogue:
+def read_dialogue(fields: Fields, values: Sequence[Any], notes: RowNotes, *, may_imply: bool) -> Dialogue:
     """The prompt and the completions of a row.
 
     Args:
         fields: The row.
         values: The completions, as texts or as messages of which the last is the completion.
-        notes: Counts prompts that the two texts of a pair imply; None where the row must name its prompt.
+        notes: Counts prompts that texts imply or repeat.
+        may_imply: Whether the start that two texts share may be the prompt.
 
     Raises:
         RowError: No prompt, no text, or turns that do not fit together.
     """
     message_fields: tuple[Mapping[str, Any], ...] = ()
     prompt, is_turn = _prompt_field(fields)
+    prompt, values = messages_of_json(prompt), [messages_of_json(value) for value in values]
     system = fields.text("system")
-    if prompt is None and notes is None:
+    if prompt is None and not may_imply:
         raise fields.missing("prompt")
     if prompt is not None and not isinstance(prompt, str):
         prompt = read_messages(fields, prompt, "prompt")
+    continues = isinstance(prompt, tuple) and ends_with_answer(prompt)
     if all(isinstance(value, str) for value in values):
         completions = tuple(values)
         if prompt is None:
             if system:
                 raise fields.missing("prompt", " beside 'system'")
             prompt, completions = _implied_prompt(fields, *completions)
-            if notes is not None and not prompt.endswith(ASSISTANT_TURN):
+            if not prompt.endswith(ASSISTANT_TURN):
                 notes.implied += 1
                 notes.implied_example = notes.implied_example or prompt[:80]
+        elif isinstance(prompt, str) and _repeat(prompt, completions):
+            notes.repeated += 1
+            completions = tuple(completion[len(prompt) :] for completion in completions)
         if isinstance(prompt, str) and (is_turn or system):
             prompt = (Message(role="user", content=prompt),)
     else:
@@ -62,10 +73,23 @@ def read_dialogue(fields: Fields, values: Sequence[Any], notes: RowNotes | None)
         completions = tuple(turns[-1]["content"] for turns in conversations)
         others = tuple(_other_fields(turns[-1]) for turns in conversations)
         message_fields = others if any(others) else ()
+        continues = continues and all(len(turns) == 1 for turns in conversations)
     for index, completion in enumerate(completions):
         if not completion.strip() and not (message_fields and "tool_calls" in message_fields[index]):
             raise RowError("empty_completion", f"a completion is {completion!r}; expected some text")
-    return Dialogue(_with_system(prompt, system), completions, message_fields)
+    return Dialogue(_with_system(prompt, system), completions, message_fields, continues)
+
+
+def ends_with_answer(turns: Sequence[Message]) -> bool:
+    """Whether the last turn is the start of an answer, which completions continue."""
+    return turns[-1]["role"] == "assistant" and "tool_calls" not in turns[-1]
+
+
+def _repeat(prompt: str, completions: Sequence[str]) -> bool:
+    """Whether all completions start with the prompt; a short prompt may do so by chance."""
+    return len(prompt.strip()) >= SHORTEST_REPEATED and all(
+        completion.startswith(prompt) and completion[len(prompt) :].strip() for completion in completions
+    )
 
 
 def _other_fields(message: Message) -> dict[str, Any]:

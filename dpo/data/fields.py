@@ -86,6 +86,17 @@ def holds(value: Any) -> bool:
     return value is not None and not (isinstance(value, str | Sequence | Mapping) and len(value) == 0)
 
 
+def broken_at(text: str) -> int | None:
+    """Where a text has half of a surrogate pair, which no tokenizer takes; None if nowhere."""
+    if text.isascii():
+        return None
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def as_list(value: Any, name: str) -> Sequence[Any]:
     """The value; RowError if it is no list."""
     if not isinstance(value, Sequence) or isinstance(value, str):

@@ -5,6 +5,7 @@ is a `RowError`, and so is a message without text that calls no tool.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,24 @@ def _content(turn: Mapping[str, Any], name: str, *, may_be_empty: bool) -> str:
             )
         texts.append(text)
     return "".join(texts)
+
+
+def messages_of_json(value: Any) -> Any:
+    """A list of messages that is stored as JSON text; any other value as it is.
+
+    Raises:
+        RowError: A list of messages as Python prints it.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    if re.match(r"\s*\[\s*\{\s*'(role|content)'\s*:", value):
+        raise RowError("not_text", f"{brief(value)} is a list of messages as Python prints it; expected JSON")
+    try:
+        turns = json.loads(value)
+    except ValueError:
+        return value
+    are_turns = turns and all(isinstance(turn, Mapping) and {"role", "content"} <= {*turn} for turn in turns)
+    return turns if are_turns else value
 
 
 def list_of_objects(value: Any, name: str) -> list[Any]:

@@ -24,6 +24,13 @@ class RowNotes:
     """Rows without a prompt column, whose prompt is the words that their texts share."""
     implied_example: str = ""
     """The prompt of the first of them."""
+    repeated: int = 0
+    """Rows whose completions all start with the prompt, which is taken once."""
+
+    unscored: int = 0
+    """Rows without scores, where a smallest margin between scores is asked for."""
+    paired: int = 0
+    """Rows that name their pairs, where another rule than the default is asked for."""
 
     def drop(self, reason: str, detail: str) -> None:
         """Counts a dropped row; `detail` says where it is and what is wrong with it."""
@@ -36,6 +43,10 @@ class RowNotes:
         if self.ignored:
             listed = ", ".join(f"{column} ({rows} rows)" for column, rows in sorted(self.ignored.items()))
             found.append(f"{name}: columns that are not used: {listed}")
+        if self.repeated:
+            found.append(
+                f"{name}: completions that repeat the prompt, which is taken once: {self.repeated} rows"
+            )
         return found
 
     def drop_lines(self, name: str) -> list[str]:
@@ -54,5 +65,14 @@ class RowNotes:
                 f"that chosen and rejected share at their start, first {self.implied_example!r}. If one of "
                 f"the columns that are not used is the prompt, name it 'prompt', or map it with "
                 "python -m data_prep preferences --columns prompt=COLUMN"
+            )
+        if self.unscored:
+            warnings.append(
+                f"{name}: min_margin has no effect on {self.unscored} of {self.rows} rows, without scores"
+            )
+        if self.paired:
+            warnings.append(
+                f"{name}: pairing has no effect on {self.paired} of {self.rows} rows: they name their pairs. "
+                "Leave the column 'pairs' out, or prepare the data with python -m data_prep ... --pairing"
             )
         return warnings

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from dpo.data.records import Pair
 
 PairingRule = Literal["best-vs-rest", "best-vs-worst", "all"]
+DEFAULT_PAIRING: PairingRule = "best-vs-rest"
 PAIRING_RULES: tuple[PairingRule, ...] = get_args(PairingRule)
 
 

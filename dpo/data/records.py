@@ -53,6 +53,8 @@ class PreferenceGroup:
     """What the message of each completion holds besides its text, such as tool calls; or empty."""
     template_fields: Mapping[str, Any] = field(default_factory=dict)
     """What the chat template gets besides the turns: tools, and arguments of its own."""
+    continues: bool = False
+    """Whether completions continue the prompt's last turn, which is the start of the assistant's answer."""
     place: str = field(default="", compare=False)
     """File and line, or row, that it was read from, for messages."""
 

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 from dpo.data.dialogue import Dialogue, read_dialogue
-from dpo.data.fields import Fields, RowError, as_list, brief, holds
+from dpo.data.fields import Fields, RowError, as_list, brief, broken_at, holds
 from dpo.data.messages import list_of_objects, parsed
 from dpo.data.notes import RowNotes
-from dpo.data.pairing import PairingRule, pairs_from_scores
+from dpo.data.pairing import DEFAULT_PAIRING, PairingRule, pairs_from_scores
 from dpo.data.records import Pair, PreferenceGroup
 from dpo.data.sources import PreferenceSource, read_rows
 from dpo.errors import UserError
@@ -36,7 +36,7 @@ def read_groups(
     Args:
         source: From `open_source`.
         pairing: How scores become pairs, where rows have scores and no pairs.
-        min_margin: Scores that differ by no more than this make no pair.
+        min_margin: Scores that differ by no more than this make no pair, and leave none where rows name both.
         strict: Make the first faulty row an error.
         notes: Counts dropped rows and unused columns while the stream is read.
         columns: Name of a field -> the data's own name for it, where they differ: {"prompt": "question"}.
@@ -60,6 +60,7 @@ def convert_rows(
         notes.rows += 1
         try:
             group = replace(convert(row), place=place)
+            _check_encodable(group)
         except RowError as fault:
             if strict:
                 raise UserError(
@@ -73,7 +74,7 @@ def convert_rows(
 def group_from_row(
     row: Any,
     *,
-    pairing: PairingRule = "best-vs-rest",
+    pairing: PairingRule = DEFAULT_PAIRING,
     min_margin: float = 0.0,
     columns: Mapping[str, str] | None = None,
     notes: RowNotes | None = None,
@@ -92,22 +93,26 @@ def group_from_row(
         values = as_list(fields.needed("completions"), "completions")
         if len(values) < 2:
             raise RowError("too_few_completions", f"completions has {len(values)}; expected at least 2")
-        dialogue = read_dialogue(fields, values, None)
+        dialogue = read_dialogue(fields, values, notes, may_imply=False)
         if fields.get("scores") is not None:
             scores = _scores(fields.get("scores"), len(values))
         if fields.get("pairs") is not None or scores is None:
             pairs = _pairs(fields.needed("pairs"), len(values))
+            notes.paired += pairing != DEFAULT_PAIRING
         else:
             pairs = pairs_from_scores(scores, pairing, min_margin)
     else:
         values = [fields.needed("chosen"), fields.needed("rejected")]
-        dialogue = read_dialogue(fields, values, notes)
-        pairs = (Pair(0, 1),)
+        dialogue = read_dialogue(fields, values, notes, may_imply=True)
+        scores, pairs = _scores_of_pair(fields), (Pair(0, 1),)
+    notes.unscored += scores is None and min_margin > 0
     if template_fields and isinstance(dialogue.prompt, str):
         raise RowError(
             "unusable_field", f"{', '.join(template_fields)} beside a prompt of plain text; expected turns"
         )
     _check_pairs(pairs, dialogue)
+    if scores is not None:
+        pairs = _above_margin(pairs, scores, min_margin, notes)
     identifier = fields.get("id")
     notes.ignored.update(fields.unread())
     return PreferenceGroup(
@@ -118,7 +123,24 @@ def group_from_row(
         id=None if identifier is None else str(identifier),
         message_fields=dialogue.message_fields,
         template_fields=template_fields,
+        continues=dialogue.continues,
     )
+
+
+def _check_encodable(group: PreferenceGroup) -> None:
+    """Raises RowError for text that is not Unicode, such as half of an emoji in JSON."""
+    texts = [*group.completions, group.id or ""]
+    if isinstance(group.prompt, str):
+        texts.append(group.prompt)
+    else:
+        others = (group.prompt, group.message_fields, dict(group.template_fields))
+        texts.append(json.dumps(others, ensure_ascii=False, default=str))
+    for text in texts:
+        if (place := broken_at(text)) is not None:
+            raise RowError(
+                "not_unicode",
+                f"half of a surrogate pair after {text[max(0, place - 20) : place]!r}; expected text",
+            )
 
 
 def _template_fields(fields: Fields) -> dict[str, Any]:
@@ -131,6 +153,30 @@ def _template_fields(fields: Fields) -> dict[str, Any]:
     if holds(tools := fields.get("tools")) and (listed := list_of_objects(tools, "tools")):
         found["tools"] = listed
     return found
+
+
+def _scores_of_pair(fields: Fields) -> tuple[float, ...] | None:
+    """The scores of chosen and rejected, where the row has both."""
+    scores = [fields.get("score_chosen"), fields.get("score_rejected")]
+    return None if None in scores else _scores(scores, 2)
+
+
+def _above_margin(
+    pairs: tuple[Pair, ...], scores: Sequence[float], min_margin: float, notes: RowNotes
+) -> tuple[Pair, ...]:
+    """The pairs whose chosen score is higher by more than `min_margin`; RowError if none is left."""
+    least = max(min_margin, 0.0)
+    kept = tuple(pair for pair in pairs if scores[pair.chosen] - scores[pair.rejected] > least)
+    if not kept:
+        chosen, rejected = pairs[0]
+        raise RowError(
+            "no_pair_above_margin",
+            f"chosen has the score {scores[chosen]:g}, rejected {scores[rejected]:g}; expected a difference "
+            f"of more than {least:g} (min_margin)",
+        )
+    if len(kept) < len(pairs):
+        notes.drops["pair_below_margin"] += len(pairs) - len(kept)
+    return kept
 
 
 def _scores(value: Any, num_completions: int) -> tuple[float, ...]:

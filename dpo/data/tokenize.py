@@ -14,7 +14,8 @@ from itertools import islice
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.chat import ChatText, chat_text, check_template, prompt_text
+from dpo.data.chat import ChatText, chat_text, check_template, end_of_turn, prompt_text
+from dpo.data.dialogue import ends_with_answer
 from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
 from dpo.data.records import Message, Pair, PreferenceGroup, TokenIds, TokenizedGroup
@@ -81,7 +82,8 @@ def encode_prompt(
 
     Args:
         prompt: Text, which starts with BOS once if the tokenizer adds BOS to texts, and is BOS or EOS alone
-            if there is nothing else; or chat turns, for which the chat template decides.
+            if there is nothing else; or chat turns, for which the chat template decides. A last turn of the
+            assistant is left open.
         tokenizer: The policy's tokenizer; needs a chat template for chat turns.
         key: The option that the prompt belongs to, for messages.
 
@@ -97,7 +99,8 @@ def encode_prompt(
             return ids
         return [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
     check_template(tokenizer, key)
-    return _encode_batch([prompt_text(prompt, tokenizer, {})], tokenizer)[0]
+    text = prompt_text(prompt, tokenizer, {}, continues=ends_with_answer(prompt))
+    return _encode_batch([text], tokenizer)[0]
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -132,27 +135,28 @@ def _encode(
     joint = iter(_encode_batch([f"{g.prompt}{c}" for g in texts for c in g.completions], tokenizer))
     apart = iter(_encode_batch([c for g in texts for c in g.completions], tokenizer))
     bos = bos_prefix(tokenizer)
+    ends = tuple(filter(None, (tokenizer.eos_token, end_of_turn(tokenizer) if texts else None)))
     for group in groups:
         if not isinstance(group.prompt, str):
             check_template(tokenizer, "data.train")
             try:
-                text = chat_text(group, tokenizer, complete=append_eos)
-                notes.ignored.update(f"messages.{key}" for key in text.unused)
-                yield _encode_chat(text, tokenizer)
+                chat = chat_text(group, tokenizer, complete=append_eos)
+                notes.ignored.update(f"messages.{key}" for key in chat.unused)
+                yield _encode_chat(chat, tokenizer)
             except RowError as fault:
                 yield fault
             continue
         prompt = encode_prompt(group.prompt, tokenizer)
         plain = without_bos(prompt, bos)
         completions = []
-        for _ in group.completions:
+        for text in group.completions:
             together, alone = without_bos(next(joint), bos), next(apart)
             # The ids of the joint text are right for tokenizers that mark word starts. Where the boundary
             # falls inside a token, prompt and completion are encoded apart, as if a policy had continued the
             # prompt's ids.
             fits = group.prompt and together[: len(plain)] == plain and len(together) > len(plain)
             ids = together[len(plain) :] if fits else alone
-            if append_eos and ids[-1:] != [tokenizer.eos_token_id]:
+            if append_eos and ids[-1:] != [tokenizer.eos_token_id] and not text.rstrip().endswith(ends):
                 ids = [*ids, tokenizer.eos_token_id]
             completions.append(ids)
         yield prompt, completions

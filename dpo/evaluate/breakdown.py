@@ -44,7 +44,7 @@ def length_summary(scores: PairScores) -> dict[str, float]:
     differ = difference != 0
     found: dict[str, float] = {}
     if differ.any():
-        longer_wins = (np.sign(difference * scores.margins) + 1) / 2
+        longer_wins = np.where(difference > 0, scores.correct, 1 - scores.correct)
         shares = {"longer_chosen": (difference > 0).astype(np.float64), "longer_rewarded": longer_wins}
         for name, values in shares.items():
             found |= mean_interval(values[differ], scores.groups[differ]).under(f"length/{name}")

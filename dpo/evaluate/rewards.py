@@ -19,6 +19,7 @@ from dpo.data.plan import share
 from dpo.data.preference_data import PreferenceData
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
+from dpo.loss.accuracy import accuracies
 from dpo.loss.catalog import needs_whole_step
 from dpo.loss.pairs import PairLogProbs, pair_logps
 from dpo.loss.preference_loss import preference_loss
@@ -30,6 +31,7 @@ _MEASURED = (
     "losses",
     "chosen_rewards",
     "rejected_rewards",
+    "correct",
     "chosen_logps",
     "rejected_logps",
     "chosen_reference",
@@ -52,6 +54,8 @@ class PairScores:
     chosen_rewards: Float64s
     """(P,) beta * log(policy / reference) of the chosen completion."""
     rejected_rewards: Float64s
+    correct: Float64s
+    """(P,) 1 where the chosen completion has the higher reward, 0 for the lower one, 0.5 for a tie."""
     chosen_logps: Float64s
     """(P,) summed log-prob under the policy, in nats."""
     rejected_logps: Float64s
@@ -66,11 +70,6 @@ class PairScores:
     def margins(self) -> Float64s:
         """(P,) chosen minus rejected reward."""
         return self.chosen_rewards - self.rejected_rewards
-
-    @property
-    def correct(self) -> Float64s:
-        """(P,) 1 where the chosen completion has the higher reward, else 0."""
-        return (self.margins > 0).astype(np.float64)
 
     def means(self) -> dict[str, float]:
         """The metrics under the names that training logs."""
@@ -90,6 +89,7 @@ def score_pairs(
     data: PreferenceData,
     loss: LossConfig,
     *,
+    dtype: str,
     layout: Layout,
     budget: int,
     device: torch.device,
@@ -101,6 +101,7 @@ def score_pairs(
             `per_token`.
         data: Held-out groups and their reference log-probs.
         loss: The training loss.
+        dtype: The policy's compute type, which says how far log-probs are rounded.
         layout: The batch layout that the policy takes.
         budget: Most tokens of a batch, padding included.
         device: The batches' device.
@@ -117,13 +118,15 @@ def score_pairs(
         with torch.no_grad():  # an empty batch too: all ranks must call the model equally often
             logps = score(batch, per_token=loss.ld_alpha is not None)
         if groups:
-            records.append(_records(_pairs_of(data.dataset, groups), batch, logps, loss))
+            records.append(_records(_pairs_of(data.dataset, groups), batch, logps, loss, dtype))
     everything = np.concatenate(distributed.gather_objects(np.concatenate(records)))
     scores = _in_order(everything, data)
     return replace(scores, losses=_losses_together(scores, loss)) if needs_whole_step(loss) else scores
 
 
-def _records(pairs: npt.NDArray[np.int64], batch: TreeBatch, logps: Tensor, loss: LossConfig) -> Records:
+def _records(
+    pairs: npt.NDArray[np.int64], batch: TreeBatch, logps: Tensor, loss: LossConfig, dtype: str
+) -> Records:
     """(B,) records of a batch's pairs.
 
     Args:
@@ -131,6 +134,7 @@ def _records(pairs: npt.NDArray[np.int64], batch: TreeBatch, logps: Tensor, loss
         batch: With the weights of its pairs.
         logps: (S,) of the policy, or one per token with `loss.ld_alpha`.
         loss: The training loss.
+        dtype: Compute type of the policy.
     """
 
     def of_pairs(values: Tensor) -> PairLogProbs:
@@ -145,6 +149,7 @@ def _records(pairs: npt.NDArray[np.int64], batch: TreeBatch, logps: Tensor, loss
         "losses": batch.pair_weights * result.losses,
         "chosen_rewards": result.chosen_rewards,
         "rejected_rewards": result.rejected_rewards,
+        "correct": accuracies(result, policy, loss, dtype),
         "chosen_logps": policy.chosen,
         "rejected_logps": policy.rejected,
         "chosen_reference": reference.chosen if reference else unknown,
@@ -170,6 +175,7 @@ def _in_order(records: Records, data: PreferenceData) -> PairScores:
         units=data.units,
         chosen_rewards=column["chosen_rewards"],
         rejected_rewards=column["rejected_rewards"],
+        correct=column["correct"],
         chosen_logps=column["chosen_logps"],
         rejected_logps=column["rejected_logps"],
         reference_logps=np.stack([column["chosen_reference"], column["rejected_reference"]], axis=1),

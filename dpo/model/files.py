@@ -71,6 +71,24 @@ def positions_of(config: dict[str, Any]) -> int | None:
     return next((int(config[key]) for key in POSITION_KEYS if isinstance(config.get(key), int)), None)
 
 
+def check_token_ids(model: ModelConfig, largest: int, key: str) -> None:
+    """Raises UserError if the model has no embedding for a token id of the data.
+
+    Args:
+        model: A model, or an adapter of it.
+        largest: The largest id of the data.
+        key: The option that names the model.
+    """
+    raw = raw_config(base_of(model))
+    rows = raw.get("text_config", raw).get("vocab_size")
+    if isinstance(rows, int) and largest >= rows:
+        raise UserError(
+            f"{key}: {model.name_or_path} has {rows} embeddings, and the data has the token id {largest}; "
+            "expected the tokenizer that the model was trained with: resize the embeddings to the tokenizer "
+            "and train the new ones, or take the matching tokenizer"
+        )
+
+
 def weight_files(model: ModelConfig) -> list[Path]:
     """The model's safetensors files in name order; those of the hub are downloaded. Raises UserError."""
     try:

@@ -11,6 +11,7 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import Int64s
 from dpo.data.preference_data import PreferenceData
 from dpo.data.trees import Layout, Tree, TreeBatch
+from dpo.loss.accuracy import accuracies
 from dpo.loss.catalog import needs_whole_step
 from dpo.loss.pairs import PairLogProbs, pair_logps
 from dpo.loss.preference_loss import preference_loss
@@ -26,6 +27,8 @@ class PreferenceObjective:
 
     data: PreferenceData
     loss_config: LossConfig
+    dtype: str
+    """Compute type of the log-probs, which says how far they are rounded."""
     unit: str = "pairs"
     loss_sums: dict[str, float] = field(default_factory=dict)
     """The loss's named sums over the last step and all ranks; empty before the first step."""
@@ -84,7 +87,7 @@ class PreferenceObjective:
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
-            "rewards/accuracies": (chosen > rejected).double(),
+            "rewards/accuracies": accuracies(result, policy, self.loss_config, self.dtype)[mine],
             "logps/chosen": policy.chosen[mine].detach(),
             "logps/rejected": policy.rejected[mine].detach(),
         }

@@ -1,12 +1,15 @@
 """`dpo precompute-ref`: what it computes, what a signal leaves behind, and its exit status."""
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from dpo.cli.main import run
 from dpo.guards.signals import STOPPING
@@ -47,6 +50,24 @@ def test_the_second_time_everything_is_cached(
     assert f"0 sequences were cached, {rows} computed" in capsys.readouterr().out
     assert run(arguments) == 0
     assert f"{rows} sequences were cached, 0 computed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["model.name_or_path", "reference.model"])
+def test_a_token_beyond_the_embeddings_is_refused_before_the_model_runs(
+    arguments: list[str], tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    if key == "model.name_or_path":
+        larger = PreTrainedTokenizerFast.from_pretrained(other)
+        larger.add_tokens(["good"])
+        larger.save_pretrained(other)
+    else:
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    assert run([*arguments, f"--{key}", str(other)]) == 2
+    message = capsys.readouterr().err
+    assert f"{key}: {other} has " in message
+    assert not list((tmp_path / "reference").glob("*/identity.json"))
 
 
 def test_a_loss_without_reference_needs_no_cache(

@@ -89,6 +89,13 @@ def test_scores_reach_the_data_set_as_margins(
     assert data.margins.tolist() == [1.5, 3.0]
 
 
+def test_scores_of_a_pair_reach_the_data_set_too(open_with: Open, write_jsonl: Callable[..., str]) -> None:
+    row = {"prompt": "the", "chosen": " cat", "rejected": " mat", "score_chosen": 2.0, "score_rejected": 0.5}
+    data, _ = open_with(write_jsonl([row, {**row, "score_rejected": 2.0}]))
+    assert data.margins.tolist() == [1.5]
+    assert data.counts["dropped/no_pair_above_margin"] == 1
+
+
 def test_ungrouped_every_pair_is_a_group_of_its_own(
     open_with: Open, write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -125,6 +125,40 @@ def test_a_call_of_a_tool_cannot_be_a_fragment(tokenizer: PreTrainedTokenizerFas
     assert (found, counts) == ([], {"dropped/template_changes_completion": 1})
 
 
+def test_an_answer_that_the_prompt_starts_is_continued_in_the_same_turn(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = PLAIN
+    start = {"role": "assistant", "content": "a good"}
+    row = {"prompt": [HI, start], "chosen": " day", "rejected": " film"}
+    for complete, end in ((True, "<|endoftext|>"), (False, "")):
+        (group,), counts = run(tokenizer, group_from_row(row), complete=complete)
+        assert counts == {}
+        assert tokenizer.decode(group.prompt) == "<user>hi<|endoftext|><assistant>a good"
+        assert [tokenizer.decode(ids) for ids in group.completions] == [f" day{end}", f" film{end}"]
+    turns = (Message(role="user", content="hi"), Message(role="assistant", content="a good"))
+    assert encode_prompt(turns, tokenizer) == group.prompt.tolist()
+
+
+def test_two_turns_of_the_assistant_in_a_row_are_written_as_the_template_does(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = PLAIN
+    (group,), _ = run(tokenizer, group_from_row({"chosen": [HI, WELL, WELL], "rejected": [HI, WELL, BAD]}))
+    assert tokenizer.decode(group.prompt) == ("<user>hi<|endoftext|><assistant>well<|endoftext|><assistant>")
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n", "<|endoftext|>", "<|endoftext|>\n"])
+def test_text_that_ends_with_the_end_of_a_turn_gets_no_second_end(
+    tokenizer: PreTrainedTokenizerFast, end: str
+) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = PLAIN.replace("{{ eos_token }}", "<|im_end|>\n")
+    text = {"prompt": "<user>hi<|im_end|>\n<assistant>", "chosen": f"well{end}", "rejected": "bad"}
+    (group,), _ = run(tokenizer, group_from_row(text))
+    assert [tokenizer.decode(ids) for ids in group.completions] == [f"well{end}", "bad<|endoftext|>"]
+
+
 def test_chat_turns_without_a_template_are_refused_with_the_option(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:

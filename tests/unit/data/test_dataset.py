@@ -1,5 +1,6 @@
 """Tokenized data on disk: groups after a round trip, the arrays that others read, and two writers at once."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,15 @@ def test_the_arrays_a_plan_needs(tmp_path: Path) -> None:
     assert data.first_sequence.tolist() == [0, 2]
     assert data.longest.tolist() == [5, 3]  # 2 + 3 and 1 + 2 tokens
     assert data.counts == {"groups": 2, "pairs": 3, "tokens": 2 + 1 + 3 + 1 + 1 + 1 + 2}
+
+
+def test_the_largest_id_is_known_also_of_a_folder_that_does_not_name_it(tmp_path: Path) -> None:
+    data = written(tmp_path / "data")
+    assert data.largest_id == data.tokens.max()
+    (tmp_path / "data" / "counts.json").write_text(json.dumps(data.counts))
+    assert map_dataset(tmp_path / "data", "digest").largest_id == data.tokens.max()
+    write_dataset([], tmp_path / "empty", Counter())
+    assert map_dataset(tmp_path / "empty", "digest").largest_id == -1
 
 
 def test_the_arrays_a_cache_needs(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo.data.fields import Fields, RowError, as_list, brief, holds
+from dpo.data.fields import Fields, RowError, as_list, brief, broken_at, holds
 
 
 def test_a_field_is_found_under_the_datas_own_name_and_is_then_read() -> None:
@@ -30,6 +30,13 @@ def test_a_column_that_cannot_be_left_out_is_refused_unless_it_is_read() -> None
 )
 def test_absent_values_hold_nothing(value: object, expected: bool) -> None:
     assert holds(value) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [("plain", None), ("caf\u00e9 \U0001f600", None), ("ab\ud83d", 2), ("\udc00", 0)]
+)
+def test_half_of_a_surrogate_pair_is_found(text: str, place: int | None) -> None:
+    assert broken_at(text) == place
 
 
 def test_values_of_a_wrong_type_are_refused() -> None:

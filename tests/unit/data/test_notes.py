@@ -16,6 +16,19 @@ def test_unused_columns_are_in_one_line_with_their_rows() -> None:
     assert notes.warnings("s") == []
 
 
+def test_repeated_prompts_are_counted() -> None:
+    assert RowNotes(repeated=2).lines("s") == [
+        "s: completions that repeat the prompt, which is taken once: 2 rows"
+    ]
+
+
+def test_options_without_an_effect_are_warnings() -> None:
+    (line,) = RowNotes(rows=3, unscored=2).warnings("s")
+    assert "min_margin has no effect on 2 of 3 rows" in line
+    (line,) = RowNotes(rows=3, paired=2).warnings("s")
+    assert "pairing has no effect on 2 of 3 rows" in line
+
+
 def test_a_reason_to_drop_is_shown_with_its_number_and_its_first_row() -> None:
     notes = RowNotes()
     for place in ("f:1", "f:7"):

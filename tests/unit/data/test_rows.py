@@ -78,14 +78,58 @@ def test_scores_become_pairs_by_the_rule_and_are_kept() -> None:
     assert group_from_row(row).scores == (1.0, 3.0, 2.5)
 
 
+SCORED = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [3, 1, 2]}
+
+
 def test_given_pairs_have_priority_over_scores() -> None:
+    assert group_from_row({**SCORED, "pairs": [{"chosen": 2, "rejected": 1}]}).pairs == (Pair(2, 1),)
+
+
+def test_given_pairs_need_a_margin_where_there_are_scores() -> None:
+    row = {**SCORED, "pairs": [[0, 1], [2, 1], [2, 0]]}
+    notes = RowNotes()
+    assert group_from_row(row, notes=notes).pairs == (Pair(0, 1), Pair(2, 1))  # the third is reversed
+    assert notes.drops == {"pair_below_margin": 1}
+    assert group_from_row(row, min_margin=1).pairs == (Pair(0, 1),)
+    with pytest.raises(RowError) as error:
+        group_from_row(row, min_margin=2)
+    assert error.value.reason == "no_pair_above_margin"
+
+
+@pytest.mark.parametrize(
+    ("scores", "min_margin", "kept"), [((2, 1), 0, True), ((2, 1), 1, False), ((1, 1), 0, False)]
+)
+def test_scores_of_a_pair_are_its_scores(scores: tuple[int, int], min_margin: float, kept: bool) -> None:
     row = {
         "prompt": "p",
-        "completions": ["a", "b"],
-        "scores": [1, 3],
-        "pairs": [{"chosen": 0, "rejected": 1}],
+        "chosen": "a",
+        "rejected": "b",
+        "score_chosen": scores[0],
+        "score_rejected": scores[1],
     }
-    assert group_from_row(row).pairs == (Pair(0, 1),)
+    if kept:
+        assert group_from_row(row, min_margin=min_margin).scores == scores
+        return
+    with pytest.raises(RowError, match=f"{scores[0]}.*{scores[1]}.*min_margin") as error:
+        group_from_row(row, min_margin=min_margin)
+    assert error.value.reason == "no_pair_above_margin"
+
+
+def test_one_score_of_two_is_no_score() -> None:
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": None}
+    assert group_from_row(row).scores is None
+
+
+def test_options_that_have_no_effect_on_a_row_are_counted() -> None:
+    notes = RowNotes()
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    group_from_row(pair, notes=notes)
+    group_from_row({**SCORED, "pairs": [[0, 1]]}, notes=notes)
+    assert (notes.unscored, notes.paired) == (0, 0)
+    group_from_row(pair, min_margin=0.5, notes=notes)
+    group_from_row({**SCORED, "pairs": [[0, 1]]}, min_margin=0.5, pairing="all", notes=notes)
+    group_from_row(SCORED, min_margin=0.5, pairing="all", notes=notes)
+    assert (notes.unscored, notes.paired) == (1, 1)
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -238,6 +282,10 @@ def _group(**fields: Any) -> dict[str, Any]:
         (_group(scores=[1]), "bad_scores"),
         (_group(scores=[1, "2"]), "bad_scores"),
         (_group(scores=[1, math.nan]), "scores_not_finite"),
+        (
+            {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": "2"},
+            "bad_scores",
+        ),
         (_group(scores=[1, math.inf]), "scores_not_finite"),
     ],
 )
@@ -259,6 +307,30 @@ ROWS = [
     ("f:3", {"prompt": "p", "chosen": "", "rejected": "b"}),
     ("f:4", {"prompt": "q", "chosen": "a", "rejected": "b"}),
 ]
+
+
+HALF = "half \ud83d"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": HALF, "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": HALF, "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": "b", "id": HALF},
+        {"prompt": [{**USER, "content": HALF}], "chosen": "a", "rejected": "b"},
+        {"prompt": [{**USER, "name": HALF}], "chosen": "a", "rejected": "b"},
+        {"prompt": [USER], "chosen": [{**YES, "reasoning": HALF}], "rejected": [NO]},
+        {"prompt": [USER], "chosen": "a", "rejected": "b", "tools": [{"name": HALF}]},
+    ],
+)
+def test_half_of_a_surrogate_pair_drops_the_row_with_its_place(row: dict[str, Any]) -> None:
+    notes = RowNotes()
+    groups = convert_rows([*ROWS[:1], ("f:9", row)], group_from_row, strict=False, notes=notes)
+    assert len(list(groups)) == 1
+    assert notes.drops == {"not_unicode": 1}
+    assert notes.first["not_unicode"].startswith("f:9: ")
+    notes.first["not_unicode"].encode()  # the message can be printed
 
 
 def test_faulty_rows_are_dropped_and_counted() -> None:

@@ -71,6 +71,9 @@ def test_a_row_with_text_is_a_document(tmp_path: Path) -> None:
     file.write_text('{"text": "one"}\n{"body": "two"}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl:2: no column `text`"):
         documents_of(file)
+    file.write_text('{"text": "one"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: .*surrogate"):
+        documents_of(file)
 
 
 def test_what_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:

@@ -74,15 +74,17 @@ def test_rows_with_what_preference_files_cannot_hold_are_dropped_and_counted() -
     named = [{"role": "user", "content": "a", "name": "Ann"}]
     call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
     user = [{"role": "user", "content": "a"}]
+    plain = {"role": "assistant", "content": "no"}
     rows = [
         {"prompt": named, "chosen": "yes", "rejected": "no"},
-        {"prompt": user, "chosen": call, "rejected": [{"role": "assistant", "content": "no"}]},
+        {"prompt": user, "chosen": call, "rejected": [plain]},
         {"prompt": user, "chosen": "yes", "rejected": "no", "tools": [{"name": "f"}]},
+        {"chosen": [*user, plain, plain], "rejected": [*user, plain, {**plain, "content": "yes"}]},
         {"prompt": user, "chosen": "yes", "rejected": "no"},
     ]
     notes = RowNotes()
     assert len(_split({"train": [(f"f:{n}", row) for n, row in enumerate(rows, 1)]}, notes)) == 1
-    assert notes.drops == {"fields_not_in_files": 3}
+    assert notes.drops == {"fields_not_in_files": 4}
     assert notes.first["fields_not_in_files"].startswith("f:1: the row has name;")
 
 

@@ -15,6 +15,7 @@ def scores(chosen_tokens: list[int], rejected_tokens: list[int], margins: list[f
         units=np.ones(len(margins)),
         chosen_rewards=np.array(margins),
         rejected_rewards=zeros,
+        correct=(np.sign(margins) + 1) / 2,
         chosen_logps=zeros,
         rejected_logps=zeros,
         reference_logps=np.zeros((len(margins), 2)),

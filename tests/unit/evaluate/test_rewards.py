@@ -58,6 +58,7 @@ def scored(data: TokenizedDataset, *, budget: int = 1000, beta: float = 1.0) -> 
         by_name,
         preference_data(data, REFERENCE),
         LossConfig(beta=beta),
+        dtype="float32",
         layout="packed",
         budget=budget,
         device=CPU,
@@ -76,6 +77,7 @@ def test_lengths_belong_to_the_completions_of_each_pair(tmp_path: Path) -> None:
         lambda batch, per_token: torch.zeros(len(batch.num_tokens)),
         preference_data(map_dataset(tmp_path / "lengths", "digest"), np.zeros(5)),
         LossConfig(),
+        dtype="float32",
         layout="packed",
         budget=1000,
         device=CPU,
@@ -95,7 +97,7 @@ def test_values_by_hand(data: TokenizedDataset) -> None:
     assert scores.chosen_rewards.tolist() == [1.0, 3.0, 3.0, 0.0]
     assert scores.rejected_rewards.tolist() == [-1.0, 2.0, -4.0, 0.0]
     assert scores.margins.tolist() == [2.0, 1.0, 7.0, 0.0]
-    assert scores.correct.tolist() == [1.0, 1.0, 1.0, 0.0]  # a tie is not correct
+    assert scores.correct.tolist() == [1.0, 1.0, 1.0, 0.5]  # a tie counts half
     assert scores.chosen_logps.tolist() == [-1.0, -3.0, -3.0, -6.0]
     assert scores.rejected_logps.tolist() == [-4.0, -2.0, -9.0, -5.0]
     assert scores.losses == pytest.approx([softplus(-2), softplus(-1), softplus(-7), math.log(2)])
@@ -109,11 +111,29 @@ def test_means_have_the_names_of_training_and_weigh_every_pair_equally(data: Tok
             "eval/rewards/chosen": 7 / 4,
             "eval/rewards/rejected": -3 / 4,
             "eval/rewards/margins": 10 / 4,
-            "eval/rewards/accuracies": 3 / 4,
+            "eval/rewards/accuracies": 3.5 / 4,
             "eval/logps/chosen": -13 / 4,
             "eval/logps/rejected": -20 / 4,
         }
     )
+
+
+@pytest.mark.parametrize(("dtype", "noise"), [("float32", 2e-6), ("bfloat16", 0.02)])
+def test_a_policy_equal_to_the_reference_but_for_rounding_has_an_accuracy_of_one_half(
+    data: TokenizedDataset, dtype: str, noise: float
+) -> None:
+    near = np.array([POLICY[name] for name in range(1, 8)]) + noise * np.array([1, -1, 0.5, 1, -1, -1, 1])
+    scores = score_pairs(
+        by_name,
+        preference_data(data, near),
+        LossConfig(),
+        dtype=dtype,
+        layout="packed",
+        budget=1000,
+        device=CPU,
+    )
+    assert np.abs(scores.margins).min() > 0
+    assert scores.means()["eval/rewards/accuracies"] == 0.5
 
 
 def test_beta_scales_rewards_and_not_log_probs(data: TokenizedDataset) -> None:
@@ -153,7 +173,9 @@ def test_ranks_score_every_pair_once_and_call_the_policy_equally_often(
             return by_name(batch) if len(batch.targets) else torch.zeros(1, dtype=torch.float64)
 
         both = preference_data(data, REFERENCE)
-        score_pairs(counting, both, LossConfig(beta=1.0), layout="packed", budget=8, device=CPU)
+        score_pairs(
+            counting, both, LossConfig(beta=1.0), dtype="float32", layout="packed", budget=8, device=CPU
+        )
         calls.append(counted["calls"])
     assert len(set(calls)) == 1
     together = np.sort(np.concatenate(parts), order="pair")
@@ -173,7 +195,13 @@ def test_a_real_model_agrees_with_one_sequence_at_a_time(
     scorer = SequenceScorer(load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")))
     reference = np.random.default_rng(0).normal(-30, 5, len(data.keys))
     found = score_pairs(
-        scorer, preference_data(data, reference), LossConfig(), layout="packed", budget=100, device=CPU
+        scorer,
+        preference_data(data, reference),
+        LossConfig(),
+        dtype="float32",
+        layout="packed",
+        budget=100,
+        device=CPU,
     )
     row, pair = 0, 0
     for group in (data[index] for index in range(len(data))):

@@ -16,6 +16,7 @@ from dpo.model.files import (
     adapter_files,
     base_of,
     check_model_path,
+    check_token_ids,
     code_files,
     max_positions,
     num_parameters,
@@ -68,6 +69,19 @@ def test_a_broken_config_is_refused_before_anything_is_loaded(edited: Edited) ->
     model = edited(lambda folder: (folder / "config.json").write_text("{"))
     with pytest.raises(UserError, match=r"model\.name_or_path: .*config\.json"):
         max_positions(model)
+
+
+def test_a_token_id_without_an_embedding_is_refused_by_its_key(edited: Edited, tiny_model: Path) -> None:
+    rows = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
+    check_token_ids(model_config(tiny_model), rows - 1, "reference.model")
+    with pytest.raises(UserError, match=rf"reference\.model: .*{rows} embeddings.* {rows};"):
+        check_token_ids(model_config(tiny_model), rows, "reference.model")
+
+    def nest(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps({"vocab_size": 9, "text_config": {"vocab_size": 4}}))
+
+    with pytest.raises(UserError, match="4 embeddings"):
+        check_token_ids(edited(nest), 5, "model.name_or_path")
 
 
 def test_weights_in_another_format_are_refused(edited: Edited) -> None:

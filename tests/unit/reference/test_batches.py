@@ -50,6 +50,7 @@ def data_of(groups: Sequence[Group]) -> TokenizedDataset:
         digest="",
         counts={},
         sources=(),
+        largest_id=0,
         tokens=np.zeros(sum(segments), dtype=np.int32),
         segment_offsets=np.array([0, *accumulate(segments)], dtype=np.int64),
         group_segments=np.array([0, *accumulate(1 + len(c) for _, c in groups)], dtype=np.int64),

@@ -48,6 +48,7 @@ def scores(margins: list[float], reference: float = -1.0) -> PairScores:
         units=np.ones(number),
         chosen_rewards=np.array(margins),
         rejected_rewards=zeros,
+        correct=(np.sign(margins) + 1) / 2,
         chosen_logps=zeros,
         rejected_logps=zeros,
         reference_logps=np.full((number, 2), reference),
@@ -133,6 +134,6 @@ def test_a_report_has_the_metrics_of_pairs_and_samples(
         assert len(report.worst_pairs) == 2
         return report.summary
 
-    assert composed(None)["eval/rewards/accuracies"] == 0.4
+    assert composed(None)["eval/rewards/accuracies"] == 0.5  # a tie counts half
     assert "kl/sequence" not in composed(None)
     assert composed(samples([0.0] * 5, [1.0] * 5))["kl/sequence"] == 1.0

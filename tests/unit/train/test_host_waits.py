@@ -83,7 +83,7 @@ def test_every_loss_its_metrics_and_its_backward_pass(
     monkeypatch.setattr(preference_objective, "over_ranks", lambda policy: (policy, 0))
     scorer = SequenceScorer(tiny("gpt2").to("meta"))
     batch = batch_on_meta(scorer, "packed", per_token=config.ld_alpha is not None)
-    objective = PreferenceObjective(data=None, loss_config=config)  # type: ignore[arg-type]
+    objective = PreferenceObjective(data=None, loss_config=config, dtype="float32")  # type: ignore[arg-type]
     objective.loss_sums = {}
     with NoCopiesToDevice():
         logps = scorer(batch, per_token=objective.per_token)

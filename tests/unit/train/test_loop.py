@@ -144,6 +144,7 @@ def run(
                 over_groups=averaged_over_groups(config.loss),
             ),
             loss_config=config.loss,
+            dtype="float32",
         )
         plan = BatchPlan(
             data.pairs_per_group,
@@ -201,6 +202,7 @@ def test_the_first_loss_is_ln_2_and_all_rewards_are_zero(
     assert line["train/loss"] == pytest.approx(math.log(2), rel=0, abs=1e-6)
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert line[f"train/{name}"] == pytest.approx(0, abs=2e-6)
+    assert line["train/rewards/accuracies"] == 0.5
 
 
 def test_training_lowers_the_loss_and_raises_the_margin(experiment: Config, run: Trained) -> None:
@@ -482,7 +484,7 @@ def test_nothing_waits_for_the_device_between_micro_batches(
 ) -> None:
     data = open_data(experiment)
     objective = PreferenceObjective(
-        data=preference_data(data, np.zeros(len(data.keys))), loss_config=experiment.loss
+        data=preference_data(data, np.zeros(len(data.keys))), loss_config=experiment.loss, dtype="float32"
     )
     batch, sums = objective.batch(np.array([0, 1]), "packed"), MetricSums()
     logps = torch.zeros(len(batch.num_tokens), dtype=torch.float64, requires_grad=True)

@@ -29,7 +29,9 @@ def objective(
     preference_rows: Callable[..., list[dict[str, Any]]],
 ) -> PreferenceObjective:
     data = open_data(make_config(write_jsonl(preference_rows(12))))
-    return PreferenceObjective(data=preference_data(data, np.zeros(len(data.keys))), loss_config=LossConfig())
+    return PreferenceObjective(
+        data=preference_data(data, np.zeros(len(data.keys))), loss_config=LossConfig(), dtype="float32"
+    )
 
 
 def plan_of(objective: PreferenceObjective, num_epochs: int = 2) -> BatchPlan:
