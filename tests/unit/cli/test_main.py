@@ -355,3 +355,11 @@ def test_an_option_that_would_do_nothing_is_refused(
     (tmp_path / "other.yaml").write_text("model: {name_or_path: m}\ndata: {train: d}\n")
     assert cli.run(["cache", *arguments]) == 2
     assert arguments[2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--local_rank=0", "--local-rank=0"])
+def test_the_deepspeed_launchers_argument_is_named(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", word, "--config", "x.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "--local_rank" in said
+    assert "accelerate launch" in said
