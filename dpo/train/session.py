@@ -198,7 +198,7 @@ class Session:
     def _keep_newer_checkpoints(self) -> None:
         if kept := ", ".join(path.name for path in set_aside_newer(self.folder, self.progress.step)):
             terminal.warning(
-                f"train.resume: {self.checkpoint} is older than other checkpoints of this run, which are kept "
+                f"train.resume: {self.checkpoint} is older than other checkpoints of this run, kept "
                 f"beside it as {kept}; delete those that you do not need"
             )
 
