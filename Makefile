@@ -1,4 +1,4 @@
-# Every habit of the project. `make help` lists the targets; CONFIG, NPROC, MODEL and ARGS go where they fit:
+# All common commands of the project. `make help` lists the targets. Most accept CONFIG, NPROC, MODEL and ARGS:
 #   make train CONFIG=configs/demo.yaml NPROC=2 ARGS="--train.learning_rate 1e-6"
 
 SHELL := /bin/bash
@@ -23,9 +23,9 @@ ready := .venv/.ready
 .PHONY: test test-unit test-distributed test-e2e test-faults bench bench-peers bench-cache lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  \1\t/' | expand -t 20
 
-setup: $(ready) ## make .venv with the exact versions of requirements.lock and install the project
+setup: $(ready) ## create .venv with the exact versions of requirements.lock and install the project
 
 $(ready): requirements.lock pyproject.toml
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -35,80 +35,80 @@ $(ready): requirements.lock pyproject.toml
 	$(py) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-demo: $(ready) ## the whole pipeline on stories of a small grammar: base model, samples, DPO, report (no network)
+demo: $(ready) ## run the whole pipeline on generated stories: base model, samples, DPO, report (no network)
 	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/demo
 
-data: $(ready) ## prepare preference data: make data ARGS="hh FILE --output DIR" (no ARGS: what there is)
+data: $(ready) ## prepare preference data: make data ARGS="hh FILE --output DIR" (without ARGS: list the sources)
 	$(py) -m data_prep $(or $(ARGS),--help)
 
 sft: $(ready) ## next-token training with CONFIG (default configs/demo_sft.yaml)
 	$(launch) sft --config $(SFT_CONFIG) $(model_key) $(ARGS)
 
-plan: $(ready) ## what CONFIG will need: make plan CONFIG=... ARGS="--num_gpus 8 --gpu_memory 80GB"
+plan: $(ready) ## estimate memory, time and disk for CONFIG: make plan CONFIG=... ARGS="--num_gpus 8 --gpu_memory 80GB"
 	$(py) -m dpo plan --config $(CONFIG) $(model_key) $(ARGS)
 
-precompute-ref: $(ready) ## fill the cache of reference log-probabilities for CONFIG; costs seconds where it is full
+precompute-ref: $(ready) ## fill the cache of reference log-probabilities for CONFIG; takes seconds if it is full
 	$(launch) precompute-ref --config $(CONFIG) $(model_key) $(ARGS)
 
-train: precompute-ref ## optimize the policy with CONFIG, after precompute-ref
+train: precompute-ref ## train the policy with CONFIG, after precompute-ref
 	$(launch) train --config $(CONFIG) $(model_key) $(ARGS)
 
-eval: $(ready) ## held-out metrics, samples side by side and the report of CONFIG's run
+eval: $(ready) ## evaluate CONFIG's run: held-out metrics, samples side by side, report
 	$(launch) evaluate --config $(CONFIG) $(model_key) $(ARGS)
 
-frontier: $(ready) ## CONFIG with several betas and the SFT baseline on one cache: score against KL (ARGS="--betas 0.1,1")
+frontier: $(ready) ## train CONFIG with several betas and an SFT baseline on one cache; plot score against KL (ARGS="--betas 0.1,1")
 	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) $(py) -m dpo frontier --config $(CONFIG) $(model_key) $(ARGS)
 
-study: $(ready) ## the founding experiment in kind: make study MODEL=path/to/model BOOKS=books.txt (90 minutes of CPU at 14M)
+study: $(ready) ## sentiment experiment on your text: make study MODEL=path/to/model BOOKS=books.txt (90 minutes on a CPU for 14M)
 	$(py) -m benchmarks.study_sentiment --model $(MODEL) --books $(BOOKS) $(ARGS)
 	$(py) -m benchmarks.study_report
 
-study-harmless: $(ready) ## HH-RLHF in 5 folds: make study-harmless MODEL=path/to/model HH=test.jsonl.gz
+study-harmless: $(ready) ## 5-fold cross-validation on HH-RLHF: make study-harmless MODEL=path/to/model HH=test.jsonl.gz
 	$(py) -m benchmarks.study_harmless --model $(MODEL) --hh $(HH) $(ARGS)
 	$(py) -m benchmarks.study_report
 
-compare: $(ready) ## runs side by side: make compare ARGS="runs/a runs/b"
+compare: $(ready) ## compare runs: make compare ARGS="runs/a runs/b"
 	$(py) -m dpo compare $(ARGS)
 
-sentiment: $(ready) ## the founding experiment: MODEL (default gpt2, or a folder), LABELS (a task of OpenAI's, or a file)
+sentiment: $(ready) ## sentiment experiment on GPT-2: MODEL (default gpt2, or a folder), LABELS (one of OpenAI's tasks, or a file)
 	PYTHON=$(py) MODEL="$(MODEL)" LABELS="$(LABELS)" $(if $(NPROC),NPROC=$(NPROC)) launch/sentiment $(ARGS)
 
-tensorboard: $(ready) ## watch the runs under runs/ at http://localhost:6006
+tensorboard: $(ready) ## show the runs under runs/ at http://localhost:6006
 	$(py) -m tensorboard.main --logdir runs --host localhost $(ARGS)
 
-test: $(ready) ## every test
+test: $(ready) ## run all tests
 	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(ARGS)
 	$(py) -m pytest tests/distributed tests/end_to_end tests/faults -q $(ARGS)
 
-test-unit: $(ready) ## fast tests of single modules
+test-unit: $(ready) ## run the fast tests of single modules
 	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(ARGS)
 
-test-distributed: $(ready) ## real ranks, the real launcher, the real DeepSpeed
+test-distributed: $(ready) ## run tests with real ranks, launcher and DeepSpeed
 	$(py) -m pytest tests/distributed -q $(ARGS)
 
-test-e2e: $(ready) ## the commands as a person runs them
+test-e2e: $(ready) ## run tests of the commands as a user runs them
 	$(py) -m pytest tests/end_to_end -q $(ARGS)
 
-bench: $(ready) bench-peers ## train and precompute against the textbook path and TRL (ARGS="--rounds 1"; long)
+bench: $(ready) bench-peers ## benchmark train and precompute against a textbook implementation and TRL (ARGS="--rounds 1"; long)
 	$(py) -m benchmarks.plan_scale --figure docs/figures/plan_scale.png
 	$(py) -m benchmarks.speed $(ARGS)
 
-bench-peers: .venv-peers/.ready ## TRL in an environment of its own, for make bench
+bench-peers: .venv-peers/.ready ## install TRL in a separate environment, for make bench
 
 .venv-peers/.ready: benchmarks/peers/requirements.txt
 	$(PYTHON3) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-bench-cache: $(ready) ## the tables and the figure of docs/reference-cache.md: reuse, faults, scale (5 minutes)
+bench-cache: $(ready) ## measure the tables and the figure of docs/reference-cache.md: reuse, faults, scale (5 minutes)
 	$(py) -m benchmarks.cache_reuse
 	$(py) -m benchmarks.cache_faults
 	$(py) -m benchmarks.cache_scale --figure docs/figures/reference_cache_join.png
 
-test-faults: $(ready) ## every fault through the real launcher, for docs/reliability.md (half an hour)
+test-faults: $(ready) ## test every fault through the real launcher, for docs/reliability.md (half an hour)
 	TEST_LAUNCHER=1 FAULTS_REPORT=faults.md $(py) -m pytest tests/faults -q $(ARGS)
 
-lint: $(ready) ## formatting, lint and types
+lint: $(ready) ## check formatting, lint and types
 	$(py) -m ruff format --check .
 	$(py) -m ruff check .
 	$(py) -m mypy

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         measured.append(Measurement(**json.loads(printed)))
     print_table(
-        ("groups", "steps", "plan, s", "cut a step, ms", "slowest rank over the mean", "peak, GiB"),
+        ("groups", "steps", "plan, s", "cut one step, ms", "slowest rank over the mean", "peak, GiB"),
         [
             (
                 f"{one.groups:,}",

@@ -257,7 +257,7 @@ def trees_table() -> str:
     return table([*columns, labels.short("perf/pairs_per_second")], rows)
 
 
-def founding_table() -> str:
+def sentiment_table() -> str:
     """The first held-out queries, not cherry-picked, continued by both models with the same seed."""
     file = RunFolder(MAIN).report() / "samples.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()[:QUERIES]] if file.is_file() else []
@@ -283,7 +283,7 @@ def main() -> None:
         "Groups in one step, or independent pairs": trees_table(),
         "HH: accuracy against training pairs": table(columns, harmless),
         "HH: losses": losses_table(folds),
-        "The founding table": founding_table(),
+        "The sentiment table": sentiment_table(),
     }
     text = "\n\n".join(f"## {title}\n\n{content}" for title, content in sections.items())
     (OUTPUT / "tables.md").write_text(text + "\n")

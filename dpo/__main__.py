@@ -23,6 +23,10 @@ def main() -> None:
         traceback.print_exc()
     if "WORLD_SIZE" not in os.environ:
         sys.exit(status)
+    if status in (0, 3) and "torch" in sys.modules:  # done, or stopped by a signal: all ranks end alike
+        from dpo import distributed
+
+        distributed.leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

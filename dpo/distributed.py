@@ -6,11 +6,13 @@ In a single process that was not launched the same functions work with a world o
 import io
 import itertools
 import os
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from socket import gethostname
 from typing import Any, TypeVar, cast
@@ -41,6 +43,7 @@ def start() -> None:
     Without an accelerator the backend must be named: Accelerate otherwise leaves it unset under DeepSpeed,
     and every rank assumes a world of one.
     """
+    _warn_of_unseen_gpus()
     end_with_launcher()
     if "WORLD_SIZE" not in os.environ:
         PartialState()
@@ -100,6 +103,35 @@ def _is_open(file: Path) -> bool:
             if descriptor.readlink() == wanted:
                 return True
     return False
+
+
+@cache
+def _warn_of_unseen_gpus() -> None:
+    """Says once, on rank 0, that this machine has GPUs and torch does not see them."""
+    unwanted = os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+    if torch.cuda.is_available() or unwanted or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=30, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return
+    if found := sum(line.startswith("GPU") for line in listed.splitlines()):
+        terminal.warning(
+            f"this machine has {found} GPU(s) and torch {torch.__version__} sees none, so the CPU is used: "
+            "install a torch with CUDA and its driver, or set CUDA_VISIBLE_DEVICES= if the CPU is meant"
+        )
+
+
+def leave() -> None:
+    """Leaves the process group at the end of a run that all ranks ended alike; safe without a group.
+
+    NCCL's communicators are closed on every rank before rank 0, which keeps the store, exits. Gloo has
+    nothing to close, and may abort the process here (pytorch/pytorch#190489).
+    """
+    if dist.is_available() and dist.is_initialized() and "nccl" in dist.get_backend():
+        dist.destroy_process_group()
 
 
 def trains_on_cpu_alone() -> bool:

@@ -1,6 +1,6 @@
-"""What most tests need: a tiny GPT-2 with its tokenizer, preference files, and data in token ids.
+"""Fixtures that most tests share: a tiny GPT-2 with its tokenizer, preference files, and tokenized data.
 
-Nothing here touches the network; the model is saved once a session and read by every test that wants one.
+Nothing here uses the network. The model is saved once per session, and tests that need it load it from disk.
 """
 
 import json
@@ -27,7 +27,7 @@ WORDS = ("the", "cat", "day", "good", "bad", "film", "well", "mat", "we", "like"
 
 Row = Mapping[str, Any]
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers already share the cores
     torch.set_num_threads(1)
 
 
@@ -35,7 +35,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a GPT-2 of two layers (dropout 0.1 in its config) and a byte-level BPE tokenizer.
 
-    Its weights are large, so that its distributions are far from uniform and depend on every token.
+    The weights are large, so that its distributions are far from uniform and depend on every token.
     """
     folder = tmp_path_factory.mktemp("tiny_model")
     bpe = Tokenizer(models.BPE())
@@ -67,7 +67,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
-    """The tiny model's tokenizer, fresh: a test may change it. It adds no BOS of its own."""
+    """A fresh copy of the tiny model's tokenizer, which a test may modify. It adds no BOS."""
     loaded = load_tokenizer(ModelConfig(name_or_path=str(tiny_model)))
     assert isinstance(loaded, PreTrainedTokenizerFast)
     return loaded
@@ -75,7 +75,7 @@ def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def bos_tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
-    """The same with a BOS `<s>` that it puts before every text, as Llama's does."""
+    """The same tokenizer with a BOS `<s>` that it adds before every text, as Llama's does."""
     loaded = AutoTokenizer.from_pretrained(tiny_model)
     backend = json.loads(loaded.backend_tokenizer.to_str())
     number = len(loaded)
@@ -104,9 +104,7 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def preference_rows() -> Callable[..., list[dict[str, Any]]]:
-    """Makes rows of random words, the same for the same seed: a group of 2 to 4 completions with 1 to 3
-    pairs.
-    """
+    """Makes rows of random words, determined by the seed: groups of 2 to 4 completions with 1 to 3 pairs."""
 
     def make(num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
         rng = np.random.default_rng(seed)
@@ -147,13 +145,13 @@ def make_config(tiny_model: Path, tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture
 def open_data(tokenizer: PreTrainedTokenizerFast) -> Callable[[Config], TokenizedDataset]:
-    """The training data of a configuration in token ids."""
+    """Opens the tokenized training data of a configuration."""
     return lambda config: open_datasets(config.data, tokenizer, POSITIONS)[0]
 
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """37 plain pairs of uneven length as JSON Lines: no multiple of a batch or of a number of ranks."""
+    """37 plain pairs of varying length as JSON Lines; no multiple of a batch size or number of ranks."""
     rng = np.random.default_rng(0)
     rows = []
     for _ in range(37):

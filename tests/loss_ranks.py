@@ -1,4 +1,4 @@
-"""Two steps of training with each loss, on real ranks in one process group: what test_losses.py compares."""
+"""Trains two steps with each loss on real ranks in one process group; test_losses.py compares the results."""
 
 import json
 import os
@@ -38,11 +38,13 @@ SWEEP: dict[str, dict[str, Any]] = {
     "lengths": {"ld_alpha": 0.5},
     "lengths and likelihood": {"type": "ipo", "ld_alpha": 0.0, "sft_weight": 1.0},
     "by scores": {"pair_weights": "score_margin"},
+    "cached": {"type": "sigmoid", "beta": 0.3},
+    "cached tokens": {"ld_alpha": 0.25},
 }
 
 
 def experiment(folder: Path, model: Path) -> Config:
-    """Groups of two to four scored completions, so that rankings, ties and weights are there."""
+    """Groups of two to four scored completions, which cover rankings, ties and weights."""
     return Config(
         run_dir=str(folder / "run"),
         model=ModelConfig(name_or_path=str(model), dtype="float32"),
@@ -70,7 +72,7 @@ def write_scored(folder: Path) -> None:
 
 
 def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) -> None:
-    """One rank: fills the cache, then trains with every loss and budget; rank 0 writes what was measured."""
+    """One rank's work: fills the cache, trains with every loss and budget; rank 0 writes the metrics."""
     os.environ.update(environment)
     distributed.start()
     base = experiment(folder, model)
@@ -99,7 +101,8 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
             loss_config=loss,
         )
         for budget in BUDGETS:
-            train = replace(config.train, max_tokens_per_micro_batch=budget)
+            backward = "cached" if name.startswith("cached") else "auto"
+            train = replace(config.train, max_tokens_per_micro_batch=budget, backward=backward)
             policy = Engine(accelerator, load_model(config.model), config.model, train)
             policy.settle_layout((data[0].prompt, data[0].completions))
             run_dir = folder / out.stem / f"{name}_{budget}"
@@ -117,9 +120,10 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
                     data.pairs_per_group, seed=0, num_epochs=1, pairs_per_step=24, max_steps=STEPS
                 ),
                 tokenizer=tokenizer,
+                description="data",
                 guard=Guard(RunFolder(run_dir), "train", 600),
             )
-            with session.guard, session.opened(""), closing(loop.batches_of(session)) as batches:
+            with session.guard, session.opened(), closing(loop.batches_of(session)) as batches:
                 found[f"{name}, {budget}"] = [
                     loop.train_step(session, batches, 1e-3)[0] for _ in range(STEPS)
                 ]

@@ -1,4 +1,4 @@
-"""A report of a model that writes markup, for the tests of the page and for a real browser."""
+"""A report on a model that generates HTML and scripts, for the tests of the page and for a real browser."""
 
 import numpy as np
 

@@ -1,6 +1,6 @@
-"""Ranks without the launcher: forked in milliseconds from a process that has imported everything already.
+"""Ranks without the launcher: forked in milliseconds from a process that has already imported everything.
 
-What a test kills by the dozen cannot afford the launcher's ten seconds; the launcher has tests of its own.
+Tests that start ranks dozens of times cannot afford the launcher's ten seconds; it has its own tests.
 """
 
 import multiprocessing
@@ -16,7 +16,7 @@ FORKS.set_forkserver_preload(
     [f"dpo.commands.{name}" for name in ("train", "sft", "evaluate", "precompute_ref")]
     + ["dpo.cli.main", "ranks", "deepspeed"]
 )
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for others when it is imported
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed searches for accelerators when imported
 
 
 def start_ranks(
@@ -31,12 +31,12 @@ def start_ranks(
     """Starts `dpo ARGUMENTS` on real ranks over gloo.
 
     Args:
-        world_size: How many.
-        arguments: Of the command line.
-        logs: Where what they print goes.
-        folders: Their working directories.
-        variables: More of the environment.
-        before: Code that each of them runs first, to break something.
+        world_size: Number of ranks.
+        arguments: The command line after `dpo`.
+        logs: Folder for their output, one file per rank.
+        folders: Working directory of each rank.
+        variables: Further environment variables.
+        before: Code that each rank runs first, to break something.
     """
     logs.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -52,7 +52,7 @@ def start_ranks(
 
 
 def free_port() -> int:
-    """A port that nobody listens at right now."""
+    """A port that is not in use."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port: int = free.getsockname()[1]
@@ -60,7 +60,7 @@ def free_port() -> int:
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What the launcher would give a rank."""
+    """Environment variables that the launcher would set for a rank."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -74,12 +74,12 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 def run_ranks(
     world_size: int, arguments: Sequence[str], logs: Path, *, folders: Sequence[Path] | None = None
 ) -> tuple[list[int | None], str]:
-    """Runs them to the end; returns their exit statuses and what all of them said."""
-    return wait(start_ranks(world_size, arguments, logs, folders=folders)), said(logs)
+    """Runs ranks until they exit; returns their exit statuses and their output."""
+    return wait(start_ranks(world_size, arguments, logs, folders=folders)), output_of(logs)
 
 
 def wait(processes: Sequence[ForkServerProcess], seconds: float = 120) -> list[int | None]:
-    """Exit statuses, negative for a signal; a rank that hangs is killed and has None."""
+    """Exit statuses, negative for a signal; None for a rank that hung and was killed."""
     for process in processes:
         process.join(seconds)
     statuses = [process.exitcode for process in processes]
@@ -89,8 +89,8 @@ def wait(processes: Sequence[ForkServerProcess], seconds: float = 120) -> list[i
     return statuses
 
 
-def said(logs: Path) -> str:
-    """What the ranks printed, rank after rank."""
+def output_of(logs: Path) -> str:
+    """What the ranks printed, in order of ranks."""
     return "\n".join(path.read_text() for path in sorted(logs.glob("rank*.log")))
 
 

@@ -1,8 +1,8 @@
-"""A small training on real ranks that a test can break: a tiny model, 60 pairs, 12 steps, its cache filled.
+"""A small training run on real ranks that a test can break: a tiny model, 60 pairs, 12 steps, a filled cache.
 
-Two ways to start the ranks. By default they are forked with the environment that the launcher would give
-them, in a second or two; with TEST_LAUNCHER=1 (`make test-faults`) each start is `launch/run`, accelerate and
-torchelastic included.
+There are two ways to start the ranks. By default they are forked with the environment that the launcher would
+set, in a second or two. With TEST_LAUNCHER=1 (`make test-faults`) each start goes through `launch/run`,
+accelerate and torchelastic.
 """
 
 import contextlib
@@ -19,17 +19,12 @@ from typing import Any
 import yaml
 from ranks import start_ranks
 
-from dpo.commands.inputs import settings_of
-from dpo.config import Config
-from dpo.tracking.run_folder import RunFolder
-from dpo.train.resume import Refuse, Resume, find_start
-
 ROOT = Path(__file__).parents[1]
 LAUNCHER = os.environ.get("TEST_LAUNCHER") == "1"
 RUN = [str(ROOT / "launch" / "run")]
 STEPS = 12
 OFFLOAD = 33
-"""A stage: ZeRO-3 with weights and optimizer on the host."""
+"""Passed as a ZeRO stage: ZeRO-3 with weights and optimizer on the host."""
 NOT_TIMING = ("perf/",)
 PIDS = """
 import os, pathlib
@@ -58,13 +53,13 @@ loop.train_step = patched
 
 
 def at_step(step: int, action: str, *ranks: int) -> str:
-    """Code that does something on these ranks before a step."""
+    """Code that runs `action` on these ranks before a step."""
     return AT_STEP.format(step=step, action=action, ranks=[str(rank) for rank in ranks])
 
 
 @dataclass
 class Started:
-    """Ranks that run."""
+    """Running ranks."""
 
     folder: Path
     run_dir: Path
@@ -72,17 +67,17 @@ class Started:
     began: float = field(default_factory=time.monotonic)
 
     def pid(self, rank: int) -> int:
-        """Process number of a rank, once it has begun."""
+        """Process id of a rank, once it has started."""
         file = self.folder / "pids" / str(rank)
-        wait_for(lambda: file.is_file() and file.read_text() != "", 60, "a rank began")
+        wait_for(lambda: file.is_file() and file.read_text() != "", 60, f"rank {rank} to start")
         return int(file.read_text())
 
     def steps(self, number: int) -> None:
-        """Waits until so many steps are recorded."""
-        wait_for(lambda: len(metrics(self.run_dir)) >= number, 90, f"{number} steps")
+        """Waits until this many steps are recorded."""
+        wait_for(lambda: len(metrics(self.run_dir)) >= number, 90, f"{number} recorded steps")
 
     def end(self, seconds: float = 120) -> "Ended":
-        """Waits for all of them; kills and reports those that hang."""
+        """Waits for all ranks to exit; kills and reports those that hang."""
         until = time.monotonic() + seconds
         hanging = False
         for process in self.processes:
@@ -101,7 +96,7 @@ class Started:
         pids = [int(file.read_text()) for file in (self.folder / "pids").iterdir()]
         left = [pid for pid in pids if _alive(pid)]
         record = _read_json(self.run_dir / "exit.json")
-        said = "\n".join(
+        output = "\n".join(
             path.read_text(errors="replace") for path in sorted((self.folder / "logs").iterdir())
         )
         statuses = [
@@ -112,7 +107,7 @@ class Started:
             statuses=statuses,
             status=record.get("status"),
             message=record.get("message", ""),
-            said=said,
+            output=output,
             seconds=time.monotonic() - self.began,
             hanging=hanging,
             left=left,
@@ -121,25 +116,25 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """How they ended."""
+    """How the ranks ended."""
 
     statuses: list[int]
-    """Of each rank, or of launch/run."""
+    """Exit status of each rank, or of launch/run."""
     status: int | None
-    """In exit.json."""
+    """From exit.json."""
     message: str
-    """In exit.json."""
-    said: str
+    """From exit.json."""
+    output: str
     """Everything that was printed."""
     seconds: float
     hanging: bool
     left: list[int]
-    """Processes that are still there."""
+    """Processes that are still running."""
 
 
 @dataclass(frozen=True)
 class Rig:
-    """A folder with model, data, configuration and cache."""
+    """A folder with data, configuration and a filled cache."""
 
     folder: Path
 
@@ -158,13 +153,13 @@ class Rig:
 
         Args:
             run: Name of the run folder.
-            more: More of the command line.
+            more: Further arguments of the command line.
             world_size: Number of ranks.
-            stage: ZeRO stage; None: no DeepSpeed.
-            command: Which.
+            stage: ZeRO stage; None runs without DeepSpeed.
+            command: Name of the dpo command.
             before: Code that each rank runs first.
-            place: Folder of the run folder.
-            variables: More of the ranks' environment.
+            place: Parent of the run folder. Default: the rig's folder.
+            variables: Additional environment variables of the ranks.
         """
         place = place or self.folder
         logs = self.folder / f"{run}_logs_{time.monotonic_ns()}"
@@ -178,7 +173,7 @@ class Rig:
             str(place / run),
             *more,
         ]
-        with contextlib.suppress(OSError):  # of a disk that cannot be written to
+        with contextlib.suppress(OSError):  # the disk may be read-only
             (place / run / "exit.json").unlink(missing_ok=True)
         code = PIDS + before
         variables = {"PIDS": str(logs / "pids"), **(variables or {})}
@@ -190,13 +185,13 @@ class Rig:
         return Started(logs, place / run, processes)
 
     def run(self, run: str, *more: str, seconds: float = 120, **options: Any) -> Ended:
-        """Starts a command and waits for its end."""
+        """Starts a command and waits until it ends."""
         return self.start(run, *more, **options).end(seconds)
 
     def completed(self, run: str, *more: str, **options: Any) -> Path:
-        """A run that must succeed; returns its folder."""
+        """Runs a command that must succeed; returns the run folder."""
         ended = self.run(run, *more, **options)
-        assert set(ended.statuses) == {0}, ended.said[-4000:]
+        assert set(ended.statuses) == {0}, ended.output[-4000:]
         return self.folder / run
 
     def _launch(
@@ -235,7 +230,7 @@ class Rig:
 
 
 def make_rig(folder: Path, model: Path, **train: Any) -> Rig:
-    """Writes configuration and data and fills the cache; `train` overrides options of training."""
+    """Writes configuration and data and fills the cache; `train` overrides training options."""
     rows = [
         {
             "prompt": f"{n} the cat " + "sat " * (n % 5),
@@ -260,7 +255,7 @@ def make_rig(folder: Path, model: Path, **train: Any) -> Rig:
             "schedule": "cosine",
             "pairs_per_step": 10,
             "num_epochs": 2,
-            "max_tokens_per_micro_batch": 96,  # 1 to 3 micro-batches of a rank in a step
+            "max_tokens_per_micro_batch": 96,  # 1 to 3 micro-batches per rank and step
             "checkpoint_every": 2,
             "evaluate_every": 3,
             "keep_last": 9,
@@ -274,7 +269,7 @@ def make_rig(folder: Path, model: Path, **train: Any) -> Rig:
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Complete lines of metrics.jsonl, without what depends on the clock."""
+    """Complete lines of metrics.jsonl, without the metrics that depend on timing."""
     file = run_dir / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     parsed = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -282,7 +277,7 @@ def metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def weights(run_dir: Path) -> bytes:
-    """The exported model."""
+    """Bytes of the exported model."""
     return (run_dir / "model" / "model.safetensors").read_bytes()
 
 
@@ -291,24 +286,16 @@ def checkpoints(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
 
 
-def start_of(config: Config) -> tuple[Path | None, str]:
-    """The checkpoint that a run would resume from, and what is said about it."""
-    start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
-    if isinstance(start, Refuse):
-        return None, start.reason
-    return (start.checkpoint if isinstance(start, Resume) else None), "\n".join(start.notes)
-
-
 def wait_for(condition: Any, seconds: float, what: str) -> None:
-    """Polls until it holds."""
+    """Polls until the condition holds; fails after `seconds`."""
     until = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < until, f"waited {seconds} s for: {what}"
+        assert time.monotonic() < until, f"waited {seconds} s for {what}"
         time.sleep(0.02)
 
 
 def deepspeed_variables(folder: Path, stage: int | None) -> dict[str, str]:
-    """What accelerate's launcher puts into the environment of a rank."""
+    """Environment variables that accelerate's launcher sets for a rank."""
     if stage is None:
         return {}
     name = "ds_zero3_offload" if stage == OFFLOAD else "ds_zero3" if stage == 3 else "ds_zero2"
@@ -335,7 +322,7 @@ def _alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    try:  # one that has ended and that nobody has waited for yet
+    try:  # a zombie has exited, but its parent has not waited for it yet
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False

@@ -25,7 +25,7 @@ prune   joins small shards; with FILE also drops the rows that neither it nor an
 
 
 PLAN_USAGE = """usage: dpo plan --config FILE --num_gpus N --gpu_memory 80GB [--KEY VALUE ...]
-                [--gpu_tflops 989] [--mfu 0.4] [--exact] [--json]
+                [--gpu_tflops 989] [--mfu 0.3] [--exact] [--json]
 
 What training FILE will need on N GPUs: data and steps, memory of each GPU for every way of sharding, the
 largest micro-batch, time, disk, and which way to take. Reads configurations, headers and data; loads no
@@ -33,7 +33,8 @@ weight.
 
 --gpu_memory  of one GPU: 80GB, 24GiB
 --gpu_tflops  peak of one GPU in the compute type; default: 989, an H100's dense bfloat16
---mfu         share of that peak that useful operations reach; default: 0.4, an assumption: measure yours
+--mfu         share of that peak that useful operations reach; default: estimated by the model's size, not
+              measured (docs/gpu.md): perf/mfu of a run is yours
 --exact       tokenize all data, as training does, instead of a sample of 2,000 groups
 --json        numbers for scripts, in bytes, hours, tokens and operations
 """
@@ -119,16 +120,16 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument("--num_gpus", type=int)
     parser.add_argument("--gpu_memory")
     parser.add_argument("--gpu_tflops", type=float, default=989.0)
-    parser.add_argument("--mfu", type=float, default=0.4)
+    parser.add_argument("--mfu", type=float, default=None)
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--json", action="store_true")
     options, keys = parser.parse_known_args(list(arguments))
     given = options.gpu_memory or "missing"
-    size = _bytes(given)
+    size, share = _bytes(given), 1.0 if options.mfu is None else options.mfu
     wrong = [
         *(["--num_gpus: expected how many, at least 1"] if (options.num_gpus or 0) < 1 else []),
         *([f"--gpu_memory: {given}; expected the size of one GPU, such as 80GB"] if not size else []),
-        *([f"--mfu: {options.mfu}; expected a share in (0, 1]"] if not 0 < options.mfu <= 1 else []),
+        *([f"--mfu: {options.mfu}; expected a share in (0, 1]"] if not 0 < share <= 1 else []),
         *([f"--gpu_tflops: {options.gpu_tflops}; expected above 0"] if not options.gpu_tflops > 0 else []),
     ]
     if wrong:

@@ -14,6 +14,7 @@ from dpo.engine.launcher import check_launcher
 from dpo.errors import UserError
 from dpo.model.files import check_model_path
 from dpo.model.lora import check_policy
+from dpo.reference.vocabulary import check_vocabulary
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.run_lock import refuse_if_in_use
 from dpo.tracking.trackers import check_trackers
@@ -43,6 +44,8 @@ def check(command: str, config: Config | SftConfig) -> None:
     else:
         if config.reference.model is not None:
             check_model_path(config.reference.model, "reference.model")
+            if Path(config.model.name_or_path).is_dir() and Path(config.reference.model).is_dir():
+                check_vocabulary(config.model, config.reference)
         check_sources(config.data)
         if command == "evaluate":
             finished_model(config)

@@ -15,17 +15,15 @@ from transformers.utils.logging import disable_progress_bar
 from dpo import distributed, terminal
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig, flat, resolved
 from dpo.data.build import open_datasets
-from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import PreferenceData, preference_data
-from dpo.engine.engine import Engine
 from dpo.errors import UserError
-from dpo.guards.guard import Guard
 from dpo.loss.catalog import averaged_over_groups
 from dpo.model.files import max_positions
 from dpo.model.load import load_tokenizer
+from dpo.reference.identity import reference_model
 from dpo.reference.values import ReferenceUse
-from dpo.tracking.run_folder import RunFolder
-from dpo.tracking.trackers import check_trackers
+from dpo.reference.vocabulary import check_vocabulary
 from dpo.train.resume import Settings
 
 
@@ -36,13 +34,6 @@ def join_ranks() -> None:
         disable_progress_bar()  # of loading and writing weights
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     distributed.start()
-
-
-def open_guard(command: str, config: Config | SftConfig) -> Guard:
-    """The ranks joined, the trackers checked, and a guard for `train` or `sft` to enter."""
-    join_ranks()
-    check_trackers(config.train.trackers)
-    return Guard(RunFolder(Path(config.run_dir)), command, config.train.stuck_after_seconds)
 
 
 def settings_of(config: Config | SftConfig) -> Settings:
@@ -74,6 +65,12 @@ def open_data(
     return train_data, test_data, tokenizer
 
 
+def open_reference_model(config: Config) -> ModelConfig:
+    """The reference model, whose vocabulary is the policy's. All ranks must call it. Raises UserError."""
+    terminal.warning(*distributed.on_main(lambda: check_vocabulary(config.model, config.reference)))
+    return reference_model(config.model, config.reference)
+
+
 def open_held_out(
     data: DataConfig, model: ModelConfig, command: str
 ) -> tuple[TokenizedDataset, TokenizedDataset, PreTrainedTokenizerBase]:
@@ -103,11 +100,6 @@ def with_reference(
         ) from error
 
 
-def settle_layout(policy: Engine, datasets: Sequence[TokenizedDataset]) -> None:
-    """Settles the policy's layout on the longest group of these data sets; warns of what was turned down."""
-    terminal.warning(*policy.settle_layout(longest_tree(datasets)).notes)
-
-
 def described(split: str, data: TokenizedDataset | None) -> str:
     """Pairs, prompts, and what was dropped or truncated, in one line."""
     if data is None:
@@ -116,8 +108,3 @@ def described(split: str, data: TokenizedDataset | None) -> str:
     lost = [f"{n} {name}" for name, n in counts.items() if n and name.startswith(("dropped/", "truncated/"))]
     said = f"{split}: {counts['pairs']} pairs of {counts['groups']} prompts"
     return f"{said} ({', '.join(lost)})" if lost else said
-
-
-def trained(steps: int, data: str, skipped: int) -> str:
-    """What a training did, for its summary."""
-    return f"{steps} steps on {data}" + (f"; {skipped} steps were skipped: see above" if skipped else "")

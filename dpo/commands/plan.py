@@ -15,7 +15,7 @@ def plan(
     num_gpus: int,
     gpu_memory: int,
     gpu_flops: float,
-    mfu: float,
+    mfu: float | None,
     exact: bool,
     as_numbers: bool,
 ) -> None:

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import described, join_ranks, open_data
+from dpo.commands.inputs import described, join_ranks, open_data, open_reference_model
 from dpo.config import Config
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference, title_of
-from dpo.reference.identity import reference_model
 from dpo.reference.precompute import precompute
 from dpo.reference.store import reference_store
 from dpo.tracking.run_folder import RunFolder
@@ -32,7 +31,7 @@ def _precompute_ref(config: Config) -> None:
     distributed.require_shared(cache_dir, "reference.cache_dir")
     train_data, test_data, _ = open_data(config.data, config.model)
     datasets = [data for data in (train_data, test_data) if data is not None]
-    model = reference_model(config.model, config.reference)
+    model = open_reference_model(config)
     store = reference_store(model, cache_dir)
     result = precompute(model, config.reference, datasets, store)
     rate = f", {result.misses / result.seconds:.1f} sequences/s" if result.misses else ""

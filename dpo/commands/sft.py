@@ -5,8 +5,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo import distributed, terminal
-from dpo.commands.inputs import open_guard, settings_of, settle_layout, trained
+from dpo import distributed
+from dpo.commands.inputs import settings_of
+from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
@@ -23,7 +24,6 @@ from dpo.model.lora import check_policy, load_policy
 from dpo.report.model_card import sft_card
 from dpo.tracking.metrics import Evaluation
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.loop import train as run_loop
 from dpo.train.next_token_objective import NextTokenObjective, held_out_loss
 from dpo.train.session import Session
 from dpo.train.setup import base_fingerprint, check_space, needs_resharding, start_of
@@ -31,30 +31,11 @@ from dpo.train.setup import base_fingerprint, check_space, needs_resharding, sta
 
 def sft(config: SftConfig) -> None:
     """Trains a model on text or on chosen completions and exports it to RUN_DIR/model."""
-    with open_guard("sft", config) as guard:
-        session, data = build_session(config, guard)
-        with session.opened(data):
-            run_loop(session)
-        session.export(session.folder.model())
-    if session.evaluated:
-        result = f"held-out loss {session.evaluated['eval/loss']:.4f}"
-    elif session.evaluate is None:
-        result = "no held-out data, so nothing was evaluated"
-    else:
-        result = "it had finished already"
-    terminal.summary(
-        "sft",
-        {
-            "trained": trained(session.plan.num_steps, data, session.progress.skipped),
-            "result": result,
-            "model": str(session.folder.model()),
-            "curves": f"tensorboard --logdir {session.folder.path}",
-        },
-    )
+    summarize("sft", run_training("sft", config, build_session), ["eval/loss"])
 
 
-def build_session(config: SftConfig, guard: Guard) -> tuple[Session, str]:
-    """The run with everything loaded, and its training data in one line. All ranks must call it."""
+def build_session(config: SftConfig, guard: Guard) -> Session:
+    """The run with everything loaded. All ranks must call it."""
     folder, settings = RunFolder(Path(config.run_dir)), settings_of(config)
     check_policy(config.model)
     accelerator = start(config.model)
@@ -97,7 +78,7 @@ def build_session(config: SftConfig, guard: Guard) -> tuple[Session, str]:
     model = model or load_policy(config.model, dtype=dtype, seed=config.train.seed)
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, [train_data])
-    session = Session(
+    return Session(
         folder=folder,
         settings=settings,
         model=config.model,
@@ -106,6 +87,7 @@ def build_session(config: SftConfig, guard: Guard) -> tuple[Session, str]:
         objective=NextTokenObjective(dataset=train_data),
         plan=plan,
         tokenizer=tokenizer,
+        description=f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens",
         guard=guard,
         evaluate=partial(evaluate_policy, held_out=test_data) if test_data is not None else None,
         card=partial(
@@ -119,7 +101,6 @@ def build_session(config: SftConfig, guard: Guard) -> tuple[Session, str]:
         checkpoint=checkpoint,
         resharded=resharded,
     )
-    return session, f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens"
 
 
 def evaluate_policy(session: Session, *, held_out: TokenizedDataset) -> Evaluation:

@@ -10,16 +10,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo import distributed, terminal
+from dpo import distributed
 from dpo.commands.inputs import (
     described,
     open_data,
-    open_guard,
+    open_reference_model,
     settings_of,
-    settle_layout,
-    trained,
     with_reference,
 )
+from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import Config, EvaluateConfig, LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
@@ -33,14 +32,11 @@ from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions, num_parameters
 from dpo.model.lora import check_policy, load_policy
-from dpo.reference.identity import reference_model
 from dpo.reference.values import open_reference
-from dpo.report import labels
 from dpo.report.model_card import policy_card
 from dpo.report.watch import watched_samples
 from dpo.tracking.metrics import Evaluation
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.loop import train as run_loop
 from dpo.train.preference_objective import PreferenceObjective
 from dpo.train.session import Session
 from dpo.train.setup import base_fingerprint, check_space, needs_resharding, start_of
@@ -50,36 +46,13 @@ SHOWN = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 
 def train(config: Config) -> None:
     """Optimizes the policy and exports it to RUN_DIR/model."""
-    with open_guard("train", config) as guard:
-        session, data = build_session(config, guard)
-        with session.opened(data):
-            run_loop(session)
-        session.export(session.folder.model())
-    if session.evaluated:
-        result = "held-out " + ", ".join(
-            f"{labels.full(name).removeprefix('held-out ')} {session.evaluated[name]:.4f}"
-            for name in SHOWN
-            if name in session.evaluated
-        )
-    elif session.evaluate is None:
-        result = "no held-out data, so nothing was evaluated"
-    else:
-        result = "it had finished already"
-    folder = session.folder
-    terminal.summary(
-        "train",
-        {
-            "trained": trained(session.plan.num_steps, data, session.progress.skipped),
-            "result": result,
-            "model": str(folder.model()),
-            "curves": f"tensorboard --logdir {folder.path}",
-            "next": f"dpo evaluate --config {folder.config}" if session.evaluate is not None else "",
-        },
-    )
+    session = run_training("train", config, build_session)
+    following = f"dpo evaluate --config {session.folder.config}" if session.evaluate is not None else ""
+    summarize("train", session, SHOWN, following)
 
 
-def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
-    """The run with everything loaded, and its training data in one line. All ranks must call it."""
+def build_session(config: Config, guard: Guard) -> Session:
+    """The run with everything loaded. All ranks must call it."""
     folder, settings = RunFolder(Path(config.run_dir)), settings_of(config)
     check_policy(config.model)
     accelerator = start(config.model)
@@ -96,7 +69,7 @@ def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
     resharded = needs_resharding(checkpoint, fingerprints, config.train)
 
     reference = open_reference(
-        reference_model(config.model, config.reference),
+        open_reference_model(config),
         config.reference,
         datasets,
         needed=needs_reference(config.loss),
@@ -137,7 +110,7 @@ def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
         options=config.evaluate,
         positions=max_positions(config.model),
     )
-    session = Session(
+    return Session(
         folder=folder,
         settings=settings,
         model=config.model,
@@ -146,6 +119,7 @@ def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
         objective=PreferenceObjective(data=parts[0], loss_config=config.loss),
         plan=plan,
         tokenizer=tokenizer,
+        description=described("train", train_data),
         guard=guard,
         evaluate=evaluate if test_data is not None else None,
         card=partial(
@@ -161,7 +135,6 @@ def build_session(config: Config, guard: Guard) -> tuple[Session, str]:
         checkpoint=checkpoint,
         resharded=resharded,
     )
-    return session, described("train", train_data)
 
 
 def evaluate_policy(

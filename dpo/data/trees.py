@@ -5,8 +5,8 @@ A token attends to tokens of its own segment and of its prompt whose position is
 what it would attend to in a row of its own (law 3). A completion that is in several pairs occurs once.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dpo.data.key_blocks import FLEX_BLOCK, KeyBlocks, key_blocks
 from dpo.data.records import TokenIds, TokenizedGroup
 
 Layout = Literal["flex", "packed", "trees", "rows"]
@@ -25,7 +26,6 @@ to whole blocks of FlexAttention. trees: one tree per row under a mask, padded. 
 with its own copy of the prompt, padded, for models that cannot share a prompt.
 """
 
-FLEX_BLOCK = 128
 PADDING = -1
 NO_WORK = (np.zeros(1, dtype=np.int32), [np.zeros(1, dtype=np.int32)])
 """The tree of a batch without sequences: ranks that have run out of work still call the engine."""
@@ -80,14 +80,35 @@ class TreeBatch:
     """Tokens in the rows, without padding."""
     num_row_tokens: int
     """Tokens that the same sequences have in the layout `rows`, without padding."""
+    blocks: Mapping[int | None, KeyBlocks] = field(default_factory=dict)
+    """Window -> what FlexAttention computes under it, for windows that were asked for."""
 
-    def to(self, device: torch.device) -> "TreeBatch":
-        """The same batch on `device`."""
-        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        if device.type == "cuda":  # copies from pageable memory would wait for the device
-            tensors = {name: v.pin_memory() for name, v in tensors.items()}
-        moved: dict[str, Any] = {name: v.to(device, non_blocking=True) for name, v in tensors.items()}
-        return replace(self, **moved)
+    def to(self, device: torch.device, windows: Sequence[int | None] = ()) -> "TreeBatch":
+        """The same batch on `device`.
+
+        Args:
+            device: Of the model.
+            windows: Of the model's layers (`SequenceScorer.windows`), so that in the layout `flex` the blocks
+                to compute are found here, in the thread that builds batches, and not while the model waits.
+        """
+
+        def moved(tensor: Tensor) -> Tensor:
+            if device.type == "cuda":  # a copy from pageable memory would wait for the device
+                tensor = tensor.pin_memory()
+            return tensor.to(device, non_blocking=True)
+
+        tensors: dict[str, Any] = {
+            f.name: moved(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        found = {window: self.blocks_of(window) for window in windows if self.layout == "flex"}
+        tensors["blocks"] = {
+            window: KeyBlocks(*map(moved, blocks)) for window, blocks in {**self.blocks, **found}.items()
+        }
+        return replace(self, **tensors)
+
+    def blocks_of(self, window: int | None) -> KeyBlocks:
+        """What FlexAttention computes under a window: found before, or on the CPU now; layout `flex` only."""
+        return self.blocks.get(window) or key_blocks(self.trees, self.input_ids.shape[1], window)
 
 
 def group_batch(groups: Sequence[TokenizedGroup], layout: Layout) -> TreeBatch:

@@ -167,6 +167,15 @@ def offloads_optimizer(settings: dict[str, Any]) -> bool:
     return offload.get("device", "none") != "none"
 
 
+def without_waiting(settings: dict[str, Any]) -> None:
+    """Turns DeepSpeed's throughput timer off: it waits for the device twice per micro-batch.
+
+    Args:
+        settings: A DeepSpeed configuration, a user's own too; changed in place unless it sets that timer.
+    """
+    settings.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
+
+
 def blocks_of(model: nn.Module, *, trained: bool = False) -> list[int]:
     """Parameters of each of a model's repeated blocks, also where ZeRO-3 has sharded them already.
 

@@ -6,7 +6,7 @@ DeepSpeed; `dpo.engine.frozen` is the same for models that only score.
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, Tree, TreeBatch
-from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, set_ours
+from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, set_ours, without_waiting
 from dpo.engine.optimizer import OPTIMIZERS, make_optimizer
-from dpo.engine.scoring import make_scorer, register_head, settle_layout
+from dpo.engine.scoring import gathered, make_scorer, register_head, settle_layout
 from dpo.engine.sharded_state import load_sharded, save_sharded
 from dpo.engine.world import kind_here, unsharded
 from dpo.errors import UserError
@@ -83,6 +83,7 @@ class Engine:
             settings = accelerator.deepspeed_plugin.deepspeed_config
             fit_buckets(settings, model)
             set_ours(settings, max_grad_norm=options.max_grad_norm, universal=universal)
+            without_waiting(settings)
         self._scorer, self._optimizer = accelerator.prepare(scorer, optimizer)
         if distributed.is_distributed() and self._scorer is scorer:
             raise RuntimeError("Accelerate did not wrap the policy: every rank would train alone")
@@ -98,6 +99,12 @@ class Engine:
         """The layout of batches for this policy."""
         scorer: SequenceScorer = self._accelerator.unwrap_model(self._scorer)
         return scorer.layout
+
+    @property
+    def windows(self) -> list[int | None]:
+        """How far back the policy's layers look; see `TreeBatch.to`."""
+        scorer: SequenceScorer = self._accelerator.unwrap_model(self._scorer)
+        return scorer.windows
 
     @property
     def device(self) -> torch.device:
@@ -191,7 +198,7 @@ class Engine:
         """
         if self._frozen:
             return self._trained_weights()
-        gathered = self._accelerator.get_state_dict(self._scorer)
+        weights = self._accelerator.get_state_dict(self._scorer)
         if not distributed.is_main():
             return {}
         prefix = "model."
@@ -199,7 +206,7 @@ class Engine:
             name.removeprefix(prefix): tensor.detach().to("cpu", self._dtype)
             if tensor.is_floating_point()
             else tensor
-            for name, tensor in gathered.items()
+            for name, tensor in weights.items()
         }
 
     def _trained_weights(self) -> dict[str, Tensor]:
@@ -207,7 +214,7 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            with _gathered(parameter):
+            with gathered([parameter]):
                 if distributed.is_main():
                     found[name] = parameter.detach().to("cpu", torch.float32, copy=True)
         return found
@@ -276,15 +283,3 @@ class Engine:
         wrong = [*(set(outcome.missing_keys) - self._frozen), *outcome.unexpected_keys]
         if wrong:
             raise RuntimeError(f"the checkpoint does not hold what is trained: {sorted(wrong)[0]}")
-
-
-def _gathered(parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """Within the block the parameter is whole, even under ZeRO-3; all ranks must enter."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    from deepspeed.runtime.zero import (
-        GatheredParameters,
-    )  # here, because it looks for devices when it is imported
-
-    gathered: AbstractContextManager[None] = GatheredParameters([parameter])
-    return gathered

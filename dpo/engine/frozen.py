@@ -14,6 +14,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dpo import distributed
 from dpo.config import ModelConfig
+from dpo.engine.deepspeed_config import without_waiting
 from dpo.engine.scoring import make_scorer, register_head
 from dpo.model.files import num_parameters
 from dpo.model.load import DTYPES, load_model
@@ -38,6 +39,7 @@ def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
             "zero_optimization": {"stage": 3},
             "bf16": {"enabled": model.dtype == "bfloat16"},
         }
+        without_waiting(settings)
         sharding = HfDeepSpeedConfig(settings)  # from_pretrained shards while this object lives
         scorer = make_scorer(load_model(model), model)
         del sharding

@@ -3,13 +3,19 @@
 Training and models that only score share it.
 """
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo import distributed
 from dpo.config import ModelConfig
 from dpo.data.trees import Tree
+from dpo.model.first_blocks import first_blocks
 from dpo.model.probe import Probed, probe
 from dpo.model.scorer import SequenceScorer
 
@@ -43,10 +49,33 @@ def settle_layout(scorer: nn.Module, longest: Tree, dtype: torch.dtype) -> Probe
         The layout, and which layouts were rejected and why.
     """
     bare = bare_scorer(scorer)
-    probed = probe(scorer, bare.layouts, longest, dtype=dtype, device=distributed.device())
-    probed = distributed.from_main(probed)
+    precise, unchecked = _precise(bare) if dtype != torch.float32 and len(bare.layouts) > 1 else (None, ())
+    probed = probe(scorer, bare.layouts, longest, dtype=dtype, device=distributed.device(), precise=precise)
+    probed = distributed.from_main(replace(probed, notes=(*unchecked, *probed.notes)))
     bare.layout, bare.uses_projection = probed.layout, probed.uses_projection
     return probed
+
+
+def _precise(scorer: SequenceScorer) -> tuple[Callable[..., Tensor] | None, tuple[str, ...]]:
+    """The first blocks in float32; or why there are none, as a note for people. All ranks must call it."""
+    try:
+        return first_blocks(scorer, gathered), ()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's code may raise anything for a config that was not loaded with it
+        reason = f"{type(error).__name__}: {error}"
+        return None, (f"layouts are compared in bfloat16 only: no part of the model in float32 ({reason})",)
+
+
+def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+    """Within the block the parameters are whole, even under ZeRO-3; all ranks must enter."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters  # here: it looks for devices when imported
+
+    whole: AbstractContextManager[Any] = GatheredParameters(sharded)
+    return whole
 
 
 def register_head(scorer: SequenceScorer) -> None:

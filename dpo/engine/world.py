@@ -43,9 +43,8 @@ def start(model: ModelConfig) -> Accelerator:
         mixed_precision=mixed_precision,
         kwargs_handlers=handlers,
         cpu=cpu,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=1
-        ),  # or the launcher's number divides
+        # or the launcher's number would divide every gradient
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
 
 

@@ -13,6 +13,8 @@ Where policy and reference are equal, h = h_w = h_l = 0. First come losses that 
 and reference, then the one over rankings, then those without a reference.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor
@@ -54,10 +56,9 @@ def exo_pair(pairs: Pairs, loss: LossConfig) -> Tensor:
     arXiv 2402.00856, Eq. 16; eps in (0, 0.5), such as 0.001. Mode-seeking instead of mode-covering.
     ln(1/2) - (ln(1 - eps) + ln eps) / 2 where policy = reference.
     """
-    logits = loss.beta * pairs.margins
-    smoothing = torch.tensor(loss.label_smoothing, dtype=logits.dtype, device=logits.device)
-    chosen_wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - torch.log1p(-smoothing))
-    return chosen_wins + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - torch.log(smoothing))
+    logits, smoothing = loss.beta * pairs.margins, loss.label_smoothing
+    chosen_wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-smoothing))
+    return chosen_wins + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(smoothing))
 
 
 def ipo(pairs: Pairs, loss: LossConfig) -> Tensor:
@@ -158,6 +159,33 @@ def sigmoid_norm(pairs: Pairs, loss: LossConfig) -> Tensor:
     return _smoothed_logistic(loss.beta * (chosen - rejected), loss.label_smoothing)
 
 
+def aot(pairs: Pairs, loss: LossConfig) -> Tensor:
+    """AOT on pairs: the policy's margins dominate the reference's in distribution, not pair by pair.
+
+        -(1 - eps) log sigma(beta d_i) - eps log sigma(-beta d_i),   d_i = u_(i) - v_(i)
+
+    arXiv 2406.05882 (AOT paired): u_(i) and v_(i) are the i-th smallest of log pi(y_w|x) - log pi(y_l|x) and
+    of the same under the reference, over all pairs of the optimizer step; eps in [0, 0.5). Term i belongs to
+    the i-th place, not to the i-th pair. ln 2 where policy = reference.
+    """
+    assert pairs.reference is not None
+    policy = (pairs.policy.chosen - pairs.policy.rejected).sort().values
+    reference = (pairs.reference.chosen - pairs.reference.rejected).sort().values
+    return _smoothed_logistic(loss.beta * (policy - reference), loss.label_smoothing)
+
+
+def aot_unpaired(pairs: Pairs, loss: LossConfig) -> Tensor:
+    """AOT without pairs: the log-ratios of chosen completions dominate those of rejected ones.
+
+        -(1 - eps) log sigma(beta d_i) - eps log sigma(-beta d_i),   d_i = h_w(i) - h_l(i)
+
+    arXiv 2406.05882 (AOT unpaired): both sorted over the optimizer step, so that chosen and rejected
+    completions need not share a prompt; eps in [0, 0.5). ln 2 where all log-ratios are 0.
+    """
+    chosen, rejected = pairs.chosen_logratios.sort().values, pairs.rejected_logratios.sort().values
+    return _smoothed_logistic(loss.beta * (chosen - rejected), loss.label_smoothing)
+
+
 def plackett_luce(pairs: Pairs, loss: LossConfig) -> Tensor:
     """DPO over rankings: the likelihood that each completion comes before all that are ranked below it.
 
@@ -173,12 +201,10 @@ def plackett_luce(pairs: Pairs, loss: LossConfig) -> Tensor:
     """
     chosen = pairs.policy.chosen_sequences
     assert chosen is not None
-    _, ranked, counts = torch.unique(chosen, return_inverse=True, return_counts=True)  # R completions k
-    below = torch.arange(len(counts), device=ranked.device)[:, None] == ranked  # (R, B) j below k
+    below = chosen[:, None] == chosen  # (B, B): for the pair (k, j), all pairs (k, .)
     exponents = torch.where(below, -loss.beta * pairs.margins, -torch.inf)
     with_itself = torch.cat([exponents, torch.zeros_like(exponents[:, :1])], dim=1)
-    shares: Tensor = (torch.logsumexp(with_itself, dim=1) / counts)[ranked]
-    return shares
+    return torch.logsumexp(with_itself, dim=1) / below.sum(1)
 
 
 def simpo(pairs: Pairs, loss: LossConfig) -> Tensor:

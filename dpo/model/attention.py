@@ -6,21 +6,30 @@ SDPA, so that the same model can generate. `dense_masks` does the same for model
 own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo.data.key_blocks import KeyBlocks
 from dpo.data.trees import TreeBatch
 
 TREE_ATTENTION = "shared_prefix_tree"
+KERNELS = 64
+"""Most variants of FlexAttention's kernel in a process: head sizes, groups of heads, windows, compute types,
+with and without gradients. One more is an error; torch's own limit of 8 would fall back to dense scores."""
+torch._dynamo.config.recompile_limit = max(KERNELS, torch._dynamo.config.recompile_limit)
+compiled_flex = torch.compile(flex_attention, fullgraph=True)
+MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Batch, head, query, key -> whether the query attends to the key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,21 +70,40 @@ class TreeAttention:
         return self.masks[key]
 
     def block_mask(self, window: int | None) -> BlockMask:
-        """FlexAttention's mask of the row: blocks that no token attends to are skipped."""
+        """FlexAttention's mask of the row: blocks that no token attends to are skipped.
+
+        Args:
+            window: As in `mask`; a number, since a tensor would make the host wait for the device.
+        """
         if window not in self.block_masks:
-            segments, prefixes = self.batch.segments[0], self.batch.prefixes[0]
-            positions, length = self.batch.positions[0], self.batch.segments.shape[1]
-            limit = torch.tensor(length if window is None else window, device=segments.device)
-
-            def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-                related = (segments[key] == segments[query]) | (segments[key] == prefixes[query])
-                distance = positions[query] - positions[key]
-                return related & (distance >= 0) & (distance < limit)
-
-            self.block_masks[window] = create_block_mask(
-                visible, None, None, length, length, device=segments.device
+            device, width = self.batch.input_ids.device, self.batch.input_ids.shape[1]
+            blocks = KeyBlocks(*(part.to(device) for part in self.batch.blocks_of(window)))
+            self.block_masks[window] = BlockMask.from_kv_blocks(
+                blocks.partial_counts,
+                blocks.partial,
+                blocks.full_counts,
+                blocks.full,
+                mask_mod=_mask_function(self.batch, window),
+                seq_lengths=(width, width),
             )
         return self.block_masks[window]
+
+
+def _mask_function(batch: TreeBatch, window: int | None) -> MaskFunction:
+    segments, prefixes, positions = batch.segments[0], batch.prefixes[0], batch.positions[0]
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        related = (segments[key] == segments[query]) | (segments[key] == prefixes[query])
+        return related & (positions[query] >= positions[key])
+
+    if window is None:
+        return visible
+    limit = window
+
+    def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible(batch, head, query, key) & (positions[query] - positions[key] < limit)
+
+    return in_window
 
 
 def tree_attention(
@@ -111,10 +139,7 @@ def tree_attention(
         )
         return plain
     if tree.batch.layout == "flex":
-        blocks: tuple[Tensor, Tensor | None] = flex_attention_forward(
-            module, query, key, value, tree.block_mask(sliding_window), scaling=scaling, **options
-        )
-        return blocks[0], None
+        return _flex(query, key, value, tree.block_mask(sliding_window), scaling, **options), None
     options.pop("is_causal", None)
 
     def attend(*states: Tensor) -> Tensor:
@@ -147,6 +172,66 @@ def tree_attention(
     return torch.cat(outputs, 1), None
 
 
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: BlockMask,
+    scaling: float | None,
+    *,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **ignored: Any,
+) -> Tensor:
+    """(1, T, heads, d) outputs of FlexAttention.
+
+    Raises:
+        NotImplementedError: The model adds attention sinks or a bias to the scores; `dpo.model.probe` then
+            takes another layout.
+    """
+    if s_aux is not None or position_bias is not None:
+        raise NotImplementedError("FlexAttention with sinks or a bias of positions")
+
+    outputs: Tensor = compiled_flex(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _capped(softcap),
+        block_mask=blocks,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return outputs.transpose(1, 2).contiguous()
+
+
+def _capped(cap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return capped
+
+
+def windows_of(config: PreTrainedConfig) -> list[int | None]:
+    """How far back each type of a model's layers looks: numbers of positions, None without a limit.
+
+    Args:
+        config: Of the model.
+    """
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    return [window if _slides(config, kind) else None for kind in _kinds(config)]
+
+
+def _kinds(config: PreTrainedConfig) -> list[str]:
+    """The types of a model's layers; one without a name where its config has none."""
+    return sorted(set(getattr(config, "layer_types", None) or [""]))
+
+
+def _slides(config: PreTrainedConfig, kind: str) -> bool:
+    return "sliding" in kind if kind else getattr(config, "use_sliding_window", True)
+
+
 def dense_masks(batch: TreeBatch, config: PreTrainedConfig, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """What each token attends to, as an additive mask for a model's own attention code.
 
@@ -160,12 +245,8 @@ def dense_masks(batch: TreeBatch, config: PreTrainedConfig, dtype: torch.dtype) 
         several types.
     """
     config = config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    types = sorted(set(getattr(config, "layer_types", None) or []))
-    if len(types) > 1:
-        return {kind: _dense(batch, window if "sliding" in kind else None, dtype) for kind in types}
-    slides = "sliding" in types[0] if types else getattr(config, "use_sliding_window", True)
-    return _dense(batch, window if slides else None, dtype)
+    masks = [_dense(batch, window, dtype) for window in windows_of(config)]
+    return masks[0] if len(masks) == 1 else dict(zip(_kinds(config), masks, strict=True))
 
 
 def _dense(batch: TreeBatch, window: int | None, dtype: torch.dtype) -> Tensor:

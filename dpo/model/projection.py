@@ -52,9 +52,8 @@ class TokenLogProbs(nn.Module):
             (N,) float32 log-probs in nats, with gradients for hidden states, W and b.
         """
         head = self._head[0]
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        elements = self.slice_elements or SLICE_ELEMENTS.get(kind, SLICE_ELEMENTS["cuda"])
+        dtype = product_dtype(hidden.device, hidden.dtype)
+        elements = self.slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
         size = _slice_size(len(hidden), elements)
         logps: Tensor = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
             hidden, head.weight, head.bias, targets, self._scale, self._cap, dtype, size
@@ -128,13 +127,27 @@ class _TokenLogProbs(torch.autograd.Function):
                 for_bias[start:end] = slopes.sum(0)
             narrow = slopes.to(dtype)
             if for_hidden is not None:
-                for_hidden += narrow @ weight[start:end].to(dtype)
+                for_hidden += _wide_product(narrow, weight[start:end].to(dtype))
             if for_weight is not None and weight.dtype == dtype:
                 torch.mm(narrow.T, states, out=for_weight[start:end])
             elif for_weight is not None:
                 for_weight[start:end] = narrow.T @ states
         wanted = None if for_hidden is None else for_hidden.to(hidden.dtype)
         return wanted, for_weight, for_bias, None, None, None, None, None
+
+
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of matrix products on a device, under autocast too, of tensors of a dtype."""
+    kind = device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else dtype
+
+
+def _wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two matrices in float32; products of slices are summed, and bf16 would round each."""
+    if left.dtype == torch.float32 or left.device.type == "cpu":  # CPUs have no such kernel for bf16
+        return left.float() @ right.float()
+    return torch.mm(left, right, out_dtype=torch.float32)
 
 
 def _slice_size(num_tokens: int, elements: int) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo.data.trees import Layout, TreeBatch
-from dpo.model.attention import TREE_ATTENTION, TreeAttention, dense_masks
-from dpo.model.projection import TokenLogProbs
+from dpo.model.attention import TREE_ATTENTION, TreeAttention, dense_masks, windows_of
+from dpo.model.projection import TokenLogProbs, product_dtype
 
 
 class SequenceScorer(nn.Module):
@@ -46,6 +46,8 @@ class SequenceScorer(nn.Module):
                     self.layouts.insert(0, "flex")
         self.layout = self.layouts[0]
         """The layout for batches of this model; `dpo.model.probe` may change it."""
+        self.windows = windows_of(model.config)
+        """How far back its layers look; for `TreeBatch.to`."""
         self.projection = TokenLogProbs(model.get_output_embeddings(), model.config)
         self.uses_projection = True
         """Whether our output projection replaces the model's own; `dpo.model.probe` may change it."""
@@ -82,8 +84,7 @@ class SequenceScorer(nn.Module):
 
     def compute_dtype(self) -> torch.dtype:
         """The dtype of matrix products, under autocast too."""
-        kind = self.model.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.model.dtype
+        return product_dtype(self.model.device, self.model.dtype)
 
 
 def rows_of(states: Tensor, positions: Tensor) -> Tensor:

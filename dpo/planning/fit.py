@@ -24,6 +24,7 @@ from dpo.planning.memory import (
     weight_dtype,
 )
 from dpo.planning.rehearsal import Rehearsal, rehearse
+from dpo.planning.speed import expected_mfu
 
 USABLE = 0.9
 """Share of a GPU's memory that is planned; the rest is for the CUDA context, workspaces of libraries and
@@ -31,10 +32,12 @@ fragmentation."""
 LARGEST_CUT = 4
 """Micro-batches that are more than this many times smaller than requested cost more than recomputing
 activations does."""
+MOST_TOKENS = 262_144
+"""Larger micro-batches are not advised: from some 16,384 tokens on they are no faster."""
 ROUNDED = 1024
 """Advised micro-batches are a multiple of this many tokens."""
 LAUNCHERS = {
-    "no DeepSpeed": "launch/one_gpu.yaml",
+    "no DeepSpeed": "launch/one_process.yaml",
     "ZeRO-2": "launch/{place}.yaml",
     "ZeRO-3": "launch/{place}_zero3.yaml",
     "ZeRO-3 offload": "launch/{place}_zero3.yaml with configs/ds_zero3_offload.json",
@@ -52,13 +55,23 @@ class Machine:
     """Bytes per GPU."""
     gpu_flops: float
     """Peak of one GPU in the compute type, in operations per second."""
-    mfu: float
-    """Share of that peak that the model's useful operations reach."""
+    mfu: float | None = None
+    """Share of that peak that the model's useful operations reach; None until the model's size is known."""
+
+    def running(self, parameters: int) -> "Machine":
+        """The machine with the share that a model of this size reaches, unless one was given."""
+        return self if self.mfu else replace(self, mfu=expected_mfu(parameters))
+
+    @property
+    def useful_flops(self) -> float:
+        """Useful operations of one GPU per second."""
+        assert self.mfu is not None
+        return self.gpu_flops * self.mfu
 
     @property
     def flops_per_hour(self) -> float:
         """Useful operations of all GPUs per hour."""
-        return self.num_gpus * self.gpu_flops * self.mfu * 3600
+        return self.num_gpus * self.useful_flops * 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,13 +214,19 @@ class Fit:
         # steep rather than too flat.
         sizes = [longest, max(self.requested, 2 * longest)]
         most = largest_fitting([(tokens, memory(tokens).total) for tokens in sizes], self._room)
-        rounded = most // ROUNDED * ROUNDED
+        rounded = min(most, MOST_TOKENS) // ROUNDED * ROUNDED
         return Way(
             sharding=sharding,
             memory=requested,
             fits=requested.total <= self._room,
             largest_micro_batch=max(rounded, longest) if most else 0,
         )
+
+    def operations(self, advice: Advice) -> int:
+        """What the host launches for the forward and backward pass of an advised micro-batch."""
+        sharding = advice.sharding or "ZeRO-3"
+        tokens, checkpointing = advice.max_tokens_per_micro_batch, advice.gradient_checkpointing
+        return self._rehearsed(tokens, sharding, checkpointing=checkpointing).operations
 
     def _rehearsed(self, tokens: int, sharding: Name, *, checkpointing: bool) -> Rehearsal:
         weights = weight_dtype(sharding, self._dtype)

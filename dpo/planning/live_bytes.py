@@ -32,12 +32,15 @@ class LiveBytes(TorchDispatchMode):
         """Bytes alive."""
         self.peak = 0
         """Most bytes alive at once."""
+        self.operations = 0
+        """Operations so far, without views: what a GPU's host would launch."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the operation and counts new storages in its results."""
+        """Runs the operation and counts it, and new storages in its results."""
         result = func(*args, **(kwargs or {}))
+        self.operations += func.namespace == "aten" and not func.is_view
         self.count(value for value in tree_leaves(result) if isinstance(value, Tensor))
         return result
 

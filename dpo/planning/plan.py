@@ -21,6 +21,7 @@ from dpo.model.lora import check_policy, empty_policy
 from dpo.planning.data_sample import SampledData, sample_data
 from dpo.planning.fit import Advice, Fit, Machine, Way
 from dpo.planning.memory import Shape, shape_of
+from dpo.planning.speed import launch_note
 from dpo.planning.traffic import sent, traffic
 from dpo.reference.identity import is_remembered, reference_identity, reference_model
 from dpo.reference.store import ReferenceStore
@@ -109,6 +110,7 @@ def make_plan(
     with torch.device("meta"):
         bare = empty_policy(described, model, dtype=DTYPES[model.dtype])
     shape, work = shape_of(bare), work_of(bare)
+    machine = machine.running(shape.parameters)
     splits = sample_data(data, load_tokenizer(model), max_positions(model), exact=exact)
     batches = BatchPlan(
         splits["train"].pairs_per_group,
@@ -130,12 +132,19 @@ def make_plan(
     # Forward pass, gradients of inputs and of trained weights, and the forward pass again if recomputed.
     passes = 2 + shape.trainable / shape.parameters + advice.gradient_checkpointing
     flops = passes * _forward_flops_of_run(batches, splits["train"], work)
+    steps, passes_per_step = batches.num_steps, balance.micro_batches * machine.num_gpus
+    launches = launch_note(
+        fit.operations(advice),
+        flops / steps / passes_per_step,
+        useful_flops=machine.useful_flops,
+        tokens=advice.max_tokens_per_micro_batch,
+    )
     return Plan(
         model=model,
         train=train,
         machine=machine,
         shape=shape,
-        notes=_notes(model, train, shape, machine),
+        notes=[*_notes(model, train, shape, machine), *([launches] if launches else [])],
         data=splits,
         steps=batches.num_steps,
         balance=balance,

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpo.config import ModelConfig
+from dpo.data.key_blocks import FLEX_BLOCK
 from dpo.data.trees import Tree, TreeBatch, tree_batch
 from dpo.model.lora import empty_policy
 from dpo.model.projection import SLICE_ELEMENTS
@@ -43,6 +44,8 @@ class Rehearsal:
     """Kept by one block."""
     projection: int
     """In addition at the peak: the output projection, the backward pass of a block, its gradients."""
+    operations: int
+    """Number of operations, without views: what the host launches."""
 
     @property
     def peak(self) -> int:
@@ -62,6 +65,8 @@ class _Pass:
     """Peak until the end of the last block's backward pass: all blocks' activations are still live."""
     peak: int
     """Peak of the whole pass."""
+    operations: int
+    """Of the whole pass."""
 
 
 def rehearse(
@@ -96,6 +101,7 @@ def rehearse(
         activations=activations,
         of_a_block=of_a_block,
         projection=max(last.late + more, last.peak) - activations,
+        operations=last.operations + max(0, layers - 2) * (last.operations - passes[0].operations),
     )
 
 
@@ -133,17 +139,26 @@ def _rehearse_blocks(
                 bare.set_attn_implementation(ONE_KERNEL)
         for parameter in filter(lambda parameter: parameter.requires_grad, bare.parameters()):
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
-        batch = _without_data(tree_batch(trees, layout), fake)
+        laid_out = tree_batch(trees, layout)
+        batch = _without_data(laid_out, fake)
         known = [*bare.parameters(), *bare.buffers(), *_tensors(batch).values()]
         live = LiveBytes(known)
         moments: dict[str, int] = {}
         with _recorded(scorer, bare, live, moments), live:
+            masks = _block_masks(laid_out, scorer.windows) if layout == "flex" else []
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 logps = scorer(batch)
             saved = live.now
             logps.sum().backward()
+        del masks
     in_blocks = moments.get("in_blocks", saved)
-    return _Pass(in_blocks=in_blocks, saved=saved, late=moments.get("late", live.peak), peak=live.peak)
+    return _Pass(
+        in_blocks=in_blocks,
+        saved=saved,
+        late=moments.get("late", live.peak),
+        peak=live.peak,
+        operations=live.operations,
+    )
 
 
 @contextmanager
@@ -197,6 +212,12 @@ def _to_fake(model: nn.Module) -> None:
 def _without_data(batch: TreeBatch, fake: FakeTensorMode) -> TreeBatch:
     shapes: dict[str, Any] = {name: fake.from_tensor(tensor) for name, tensor in _tensors(batch).items()}
     return replace(batch, **shapes)
+
+
+def _block_masks(batch: TreeBatch, windows: Sequence[int | None]) -> list[Tensor]:
+    """The indices of FlexAttention's blocks, by queries and by keys, which live through the whole pass."""
+    blocks = batch.input_ids.shape[1] // FLEX_BLOCK
+    return [torch.empty(4, blocks, blocks + 1, dtype=torch.int32) for _ in {*windows}]
 
 
 def _one_kernel(

@@ -1,5 +1,6 @@
 """A plan as text: a page for people, and plain types for `dpo plan --json`."""
 
+import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -75,7 +76,7 @@ def _work(plan: Plan) -> Iterator[str]:
     lora = f", {_count(shape.trainable)} of them in an adapter and trained" if model.lora else ""
     yield f"model      {model.name_or_path}: {_count(shape.parameters)} parameters{lora}, {model.dtype}"
     for note in plan.notes:
-        yield f"           {note}"
+        yield from textwrap.wrap(note, 110, initial_indent=" " * 11, subsequent_indent=" " * 11)
     for name, split in plan.data.items():
         yield f"{name:<10} {split.pairs:,} pairs, {split.sequences:,} completions of {split.groups:,} prompts"
         yield f"           {_tokens(split)}, longest group {split.longest:,}"

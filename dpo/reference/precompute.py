@@ -24,7 +24,7 @@ from dpo.data.plan import Int64s, deal
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
 from dpo.engine.frozen import frozen_scorer, is_sharded
-from dpo.engine.scoring import settle_layout, token_budget
+from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.errors import UserError
 from dpo.model.load import DTYPES
 from dpo.model.scorer import sequence_sums
@@ -123,7 +123,8 @@ def _compute(
             terminal.warning(*probed.notes)
             plan = plan_batches(datasets, missing.sequences, probed.layout, budget)
             mine = _my_batches(plan, sharded=sharded)
-            lay_out = partial(_lay_out, datasets, plan, probed.layout, device)
+            windows = bare_scorer(scorer).windows
+            lay_out = partial(_lay_out, datasets, plan, probed.layout, windows, device)
             started = time.monotonic()
             with _bar(plan, missing) as bar:
                 with _Unwritten(store, options.flush_every_seconds) as unwritten:
@@ -185,6 +186,7 @@ def _lay_out(
     datasets: Sequence[TokenizedDataset],
     plan: MissingPlan,
     layout: Layout,
+    windows: Sequence[int | None],
     device: torch.device,
     batch: int | None,
 ) -> tuple[TreeBatch, Keys]:
@@ -199,7 +201,7 @@ def _lay_out(
         parts = [datasets[number].sequence(index) for number, index in places]
         trees.append((parts[0][0], [completion for _, completion in parts]))
         keys.extend(datasets[number].keys[index] for number, index in places)
-    return tree_batch(trees, layout).to(device), np.array(keys)
+    return tree_batch(trees, layout).to(device, windows), np.array(keys)
 
 
 def _score(scorer: nn.Module, batch: TreeBatch, keys: Keys, *, per_token: bool) -> ReferenceRows:

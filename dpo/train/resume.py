@@ -40,6 +40,7 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "train.evaluate_every",
     "train.snapshot_every",
     "train.max_tokens_per_micro_batch",
+    "train.backward",
     "model.gradient_checkpointing",
     "model.attention",
     "model.share_prompts",

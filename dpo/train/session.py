@@ -20,7 +20,7 @@ from dpo import distributed, terminal
 from dpo.config import ModelConfig, OptimizationConfig, flat
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan, Int64s
-from dpo.data.trees import Layout, TreeBatch
+from dpo.data.trees import Layout, Tree, TreeBatch
 from dpo.engine.engine import Engine
 from dpo.engine.reshard import universal_form
 from dpo.errors import UserError
@@ -59,6 +59,13 @@ class Objective(Protocol):
     def num_units(self, groups: Int64s) -> int:
         """Pairs or sequences of these groups, for throughput."""
 
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether `loss` must be given all of a rank's part of a step at once, on all ranks together."""
+
+    def trees(self, groups: Int64s) -> list[Tree]:
+        """Prompt and completions of each group, in the order of `batch`."""
+
     def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
         """The tensors of a micro-batch; without groups a batch that predicts nothing."""
 
@@ -92,6 +99,8 @@ class Session:
     objective: Objective
     plan: BatchPlan
     tokenizer: PreTrainedTokenizerBase
+    description: str
+    """The training data, for people."""
     guard: Guard
     evaluate: Callable[["Session"], Evaluation] | None = None
     """Of the current policy on held-out data, with `score_only`; None without held-out data."""
@@ -113,12 +122,8 @@ class Session:
     """Operations per second that one device can do at most, or None where that is not known."""
 
     @contextmanager
-    def opened(self, description: str) -> Iterator[None]:
-        """Loads the checkpoint and opens the records; within the block the loop may run.
-
-        Args:
-            description: The training data, for people.
-        """
+    def opened(self) -> Iterator[None]:
+        """Loads the checkpoint and opens the records; within the block the loop may run."""
         torch.manual_seed(self.options.seed)  # for models that draw; ours have no dropout
         self.progress = self._load()
         self.objective.restore(self.progress.loss_sums)
@@ -140,7 +145,7 @@ class Session:
             trackers=trackers,
         )
         with self.monitor:
-            terminal.note(f"{self.engine.description}; {self._parameters()}; {description}")
+            terminal.note(f"{self.engine.description}; {self._parameters()}; {self.description}")
             if self.checkpoint:
                 terminal.note(f"resuming after step {self.progress.step}, from {self.checkpoint}")
             self.monitor.text("config", f"```yaml\n{settings_text(dict(self.settings.values))}```")

@@ -1,4 +1,4 @@
-"""LoRA on real ranks: the laws hold for an adapter as for whole models, sharded, in replicas and alone."""
+"""LoRA on real ranks: the laws hold for an adapter too, sharded, in replicas and on one rank."""
 
 import json
 import math
@@ -15,13 +15,13 @@ STEPS = 4
 LORA = ("--model.lora.rank", "4", "--model.lora.alpha", "8")
 ALONE: dict[str, Any] = {"world_size": 1, "stage": None}
 WORLDS = [("tied", 1, 2), ("tied", 2, 0), ("tied", 2, 2), ("tied", 2, 3), ("tied", 2, None), ("untied", 2, 3)]
-"""Output layer, ranks, and the ZeRO stage or None: DDP."""
+"""Output layer, number of ranks, and the ZeRO stage, or None for DDP."""
 SHARDED = [("tied", 2), ("tied", 3), ("untied", 3)]
 
 
 @pytest.fixture(scope="module")
 def untied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with a head of its own, with the tiny model's tokenizer."""
+    """A Llama with an untied output layer and the tiny model's tokenizer."""
     folder = tmp_path_factory.mktemp("untied")
     vocabulary = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     config = LlamaConfig(
@@ -37,7 +37,7 @@ def untied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["tied"])
 def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
-    """Its cache is filled without a word of LoRA."""
+    """An experiment whose cache is filled without LoRA."""
     base = request.getfixturevalue("tiny_model" if request.param == "tied" else "untied")
     options: dict[str, Any] = {"max_steps": STEPS, "weight_decay": 0.1, "max_grad_norm": 0.5}
     return make_rig(tmp_path_factory.mktemp("lora"), base, learning_rate=1e-2, **options)
@@ -65,13 +65,13 @@ def test_the_first_loss_is_ln_2_from_the_cache_of_full_fine_tuning(rig: Rig, alo
     assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["train/grad_norm"] > 0
     ended = rig.run("cached", *LORA, command="precompute-ref", **ALONE)
-    assert " 0 computed" in ended.said
+    assert " 0 computed" in ended.output
     full = rig.completed("full", "--train.max_steps", "1", **ALONE)
     assert metrics(full)[1]["train/loss"] == first["train/loss"]
 
 
 def run_of(rig: Rig, ranks: int, stage: int | None) -> Path:
-    """A run of all steps in this world; made once."""
+    """A run of all steps on this many ranks with this ZeRO stage, made once."""
     name = f"{ranks}_{stage}"
     if (rig.folder / name).exists():
         return rig.folder / name
@@ -79,7 +79,7 @@ def run_of(rig: Rig, ranks: int, stage: int | None) -> Path:
 
 
 @pytest.mark.parametrize(("rig", "ranks", "stage"), WORLDS, indirect=["rig"])
-def test_the_world_is_invisible(rig: Rig, alone: Path, ranks: int, stage: int | None) -> None:
+def test_results_do_not_depend_on_the_world(rig: Rig, alone: Path, ranks: int, stage: int | None) -> None:
     run_dir = run_of(rig, ranks, stage)
     found, expected = metrics(run_dir), metrics(alone)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
@@ -90,7 +90,7 @@ def test_the_world_is_invisible(rig: Rig, alone: Path, ranks: int, stage: int | 
 
 
 @pytest.mark.parametrize(("rig", "stage"), [("tied", 2), ("untied", 3)], indirect=["rig"])
-def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_ranks(rig: Rig, stage: int) -> None:
+def test_a_run_resumes_bit_for_bit_and_on_a_different_number_of_ranks(rig: Rig, stage: int) -> None:
     whole = run_of(rig, 2, stage)
     more = (*LORA, "--train.resume", str(whole / "checkpoints" / "step_00000002"))
     same = rig.completed(f"resumed_{stage}", *more, world_size=2, stage=stage)
@@ -100,7 +100,7 @@ def test_a_run_goes_on_bit_for_bit_and_on_another_number_of_ranks(rig: Rig, stag
 
 
 @pytest.mark.parametrize(("rig", "stage"), SHARDED, indirect=["rig"])
-def test_a_checkpoint_holds_no_frozen_weight(rig: Rig, stage: int) -> None:
+def test_a_checkpoint_has_no_frozen_weights(rig: Rig, stage: int) -> None:
     files = [*(run_of(rig, 2, stage) / "checkpoints" / "step_00000002").rglob("*.pt")]
     assert files
     names = []
@@ -113,7 +113,7 @@ def test_a_checkpoint_holds_no_frozen_weight(rig: Rig, stage: int) -> None:
 
 
 @pytest.mark.parametrize(("rig", "stage"), [("tied", None), ("tied", 2), ("untied", 3)], indirect=["rig"])
-def test_an_adapter_alone_is_the_merged_model(rig: Rig, alone: Path, stage: int | None) -> None:
+def test_an_exported_adapter_equals_the_merged_model(rig: Rig, alone: Path, stage: int | None) -> None:
     more = (*LORA, "--model.lora.export", "adapter")
     run_dir = rig.completed(f"adapter_{stage}", *more, world_size=2 if stage else 1, stage=stage)
     assert not (run_dir / "model" / "model.safetensors").exists()

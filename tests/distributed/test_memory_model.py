@@ -1,11 +1,11 @@
-"""What `dpo plan` says of a rank's memory is what real ranks allocate, counted by their tensors' storages."""
+"""The memory that `dpo plan` estimates is what real ranks allocate, measured from their tensors' storages."""
 
 import json
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from ranks import said, start_ranks, wait
+from ranks import output_of, start_ranks, wait
 from rig import deepspeed_variables
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -25,7 +25,7 @@ os._exit(0)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A tied GPT-2 of 5M and an untied Llama with grouped queries of 12M."""
+    """A tied GPT-2 with 5M parameters, and an untied Llama with grouped-query attention and 12M."""
     folder = tmp_path_factory.mktemp("models")
     gpt2 = GPT2Config(n_layer=4, n_embd=320, n_head=5, vocab_size=2000, n_positions=128)
     llama = LlamaConfig(
@@ -53,7 +53,7 @@ def test_ranks_allocate_and_send_what_was_planned(
     code = MEASURE.format(arguments=[*arguments, "--output", str(output)])
     variables = deepspeed_variables(tmp_path, stage)
     statuses = wait(start_ranks(ranks, [], tmp_path / "logs", variables=variables, before=code))
-    assert statuses == [0] * ranks, said(tmp_path / "logs")[-3000:]
+    assert statuses == [0] * ranks, output_of(tmp_path / "logs")[-3000:]
     names: dict[int, Name] = {0: "ZeRO-0", 2: "ZeRO-2", 3: "ZeRO-3"}
     for model, measured in json.loads(output.read_text()).items():
         lora = LoraConfig(rank=lora_rank) if lora_rank else None

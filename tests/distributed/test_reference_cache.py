@@ -1,4 +1,4 @@
-"""The reference cache with real ranks, real kills, and two builders at once."""
+"""The reference cache with real ranks, real kills, and two concurrent builders."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import run_ranks, said, start_ranks, wait
+from ranks import output_of, run_ranks, start_ranks, wait
 
 from dpo.cli.main import run
 from dpo.reference.shards import read_shard, write_shard
@@ -31,7 +31,7 @@ def experiment(
     tiny_model: Path,
     preference_rows: Callable[..., list[dict[str, Any]]],
 ) -> Callable[..., list[str]]:
-    """experiment(folder): arguments of an experiment on 600 groups whose reference cache is in `folder`."""
+    """experiment(folder): arguments of an experiment on 600 groups with its reference cache in `folder`."""
     shared = tmp_path_factory.mktemp("shared")
     rows = preference_rows(600)
     (shared / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -70,7 +70,7 @@ def whole(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> R
 
 
 def same_rows(table: ReferenceTable, whole: ReferenceTable) -> None:
-    """The same keys and counts, and values within the audit's tolerance."""
+    """Asserts equal keys and token counts, and values within the audit's tolerance."""
     assert np.array_equal(table.index.keys, whole.index.keys)
     assert np.array_equal(table.num_tokens, whole.num_tokens)
     assert (np.abs(table.logps - whole.logps) <= tolerance("float32", whole.num_tokens)).all()
@@ -88,16 +88,16 @@ def test_any_number_of_ranks_computes_the_same_bits(
     assert np.array_equal(table.logps, whole.logps)
 
 
-def test_killed_many_times_a_build_ends_with_the_same_rows(
+def test_a_build_that_is_killed_many_times_ends_with_the_same_rows(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     chance = random.Random(0)
     arguments, before, inside = ["precompute-ref", *experiment(tmp_path)], 0, 0
     for number in range(KILLS):
         processes = start_ranks(2, arguments, tmp_path / f"logs{number}")
-        if number % 4 == 3:  # during the start
+        if number % 4 == 3:  # while it starts
             time.sleep(chance.uniform(0, 0.6))
-        else:  # during writing: shortly after one of the next shards
+        else:  # while it writes: shortly after one of the next shards
             shards, deadline = num_shards(tmp_path) + chance.randrange(1, 4), time.monotonic() + 60
             running = True
             while num_shards(tmp_path) < shards and running and time.monotonic() < deadline:
@@ -105,15 +105,15 @@ def test_killed_many_times_a_build_ends_with_the_same_rows(
                 time.sleep(0.001)
             time.sleep(chance.uniform(0, 0.02))
         processes[number % 2].kill()
-        if number % 3:  # at the same time; else the other rank ends by itself
+        if number % 3:  # at the same time; otherwise the other rank must exit by itself
             processes[1 - number % 2].kill()
         wait(processes, seconds=0.2)
         if num_shards(tmp_path):
             rows = len(store_in(tmp_path).load())
-            assert rows >= before, "finished rows were lost"
+            assert rows >= before, "a kill lost finished rows"
             inside += before < rows < len(whole)
             before = rows
-        if before == len(whole) and number < KILLS - 1:  # on a fast machine: make rows missing again
+        if before == len(whole) and number < KILLS - 1:  # on a fast machine: delete rows again
             for shard in store_in(tmp_path).shards()[::2]:
                 shard.unlink()
             before = len(store_in(tmp_path).load())
@@ -141,40 +141,40 @@ def num_shards(folder: Path) -> int:
     return len(list((folder / "reference").glob("*/part-*.parquet")))
 
 
-def test_two_builders_at_once_write_one_valid_cache(
+def test_two_concurrent_builders_write_one_valid_cache(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     arguments = ["precompute-ref", *experiment(tmp_path)]
     (first,) = start_ranks(1, arguments, tmp_path / "logs0")
     wait_for(lambda: num_shards(tmp_path) > 0)
-    os.kill(pid_of(first), signal.SIGSTOP)  # its plan has rows that the second builder computes meanwhile
-    assert wait(start_ranks(1, arguments, tmp_path / "logs1")) == [0], said(tmp_path / "logs1")
+    os.kill(pid_of(first), signal.SIGSTOP)  # the second builder now computes rows that the first has planned
+    assert wait(start_ranks(1, arguments, tmp_path / "logs1")) == [0], output_of(tmp_path / "logs1")
     os.kill(pid_of(first), signal.SIGCONT)
-    assert wait([first]) == [0], said(tmp_path / "logs0")
+    assert wait([first]) == [0], output_of(tmp_path / "logs0")
     store = store_in(tmp_path)
     written = sum(len(read_shard(path, store.identity.digest)) for path in store.shards())
-    assert written > len(whole), "they did not overlap"
+    assert written > len(whole), "the builders did not overlap"
     same_rows(store.load(), whole)
     assert run(["cache", "verify", str(store.path)]) == 0
 
 
-def test_after_a_signal_what_was_computed_is_kept_and_the_status_is_3(
+def test_a_signal_keeps_computed_rows_and_exits_with_3(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     arguments = ["precompute-ref", *experiment(tmp_path, reference__flush_every_seconds=3600)]
     often = "from dpo import terminal; terminal.FILE_SECONDS = 0.0"
     (process,) = start_ranks(1, arguments, tmp_path / "logs", before=often)
-    wait_for(lambda: re.search(r"to compute: [1-9][\d.]*[kM]?/", said(tmp_path / "logs")) is not None)
+    wait_for(lambda: re.search(r"to compute: [1-9][\d.]*[kM]?/", output_of(tmp_path / "logs")) is not None)
     os.kill(pid_of(process), signal.SIGTERM)
-    assert wait([process]) == [3], said(tmp_path / "logs")
-    assert "what was computed is kept" in said(tmp_path / "logs")
+    assert wait([process]) == [3], output_of(tmp_path / "logs")
+    assert "SIGTERM" in output_of(tmp_path / "logs")
     assert 0 < len(store_in(tmp_path).load()) < len(whole)
     assert wait(start_ranks(2, arguments, tmp_path / "again")) == [0, 0]
     same_rows(store_in(tmp_path).load(), whole)
 
 
 @pytest.mark.parametrize("key", ["reference.cache_dir", "data.cache_dir"])
-def test_a_folder_on_node_local_disks_is_refused_on_all_ranks(
+def test_a_cache_on_node_local_disks_is_refused_on_all_ranks(
     experiment: Experiment, tmp_path: Path, key: str
 ) -> None:
     nodes = [tmp_path / "node0", tmp_path / "node1"]
@@ -186,7 +186,7 @@ def test_a_folder_on_node_local_disks_is_refused_on_all_ranks(
     assert f"{key}: local is not shared" in text
     assert all(f"{node}/local" in text for node in nodes)
     assert "rank 1" in text
-    assert not list((nodes[0] / "local").glob(".shared-*")), "the token was left behind"
+    assert not list((nodes[0] / "local").glob(".shared-*")), "a test file was left behind"
 
 
 ZERO_2 = {
@@ -195,7 +195,7 @@ ZERO_2 = {
 }
 
 
-def test_zero_3_computes_the_same_bits_and_other_settings_compute_nothing(
+def test_zero_3_computes_the_same_bits_and_training_settings_change_nothing(
     experiment: Experiment, whole: ReferenceTable, tmp_path: Path
 ) -> None:
     arguments = ["precompute-ref", *experiment(tmp_path, reference__sharding="zero3")]
@@ -217,7 +217,7 @@ def test_a_cache_with_wrong_values_stops_a_run_before_its_first_step(
         write_shard(store.path, replace(rows, logps=rows.logps - 0.05), store.identity.digest)
     arguments = ["train", *experiment(tmp_path, train__max_steps=1, reference__audit_rows=5)]
     assert wait(start_ranks(2, arguments, tmp_path / "train", variables=ZERO_2)) == [2, 2]
-    text = said(tmp_path / "train")
+    text = output_of(tmp_path / "train")
     assert "audit failed: 5 of 5 " in text
     assert re.search(r"cached -\d+\.\d+, recomputed -\d+\.\d+ nats", text)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,6 +1,6 @@
-"""Samples and scores are the same on one rank and on two, and complete on each.
+"""Samples and scores are the same on one rank and on two, and every rank has all of them.
 
-Run by pytest it starts this file under torchrun; run by torchrun it is a rank, which writes what it holds.
+Under pytest, this file starts itself with torchrun; under torchrun, it is one rank, which writes its results.
 """
 
 import json
@@ -31,8 +31,8 @@ def samples_and_scores() -> dict[str, list[object]]:
         max_new_tokens=6,
         temperature=0.7,
         seed=0,
-        batch_size=4,  # 15 samples: 4 batches, of which each of two ranks has 2
-        eos_token_id=0,
+        batch_size=4,  # 15 samples are 4 batches, 2 for each of two ranks
+        stop_ids=[0],
         progress=None,
     )
     texts = ["a good day" if number % 3 else "a bad day" for number in range(200)]
@@ -42,7 +42,7 @@ def samples_and_scores() -> dict[str, list[object]]:
     }
 
 
-def test_two_ranks_hold_what_one_process_holds(tmp_path: Path) -> None:
+def test_two_ranks_have_the_results_of_one_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([*command, __file__, str(tmp_path)], check=True, env=environment, timeout=120)

@@ -1,4 +1,4 @@
-"""Evaluation of models that the ranks share: the same samples and numbers as with a replica on each."""
+"""Evaluating a model sharded over ranks gives the same samples and numbers as one replica per rank."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SAMPLING = ("--evaluate.scorer", "vader", "--data.max_length", "48")
 
 @pytest.fixture(scope="module")
 def untied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with grouped queries and a head of its own, with the tiny model's tokenizer."""
+    """A Llama with grouped-query attention, an untied output layer and the tiny model's tokenizer."""
     folder = tmp_path_factory.mktemp("untied")
     vocabulary = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
     config = LlamaConfig(
@@ -37,14 +37,16 @@ def evaluated(rig: Rig, run: str, ranks: int, sharding: str) -> tuple[dict[str, 
 
 
 @pytest.mark.parametrize("family", ["tied", "untied"])
-def test_what_zero3_trained_and_exported_evaluates_alike_in_replicas_and_sharded(
+def test_a_zero3_model_evaluates_alike_in_replicas_and_sharded(
     family: str, tiny_model: Path, untied: Path, tmp_path: Path
 ) -> None:
     rig = make_rig(tmp_path / "rig", tiny_model if family == "tied" else untied, checkpoint_every=0)
     run_dir = rig.completed("run", "--train.max_steps", "4", *SAMPLING, stage=3)
     trained = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][-1]
     alone, samples = evaluated(rig, "run", 1, "auto")
-    assert alone["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-5), "exported as it was trained"
+    assert alone["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-5), (
+        "the exported model is not the trained one"
+    )
     assert alone["eval/logps/chosen"] == pytest.approx(trained["eval/logps/chosen"], rel=1e-5)
     for sharding in ("zero3", "replicas"):
         found, drawn = evaluated(rig, "run", 2, sharding)
@@ -53,7 +55,7 @@ def test_what_zero3_trained_and_exported_evaluates_alike_in_replicas_and_sharded
     assert len({row["policy"] for row in samples}) > 3
 
 
-def test_a_tied_head_is_written_once(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_tied_output_layer_is_written_once(tiny_model: Path, tmp_path: Path) -> None:
     rig = make_rig(tmp_path / "rig", tiny_model, checkpoint_every=0)
     run_dir = rig.completed("run", "--train.max_steps", "1", stage=3)
     weights = load_file(run_dir / "model" / "model.safetensors")

@@ -1,6 +1,6 @@
-"""Training on two real ranks (accelerate, DeepSpeed ZeRO-2, cache) against one process and a textbook loop.
+"""Training on two real ranks (accelerate, DeepSpeed ZeRO-2, cache) compared with a textbook loop.
 
-Every launch costs about 15 seconds, so one run of 2 ranks serves several laws.
+A launch takes about 15 seconds, so several tests share one run on 2 ranks.
 """
 
 import json
@@ -35,7 +35,7 @@ def write_config(folder: Path, model: Path, data: Path) -> Path:
             "learning_rate": RATE,
             "warmup_steps": 0,
             "pairs_per_step": PAIRS_PER_STEP,
-            "max_tokens_per_micro_batch": 128,  # several micro-batches a step, not equally many in each
+            "max_tokens_per_micro_batch": 128,  # several micro-batches per step, not always the same number
             "checkpoint_every": 2,
             "evaluate_every": 4,
             "num_epochs": 2,
@@ -62,7 +62,7 @@ def training(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_file: Path) -> Path:
-    """A cache filled and a run finished on two ranks; the folder with config.yaml and run/."""
+    """A filled cache and a finished run on two ranks: the folder with config.yaml and run/."""
     folder = tmp_path_factory.mktemp("two_ranks")
     config = write_config(folder, tiny_model, pairs_file)
     for command in ("precompute-ref", "train"):
@@ -123,13 +123,13 @@ def test_training_from_the_cache_equals_a_textbook_loop_with_the_live_reference(
             assert step["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
     assert recorded == []
     exported = AutoModelForCausalLM.from_pretrained(trained / "run" / "model", dtype=torch.float32)
-    # Not weight by weight: a key bias has no gradient but rounding errors, which Adam enlarges.
+    # Compares logits, not weights: the gradient of a key bias is only rounding error, which Adam amplifies.
     ids = tokenizer(rows[0]["prompt"] + rows[0]["chosen"], return_tensors="pt").input_ids
     torch.testing.assert_close(exported(ids).logits, policy(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 def launch_script(script: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Starts `dpo ARGUMENTS` on two ranks after `code` has changed something in each of them."""
+    """Starts `dpo ARGUMENTS` on two ranks; each runs `code` first, which defines `after(status)`."""
     script.write_text(
         f"import os, sys\nfrom dpo.cli.main import run\n{code}\nstatus = run(sys.argv[1:])\nafter(status)\n"
     )
@@ -165,14 +165,14 @@ def after(status):
 """
 
 
-def test_every_rank_loads_exactly_one_set_of_weights(trained: Path) -> None:
+def test_every_rank_loads_exactly_one_model(trained: Path) -> None:
     arguments = ["train", "--config", str(trained / "config.yaml"), "--run_dir", str(trained / "counted")]
     result = launch_script(trained / "count_loads.py", COUNT_LOADS, *arguments, "--train.max_steps", "1")
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("LOADED 1\n") == 2
 
 
-def test_a_cache_that_lacks_rows_stops_training_with_status_2_and_the_command(
+def test_missing_cache_rows_stop_training_with_status_2_and_name_the_command(
     trained: Path, tmp_path: Path
 ) -> None:
     result = launch(

@@ -1,4 +1,4 @@
-"""Law 4: the number of ranks, the ZeRO stage and the micro-batch budget are invisible."""
+"""Law 4: results do not depend on the number of ranks, the ZeRO stage or the micro-batch budget."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from rig import OFFLOAD, Rig, make_rig, metrics
 STEPS = 10
 BUDGETS = (64, 512)
 WORLDS = [*((ranks, stage) for stage in (0, 2, 3, None) for ranks in (1, 2)), (2, OFFLOAD)]
-"""Ranks, and the ZeRO stage or None: one process, or DDP."""
+"""Number of ranks, and the ZeRO stage, or None for no DeepSpeed (one process, or DDP)."""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def steps(rig: Rig, ranks: int, stage: int | None, budget: int) -> list[dict[str
 
 @pytest.fixture(scope="module")
 def expected(rig: Rig) -> list[dict[str, float]]:
-    """One process without DeepSpeed, a step in one micro-batch."""
+    """One process without DeepSpeed, with each step in one micro-batch."""
     lines = steps(rig, 1, None, 100_000)
     assert len([line for line in lines if "train/loss" in line]) == STEPS
     return lines

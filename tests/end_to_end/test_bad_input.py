@@ -1,4 +1,4 @@
-"""What a person can get wrong: one clear message, status 2, no traceback, and before a model is loaded."""
+"""User errors: one clear message, status 2, no traceback, and before a model is loaded."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def arguments(tmp_path: Path, tiny_model: Path, pairs_file: Path) -> list[str]:
-    """A good command line, to which a test adds what is wrong."""
+    """A valid command line, to which each test adds an error."""
     return [
         "--run_dir", str(tmp_path / "run"),
         "--model.name_or_path", str(tiny_model),
@@ -35,7 +35,7 @@ def refused(capsys: pytest.CaptureFixture[str], command: str, arguments: list[st
     return message
 
 
-def test_a_good_command_line_passes_the_check(arguments: list[str]) -> None:
+def test_a_valid_command_line_passes_the_check(arguments: list[str]) -> None:
     assert run(["check", *arguments]) == 0
 
 
@@ -88,10 +88,10 @@ def test_faulty_rows_are_dropped_and_counted_by_reason(
     rows = [*FAULTY, {"prompt": "a", "chosen": " b", "rejected": " c"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert run(["precompute-ref", *arguments, "--data.train", str(tmp_path / "rows.jsonl")]) == 0
-    said = capsys.readouterr().out
-    assert "train: 1 pairs of 1 prompts" in said
+    output = capsys.readouterr().out
+    assert "train: 1 pairs of 1 prompts" in output
     for reason in ("missing_field", "empty_completion", "not_text", "identical_completions"):
-        assert f"1 dropped/{reason}" in said
+        assert f"1 dropped/{reason}" in output
 
 
 def test_strict_makes_a_faulty_row_an_error(
@@ -113,7 +113,7 @@ def test_nothing_left_after_filtering(
     assert "1 identical_completions" in message
 
 
-def test_an_output_folder_that_is_not_ours_is_left_alone(
+def test_an_unrelated_output_folder_is_left_alone(
     capsys: pytest.CaptureFixture[str], arguments: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -126,7 +126,7 @@ def test_evaluation_before_training(capsys: pytest.CaptureFixture[str], argument
     assert "run train first" in refused(capsys, "evaluate", arguments)
 
 
-def test_a_length_beyond_the_models_positions(
+def test_a_length_above_the_models_positions(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     assert "positions" in refused(capsys, "precompute-ref", [*arguments, "--data.max_length", "100000"])
@@ -143,7 +143,7 @@ def test_data_prep_refuses_a_missing_file_and_a_full_folder(
     assert str(tmp_path / "out") in capsys.readouterr().err
 
 
-def test_the_process_itself_exits_with_2_and_prints_one_line() -> None:
+def test_the_process_exits_with_2_and_prints_one_line() -> None:
     command = [sys.executable, "-m", "dpo", "train", "--config", "nowhere.yaml"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2

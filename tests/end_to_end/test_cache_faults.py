@@ -1,6 +1,6 @@
 """Faults of a reference cache: none is silent, and none loses a finished row.
 
-The list is the table of docs/reference-cache.md.
+The faults are those of the table in docs/reference-cache.md.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The whole pipeline as `make demo` runs it, with everything small: two ranks, ZeRO-2, about a minute."""
+"""The whole pipeline as `make demo` runs it, at a small scale: two ranks, ZeRO-2, about a minute."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def shell(*command: str, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder in which everything ran, and what the evaluation printed."""
+    """The folder in which everything ran, and the output of `evaluate`."""
     folder = tmp_path_factory.mktemp("pipeline")
     # the accelerate configs name the DeepSpeed JSON relative to the root
     (folder / "configs").symlink_to(ROOT / "configs")
@@ -71,17 +71,17 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     shell(run, "sft", "--config", str(ROOT / "configs" / "demo_sft.yaml"), *SFT.split(), folder=folder)
     shell(*prepare, *SAMPLE.split(), folder=folder)
     arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), *EXPERIMENT.split()]
-    said = ""
+    output = ""
     for command in ("precompute-ref", "train", "evaluate"):
-        said = shell(run, command, *arguments, folder=folder)
-    return folder, said
+        output = shell(run, command, *arguments, folder=folder)
+    return folder, output
 
 
-def test_the_report_has_the_table_and_every_key_that_the_contract_names(pipeline: tuple[Path, str]) -> None:
-    folder, said = pipeline
+def test_the_report_has_the_table_and_all_documented_keys(pipeline: tuple[Path, str]) -> None:
+    folder, output = pipeline
     report = folder / "run" / "report"
-    assert "query" in said
-    assert "DPO-trained policy" in said
+    assert "query" in output
+    assert "DPO-trained policy" in output
     assert "| query | reference policy | DPO-trained policy |" in (report / "report.md").read_text()
     summary = json.loads((report / "summary.json").read_text())
     for key in KEYS_WITH_INTERVALS:
@@ -97,10 +97,10 @@ def test_training_started_at_ln_2_and_learned(pipeline: tuple[Path, str]) -> Non
     assert lines[-1]["eval/loss"] < math.log(2) - 0.02
     assert lines[-1]["eval/rewards/accuracies"] > 0.55
     summary = json.loads((folder / "run" / "report" / "summary.json").read_text())
-    assert summary["win_rate/low"] > 0.5  # its texts are happier
+    assert summary["win_rate/low"] > 0.5  # its texts are more positive
 
 
-def test_tensorboard_has_what_metrics_jsonl_has(pipeline: tuple[Path, str]) -> None:
+def test_tensorboard_and_metrics_jsonl_have_the_same_values(pipeline: tuple[Path, str]) -> None:
     folder, _ = pipeline
     events = EventAccumulator(str(folder / "run" / "tensorboard"), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
@@ -117,7 +117,7 @@ def test_tensorboard_has_what_metrics_jsonl_has(pipeline: tuple[Path, str]) -> N
         assert shown == pytest.approx(written, rel=1e-6)
 
 
-def test_the_report_is_one_page_and_the_policy_was_watched_while_it_learned(
+def test_the_report_is_one_page_and_tensorboard_has_samples_of_each_evaluation(
     pipeline: tuple[Path, str],
 ) -> None:
     folder, _ = pipeline
@@ -131,8 +131,8 @@ def test_the_report_is_one_page_and_the_policy_was_watched_while_it_learned(
         "scores",
         "score_kl",
     }
-    for said in ("identity ", "torch ", "deepspeed ", "git commit", "DeepSpeed ZeRO-2, 2 rank(s)"):
-        assert said in page
+    for text in ("identity ", "torch ", "deepspeed ", "git commit", "DeepSpeed ZeRO-2, 2 rank(s)"):
+        assert text in page
     shown = plugin_event_accumulator.EventAccumulator(
         str(folder / "run" / "tensorboard"), tensor_size_guidance={"text": 0}
     )
@@ -141,11 +141,11 @@ def test_the_report_is_one_page_and_the_policy_was_watched_while_it_learned(
     assert [event.step for event in texts][:3] == [0, 2, 4]
     tables = [event.tensor_proto.string_val[0].decode() for event in texts]
     queries = [[line.split("|")[1] for line in table.splitlines()] for table in tables]
-    assert all(asked == queries[0] and len(asked) == 2 + 4 for asked in queries)
+    assert all(column == queries[0] and len(column) == 2 + 4 for column in queries)
     assert tables[0] != tables[-1]
 
 
-def test_a_model_along_the_way_is_evaluated_into_its_own_folder(pipeline: tuple[Path, str]) -> None:
+def test_a_snapshot_is_evaluated_into_its_own_folder(pipeline: tuple[Path, str]) -> None:
     folder, _ = pipeline
     arguments = ["--config", str(ROOT / "configs" / "demo.yaml"), *EXPERIMENT.split()]
     arguments += ["--evaluate.snapshot", "2", "--evaluate.num_prompts", "0"]
@@ -156,7 +156,7 @@ def test_a_model_along_the_way_is_evaluated_into_its_own_folder(pipeline: tuple[
     assert found["eval/loss"] == pytest.approx(then, rel=1e-5)
 
 
-def test_the_model_card_has_what_the_report_found(pipeline: tuple[Path, str]) -> None:
+def test_the_model_card_has_the_numbers_of_the_report(pipeline: tuple[Path, str]) -> None:
     folder, _ = pipeline
     card = (folder / "run" / "model" / "README.md").read_text()
     summary = json.loads((folder / "run" / "report" / "summary.json").read_text())
@@ -172,8 +172,8 @@ def test_a_frontier_of_one_beta_and_the_baselines_reuses_the_cache(pipeline: tup
     command = ["frontier", *keys, "--betas", "0.5", "--launcher"]
     command += [f"{sys.executable} -m dpo", "--sft_learning_rate", "1e-3", "--output", "frontier"]
     command += ["--best_of", "--evaluate.temperature", "1", "--evaluate.reference_samples", "8"]
-    said = shell(sys.executable, "-m", "dpo", *command, "--evaluate.num_prompts", "4", folder=folder)
-    assert " 0 computed" in said
+    output = shell(sys.executable, "-m", "dpo", *command, "--evaluate.num_prompts", "4", folder=folder)
+    assert " 0 computed" in output
     points = json.loads((folder / "frontier" / "frontier.json").read_text())
     baseline = "preferred-completion SFT"
     assert [(point["curve"], point["step"]) for point in points] == [
@@ -186,7 +186,7 @@ def test_a_frontier_of_one_beta_and_the_baselines_reuses_the_cache(pipeline: tup
     assert points[3]["score/policy"] > points[2]["score/policy"]
     assert points[0]["eval/loss"] != points[1]["eval/loss"]
     report = (folder / "frontier" / "preferred_sft" / "report" / "report.md").read_text()
-    assert "- training: next tokens" in report
+    assert "- training: next-token" in report
 
 
 def test_model_and_best_load_as_plain_transformers_models(pipeline: tuple[Path, str]) -> None:
@@ -199,7 +199,7 @@ def test_model_and_best_load_as_plain_transformers_models(pipeline: tuple[Path, 
         assert not list((folder / "run" / name).glob("*.bin"))
 
 
-def test_what_a_run_says_of_itself(pipeline: tuple[Path, str]) -> None:
+def test_a_run_records_its_environment_and_exit_status(pipeline: tuple[Path, str]) -> None:
     folder, _ = pipeline
     environment = json.loads((folder / "run" / "environment.json").read_text())
     assert environment["world_size"] == 2

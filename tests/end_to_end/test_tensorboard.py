@@ -1,4 +1,4 @@
-"""A running TensorBoard, asked over HTTP for what it shows of a run that was interrupted and resumed."""
+"""What a running TensorBoard shows, over HTTP, for a run that was interrupted and resumed."""
 
 import json
 import socket
@@ -17,13 +17,14 @@ import pytest
 
 from dpo.tracking.metrics import Evaluation
 from dpo.tracking.monitor import MARGINS, Monitor
+from dpo.tracking.run_folder import RunFolder
 
 NAMES = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
 def train(run_dir: Path, first_step: int, last_step: int, *, offset: float) -> None:
-    """What a run of these steps records; `offset` tells lost values from those that stay."""
-    with Monitor(run_dir, num_steps=9, first_step=first_step, unit="pairs") as monitor:
+    """Records what a run of these steps would; `offset` marks values that the resumed run must replace."""
+    with Monitor(RunFolder(run_dir), num_steps=9, first_step=first_step, unit="pairs") as monitor:
         monitor.text("config", "```yaml\nloss: {beta: 0.1}\n```")
         for step in range(first_step, last_step + 1):
             if step > first_step:
@@ -37,11 +38,11 @@ def train(run_dir: Path, first_step: int, last_step: int, *, offset: float) -> N
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Address of a TensorBoard, and the folder of the run that it shows."""
+    """Address of a TensorBoard server, and the folder of the run that it shows."""
     run_dir = tmp_path_factory.mktemp("runs") / "mine"
     run_dir.mkdir()
     train(run_dir, 0, 6, offset=0.5)
-    train(run_dir, 4, 9, offset=0.0)  # steps 5 and 6 were made after the last checkpoint, and are made again
+    train(run_dir, 4, 9, offset=0.0)  # steps 5 and 6 came after the last checkpoint and are repeated
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run_dir.parent), "--port", str(port)]
@@ -62,7 +63,9 @@ def wait_for(address: str) -> str:
         try:
             tags = ask(f"{address}/data/plugin/scalars/tags").values()
             texts = ask(f"{address}/data/plugin/text/tags").values()
-            if any("eval/loss" in of for of in tags) and any(len(of) == 2 for of in texts):  # it has read all
+            if any("eval/loss" in of for of in tags) and any(
+                len(of) == 2 for of in texts
+            ):  # everything is loaded
                 return address
         except (URLError, ConnectionError):
             pass
@@ -75,7 +78,7 @@ def ask(url: str) -> Any:
         return json.loads(answer.read())
 
 
-def test_the_run_and_its_tags_are_there(shown: tuple[str, Path]) -> None:
+def test_the_run_has_all_tags(shown: tuple[str, Path]) -> None:
     address, _ = shown
     (run,) = ask(f"{address}/data/runs")
     tags = ask(f"{address}/data/plugin/scalars/tags")[run]
@@ -88,7 +91,9 @@ def test_the_run_and_its_tags_are_there(shown: tuple[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_curves_rise_over_a_resume_and_equal_metrics_jsonl(shown: tuple[str, Path], split: str) -> None:
+def test_curves_have_each_step_once_after_a_resume_and_equal_metrics_jsonl(
+    shown: tuple[str, Path], split: str
+) -> None:
     address, run_dir = shown
     (run,) = ask(f"{address}/data/runs")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -102,7 +107,7 @@ def test_curves_rise_over_a_resume_and_equal_metrics_jsonl(shown: tuple[str, Pat
         assert steps == sorted(set(steps))
 
 
-def test_the_layout_puts_chosen_beside_rejected_and_training_beside_held_out(shown: tuple[str, Path]) -> None:
+def test_charts_combine_chosen_with_rejected_and_training_with_held_out(shown: tuple[str, Path]) -> None:
     address, _ = shown
     layout = ask(f"{address}/data/plugin/custom_scalars/layout")
     charts = {
@@ -112,17 +117,13 @@ def test_the_layout_puts_chosen_beside_rejected_and_training_beside_held_out(sho
     assert charts["rewards, training"] == ["train/rewards/chosen", "train/rewards/rejected"]
 
 
-def test_samples_of_every_evaluation_can_be_scrolled_through(shown: tuple[str, Path]) -> None:
+def test_samples_of_every_evaluation_are_shown(shown: tuple[str, Path]) -> None:
     address, _ = shown
     (run,) = ask(f"{address}/data/runs")
     texts = ask(f"{address}/data/plugin/text/text?run={quote(run)}&tag={quote('eval/samples/text_summary')}")
     assert [text["step"] for text in texts] == [0, 2, 4, 6, 8]
-    assert ["at 4.5" in text["text"] for text in texts] == [
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]  # before it died
-    assert ["at 6.0" in text["text"] for text in texts] == [False, False, False, True, False]  # made again
+    first_start = [text["step"] for text in texts if "at 4.5" in text["text"]]
+    assert first_start == [4]  # at the last checkpoint, so not repeated
+    resumed = [text["step"] for text in texts if "at 6.0" in text["text"]]
+    assert resumed == [6]  # after the last checkpoint, so replaced by the resumed run
     assert all("<table>" in text["text"] for text in texts)

@@ -1,4 +1,4 @@
-"""Disks that are full, too small, or cannot be written to."""
+"""Disks that are full, too small, or read-only."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     if mounted.returncode:
-        pytest.skip(f"mounting a small disk needs more rights ({mounted.stderr.strip()})")
+        pytest.skip(f"mounting a small disk needs more privileges ({mounted.stderr.strip()})")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
@@ -45,22 +45,22 @@ loop.save_checkpoint = patched
 
 @pytest.mark.fault(
     "the disk fills up during a save",
-    "status 2 and one line; the checkpoint before it is valid; with room, the run ends the same",
+    "status 2; the previous checkpoint is valid; with free space, the final result is the same",
 )
 @pytest.mark.parametrize("left", [0, 65536, 300_000])
-def test_a_disk_that_fills_up_during_a_save(rig: Rig, whole: Path, small_disk: Path, left: int) -> None:
+def test_the_disk_fills_up_during_a_save(rig: Rig, whole: Path, small_disk: Path, left: int) -> None:
     ended = rig.run(
         "run", "--train.stuck_after_seconds", "6", before=FILL.format(left=left), place=small_disk, seconds=40
     )
     run_dir = small_disk / "run"
     assert not ended.hanging
-    assert set(ended.statuses) == {2}, ended.said[-3000:]
-    assert "a checkpoint could not be written (rank" in ended.said
-    assert "MB are free there" in ended.said
+    assert set(ended.statuses) == {2}, ended.output[-3000:]
+    assert "a checkpoint could not be written (rank" in ended.output
+    assert "MB are free there" in ended.output
     assert checkpoints(run_dir) == ["step_00000002", "step_00000004"]
     (run_dir / "filler").unlink()
     again = rig.run("run", place=small_disk)
-    assert set(again.statuses) == {0}, again.said[-3000:]
+    assert set(again.statuses) == {0}, again.output[-3000:]
     assert metrics(run_dir) == metrics(whole)
     assert weights(run_dir) == weights(whole)
 
@@ -120,24 +120,27 @@ def test_curves_may_be_lost_and_the_run_not(rig: Rig, whole: Path) -> None:
 
 
 @pytest.mark.fault(
-    "too little room for the checkpoints, known beforehand",
-    "refused with the numbers, status 2, before a model is loaded",
+    "too little disk space for the checkpoints, known in advance",
+    "status 2 with the numbers, before a model is loaded",
 )
-def test_too_little_room_is_known_before_anything_is_loaded(rig: Rig, small_disk: Path) -> None:
+def test_too_little_space_is_reported_before_loading(rig: Rig, small_disk: Path) -> None:
     remount(small_disk, "size=1m")
     ended = rig.run("run", place=small_disk)
-    assert set(ended.statuses) == {2}, ended.said[-3000:]
-    assert "needs about" in ended.said
-    assert "train.keep_last" in ended.said
-    assert "step/s" not in ended.said
+    assert set(ended.statuses) == {2}, ended.output[-3000:]
+    assert "needs about" in ended.output
+    assert "train.keep_last" in ended.output
+    assert "step/s" not in ended.output
 
 
-@pytest.mark.fault("a read-only run folder, new or of a run", "refused in one line, status 2")
+@pytest.mark.fault(
+    "a read-only run folder, new or existing",
+    "status 2 and a one-line message",
+)
 def test_a_read_only_folder_is_refused(rig: Rig, whole: Path, small_disk: Path) -> None:
     shutil.copytree(whole, small_disk / "run")
     remount(small_disk, "ro")
     for name in ("run", "new"):
         ended = rig.run(name, place=small_disk)
-        assert set(ended.statuses) == {2}, ended.said[-3000:]
-        assert "Read-only file system" in ended.said
-        assert "Traceback" not in ended.said
+        assert set(ended.statuses) == {2}, ended.output[-3000:]
+        assert "Read-only file system" in ended.output
+        assert "Traceback" not in ended.output

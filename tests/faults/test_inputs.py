@@ -1,4 +1,4 @@
-"""Data and settings that are wrong, or have changed underneath a run."""
+"""Data and settings that are invalid, or that changed between a run and its resume."""
 
 import json
 import socket
@@ -10,27 +10,33 @@ from rig import KILL, Rig, at_step, metrics
 GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
 
 
-@pytest.mark.fault("a malformed line 17 of a JSON Lines file", "status 2; file and line are named")
+@pytest.mark.fault(
+    "line 17 of a JSON Lines file is malformed",
+    "status 2; file and line are named",
+)
 def test_a_malformed_line_is_named(rig: Rig, tmp_path: Path) -> None:
     file = tmp_path / "broken.jsonl"
     file.write_text("\n".join([json.dumps(GOOD)] * 16 + ["{not json", json.dumps(GOOD)]) + "\n")
     ended = rig.run("malformed", "--data.train", str(file))
     assert set(ended.statuses) == {2}
-    assert "broken.jsonl" in ended.said
-    assert "17" in ended.said
+    assert "broken.jsonl" in ended.output
+    assert "17" in ended.output
 
 
-@pytest.mark.fault("an empty data file", "status 2; the file is named")
+@pytest.mark.fault(
+    "an empty data file",
+    "status 2; the file is named",
+)
 def test_an_empty_file(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     ended = rig.run("empty", "--data.train", str(tmp_path / "empty.jsonl"))
     assert set(ended.statuses) == {2}
-    assert "empty.jsonl" in ended.said
+    assert "empty.jsonl" in ended.output
 
 
 @pytest.mark.fault(
     "fewer pairs than ranks, in training and in evaluation",
-    "trains and evaluates: ranks without work take part",
+    "trains and evaluates; ranks without work still participate",
 )
 def test_fewer_pairs_than_ranks(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps(GOOD) + "\n")
@@ -42,9 +48,10 @@ def test_fewer_pairs_than_ranks(rig: Rig, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "an evaluation set that ranks x batch does not divide", "metrics equal those of one process to 1e-6"
+    "an evaluation set whose size is not divisible by ranks x batch",
+    "metrics equal those of one process to 1e-6",
 )
-def test_an_evaluation_that_does_not_divide(rig: Rig, tmp_path: Path) -> None:
+def test_an_evaluation_set_that_does_not_divide_evenly(rig: Rig, tmp_path: Path) -> None:
     rows = (rig.folder / "pairs.jsonl").read_text().splitlines()[:7]
     (tmp_path / "seven.jsonl").write_text("\n".join(rows) + "\n")
     arguments = ("--data.test", str(tmp_path / "seven.jsonl"), "--train.max_steps", "1")
@@ -55,8 +62,8 @@ def test_an_evaluation_that_does_not_divide(rig: Rig, tmp_path: Path) -> None:
 
 
 @pytest.mark.fault(
-    "resumed with another loss, beta, seed, batch, schedule or length",
-    "refused, each key shown; train.resume_allow lets named ones through",
+    "resumed with a different loss, beta, seed, batch, schedule or length",
+    "refused, with every key shown; train.resume_allow permits the keys it names",
 )
 def test_changed_settings_are_refused_key_by_key(rig: Rig) -> None:
     rig.run("changing", before=at_step(3, KILL, 0, 1))
@@ -71,16 +78,16 @@ def test_changed_settings_are_refused_key_by_key(rig: Rig) -> None:
     ended = rig.run("changing", *arguments)
     assert set(ended.statuses) == {2}
     for key, value in changes.items():
-        assert f"{key}: " in ended.said
-        assert f"-> {value}" in ended.said
+        assert f"{key}: " in ended.output
+        assert f"-> {value}" in ended.output
     allowed = rig.run("changing", *arguments, "--train.resume_allow", ",".join(changes))
-    assert set(allowed.statuses) == {0}, allowed.said[-3000:]
-    assert "resuming after step 2" in allowed.said
+    assert set(allowed.statuses) == {0}, allowed.output[-3000:]
+    assert "after step 2" in allowed.output
 
 
 @pytest.mark.fault(
     "resumed after the data file was changed",
-    "refused: the content differs; train.resume_allow data.train lets it through",
+    "refused: the content differs; train.resume_allow data.train permits it",
 )
 def test_changed_data_is_refused(rig: Rig, tmp_path: Path) -> None:
     rows = (rig.folder / "pairs.jsonl").read_text().splitlines()
@@ -90,13 +97,14 @@ def test_changed_data_is_refused(rig: Rig, tmp_path: Path) -> None:
     file.write_text("\n".join(rows[::-1]) + "\n")
     ended = rig.run("data", "--data.train", str(file))
     assert set(ended.statuses) == {2}
-    assert "data.train: content " in ended.said
+    assert "data.train: content " in ended.output
     allow = ("--train.resume_allow", "data.train", "--reference.audit_rows", "0")
     assert set(rig.run("data", "--data.train", str(file), *allow).statuses) == {0}
 
 
 @pytest.mark.fault(
-    "the port of the ranks is in use", "without MASTER_PORT a free one is taken; a taken one is said, not 0"
+    "the port for the ranks is in use",
+    "without MASTER_PORT a free port is chosen; a MASTER_PORT that is in use is an error",
 )
 def test_a_port_in_use(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rig.LAUNCHER", True)
@@ -106,5 +114,5 @@ def test_a_port_in_use(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         taken.listen()
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         ended = rig.run("port", "--train.max_steps", "1")
-    assert ended.statuses == [2], ended.said[-2000:]
-    assert "MASTER_PORT" in ended.said.strip().splitlines()[-1]
+    assert ended.statuses == [2], ended.output[-2000:]
+    assert "MASTER_PORT" in ended.output.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""A rank that dies, hangs or computes nonsense."""
+"""A rank that dies, hangs, or computes numbers that are not finite."""
 
 import os
 import signal
@@ -13,23 +13,25 @@ NAN = """
 import os, torch
 from dpo.train import loop
 from dpo.train.preference_objective import PreferenceObjective
-made, plain, honest = [0], loop.train_step, PreferenceObjective.loss
+current, plain_step, plain_loss = [0], loop.train_step, PreferenceObjective.loss
 def counted(session, *rest):
-    made[0] = session.progress.step + 1
-    return plain(session, *rest)
-def spoiled(self, logps, batch, sums):
-    loss = honest(self, logps, batch, sums)
-    here = os.environ.get("RANK", "0") == "{rank}" and made[0] in {steps}
-    return {spoil} if here else loss
-loop.train_step, PreferenceObjective.loss = counted, spoiled
+    current[0] = session.progress.step + 1
+    return plain_step(session, *rest)
+def broken(self, logps, batch, sums):
+    loss = plain_loss(self, logps, batch, sums)
+    here = os.environ.get("RANK", "0") == "{rank}" and current[0] in {steps}
+    return {bad_value} if here else loss
+loop.train_step, PreferenceObjective.loss = counted, broken
 """
 BAD_LOSS = "loss * float('nan')"
-BAD_GRADIENT = "loss + (logps * 0.0).sqrt().sum()"  # 0 forward, not finite backward
+BAD_GRADIENT = (
+    "loss + (logps * 0.0).sqrt().sum()"  # adds 0 in the forward pass; not finite in the backward pass
+)
 
 
 @pytest.mark.fault(
-    "kill -9 of one rank (or the kernel, out of memory)",
-    "the others end within seconds, status 1, and name it",
+    "kill -9 of one rank (or the kernel's out-of-memory killer)",
+    "the others exit within seconds with status 1, and name it",
 )
 @pytest.mark.parametrize("rank", [1, 0])
 def test_a_dead_rank_is_named(rig: Rig, rank: int) -> None:
@@ -44,10 +46,10 @@ def test_a_dead_rank_is_named(rig: Rig, rank: int) -> None:
 
 
 @pytest.mark.fault(
-    "one rank asleep past train.stuck_after_seconds",
-    "the run ends, status 1, names it, and leaves the stacks of all threads",
+    "one rank hangs for longer than train.stuck_after_seconds",
+    "the run ends with status 1, names the rank, and writes the stacks of all threads",
 )
-def test_a_rank_that_hangs_ends_the_run(rig: Rig) -> None:
+def test_a_hung_rank_ends_the_run(rig: Rig) -> None:
     before = at_step(4, "time.sleep(600)", 1)
     ended = rig.run("asleep", "--train.stuck_after_seconds", "4", before=before, seconds=70)
     assert not ended.hanging
@@ -61,9 +63,10 @@ def test_a_rank_that_hangs_ends_the_run(rig: Rig) -> None:
 
 
 @pytest.mark.fault(
-    "one rank fails with an error of its own", "the others end with it, and exit.json has its reason"
+    "one rank raises an exception",
+    "the others exit too, and exit.json has its reason",
 )
-def test_an_error_of_one_rank_is_everybodys_reason(rig: Rig) -> None:
+def test_an_error_on_one_rank_is_reported_by_all(rig: Rig) -> None:
     before = at_step(4, "raise ValueError('a broken row')", 1)
     ended = rig.run("error", before=before, seconds=60)
     assert not ended.hanging
@@ -77,7 +80,7 @@ def test_an_error_of_one_rank_is_everybodys_reason(rig: Rig) -> None:
     "all ranks skip the step together, count it and name the pairs; weights and optimizer unchanged",
 )
 @pytest.mark.parametrize(
-    ("stage", "spoil"),
+    ("stage", "bad_value"),
     [
         *((stage, BAD_GRADIENT) for stage in (None, 0, 2, 3)),
         (2, BAD_LOSS),
@@ -85,25 +88,25 @@ def test_an_error_of_one_rank_is_everybodys_reason(rig: Rig) -> None:
     ],
     ids=lambda value: {BAD_LOSS: "loss", BAD_GRADIENT: "gradient"}.get(value, str(value)),
 )
-def test_a_step_that_is_not_finite_is_skipped(rig: Rig, stage: int | None, spoil: str) -> None:
+def test_a_non_finite_step_is_skipped(rig: Rig, stage: int | None, bad_value: str) -> None:
     world = {"world_size": 1 if stage is None else 2, "stage": stage}
     rank = 0 if stage is None else 1
-    name = f"nan_{stage}_{spoil == BAD_LOSS}"
+    name = f"nan_{stage}_{bad_value == BAD_LOSS}"
     ended = rig.run(
         name,
         "--train.max_steps",
         "5",
         "--train.schedule",
         "constant",
-        before=NAN.format(rank=rank, steps={5}, spoil=spoil),
+        before=NAN.format(rank=rank, steps={5}, bad_value=bad_value),
         **world,
     )
-    assert set(ended.statuses) == {0}, ended.said[-3000:]
+    assert set(ended.statuses) == {0}, ended.output[-3000:]
     at = {line["step"]: line for line in metrics(rig.folder / name) if "train/epoch" in line}
     assert at[5]["train/skipped_steps"] == 1
     assert "train/grad_norm" not in at[5]
-    assert "step 5 is skipped, weights unchanged: the " in ended.said
-    assert "data.train groups " in ended.said
+    assert "step 5 is skipped" in ended.output
+    assert "data.train groups " in ended.output
     shorter = rig.completed(
         f"{name}_shorter", "--train.max_steps", "4", "--train.schedule", "constant", **world
     )
@@ -111,26 +114,28 @@ def test_a_step_that_is_not_finite_is_skipped(rig: Rig, stage: int | None, spoil
 
 
 @pytest.mark.fault(
-    "NaN in step after step",
-    "the run stops after train.max_skipped_steps in a row, status 1; its last good checkpoint is intact",
+    "NaN in consecutive steps",
+    "the run stops after train.max_skipped_steps in a row with status 1; the last good checkpoint is intact",
 )
 def test_too_many_skipped_steps_end_the_run(rig: Rig) -> None:
-    code = NAN.format(rank=1, steps=set(range(5, 13)), spoil=BAD_LOSS)
+    code = NAN.format(rank=1, steps=set(range(5, 13)), bad_value=BAD_LOSS)
     ended = rig.run("doomed", "--train.max_skipped_steps", "2", before=code)
     assert 0 not in ended.statuses
     assert ended.status == 1
     assert "3 steps in a row, up to step 7" in ended.message
+    assert "train.max_skipped_steps" in ended.message
     assert "rank 1" in ended.message
     assert checkpoints(rig.folder / "doomed") == ["step_00000002", "step_00000004"]
-    again = rig.run("doomed")  # whatever it was is over
-    assert set(again.statuses) == {0}, again.said[-3000:]
+    again = rig.run("doomed")  # without the NaNs
+    assert set(again.statuses) == {0}, again.output[-3000:]
 
 
 @pytest.mark.fault(
-    "the bytes of a run with a skipped step, killed and resumed", "the same as without the kill"
+    "a run with a skipped step, killed and resumed",
+    "the same bytes as without the kill",
 )
 def test_a_skipped_step_is_skipped_again_after_a_resume(rig: Rig) -> None:
-    code = NAN.format(rank=1, steps={5}, spoil=BAD_LOSS)
+    code = NAN.format(rank=1, steps={5}, bad_value=BAD_LOSS)
     straight = rig.completed("skips", before=code)
     rig.run("skips_killed", before=code + at_step(7, KILL, 0, 1))
     resumed = rig.completed("skips_killed", before=code)
@@ -138,15 +143,18 @@ def test_a_skipped_step_is_skipped_again_after_a_resume(rig: Rig) -> None:
     assert weights(resumed) == weights(straight)
 
 
-@pytest.mark.fault("kill -9 of the launcher", "the kernel signals the ranks: they save and end")
-def test_no_rank_outlives_its_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.fault(
+    "kill -9 of the launcher",
+    "the kernel signals the ranks: they save and exit",
+)
+def test_no_rank_outlives_the_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rig.LAUNCHER", True)
     ranks = rig.start("orphans", before=SLOWLY)
     ranks.steps(2)
     pids = [ranks.pid(rank) for rank in (0, 1)]
     parent = int(subprocess.check_output(["ps", "-o", "ppid=", "-p", str(pids[0])], text=True))
     os.kill(parent, signal.SIGKILL)
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30, "the ranks ended")
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), 30, "the ranks to exit")
     assert ranks.end(30).status == 3
 
 

@@ -1,4 +1,4 @@
-"""Signals: saved at the next step, together, status 3, and the same command goes on."""
+"""Signals: all ranks save at the next step and exit with status 3, and the same command resumes."""
 
 import os
 import signal
@@ -29,18 +29,18 @@ if pid == 0:
     os.execv(sys.argv[1], sys.argv[1:])
 signal.signal(signal.SIGTERM, lambda *_: os.write(terminal, bytes([3])))
 try:
-    while said := os.read(terminal, 4096):
-        os.write(1, said)
+    while output := os.read(terminal, 4096):
+        os.write(1, output)
 except OSError:  # closed
     pass
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
-"""A terminal in which a command runs in the foreground; a SIGTERM to it is a Ctrl-C typed there."""
+"""Runs a command in the foreground of a pseudo-terminal; a SIGTERM to this script types Ctrl-C there."""
 
 
 @pytest.mark.fault(
     "SIGTERM, SIGUSR1 or SIGINT to one rank",
-    "all ranks save at the next step and end with 3; resumed, it ends the same",
+    "all ranks save at the next step and exit with status 3; after resuming, the final result is the same",
 )
 @pytest.mark.parametrize(
     ("rank", "number"),
@@ -51,29 +51,32 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         pytest.param(0, signal.SIGINT, marks=pytest.mark.sweep),
     ],
 )
-def test_a_signal_to_one_rank_stops_all(rig: Rig, whole: Path, rank: int, number: signal.Signals) -> None:
+def test_a_signal_to_one_rank_stops_all_ranks(
+    rig: Rig, whole: Path, rank: int, number: signal.Signals
+) -> None:
     name = f"signalled_{rank}_{number.name}"
     ranks = rig.start(name, before=SLOWLY)
     ranks.steps(3)
     os.kill(ranks.pid(rank), number)
     ended = ranks.end(40)
-    assert set(ended.statuses) == {3}, ended.said[-3000:]
+    assert set(ended.statuses) == {3}, ended.output[-3000:]
     assert ended.status == 3
-    assert "run the same command again" in ended.message
+    assert "a checkpoint of step" in ended.message
     assert not ended.left
     stopped_at = metrics(rig.folder / name)[-1]["step"]
     assert 2 <= stopped_at < STEPS
     again = rig.run(name)
     assert set(again.statuses) == {0}
-    assert f"resuming after step {stopped_at}" in again.said
+    assert f"after step {stopped_at}" in again.output
     assert metrics(rig.folder / name) == metrics(whole)
     assert weights(rig.folder / name) == weights(whole)
 
 
 @pytest.mark.fault(
-    "a second signal, seconds after the first", "ends at once, status 1; what was saved before is valid"
+    "a second signal, seconds after the first",
+    "exits at once with status 1; earlier checkpoints are valid",
 )
-def test_a_second_signal_ends_at_once(rig: Rig) -> None:
+def test_a_second_signal_exits_at_once(rig: Rig) -> None:
     ranks = rig.start("impatient", before=at_step(4, WAIT, 0, 1))
     reached = ranks.folder / "reached"
     wait_for(reached.is_file, 60, "step 4")
@@ -86,22 +89,23 @@ def test_a_second_signal_ends_at_once(rig: Rig) -> None:
     assert 0 not in ended.statuses
     assert 3 not in ended.statuses
     again = rig.run("impatient")
-    assert set(again.statuses) == {0}, again.said[-3000:]
+    assert set(again.statuses) == {0}, again.output[-3000:]
 
 
 @pytest.mark.fault(
-    "SIGTERM before the first step (loading, tokenizing)", "status 3; the same command starts again"
+    "SIGTERM before the first step (loading, tokenizing)",
+    "status 3; the same command starts again",
 )
 def test_a_signal_before_the_first_step(rig: Rig) -> None:
     ended = rig.run("early", before=EARLY)
-    assert set(ended.statuses) == {3}, ended.said[-3000:]
-    assert "nothing is lost" in ended.message
+    assert set(ended.statuses) == {3}, ended.output[-3000:]
+    assert "before the first step" in ended.message
     assert set(rig.run("early", "--train.max_steps", "1").statuses) == {0}
 
 
 @pytest.mark.fault(
     "SIGTERM to launch/run (a scheduler), Ctrl-C in its terminal",
-    "passed on once: all ranks save and end together, status 3",
+    "forwarded once: all ranks save and exit together with status 3",
 )
 @pytest.mark.parametrize("way", ["SIGTERM", pytest.param("Ctrl-C", marks=pytest.mark.sweep)])
 def test_a_signal_to_the_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
@@ -112,7 +116,7 @@ def test_a_signal_to_the_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch, way
     ranks.steps(3)
     os.kill(ranks.processes[0].pid, signal.SIGTERM)
     ended = ranks.end(40)
-    assert ended.statuses == [3], ended.said[-3000:]
+    assert ended.statuses == [3], ended.output[-3000:]
     assert not ended.left
-    assert "stopped with status 3: a checkpoint of step" in ended.said.strip().splitlines()[-1]
-    assert way != "Ctrl-C" or "SIGINT: saving after this step" in ended.said
+    assert "stopped with status 3: a checkpoint of step" in ended.output.strip().splitlines()[-1]
+    assert way != "Ctrl-C" or "SIGINT: saving" in ended.output

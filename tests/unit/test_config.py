@@ -1,184 +1,29 @@
-"""Every illegal value is named with its key, all of them at once, without touching a model or data."""
+"""Every option is documented, and a range means what it says."""
 
 import ast
-from dataclasses import fields, replace
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 
-from dpo.cli.validate import problems
 from dpo.config import (
     Config,
     DataConfig,
     DataSource,
     ModelConfig,
-    ScratchConfig,
     SftConfig,
-    SftModelConfig,
-    SftTrainConfig,
+    Within,
+    flat,
+    resolved,
 )
-
-CONFIG = Config(model=ModelConfig(name_or_path="m"), data=DataConfig(train="d"))
-SFT = SftConfig(model=SftModelConfig(name_or_path="m"), data=DataConfig(train="d"))
 
 # Their classes say what they are.
 SECTIONS = {getattr(f.type, "__name__", f.type) for kind in (Config, SftConfig) for f in fields(kind)} - {
     "str"
 }
-
-
-def with_value(config: Any, key: str, value: Any) -> Any:
-    section, name = key.split(".")
-    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
-
-
-def test_defaults_are_legal() -> None:
-    assert problems(CONFIG) == []
-    assert problems(SFT) == []
-
-
-def test_defaults_are_the_papers() -> None:
-    # Appendix B of arXiv 2305.18290: beta 0.1, batch 64, RMSprop or Adam at 1e-6, 150 steps of warm-up.
-    assert (CONFIG.loss.beta, CONFIG.train.pairs_per_step) == (0.1, 64)
-    assert (CONFIG.train.learning_rate, CONFIG.train.warmup_steps) == (1e-6, 150)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("model.name_or_path", ""),
-        ("data.train", ""),
-        ("data.train", []),
-        ("data.max_length", 1),
-        ("data.max_prompt_length", 0),
-        ("data.min_margin", -0.1),
-        ("loss.beta", 0.0),
-        ("loss.beta", -0.1),
-        ("loss.beta", float("nan")),
-        ("loss.label_smoothing", 0.5),
-        ("loss.label_smoothing", -0.1),
-        ("train.pairs_per_step", 0),
-        ("train.learning_rate", 0.0),
-        ("train.learning_rate", float("nan")),
-        ("train.warmup_steps", -1),
-        ("train.weight_decay", -0.1),
-        ("train.max_grad_norm", -1.0),
-        ("train.max_grad_norm", float("nan")),
-        ("train.num_epochs", 0),
-        ("train.max_steps", 0),
-        ("train.max_tokens_per_micro_batch", 1),
-        ("train.seed", -1),
-        ("train.evaluate_every", -1),
-        ("train.checkpoint_every", -1),
-        ("train.keep_last", 0),
-        ("train.adam_betas", (0.9, 1.0)),
-        ("train.adam_betas", (-0.1, 0.9)),
-        ("train.resume", "yes"),
-        ("reference.max_tokens_per_batch", 1),
-        ("reference.audit_rows", -1),
-        ("reference.flush_every_seconds", -1.0),
-        ("reference.flush_every_seconds", float("nan")),
-        ("evaluate.num_prompts", -1),
-        ("evaluate.completion_tokens", 0),
-        ("evaluate.temperature", -0.5),
-        ("evaluate.batch_size", 0),
-        ("evaluate.seed", -1),
-        ("evaluate.table_rows", -1),
-        ("evaluate.scorer", "siebert"),
-    ],
-)
-def test_an_illegal_value_is_named_with_its_key(key: str, value: Any) -> None:
-    (problem,) = problems(with_value(CONFIG, key, value))
-    assert problem.startswith(f"{key}: ")
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("loss.label_smoothing", 0.0),
-        ("loss.label_smoothing", 0.49),
-        ("train.max_grad_norm", 0.0),
-        ("train.max_steps", 1),
-        ("train.adam_betas", (0.0, 0.0)),
-        ("train.resume", "never"),
-        ("data.max_length", 2),
-        ("data.max_prompt_length", 1),
-        ("reference.audit_rows", 0),
-        ("reference.flush_every_seconds", 0.0),
-        ("reference.max_tokens_per_batch", 2),
-        ("evaluate.num_prompts", 0),
-        ("evaluate.temperature", 0.0),
-        ("evaluate.scorer", "vader"),
-        ("evaluate.scorer", "hf:org/model"),
-    ],
-)
-def test_values_at_the_edge_of_the_range_are_legal(key: str, value: Any) -> None:
-    assert problems(with_value(CONFIG, key, value)) == []
-
-
-@pytest.mark.parametrize("key", ["train.max_tokens_per_micro_batch", "reference.max_tokens_per_batch"])
-def test_a_budget_must_hold_the_longest_row(key: str) -> None:
-    config = with_value(CONFIG, "data.max_length", 512)
-    (problem,) = problems(with_value(config, key, 511))
-    assert problem == f"{key}: 511; expected at least data.max_length, 512: the longest row must fit"
-    assert problems(with_value(config, key, 512)) == []
-    assert problems(with_value(config, key, None)) == []
-
-
-def test_all_problems_are_found_at_once() -> None:
-    config = with_value(with_value(CONFIG, "loss.beta", 0.0), "train.seed", -1)
-    config = with_value(config, "evaluate.batch_size", 0)
-    assert sorted(problem.split(":")[0] for problem in problems(config)) == [
-        "evaluate.batch_size",
-        "loss.beta",
-        "train.seed",
-    ]
-
-
-def test_a_prompt_as_long_as_everything_leaves_no_room_for_a_completion() -> None:
-    config = with_value(with_value(CONFIG, "data.max_length", 8), "data.max_prompt_length", 8)
-    (problem,) = problems(config)
-    assert "data.max_prompt_length: 8" in problem
-    assert problems(with_value(config, "data.max_prompt_length", 7)) == []
-
-
-def test_a_weight_of_a_mixture_is_named_by_its_place() -> None:
-    sources = [DataSource(path="a"), DataSource(path="b", weight=0.0)]
-    (problem,) = problems(with_value(CONFIG, "data.train", sources))
-    assert problem.startswith("data.train[1].weight: 0.0")
-
-
-def test_resume_takes_the_folder_of_a_checkpoint(tmp_path: Path) -> None:
-    assert problems(with_value(CONFIG, "train.resume", str(tmp_path))) == []
-
-
-def test_sft_wants_a_model_or_the_plan_of_one_but_not_both(tmp_path: Path) -> None:
-    plan = tmp_path / "config.json"
-    plan.write_text("{}")
-    scratch = ScratchConfig(config=str(plan))
-    assert problems(replace(SFT, model=SftModelConfig(scratch=scratch))) == []
-    for model in (SftModelConfig(), SftModelConfig(name_or_path="m", scratch=scratch)):
-        (problem,) = problems(replace(SFT, model=model))
-        assert "exactly one of model.name_or_path and model.scratch" in problem
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("data.train", ""), ("data.train", []), ("data.max_length", 1), ("data.min_margin", -0.1)],
-)
-def test_sft_names_illegal_values_of_its_data(key: str, value: Any) -> None:
-    (problem,) = problems(with_value(SFT, key, value))
-    assert problem.startswith(f"{key}: ")
-
-
-def test_sft_names_its_own_illegal_values(tmp_path: Path) -> None:
-    missing = SftModelConfig(scratch=ScratchConfig(config=str(tmp_path / "none.json")))
-    config = replace(SFT, model=missing, train=SftTrainConfig(sequences_per_step=0))
-    assert sorted(problem.split(":")[0] for problem in problems(config)) == [
-        "model.scratch.config",
-        "train.sequences_per_step",
-    ]
 
 
 def test_every_option_says_what_it_means() -> None:
@@ -190,3 +35,57 @@ def test_every_option_says_what_it_means() -> None:
                 said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 undocumented += [] if said else [f"{section.name}.{ast.unparse(node.target)}"]
     assert undocumented == []
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside", "said"),
+    [
+        ("(0, inf)", [1e-9, 5], [0, -1, math.inf, math.nan], "above 0"),
+        ("[0, inf)", [0, 5], [-1e-9, math.inf, math.nan], "at least 0"),
+        ("[2, inf)", [2, 3], [1], "at least 2"),
+        ("[0, 0.5)", [0, 0.49], [0.5, -0.1], "in [0, 0.5)"),
+        ("(0, 1]", [1, 0.1], [0, 1.1], "in (0, 1]"),
+    ],
+)
+def test_a_range_is_an_interval(interval: str, inside: list[float], outside: list[float], said: str) -> None:
+    legal = Within(interval)
+    assert all(value in legal for value in inside)
+    assert not any(value in legal for value in outside)
+    assert repr(legal) == said
+
+
+def leaves(hint: Any) -> Iterator[Any]:
+    """The types that a hint is made of, annotated ones whole."""
+    if get_origin(hint) is Annotated or not get_args(hint):
+        yield hint
+    for part in get_args(hint) if get_origin(hint) is not Annotated else ():
+        yield from leaves(part)
+
+
+def sections(kind: type) -> Iterator[type]:
+    yield kind
+    for hint in get_type_hints(kind, include_extras=True).values():
+        for leaf in leaves(hint):
+            if is_dataclass(leaf):
+                yield from sections(leaf)  # type: ignore[arg-type]
+
+
+def test_every_number_has_a_range() -> None:
+    without = [
+        f"{section.__name__}.{name}"
+        for kind in (Config, SftConfig)
+        for section in sections(kind)
+        for name, hint in get_type_hints(section, include_extras=True).items()
+        if any(leaf in (int, float) for leaf in leaves(hint))
+    ]
+    assert without == []
+
+
+def test_the_resolved_configuration_is_plain_and_flat_names_its_keys() -> None:
+    config = Config(
+        model=ModelConfig(name_or_path="m"), data=DataConfig(train=[DataSource(path="d", weight=2.0)])
+    )
+    nested = resolved(config)
+    assert nested["data"]["train"] == [{"path": "d", "weight": 2.0}]
+    assert flat(nested)["train.adam_betas"] == [0.9, 0.999]
+    assert flat(nested)["run_dir"] == "runs/default"

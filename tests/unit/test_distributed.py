@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from dpo import distributed
 from dpo.distributed import SharedCount, from_main, gather_objects, on_main, require_shared, sum_over_ranks
@@ -86,6 +88,48 @@ def test_a_token_that_is_seen_late_is_waited_for(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "is_file", lambda path: next(looks))
     require_shared(tmp_path, "data.cache_dir")
     assert next(looks, "all used") == "all used"
+
+
+@pytest.mark.parametrize(("backend", "destroyed"), [("nccl", 1), ("cpu:gloo,cuda:nccl", 1), ("gloo", 0)])
+def test_groups_of_gpus_are_destroyed_at_the_end(
+    backend: str, destroyed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
+    distributed.leave()
+    assert len(calls) == destroyed
+
+
+def test_leaving_without_a_group_does_nothing() -> None:
+    distributed.leave()
+
+
+@pytest.mark.parametrize(
+    ("listed", "devices", "said"),
+    [("GPU 0: H100", None, True), ("GPU 0: H100", "", False), ("No devices were found", None, False)],
+)
+def test_gpus_that_torch_does_not_see_are_mentioned(
+    listed: str,
+    devices: str | None,
+    said: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if devices is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    distributed._warn_of_unseen_gpus.cache_clear()
+    distributed._warn_of_unseen_gpus()
+    distributed._warn_of_unseen_gpus.cache_clear()
+    shown = capsys.readouterr()
+    assert ("1 GPU(s)" in shown.err + shown.out) is said
 
 
 def test_a_lock_of_a_build_that_was_killed_is_removed(

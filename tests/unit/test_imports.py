@@ -36,6 +36,7 @@ ROOMS = {  # a room -> the rooms it may import, besides itself and the ground
     "data_prep": {"dpo.data", "dpo.evaluate", "dpo.model"},
 }
 LATE = {
+    "dpo.__main__": {"dpo.distributed"},
     "dpo.cli": {"dpo.commands"},
     "data_prep": {"dpo.data", "dpo.distributed", "dpo.evaluate", "dpo.model"},
 }

@@ -112,3 +112,13 @@ def test_a_token_attends_to_its_own_sequence_up_to_itself(
             assert batch.targets[target] == whole[place]
             target += 1
     assert target == len(batch.targets)
+
+
+def test_blocks_are_found_for_the_windows_that_are_asked_for_and_move_with_the_batch() -> None:
+    batch = tree_batch([(ids(*[1] * 200), [ids(3), ids(*[2] * 60)])], "flex")
+    moved = batch.to(torch.device("meta"), [None, 64])
+    assert {*moved.blocks} == {None, 64}
+    assert all(part.is_meta for blocks in moved.blocks.values() for part in blocks)
+    again = batch.to(torch.device("cpu"), [64]).to(torch.device("cpu"))
+    assert torch.equal(again.blocks[64].partial, batch.blocks_of(64).partial)
+    assert tree_batch([(ids(1), [ids(3)])], "packed").to(torch.device("cpu"), [None]).blocks == {}

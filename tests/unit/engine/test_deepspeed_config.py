@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils.config import get_timers_config
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -15,6 +16,7 @@ from dpo.engine.deepspeed_config import (
     problems,
     read_settings,
     set_ours,
+    without_waiting,
 )
 from dpo.errors import UserError
 
@@ -173,3 +175,12 @@ def test_what_is_no_configuration_is_refused(content: str, tmp_path: Path) -> No
         read_settings(file)
     with pytest.raises(UserError, match="not a DeepSpeed configuration"):
         read_settings(tmp_path / "none.json")
+
+
+def test_the_throughput_timer_is_off_unless_a_users_file_sets_it() -> None:
+    settings: dict[str, object] = {"zero_optimization": {"stage": 2}}
+    without_waiting(settings)
+    assert not get_timers_config(settings).enabled
+    chosen = {"timers": {"throughput": {"enabled": True}}}
+    without_waiting(chosen)
+    assert get_timers_config(chosen).enabled

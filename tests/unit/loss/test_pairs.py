@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.loss.pairs import PairLogProbs, Pairs, pair_logps
 
@@ -34,6 +35,38 @@ def test_tokens_beyond_the_shorter_completion_count_by_alpha() -> None:
     sums = pair_logps(torch.tensor([-1.0, -9.0, -11.0]), pairs, num_tokens)
     every_token = pair_logps(logps.detach(), pairs, num_tokens, 1.0)
     assert torch.equal(every_token.chosen, sums.chosen.double())
+
+
+class Recorded(TorchDispatchMode):
+    """Names of the operations on floating-point numbers, in the forward and the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.names.add(func.overloadpacket.__name__)
+        return result
+
+
+def test_no_operation_lacks_a_deterministic_kernel_on_gpus() -> None:
+    # torch.use_deterministic_algorithms lists them; a cumulative sum of floats is one, on CUDA only.
+    logps = torch.randn(9, requires_grad=True)
+    with Recorded() as recorded:
+        found = pair_logps(logps, PAIRS, NUM_TOKENS, 0.5)
+        (found.chosen.sum() - found.rejected.sum()).backward()
+    assert "sum" in recorded.names
+    assert not recorded.names & {"cumsum", "put_", "median", "histc", "bincount"}
+
+
+def test_a_token_without_a_finite_log_prob_spoils_its_own_pairs_only() -> None:
+    logps = torch.zeros(9)
+    logps[2] = -torch.inf  # of sequence 1
+    found = pair_logps(logps, PAIRS, NUM_TOKENS, 0.5)
+    assert found.rejected.tolist() == [-torch.inf, 0, 0]
+    assert found.chosen.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("ld_alpha", [None, 0.5])

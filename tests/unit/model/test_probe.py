@@ -6,9 +6,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from families import ROWS, TREES, naive_logps, random_tree, tiny
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dpo.data.trees import tree_batch
-from dpo.model.probe import Probed, probe
+from dpo.data.trees import TreeBatch, tree_batch
+from dpo.model.attention import TreeAttention
+from dpo.model.first_blocks import first_blocks
+from dpo.model.load import ready
+from dpo.model.probe import LEAST_NOISE, NOISE_FACTOR, TOLERANCE, Probed, probe
 from dpo.model.scorer import SequenceScorer
 
 
@@ -73,6 +77,58 @@ def test_a_projection_that_ours_does_not_reproduce_is_left_to_the_model() -> Non
     with torch.no_grad():
         found = scorer(tree_batch([longest], "packed"), per_token=True)
         torch.testing.assert_close(found, naive_logps(model, [longest]), rtol=1e-5, atol=2e-5)
+
+
+def in_bfloat16(scorer: SequenceScorer) -> Probed:
+    longest = random_tree(np.random.default_rng(0), 3)
+    cpu, precise = torch.device("cpu"), first_blocks(scorer)
+    return probe(scorer, scorer.layouts, longest, dtype=torch.bfloat16, device=cpu, precise=precise)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2", "gemma3_text", "mixtral"])
+def test_in_bfloat16_layouts_are_those_of_float32(family: str) -> None:
+    assert in_bfloat16(SequenceScorer(tiny(family).bfloat16())) == probed_layout(family)
+
+
+def test_in_bfloat16_a_hidden_token_is_noticed_where_it_changes_less_than_rounding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scorer = SequenceScorer(mild("llama").bfloat16())
+
+    def first_token_hidden(
+        tree: TreeAttention, num_queries: int, num_keys: int, window: int | None
+    ) -> Tensor:
+        distance = torch.arange(num_queries)[:, None] + num_keys - num_queries - torch.arange(num_keys)
+        return (distance >= 0) & ((torch.arange(num_keys) > 0) | (distance == 0))
+
+    assert in_bfloat16(scorer).layout == "packed"
+    monkeypatch.setattr(TreeAttention, "mask", first_token_hidden)
+    probed = in_bfloat16(scorer)
+    assert probed.layout == "trees"
+    difference = float(probed.notes[0].split("differ by ")[1].split()[0])
+    assert TOLERANCE < difference < NOISE_FACTOR * LEAST_NOISE  # in bfloat16 it would pass for noise
+
+
+def test_in_bfloat16_a_model_that_only_goes_wrong_as_a_whole_is_noticed() -> None:
+    scorer = SequenceScorer(mild("llama").bfloat16())
+
+    class Wrong(torch.nn.Module):
+        def forward(self, batch: TreeBatch, **options: bool) -> Tensor:
+            found: Tensor = scorer(batch, **options)
+            return found + 0.5 * (batch.layout != "rows")
+
+    longest = random_tree(np.random.default_rng(0), 3)
+    cpu, precise = torch.device("cpu"), first_blocks(scorer)
+    probed = probe(Wrong(), scorer.layouts, longest, dtype=torch.bfloat16, device=cpu, precise=precise)
+    assert probed.layout == "rows"
+    assert "noise is" in probed.notes[0]
+
+
+def mild(family: str) -> PreTrainedModel:
+    """With weights as transformers makes them: one token more or less changes little."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**TREES[family], "initializer_range": 0.02})
+    return ready(AutoModelForCausalLM.from_config(config))
 
 
 class Halved(torch.nn.Module):

@@ -122,6 +122,27 @@ def test_sums_are_float32_also_in_bfloat16(autocast: bool) -> None:
     assert gradient.dtype == head.weight.dtype
 
 
+def test_slices_are_summed_in_float32_also_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(64, 16 * 1024, bias=False), torch.randn(TOKENS, 64, requires_grad=True)
+    layer, targets = TokenLogProbs(head, config()), torch.arange(TOKENS)
+    found = []
+    for num_slices in (1, 16):
+        layer.slice_elements = TOKENS * head.out_features // num_slices
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logps = layer(hidden, targets)
+        found.append(torch.autograd.grad(logps.sum(), hidden)[0])
+    one, many = found
+    # Rounding each of 16 products to bf16 would leave errors of about 2^-9.
+    assert (one - many).abs().max() < 1e-5 * one.abs().max()
+
+
+def test_on_a_device_with_such_a_kernel_no_matrix_is_widened() -> None:
+    narrow = torch.empty(4, 8, dtype=torch.bfloat16, device="meta")
+    product = projection._wide_product(narrow, narrow.T)
+    assert (product.dtype, product.device.type) == (torch.float32, "meta")
+
+
 def test_the_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(projection.SLICE_ELEMENTS, "cpu", 1024 * TOKENS)
     monkeypatch.setattr(projection, "KEPT_BYTES", 0)

@@ -24,7 +24,7 @@ KEPT: dict[Name, int] = {"no DeepSpeed": 500, "ZeRO-2": 300, "ZeRO-3": 100, "ZeR
 def linear_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def rehearse(_: Any, model: ModelConfig, tokens: int, **__: Any) -> Rehearsal:
         activations = tokens // 10 if model.gradient_checkpointing else tokens
-        return Rehearsal(activations=activations, of_a_block=0, projection=0)
+        return Rehearsal(activations=activations, of_a_block=0, projection=0, operations=7)
 
     def rank_memory(sharding: Name, _: Shape, step: Rehearsal, **__: Any) -> Memory:
         nothing = {"gradients": 0, "optimizer": 0, "projection": 0, "buckets": 0, "host": 0}
@@ -78,7 +78,7 @@ def test_recomputation_that_is_configured_is_kept() -> None:
 
 
 def test_one_gpu_trains_without_deepspeed() -> None:
-    assert fit(2000, gpus=1).advice().launcher == "launch/one_gpu.yaml"
+    assert fit(2000, gpus=1).advice().launcher == "launch/one_process.yaml"
     names = [way.sharding for way in fit(2000, gpus=1).ways(checkpointing=False)]
     assert names == ["no DeepSpeed", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload"]
     assert "no DeepSpeed" not in [way.sharding for way in fit(2000).ways(checkpointing=False)]

@@ -31,6 +31,12 @@ def test_known_and_meta_tensors_do_not_count_and_mapped_ones_do_on_request() -> 
         assert live.now == 80
 
 
+def test_operations_are_counted_without_views() -> None:
+    with LiveBytes() as live:
+        (torch.ones(4).view(2, 2).transpose(0, 1) + 1).mul_(2)
+    assert live.operations == 3
+
+
 def test_allocations_of_a_backward_pass_count() -> None:
     weight = torch.ones(50, 50, requires_grad=True)
     with LiveBytes([weight]) as live:

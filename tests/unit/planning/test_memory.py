@@ -16,8 +16,8 @@ SHAPE = Shape(
     trained_block=218_000_000,
     largest=525_000_000,
 )
-STEP = Rehearsal(activations=10 * BILLION, of_a_block=300_000_000, projection=2 * BILLION)
-WITHOUT = Rehearsal(activations=0, of_a_block=0, projection=0)
+STEP = Rehearsal(activations=10 * BILLION, of_a_block=300_000_000, projection=2 * BILLION, operations=0)
+WITHOUT = Rehearsal(activations=0, of_a_block=0, projection=0, operations=0)
 
 
 def of(sharding: Name, world_size: int, step: Rehearsal = STEP, shape: Shape = SHAPE) -> Memory:

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import save_file
 
 from dpo.cli.main import run
-from dpo.planning.fit import LAUNCHERS
+from dpo.planning.fit import LAUNCHERS, MOST_TOKENS
 
 ROOT = Path(__file__).parents[3]
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
@@ -98,7 +98,7 @@ def test_counts_of_a_small_run(plan: Planned, tiny_model: Path) -> None:
     assert found["data"]["train"]["exact"]
     assert found["steps"] == 2 * 4
     assert found["reference"]["misses"] == 2 * 37
-    assert found["notes"] == []
+    assert [note.split(":")[0] for note in found["notes"]] == ["launch-bound"]
     assert 0 <= found["rank_excess"] < 0.2
     assert found["step_flops"] > 0
     assert set(found["memory"]) == {"ZeRO-2", "ZeRO-3", "ZeRO-3 offload"}
@@ -107,6 +107,20 @@ def test_counts_of_a_small_run(plan: Planned, tiny_model: Path) -> None:
         parts = ("weights", "gradients", "optimizer", "activations", "projection", "buckets")
         assert way["total"] == sum(way[part] for part in parts)
     assert plan(tiny_model, "--exact", gpus=2)["data"] == found["data"]
+
+
+def test_the_share_of_the_peak_is_that_of_the_models_size_unless_given(
+    plan: Planned, described: Callable[..., Path]
+) -> None:
+    small, large = described("gpt2", model_type="gpt2"), described("llama", **LLAMA, **LLAMA_8B)
+    assert plan(small)["machine"]["mfu"] == pytest.approx(0.19, abs=0.005)
+    assert plan(large)["machine"]["mfu"] == pytest.approx(0.33, abs=0.005)
+    assert plan(large, "--mfu", "0.5")["machine"]["mfu"] == 0.5
+
+
+def test_micro_batches_that_make_nothing_faster_are_not_advised(plan: Planned, tiny_model: Path) -> None:
+    found = plan(tiny_model, "--train.max_tokens_per_micro_batch", "3000000", gpus=2)
+    assert found["memory"]["ZeRO-2"]["largest_micro_batch"] <= MOST_TOKENS
 
 
 def test_float32_offers_stage_0_and_rmsprop_does_not_offer_offload(plan: Planned, tiny_model: Path) -> None:

@@ -83,3 +83,26 @@ def test_autocast_adds_the_weights_in_bfloat16() -> None:
 def test_routed_experts_can_be_rehearsed() -> None:
     config = MixtralConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=4, num_local_experts=4)
     assert rehearse(config, MODEL, trees(4), dtype=torch.bfloat16, gpu=True).peak > 0
+
+
+def test_operations_grow_with_the_blocks_and_not_with_the_tokens() -> None:
+    def operations(layers: int, number: int) -> int:
+        config = GPT2Config(vocab_size=600, n_embd=64, n_head=4, n_layer=layers, n_positions=128)
+        return rehearse(config, MODEL, trees(number), dtype=torch.bfloat16, gpu=True).operations
+
+    of_a_block = operations(3, 4) - operations(2, 4)
+    assert 30 < of_a_block < 60
+    assert operations(12, 4) == operations(2, 4) + 10 * of_a_block
+    assert operations(2, 40) == operations(2, 4)
+
+
+def test_the_mask_of_a_gpu_counts_and_is_small() -> None:
+    config = FAMILIES["llama, grouped queries"]
+    tokens = 128 * 300
+    data = [(np.zeros(tokens - 20, dtype=np.int32), [np.zeros(10, dtype=np.int32)] * 2)]
+    with_mask = rehearse(config, MODEL, data, dtype=torch.bfloat16, gpu=True)
+    without = rehearse(config, replace(MODEL, attention="sdpa"), data, dtype=torch.bfloat16, gpu=True)
+    mask = 4 * 300 * 301 * 4
+    assert mask <= with_mask.activations
+    assert mask < with_mask.activations / 100
+    assert without.activations > 0

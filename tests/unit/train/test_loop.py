@@ -29,6 +29,8 @@ from dpo.engine.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import averaged_over_groups
+from dpo.loss.pairs import LossValues, Pairs
+from dpo.loss.preference_loss import FUNCTIONS
 from dpo.model.load import load_model
 from dpo.reference.identity import reference_identity
 from dpo.reference.precompute import precompute
@@ -173,12 +175,13 @@ def run(
             objective=objective,
             plan=plan,
             tokenizer=tokenizer,
+            description="data",
             guard=Guard(folder, "train", 60),
             evaluate=evaluate if evaluation else None,
             checkpoint=start.checkpoint if isinstance(start, Resume) else None,
         )
         session.exported, session.no_room_at = result.exported, no_room_at
-        with session.guard, session.opened("pairs"):
+        with session.guard, session.opened():
             result.evaluated = train(session)
         result.weights = session.engine.weights()
         return result
@@ -528,6 +531,109 @@ def test_rows_and_trees_train_alike_and_trees_compute_less(experiment: Config, r
         assert (step["perf/padding_fraction"], in_rows["perf/shared_prefix_fraction"]) == (0, 0)
         assert step["perf/shared_prefix_fraction"] > 0.1
         assert step["perf/rank_imbalance"] == 0
+
+
+LOSSES_TO_CACHE = {
+    "dpo": {},
+    "tokens": {"ld_alpha": 0.5},
+    "ranking": {"type": "plackett_luce"},
+    "no reference": {"type": "simpo"},
+    "mixture": {"type": ["sigmoid", "ipo"], "weights": [0.8, 0.2], "sft_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize(("name", "budget"), [*((name, 24) for name in LOSSES_TO_CACHE), ("dpo", 100_000)])
+def test_a_cached_gradient_is_the_direct_one(
+    experiment: Config,
+    run: Trained,
+    open_data: Callable[[Config], TokenizedDataset],
+    name: str,
+    budget: int,
+) -> None:
+    """Also where a budget of 24 tokens cuts every group into single completions."""
+    loss = LossConfig(**LOSSES_TO_CACHE[name])
+    data = open_data(experiment)
+    values = np.full(len(data.keys), -20.0)
+    if loss.ld_alpha is not None:
+        values = np.full(int(data.completion_tokens.sum()), -2.0)
+    config = replace(experiment, loss=loss)
+    direct = run(changed(config, "direct", backward="direct"), reference=values)
+    cached = run(
+        changed(config, "cached", backward="cached", max_tokens_per_micro_batch=budget), reference=values
+    )
+    for line, other in zip(cached.lines(), direct.lines(), strict=True):
+        assert line.keys() == other.keys()
+        for key, found in line.items():
+            assert found == pytest.approx(other[key], rel=2e-5, abs=2e-6), key
+
+
+def test_a_cached_gradient_is_resumed_bit_for_bit(experiment: Config, run: Trained) -> None:
+    options = {"checkpoint_every": 2, "evaluate_every": 1, "backward": "cached"}
+    loss = LossConfig(type="aot")
+    experiment = replace(experiment, loss=loss)
+    whole = run(changed(experiment, "whole", **options), evaluation=float)
+    config = changed(experiment, "killed", **options)
+    with pytest.raises(KilledError):
+        run(config, evaluation=float, die_at=4)
+    resumed = run(config, evaluation=float)
+    assert resumed.lines() == whole.lines()
+    for name, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_cached_step_whose_loss_is_not_finite_is_skipped(
+    experiment: Config, run: Trained, spoil: Callable[..., None], value: float
+) -> None:
+    spoil({3}, value)
+    trained = run(changed(experiment, "spoiled", backward="cached"))
+    assert [line["step"] for line in trained.lines() if "train/skipped_steps" in line] == [3]
+    assert all(bool(weight.isfinite().all()) for weight in trained.weights.values())
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_a_loss_of_the_whole_step_does_not_depend_on_micro_batches(
+    experiment: Config, run: Trained, name: str
+) -> None:
+    config = replace(experiment, loss=LossConfig(type=name, beta=0.5))
+    small = run(changed(config, "small", max_tokens_per_micro_batch=30, num_epochs=4, max_steps=8))
+    large = run(changed(config, "large", max_tokens_per_micro_batch=100_000, num_epochs=4, max_steps=8))
+    assert small.curve("train/loss") == pytest.approx(large.curve("train/loss"), rel=1e-5)
+    assert small.curve("train/grad_norm") == pytest.approx(large.curve("train/grad_norm"), rel=1e-4)
+    assert small.curve("train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert small.curve("train/loss")[-1] < 0.6
+
+
+def relative_to_the_last_step(pairs: Pairs, loss: LossConfig) -> LossValues:
+    """A loss of the whole step: DPO on margins relative to the mean margin of the step before."""
+    last = pairs.last_step
+    mean = last["margins"] / last["pairs"] if last else 0.0
+    losses = -torch.nn.functional.logsigmoid(loss.beta * (pairs.margins - mean))
+    return LossValues(
+        losses=losses, sums={"margins": pairs.margins.sum(), "pairs": torch.ones_like(losses).sum()}
+    )
+
+
+def test_a_loss_may_look_at_the_whole_step_before_and_is_resumed_with_it(
+    experiment: Config, run: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FUNCTIONS, "sigmoid", relative_to_the_last_step)
+    options = {"checkpoint_every": 2, "evaluate_every": 1}
+    whole = run(changed(experiment, "whole", **options), evaluation=float)
+    small = run(changed(experiment, "small", max_tokens_per_micro_batch=40, **options), evaluation=float)
+    assert small.curve("train/loss") == pytest.approx(whole.curve("train/loss"), rel=1e-5)
+    assert not any("loss_sum" in name for line in whole.lines() for name in line)  # no metric of its own
+    config = changed(experiment, "killed", **options)
+    with pytest.raises(KilledError):
+        run(config, evaluation=float, die_at=4)
+    resumed = run(config, evaluation=float)
+    assert resumed.lines() == whole.lines()
+    for name, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+    plain = run(
+        changed(replace(experiment, loss=LossConfig(type="hinge")), "plain", **options), evaluation=float
+    )
+    assert plain.curve("train/loss") != whole.curve("train/loss")
 
 
 @pytest.mark.parametrize(

@@ -39,3 +39,19 @@ def test_an_unexpected_error_keeps_its_traceback_and_ends_with_1(
         entry.main()
     assert ended.value.code == 1
     assert "ZeroDivisionError: of the test" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("status", "leaves"), [(0, True), (3, True), (2, False), (1, False)])
+def test_ranks_that_end_alike_leave_the_process_group(
+    status: int, leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpo import __main__ as entry
+    from dpo import distributed
+
+    done: list[str] = []
+    monkeypatch.setattr(entry, "run", lambda arguments: status)
+    monkeypatch.setattr(distributed, "leave", lambda: done.append("left"))
+    monkeypatch.setattr(os, "_exit", lambda code: done.append(f"exit {code}"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    entry.main()
+    assert done == (["left"] if leaves else []) + [f"exit {status}"]

@@ -1,0 +1,213 @@
+"""YAML and dotted overrides to a configuration; every problem at once, each with its place."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo.cli.parse import parse
+from dpo.config import Config, DataSource, SftConfig
+from dpo.errors import UserError
+
+REQUIRED = ["--model.name_or_path", "m", "--data.train", "d"]
+
+
+def refusal(*arguments: str, command: str = "train") -> list[str]:
+    """The lines of the message; the first one counts the problems."""
+    with pytest.raises(UserError) as raised:
+        parse(command, arguments)
+    return str(raised.value).splitlines()
+
+
+def parsed(*arguments: str) -> Config:
+    config = parse("train", [*REQUIRED, *arguments])
+    assert isinstance(config, Config)
+    return config
+
+
+def yaml_file(folder: Path, text: str) -> str:
+    path = folder / "experiment.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+CONFIGS = sorted(Path(__file__).parents[3].joinpath("configs").glob("*.yaml"))
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert {"demo.yaml", "demo_sft.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_a_shipped_configuration_parses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parents[1])  # a plan of a model is named from the repository's root
+    config = parse("sft" if "sft" in path.stem else "train", ["--config", str(path)])
+    assert config.run_dir.startswith("runs/")
+
+
+def test_two_keys_are_enough() -> None:
+    config = parsed()
+    assert (config.model.name_or_path, config.data.train) == ("m", "d")
+    assert config.loss.beta == 0.1
+
+
+def test_arguments_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> None:
+    text = "model: {name_or_path: m}\ndata: {train: d}\nloss: {beta: 0.5}\n"
+    text += "train: {seed: 3, learning_rate: 5e-7}\n"
+    config = parse("train", ["--config", yaml_file(tmp_path, text), "--train.seed=4"])
+    assert isinstance(config, Config)
+    assert (config.loss.beta, config.train.seed, config.train.learning_rate) == (0.5, 4, 5e-7)
+    assert config.train.num_epochs == 1
+
+
+def test_a_mixture_is_a_list_of_sources(tmp_path: Path) -> None:
+    text = "model: {name_or_path: m}\ndata:\n  train:\n    - {path: a, weight: 0.5}\n    - path: b\n"
+    config = parse("train", ["--config", yaml_file(tmp_path, text)])
+    assert config.data.train == [DataSource(path="a", weight=0.5), DataSource(path="b", weight=1.0)]
+
+
+def test_sft_of_an_existing_model_needs_no_plan_of_a_new_one() -> None:
+    config = parse("sft", REQUIRED)
+    assert isinstance(config, SftConfig)
+    assert config.model.scratch is None
+
+
+def test_sft_from_scratch_needs_the_plan(tmp_path: Path) -> None:
+    plan = yaml_file(tmp_path, "{}")
+    config = parse("sft", ["--data.train", "t.txt", "--model.scratch.config", plan])
+    assert isinstance(config, SftConfig)
+    assert config.model.scratch is not None
+    assert (config.model.scratch.config, config.model.scratch.vocab_size) == (plan, 8192)
+    said = refusal("--data.train", "t.txt", "--model.scratch.vocab_size", "9", command="sft")
+    assert said[1:] == ["  model.scratch.config: required"]
+
+
+def test_every_required_key_that_is_missing_is_named() -> None:
+    assert refusal() == [
+        "2 problems in the configuration:",
+        "  model.name_or_path: required",
+        "  data.train: required",
+    ]
+
+
+def test_all_problems_are_shown_at_once_with_the_file_they_are_in(tmp_path: Path) -> None:
+    text = "model: {name_or_path: m, dtype: float16}\nloss: {bta: 1}\ntrain: {seed: 1.5, adam_betas: [0.9]}\n"
+    name = yaml_file(tmp_path, text)
+    said = refusal("--config", name, "--loss.beta=x", "--train.schedul", "cosine")
+    assert said[0] == "7 problems in the configuration:"
+    starts = [
+        f"  {name}: loss.bta: unknown key",
+        "  train.schedul: unknown key",
+        f"  {name}: model.dtype: 'float16'",
+        f"  {name}: train.seed: 1.5",
+        f"  {name}: train.adam_betas: [0.9]",
+        "  loss.beta: 'x'",
+        "  data.train: required",
+    ]
+    for line, start in zip(said[1:], starts, strict=True):
+        assert line.startswith(start)
+
+
+def test_illegal_values_of_the_right_type_are_shown_at_once_too() -> None:
+    said = refusal(*REQUIRED, "--loss.beta", "-1", "--train.keep_last", "0")
+    assert said[0] == "2 problems in the configuration:"
+    assert {line.split(":")[0].strip() for line in said[1:]} == {"loss.beta", "train.keep_last"}
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("train.learning_rat", "train.learning_rate"),
+        ("los.beta", "loss.beta"),
+        ("beta", "loss.beta"),
+        ("train.max_length", "data.max_length"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_legal_one(key: str, nearest: str) -> None:
+    assert refusal(*REQUIRED, f"--{key}", "1")[1] == f"  {key}: unknown key; did you mean {nearest}?"
+
+
+def test_a_key_like_no_other_has_no_nearest_one() -> None:
+    assert refusal(*REQUIRED, "--zzqq", "1")[1] == "  zzqq: unknown key"
+
+
+def test_an_unknown_key_of_a_source_names_the_nearest_one(tmp_path: Path) -> None:
+    name = yaml_file(tmp_path, "model: {name_or_path: m}\ndata: {train: [{path: a, wight: 2}]}\n")
+    said = refusal("--config", name)
+    assert said[1] == f"  {name}: data.train[0].wight: unknown key; did you mean weight?"
+
+
+@pytest.mark.parametrize("value", ["", " 3", " [1]", " text"])
+def test_a_section_without_keys_is_refused(tmp_path: Path, value: str) -> None:
+    name = yaml_file(tmp_path, f"model: {{name_or_path: m}}\ndata: {{train: d}}\ntrain:{value}\n")
+    (_, problem) = refusal("--config", name)
+    assert problem.startswith(f"  {name}: train: ")
+    assert "expected keys below it" in problem
+
+
+def test_a_stray_word_is_refused() -> None:
+    assert "stray" in refusal("stray", *REQUIRED)[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"train: {seed: [}", "not YAML"),
+        (b"\xff\xfe\x00", "not YAML"),
+        (b"- a\n- b\n", "expected keys and values, got list"),
+        (b"", "expected keys and values, got NoneType"),
+    ],
+)
+def test_a_malformed_file_is_refused_in_one_line(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    (line,) = refusal("--config", str(path))
+    assert line.startswith(f"--config: {path}: {expected}")
+
+
+def test_a_missing_file_is_refused() -> None:
+    (line,) = refusal("--config=/no/such.yaml")
+    assert line.startswith("--config: /no/such.yaml: No such file or directory")
+
+
+def test_print_config_shows_the_resolved_configuration_as_a_file_that_reads_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse("train", [*REQUIRED, "--loss.beta", "0.3", "--print_config"])
+    assert raised.value.code == 0
+    printed = yaml_file(tmp_path, capsys.readouterr().out)
+    assert parse("train", ["--config", printed]) == parsed("--loss.beta", "0.3")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("train: {seed: 3}\nloss: {beta: 0.5}\ntrain:\n  max_steps: 2\n", "train", (1, 3)),
+        ("train:\n  seed: 3\n  max_steps: 2\n  seed: 4\n", "train.seed", (2, 4)),
+        ("model:\n  lora:\n    rank: 4\n    rank: 4\n", "model.lora.rank", (3, 4)),
+        ("train:\n  seed: 3\ntrain.seed: 4\n", "train.seed", (2, 3)),
+        ("data:\n  train:\n  - path: a\n  - path: b\n    path: c\n", "data.train[1].path", (4, 5)),
+        ("base: &b\n  seed: 1\n  seed: 2\ntrain: *b\n", "base.seed", (2, 3)),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(
+    tmp_path: Path, text: str, key: str, lines: tuple[int, int]
+) -> None:
+    name = yaml_file(tmp_path, text)
+    (line,) = refusal(*REQUIRED, "--config", name)
+    assert line.startswith(f"--config: {name}: {key}: in line {lines[0]} and again in line {lines[1]};")
+
+
+def test_all_keys_that_stand_twice_are_named_on_one_line_too(tmp_path: Path) -> None:
+    name = yaml_file(tmp_path, "loss: {beta: 1, beta: 2}\ntrain:\n  seed: 1\n  seed: 2\n")
+    said = refusal(*REQUIRED, "--config", name)
+    assert [line.split(": ")[2] for line in said] == ["loss.beta", "train.seed"]
+
+
+def test_what_a_merge_key_brings_may_be_overridden(tmp_path: Path) -> None:
+    text = (
+        "train: &base {seed: 3, max_steps: 2}\nmodel: {name_or_path: m}\n"
+        "data: {train: [&one {path: a}, {<<: *one, weight: 2}]}\n"
+    )
+    config = parse("train", ["--config", yaml_file(tmp_path, text)])
+    assert config.data.train == [DataSource(path="a"), DataSource(path="a", weight=2.0)]

@@ -1,0 +1,175 @@
+"""Every illegal value is named with its key, all of them at once, without touching a model or data."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.cli.validate import problems
+from dpo.config import (
+    Config,
+    DataConfig,
+    DataSource,
+    ModelConfig,
+    ScratchConfig,
+    SftConfig,
+    SftModelConfig,
+    SftTrainConfig,
+)
+
+CONFIG = Config(model=ModelConfig(name_or_path="m"), data=DataConfig(train="d"))
+SFT = SftConfig(model=SftModelConfig(name_or_path="m"), data=DataConfig(train="d"))
+
+
+def with_value(config: Any, key: str, value: Any) -> Any:
+    section, name = key.split(".")
+    return replace(config, **{section: replace(getattr(config, section), **{name: value})})
+
+
+def test_defaults_are_legal() -> None:
+    assert problems(CONFIG) == []
+    assert problems(SFT) == []
+
+
+def test_defaults_are_the_papers() -> None:
+    # Appendix B of arXiv 2305.18290: beta 0.1, batch 64, RMSprop or Adam at 1e-6, 150 steps of warm-up.
+    assert (CONFIG.loss.beta, CONFIG.train.pairs_per_step) == (0.1, 64)
+    assert (CONFIG.train.learning_rate, CONFIG.train.warmup_steps) == (1e-6, 150)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.name_or_path", ""),
+        ("data.train", ""),
+        ("data.train", []),
+        ("data.max_length", 1),
+        ("data.max_prompt_length", 0),
+        ("data.min_margin", -0.1),
+        ("loss.beta", 0.0),
+        ("loss.beta", -0.1),
+        ("loss.beta", float("nan")),
+        ("loss.label_smoothing", 0.5),
+        ("loss.label_smoothing", -0.1),
+        ("train.pairs_per_step", 0),
+        ("train.learning_rate", 0.0),
+        ("train.learning_rate", float("nan")),
+        ("train.warmup_steps", -1),
+        ("train.weight_decay", -0.1),
+        ("train.max_grad_norm", -1.0),
+        ("train.max_grad_norm", float("nan")),
+        ("train.num_epochs", 0),
+        ("train.max_steps", 0),
+        ("train.max_tokens_per_micro_batch", 1),
+        ("train.seed", -1),
+        ("train.evaluate_every", -1),
+        ("train.checkpoint_every", -1),
+        ("train.keep_last", 0),
+        ("train.adam_betas", (0.9, 1.0)),
+        ("train.adam_betas", (-0.1, 0.9)),
+        ("train.resume", "yes"),
+        ("reference.max_tokens_per_batch", 1),
+        ("reference.audit_rows", -1),
+        ("reference.flush_every_seconds", -1.0),
+        ("reference.flush_every_seconds", float("nan")),
+        ("evaluate.num_prompts", -1),
+        ("evaluate.completion_tokens", 0),
+        ("evaluate.temperature", -0.5),
+        ("evaluate.batch_size", 0),
+        ("evaluate.seed", -1),
+        ("evaluate.table_rows", -1),
+        ("evaluate.scorer", "siebert"),
+    ],
+)
+def test_an_illegal_value_is_named_with_its_key(key: str, value: Any) -> None:
+    (problem,) = problems(with_value(CONFIG, key, value))
+    assert problem.startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss.label_smoothing", 0.0),
+        ("loss.label_smoothing", 0.49),
+        ("train.max_grad_norm", 0.0),
+        ("train.max_steps", 1),
+        ("train.adam_betas", (0.0, 0.0)),
+        ("train.resume", "never"),
+        ("data.max_length", 2),
+        ("data.max_prompt_length", 1),
+        ("reference.audit_rows", 0),
+        ("reference.flush_every_seconds", 0.0),
+        ("reference.max_tokens_per_batch", 2),
+        ("evaluate.num_prompts", 0),
+        ("evaluate.temperature", 0.0),
+        ("evaluate.scorer", "vader"),
+        ("evaluate.scorer", "hf:org/model"),
+    ],
+)
+def test_values_at_the_edge_of_the_range_are_legal(key: str, value: Any) -> None:
+    assert problems(with_value(CONFIG, key, value)) == []
+
+
+@pytest.mark.parametrize("key", ["train.max_tokens_per_micro_batch", "reference.max_tokens_per_batch"])
+def test_a_budget_must_hold_the_longest_row(key: str) -> None:
+    config = with_value(CONFIG, "data.max_length", 512)
+    (problem,) = problems(with_value(config, key, 511))
+    assert problem == f"{key}: 511; expected at least data.max_length, 512: the longest row must fit"
+    assert problems(with_value(config, key, 512)) == []
+    assert problems(with_value(config, key, None)) == []
+
+
+def test_all_problems_are_found_at_once() -> None:
+    config = with_value(with_value(CONFIG, "loss.beta", 0.0), "train.seed", -1)
+    config = with_value(config, "evaluate.batch_size", 0)
+    assert sorted(problem.split(":")[0] for problem in problems(config)) == [
+        "evaluate.batch_size",
+        "loss.beta",
+        "train.seed",
+    ]
+
+
+def test_a_prompt_as_long_as_everything_leaves_no_room_for_a_completion() -> None:
+    config = with_value(with_value(CONFIG, "data.max_length", 8), "data.max_prompt_length", 8)
+    (problem,) = problems(config)
+    assert "data.max_prompt_length: 8" in problem
+    assert problems(with_value(config, "data.max_prompt_length", 7)) == []
+
+
+def test_a_weight_of_a_mixture_is_named_by_its_place() -> None:
+    sources = [DataSource(path="a"), DataSource(path="b", weight=0.0)]
+    (problem,) = problems(with_value(CONFIG, "data.train", sources))
+    assert problem.startswith("data.train[1].weight: 0.0")
+
+
+def test_resume_takes_the_folder_of_a_checkpoint(tmp_path: Path) -> None:
+    assert problems(with_value(CONFIG, "train.resume", str(tmp_path))) == []
+
+
+def test_sft_wants_a_model_or_the_plan_of_one_but_not_both(tmp_path: Path) -> None:
+    plan = tmp_path / "config.json"
+    plan.write_text("{}")
+    scratch = ScratchConfig(config=str(plan))
+    assert problems(replace(SFT, model=SftModelConfig(scratch=scratch))) == []
+    for model in (SftModelConfig(), SftModelConfig(name_or_path="m", scratch=scratch)):
+        (problem,) = problems(replace(SFT, model=model))
+        assert "exactly one of model.name_or_path and model.scratch" in problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data.train", ""), ("data.train", []), ("data.max_length", 1), ("data.min_margin", -0.1)],
+)
+def test_sft_names_illegal_values_of_its_data(key: str, value: Any) -> None:
+    (problem,) = problems(with_value(SFT, key, value))
+    assert problem.startswith(f"{key}: ")
+
+
+def test_sft_names_its_own_illegal_values(tmp_path: Path) -> None:
+    missing = SftModelConfig(scratch=ScratchConfig(config=str(tmp_path / "none.json")))
+    config = replace(SFT, model=missing, train=SftTrainConfig(sequences_per_step=0))
+    assert sorted(problem.split(":")[0] for problem in problems(config)) == [
+        "model.scratch.config",
+        "train.sequences_per_step",
+    ]
