@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class StoppedBySignal(Exception):  # noqa: N818  (nothing went wrong)
-    """SIGINT, SIGTERM or SIGUSR1, after the work so far was saved. The message says how to continue."""
+    """A signal asked for the end, after the work so far was saved. The message says how to continue."""
 
 
 class RunFailed(Exception):  # noqa: N818  (the run did, not this code)

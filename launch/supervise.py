@@ -41,7 +41,8 @@ def main(parent: int, command: list[str]) -> int:
             os.kill(pid, wanted)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, pass_on)
     status = child.wait()
     if status != 0:
         wait_for_others()

@@ -48,6 +48,10 @@ def run(arguments: Sequence[str]) -> int:
 
     def work() -> int:
         nonlocal command, folder, in_use
+        if any(word.partition("=")[0] in ("--local_rank", "--local-rank") for word in rest):
+            raise UserError(
+                "--local_rank: an argument of the deepspeed launcher; start with accelerate launch"
+            )
         only_check = command == "check"
         if only_check:
             command = rest.pop(0) if rest and not rest[0].startswith("-") else "train"

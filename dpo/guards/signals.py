@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 set a flag; the loop checkpoints and exits at the next step.
+"""SIGTERM, SIGINT, SIGUSR1 and SIGHUP set a flag; the loop checkpoints and exits at the next step.
 
 A preempted node signals one rank, a scheduler signals every process, and torchelastic forwards what its
 agent receives and signals the other ranks once the first one has exited. So the handler saves nothing by
@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from dpo.errors import StoppedBySignal
 from dpo.launched import LAUNCHED
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REPEATS_WITHIN_SECONDS = 3.0
 """A scheduler signals launcher and rank, and the launcher forwards it: within this time it is one request."""
 AT_ONCE = "before the first step: nothing is lost; run the same command again"
@@ -29,8 +29,13 @@ class StopRequestedError(Exception):
 
 @contextmanager
 def signal_handler(handler: Handler) -> Iterator[None]:
-    """Within the block `handler` handles the stopping signals; one that is ignored by the end stays so."""
-    before = {number: signal.signal(number, handler) for number in STOPPING}
+    """Within the block `handler` handles the stopping signals; one that is ignored by the end stays so.
+
+    A SIGHUP that is ignored already, by nohup, stays so too.
+    """
+    hung_up = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    handled = (*(number for number in STOPPING if number != signal.SIGHUP), *hung_up)
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:

@@ -216,16 +216,17 @@ def settings_text(settings: dict[str, Any]) -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, if it lies in a repository."""
-    here = Path(__file__).parent
+    """The commit of this code; None if no repository tracks it, such as one around an installed copy."""
+    here = Path(__file__)
     try:
-        result = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        for arguments in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
+            result = subprocess.run(
+                ["git", "-C", str(here.parent), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+            )
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()

@@ -35,6 +35,7 @@ from dpo.train.manifest import (
 T = TypeVar("T")
 
 PROGRESS = "progress.json"
+ASIDE = "aside_"
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
 
 
@@ -143,6 +144,27 @@ def complete_checkpoints(folder: RunFolder) -> list[Path]:
         if aside.parent.with_name(aside.parent.name[1:].removesuffix(REPLACED)) not in found:
             found.add(aside.parent)
     return sorted(found, key=lambda path: path.name.lstrip("."))
+
+
+def set_aside_newer(folder: RunFolder, step: int) -> list[Path]:
+    """Renames the checkpoints after a step, so that they are kept and not resumed from by themselves.
+
+    For a run that resumes from an older one of its checkpoints. One process writes.
+
+    Args:
+        folder: The run folder.
+        step: What the run resumes after.
+
+    Returns:
+        Their new places, from which a run may be resumed by name.
+    """
+    names = {path: path.name.lstrip(".").removesuffix(REPLACED) for path in complete_checkpoints(folder)}
+    newer = [path for path, name in names.items() if name > folder.checkpoint(step).name]
+    aside = [path.with_name(f"{ASIDE}{names[path]}") for path in newer]
+    for path, place in zip(newer, aside, strict=True):
+        shutil.rmtree(place, ignore_errors=True)
+        path.rename(place)
+    return aside
 
 
 def _prepare(building: Path, progress: Progress) -> None:

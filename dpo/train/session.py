@@ -31,7 +31,7 @@ from dpo.tracking.metrics import Evaluation, MetricSums
 from dpo.tracking.monitor import Monitor
 from dpo.tracking.run_folder import RunFolder, settings_text
 from dpo.tracking.trackers import open_trackers
-from dpo.train.checkpoint import Progress, load_checkpoint, prepare_checkpoints
+from dpo.train.checkpoint import Progress, load_checkpoint, prepare_checkpoints, set_aside_newer
 from dpo.train.resume import Settings
 
 GROUPS_SHOWN = 8
@@ -130,6 +130,8 @@ class Session:
         if distributed.is_main():
             self.folder.claim(dict(self.settings.values))
             self.folder.describe(world_size=distributed.world_size(), engine=self.engine.description)
+            if self.checkpoint and self.options.resume != "auto":
+                self._keep_newer_checkpoints()
             if self.options.checkpoint_every:
                 prepare_checkpoints(self.folder, resumed=self.checkpoint is not None)
         self.group_flops, self.peak_flops = self._flops()
@@ -197,6 +199,13 @@ class Session:
         terminal.note(f"converting {self.checkpoint} for {distributed.world_size()} rank(s)")
         with universal_form(self.checkpoint, self.folder.path) as state:
             return load_checkpoint(self.engine, self.checkpoint, state)
+
+    def _keep_newer_checkpoints(self) -> None:
+        if kept := ", ".join(path.name for path in set_aside_newer(self.folder, self.progress.step)):
+            terminal.warning(
+                f"train.resume: {self.checkpoint} is older than other checkpoints of this run, kept "
+                f"beside it as {kept}; delete those that you do not need"
+            )
 
     def _parameters(self) -> str:
         whole, frozen = self.engine.num_parameters, self.engine.num_frozen

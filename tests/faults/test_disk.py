@@ -101,12 +101,12 @@ def lose(self, tag, value, step):
 def test_a_disk_that_fails_elsewhere(rig: Rig, whole: Path, what: str, said: str) -> None:
     name = f"disk_{said.partition('.')[0]}"
     ended = rig.run(name, before=FULL.format(what=what), seconds=60)
-    assert set(ended.statuses) == {2}, ended.said[-3000:]
+    assert set(ended.statuses) == {2}, ended.output[-3000:]
     assert ended.status == 2
     assert said in ended.message
     expected = "resume from" if "metrics" in said else "there is no checkpoint yet"
     assert expected in ended.message
-    assert "Traceback" not in ended.said
+    assert "Traceback" not in ended.output
     again = rig.completed(name)
     assert metrics(again) == metrics(whole)
     assert weights(again) == weights(whole)

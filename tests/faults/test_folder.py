@@ -15,10 +15,10 @@ def test_a_second_training_is_refused(rig: Rig, whole: Path) -> None:
     wait_for((rig.folder / "shared" / "lock.json").is_file, 60, "the first has the folder")
     second = rig.start("shared", "--train.learning_rate", "1e-2")
     refused = second.end(60)
-    assert set(refused.statuses) == {2}, refused.said[-3000:]
-    assert "is in use by process " in refused.said
+    assert set(refused.statuses) == {2}, refused.output[-3000:]
+    assert "is in use by process " in refused.output
     ended = first.end(120)
-    assert set(ended.statuses) == {0}, ended.said[-3000:]
+    assert set(ended.statuses) == {0}, ended.output[-3000:]
     assert ended.status == 0
     assert metrics(rig.folder / "shared") == metrics(whole)
     assert weights(rig.folder / "shared") == weights(whole)

@@ -20,8 +20,8 @@ INLINE = {
 )
 def test_the_launchers_numbers_change_nothing(rig: Rig, whole: Path) -> None:
     ended = rig.run("inline", stage=None, variables=INLINE)
-    assert set(ended.statuses) == {0}, ended.said[-3000:]
+    assert set(ended.statuses) == {0}, ended.output[-3000:]
     for key in ("gradient_accumulation_steps: 4", "gradient_clipping: 0.01", "mixed_precision: bf16"):
-        assert f"{key} is not used" in ended.said
+        assert f"{key} is not used" in ended.output
     assert metrics(rig.folder / "inline") == metrics(whole)
     assert weights(rig.folder / "inline") == weights(whole)

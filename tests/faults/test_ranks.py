@@ -254,7 +254,7 @@ def test_a_rank_that_dies_while_loading_is_no_preemption(
     name = f"loading_{command}_{action == KILL}"
     empty = ("--reference.cache_dir", str(rig.folder / "empty")) if command == "precompute-ref" else ()
     ended = rig.run(name, *empty, command=command, before=LOADING.format(action=action), seconds=90)
-    assert ended.statuses == [1], ended.said[-3000:]
+    assert ended.statuses == [1], ended.output[-3000:]
     assert ended.status == 1
     assert "rank 1" in ended.message
     assert said in ended.message

@@ -104,3 +104,11 @@ def test_help_answers_within_a_second_and_without_torch(arguments: list[str]) ->
     assert "usage: dpo" in done.stdout
     if len(arguments) > 1:
         assert "--train.learning_rate" in done.stdout
+
+
+@pytest.mark.parametrize("word", ["--local_rank=0", "--local-rank=0"])
+def test_the_deepspeed_launchers_argument_is_named(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", word, "--config", "x.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "--local_rank" in said
+    assert "accelerate launch" in said

@@ -13,6 +13,7 @@ import yaml
 from dpo.cli.parse import parse
 from dpo.config import Config, resolved
 from dpo.errors import UserError
+from dpo.tracking import run_folder
 from dpo.tracking.run_folder import RunFolder
 
 
@@ -88,6 +89,12 @@ def test_the_commit_is_that_of_the_code_and_not_of_the_working_directory(
     folder.path.mkdir()
     folder.describe(world_size=1, engine="")
     assert json.loads(folder.environment.read_text())["git_commit"] != other.stdout.strip()
+    installed = tmp_path / "venv" / "run_folder.py"  # in somebody's repository, and not part of it
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(run_folder, "__file__", str(installed))
+    folder.describe(world_size=1, engine="")
+    assert json.loads(folder.environment.read_text())["git_commit"] is None
 
 
 def test_a_snapshot_has_its_own_model_and_report(folder: RunFolder) -> None:

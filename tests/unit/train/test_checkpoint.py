@@ -10,7 +10,13 @@ import torch
 
 from dpo.errors import UserError
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.checkpoint import Progress, complete_checkpoints, load_checkpoint, save_checkpoint
+from dpo.train.checkpoint import (
+    Progress,
+    complete_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_newer,
+)
 from dpo.train.manifest import NotValid, read_manifest, verify
 
 
@@ -184,3 +190,17 @@ def test_checkpoints_may_be_a_link_to_a_big_disk(tmp_path: Path) -> None:
     assert (run_dir / "checkpoints").is_symlink()
     assert newest_checkpoint(run_dir) == run_dir / "checkpoints" / "step_00000004"
     assert [path.name for path in (tmp_path / "disk" / "checkpoints").iterdir()] == ["step_00000004"]
+
+
+def test_newer_checkpoints_are_kept_aside_and_can_be_resumed_from_by_name(tmp_path: Path) -> None:
+    save(tmp_path, 2, 4, 6, 8)
+    kept = set_aside_newer(RunFolder(tmp_path), 4)
+    assert [path.name for path in kept] == ["aside_step_00000006", "aside_step_00000008"]
+    assert [path.name for path in complete_checkpoints(RunFolder(tmp_path))] == [
+        "step_00000002",
+        "step_00000004",
+    ]
+    assert [problem_of(path) for path in kept] == [None, None]
+    save(tmp_path, 6, keep_last=1)
+    assert names(tmp_path) == ["aside_step_00000006", "aside_step_00000008", "step_00000006"]
+    assert set_aside_newer(RunFolder(tmp_path), 6) == []

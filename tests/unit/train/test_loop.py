@@ -366,6 +366,22 @@ def test_a_model_that_could_not_be_written_has_its_checkpoint_and_is_written_by_
     assert run(config, evaluation=losses.__getitem__).exported == [4]
 
 
+def test_an_older_checkpoint_of_the_run_can_be_resumed_from_and_the_newer_are_kept(
+    experiment: Config, run: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = changed(experiment, "older", checkpoint_every=2)
+    whole = run(config)
+    older = Path(config.run_dir) / "checkpoints" / "step_00000004"
+    again = run(replace(config, train=replace(config.train, resume=str(older))))
+    assert "aside_step_00000006" in capsys.readouterr().out
+    assert sorted(path.name for path in older.parent.iterdir()) == [
+        "aside_step_00000006",
+        "step_00000004",
+        "step_00000006",
+    ]
+    assert again.lines() == whole.lines()
+
+
 def test_models_are_kept_along_the_way_and_not_again_after_a_resume(experiment: Config, run: Trained) -> None:
     config = changed(experiment, "snapshots", snapshot_every=2, checkpoint_every=3)
     with pytest.raises(KilledError):
