@@ -291,7 +291,7 @@ def tables(measured: Sequence[Measurement], facts: Mapping[str, Any], peak: floa
     memory = {key: statistics.median(one.peak_rss_bytes for one in own) for key, own in turns.items()}
     lines = [
         f"Matrix product of 512x768 by 768x3072: {peak / 1e9:.0f} GFLOP/s.\n",
-        "| work | task | system | pairs/s (of all rounds) | tokens per pair | useful GFLOP/s | of the product "
+        "| work | task | system | pairs/s (of all rounds) | tokens/pair | useful GFLOP/s | of the product "
         "| peak memory, GiB |",
         "|---|---|---|---:|---:|---:|---:|---:|",
     ]

@@ -33,6 +33,7 @@ from dpo.commands.inputs import open_data
 from dpo.config import Config, DataConfig
 from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.notes import RowNotes
 from dpo.data.plan import BatchPlan
 from dpo.data.records import PreferenceGroup
 from dpo.data.rows import group_from_row, read_groups
@@ -133,7 +134,7 @@ def hh_rows(settings: Settings) -> Iterator[Row]:
     if status := data_prep.cli.main(["hh", settings.hh, *output]):
         sys.exit(status)
     source = open_source(str(prepared), "train", key="--hh")
-    groups = read_groups(source, pairing="best-vs-rest", min_margin=0.0, strict=True, drops=Counter())
+    groups = read_groups(source, pairing="best-vs-rest", min_margin=0.0, strict=True, notes=RowNotes())
     rows = [
         {"prompt": g.prompt, "completions": g.completions, "pairs": [pair._asdict() for pair in g.pairs]}
         for g in groups
@@ -183,7 +184,7 @@ def fitting(
     options = TokenizeOptions(
         max_length=settings.max_length, max_prompt_length=None, drop_too_long=True, append_eos=True
     )
-    tokenized = next(iter(tokenize_groups([group], tokenizer, options, Counter())), None)
+    tokenized = next(iter(tokenize_groups([group], tokenizer, options, Counter(), RowNotes())), None)
     if tokenized is None or tokenized.pairs != group.pairs:
         return None
     for text, ids in zip(group.completions, tokenized.completions, strict=True):

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpo import terminal
+from dpo.data.notes import RowNotes
 from dpo.data.records import PreferenceGroup
 from dpo.data.sources import Split
 from dpo.errors import UserError
@@ -56,8 +57,10 @@ class PreferenceWriter:
         Raises:
             UserError: `output` is a file, or a folder that may not be replaced.
         """
-        self.drops: Counter[str] = Counter()
-        """Dropped rows (and pairs) by reason; goes into the manifest."""
+        self.notes = RowNotes()
+        """What the rows lost and what of them is not used; goes into the manifest."""
+        self.drops = self.notes.drops
+        """Dropped rows (and pairs) by reason."""
         self.sources: list[dict[str, Any]] = []
         """The files that were read, each as from `describe_file`; goes into the manifest."""
         self._output = output.resolve()
@@ -154,7 +157,7 @@ class PreferenceWriter:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
             raise UserError(
                 f"nothing left after filtering: {self._rows['test']} test groups and no training groups; "
-                f"dropped: {reasons or 'nothing'}. --strict shows the first faulty row"
+                + "\n".join([f"dropped: {reasons or 'nothing'}", *self.notes.drop_lines("input")])
             )
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -163,11 +166,14 @@ class PreferenceWriter:
             "rows": {split: self._rows[split] for split in SPLITS},
             "pairs": self._num_pairs,
             "dropped": dropped,
+            "unused_columns": dict(self.notes.ignored.most_common()),
             "completions_are_complete": self._complete,
             "created_with": version("dpo"),
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (self.folder / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
+        terminal.note(*self.notes.lines("input"))
+        terminal.warning(*self.notes.warnings("input"))
         sync_tree(self.folder)
         publish_folder(self.folder, self._output)
 

@@ -7,13 +7,17 @@ markers.
 
 import argparse
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from data_prep.files import PreferenceWriter, describe_arguments
 from data_prep.splits import open_inputs, read_inputs
+from dpo.data.dialogue import ASSISTANT_TURN
+from dpo.data.fields import RowError
+from dpo.data.notes import RowNotes
 from dpo.data.records import Message, PreferenceGroup
-from dpo.data.rows import RowError, group_from_row
+from dpo.data.rows import group_from_row
 
 SUMMARY = "Anthropic's HH-RLHF dialogues; train and test never share the human's first turn."
 
@@ -51,18 +55,20 @@ def run(args: argparse.Namespace) -> None:
         source=describe_arguments(args),
     ) as writer:
         writer.sources.extend(inputs.describe())
-        convert = partial(hh_group, as_messages=args.format == "messages")
-        writer.write_all(read_inputs(inputs, convert, first_turn, args=args, drops=writer.drops))
+        convert = partial(hh_group, as_messages=args.format == "messages", notes=writer.notes)
+        writer.write_all(read_inputs(inputs, convert, first_turn, args=args, notes=writer.notes))
 
 
-def hh_group(row: Any, *, as_messages: bool) -> PreferenceGroup:
-    """One row as a group.
+def hh_group(row: Any, *, as_messages: bool, notes: RowNotes | None = None) -> PreferenceGroup:
+    """One row as a group; columns that are not used are counted in `notes`.
 
     Raises:
         RowError: A faulty row, or dialogues that differ before the last assistant turn.
     """
-    group = group_from_row(row)
-    if not isinstance(group.prompt, str) or not group.prompt.endswith("\n\nAssistant:"):
+    texts = [row.get(name) for name in ("chosen", "rejected")] if isinstance(row, Mapping) else []
+    apart = any(isinstance(text, str) and ASSISTANT_TURN not in text for text in texts)
+    group = None if apart else group_from_row(row, notes=notes)
+    if group is None or not isinstance(group.prompt, str) or not group.prompt.endswith(ASSISTANT_TURN):
         raise RowError(
             "not_a_dialogue", 'the dialogues share no turn; expected "\\n\\nHuman: ... \\n\\nAssistant:"'
         )

@@ -8,7 +8,6 @@ so completions are fragments.
 import argparse
 import json
 import shutil
-from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,8 +26,10 @@ from tqdm import tqdm
 
 from data_prep.files import PreferenceWriter, describe_arguments, describe_file
 from data_prep.splits import Rows, open_inputs, prompt_key, split_groups
+from dpo.data.fields import Fields, RowError
+from dpo.data.notes import RowNotes
 from dpo.data.records import Pair, PreferenceGroup
-from dpo.data.rows import RowError, group_from_row
+from dpo.data.rows import group_from_row
 from dpo.data.sources import Split
 from dpo.errors import UserError
 
@@ -90,29 +91,30 @@ def run(args: argparse.Namespace) -> None:
             rows = {"train": _published_rows(path)}
             writer.sources.append({**describe_file(path), "name": url})
             path.unlink()
-        convert = partial(label_group, decode=Decoder(args.tokenizer), drops=writer.drops)
-        writer.write_all(split_groups(rows, convert, prompt_key, args=args, drops=writer.drops))
+        convert = partial(label_group, decode=Decoder(args.tokenizer), notes=writer.notes)
+        writer.write_all(split_groups(rows, convert, prompt_key, args=args, notes=writer.notes))
 
 
-def label_group(row: Any, *, decode: Callable[[list[int]], str], drops: Counter[str]) -> PreferenceGroup:
+def label_group(row: Any, *, decode: Callable[[list[int]], str], notes: RowNotes) -> PreferenceGroup:
     """One row as a group: {query, sample0..sample3, best} in token ids or text, or a plain preference pair.
 
     Args:
         row: The raw row.
         decode: GPT-2 token ids -> text.
-        drops: Counts the pairs that are not made because both texts are the same.
+        notes: Counts the pairs that are not made because both texts are the same, and unused columns.
 
     Raises:
         RowError: A faulty row, or four equal texts.
     """
     if not isinstance(row, Mapping) or "query" not in row:
-        return group_from_row(row)
-    best = row.get("best")
+        return group_from_row(row, notes=notes)
+    fields = Fields(row, {})
+    best = fields.get("best")
     if type(best) is not int or not 0 <= best < len(SAMPLES):
         raise RowError(
             "bad_best", f"best is {best!r}; expected the index of a sample, 0 to {len(SAMPLES) - 1}"
         )
-    prompt, *completions = (_text(row, name, decode) for name in ("query", *SAMPLES))
+    prompt, *completions = (_text(fields, name, decode) for name in ("query", *SAMPLES))
     if not all(completion.strip() for completion in completions):
         raise RowError("empty_completion", "a sample has no text")
     rest = [index for index in range(len(SAMPLES)) if index != best]
@@ -120,7 +122,8 @@ def label_group(row: Any, *, decode: Callable[[list[int]], str], drops: Counter[
     if not pairs:
         raise RowError("identical_completions", "all samples have the same text")
     if len(pairs) < len(rest):
-        drops["pair_identical_to_best"] += len(rest) - len(pairs)
+        notes.drops["pair_identical_to_best"] += len(rest) - len(pairs)
+    notes.ignored.update(fields.unread())
     return PreferenceGroup(prompt=prompt, completions=tuple(completions), pairs=pairs)
 
 
@@ -208,8 +211,8 @@ def _published_rows(path: Path) -> Rows:
     return ((f"{path}: row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _text(row: Mapping[str, Any], name: str, decode: Callable[[list[int]], str]) -> str:
-    value = row.get(name)
+def _text(fields: Fields, name: str, decode: Callable[[list[int]], str]) -> str:
+    value = fields.get(name)
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):

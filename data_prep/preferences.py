@@ -66,12 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Writes the preference files. Raises UserError."""
-    convert = partial(
-        group_from_row,
-        columns=_columns(args.columns),
-        pairing=args.pairing,
-        min_margin=args.min_margin,
-    )
+    columns = _columns(args.columns)
     inputs = open_inputs(args.input, args.test)
     known = {source.completions_are_complete for source in (*inputs.train, *inputs.test)} - {None}
     if args.completions is None and len(known) > 1:
@@ -87,7 +82,14 @@ def run(args: argparse.Namespace) -> None:
         source=describe_arguments(args),
     ) as writer:
         writer.sources.extend(inputs.describe())
-        groups = read_inputs(inputs, convert, prompt_key, args=args, drops=writer.drops)
+        convert = partial(
+            group_from_row,
+            columns=columns,
+            pairing=args.pairing,
+            min_margin=args.min_margin,
+            notes=writer.notes,
+        )
+        groups = read_inputs(inputs, convert, prompt_key, args=args, notes=writer.notes)
         writer.write_all(
             (split, relabel(group, args.labels, args.seed) if split == "train" else group)
             for split, group in groups

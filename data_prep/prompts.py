@@ -6,14 +6,15 @@ and train and test prompts come from different documents where there are at leas
 
 import argparse
 import random
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_prep.splits import open_inputs, prompt_key, read_inputs
 from dpo import terminal
+from dpo.data.notes import RowNotes
 from dpo.data.records import Message
 from dpo.data.rows import group_from_row
 from dpo.data.sources import Split, open_source, read_rows
@@ -40,17 +41,18 @@ def is_preference_folder(path: str) -> bool:
     return (Path(path) / "train.parquet").is_file()
 
 
-def ready_prompts(args: argparse.Namespace, drops: Counter[str]) -> list[Prompt]:
+def ready_prompts(args: argparse.Namespace, notes: RowNotes) -> list[Prompt]:
     """The first distinct prompts of each split of the preference folder `args.input`.
 
     Args:
         args: input, num_prompts and num_test_prompts (None: all), and the options of `read_inputs`.
-        drops: Counts faulty rows by reason.
+        notes: Counts faulty rows and unused columns.
     """
     limits: dict[Split, int | None] = {"train": args.num_prompts, "test": args.num_test_prompts}
     found: dict[Split, dict[str, Prompt]] = {"train": {}, "test": {}}
     inputs = open_inputs([args.input], [])
-    for split, group in read_inputs(inputs, group_from_row, prompt_key, args=args, drops=drops):
+    convert = partial(group_from_row, notes=notes)
+    for split, group in read_inputs(inputs, convert, prompt_key, args=args, notes=notes):
         found[split].setdefault(prompt_key(group), Prompt(split, group.prompt))
     return [prompt for split in found for prompt in islice(found[split].values(), limits[split])]
 

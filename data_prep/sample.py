@@ -21,6 +21,7 @@ from data_prep.prompts import (
     text_prompts,
 )
 from dpo.config import ModelConfig
+from dpo.data.fields import RowError
 from dpo.data.pairing import PAIRING_RULES, pairs_from_scores
 from dpo.data.records import PreferenceGroup, TokenIds
 from dpo.errors import UserError
@@ -142,13 +143,11 @@ def _prepare(
     writer: PreferenceWriter,
 ) -> list[PromptIds]:
     """The prompts with their token ids, without those that leave no room for a continuation."""
-    from jinja2 import TemplateError
-
     from dpo.data.tokenize import encode_prompt
     from dpo.model.files import max_positions
 
     if is_preference_folder(args.input):
-        prompts = ready_prompts(args, writer.drops)
+        prompts = ready_prompts(args, writer.notes)
     else:
         num_train = args.num_prompts or NUM_PROMPTS
         num_test = args.num_test_prompts
@@ -167,8 +166,8 @@ def _prepare(
     for prompt in prompts:
         try:
             ids = encode_prompt(prompt.content, tokenizer, key="--model")
-        except TemplateError:
-            writer.drops["template_refuses_dialogue"] += 1
+        except RowError as fault:
+            writer.notes.drop(fault.reason, f"a prompt: {fault}")
             continue
         if positions is not None and len(ids) + args.completion_tokens > positions:
             writer.drops["prompt_too_long"] += 1
@@ -190,7 +189,7 @@ def _continue(
 ) -> list[list[str]]:
     """`num_samples` continuations of each prompt as text, on every rank."""
     from dpo import distributed
-    from dpo.evaluate.sampling import sample
+    from dpo.evaluate.sampling import sample, stop_ids_of
     from dpo.model.load import load_model
 
     policy = load_model(model)
@@ -203,7 +202,7 @@ def _continue(
         temperature=args.temperature,
         seed=args.seed,
         batch_size=args.batch_size,
-        eos_token_id=tokenizer.eos_token_id,
+        stop_ids=stop_ids_of(policy, tokenizer),
         progress="sample",
     )
     return [

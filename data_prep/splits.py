@@ -7,13 +7,14 @@ of the keys or one of several folds. It depends only on key and seed, not on ord
 import argparse
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from data_prep.files import describe_file
+from dpo.data.fields import RowError
+from dpo.data.notes import RowNotes
 from dpo.data.records import PreferenceGroup
 from dpo.data.rows import convert_rows
 from dpo.data.sources import PreferenceSource, Split, has_split, open_source, read_rows
@@ -79,10 +80,10 @@ def read_inputs(
     key: Callable[[PreferenceGroup], str],
     *,
     args: argparse.Namespace,
-    drops: Counter[str],
+    notes: RowNotes,
 ) -> Iterator[tuple[Split, PreferenceGroup]]:
     """Streams every group of the inputs with its split; arguments as for `split_groups`."""
-    return split_groups(inputs.rows(), convert, key, args=args, drops=drops)
+    return split_groups(inputs.rows(), convert, key, args=args, notes=notes)
 
 
 def split_groups(
@@ -91,7 +92,7 @@ def split_groups(
     key: Callable[[PreferenceGroup], str],
     *,
     args: argparse.Namespace,
-    drops: Counter[str],
+    notes: RowNotes,
 ) -> Iterator[tuple[Split, PreferenceGroup]]:
     """Streams every group with its split; test rows with the key of a training row are dropped.
 
@@ -100,14 +101,27 @@ def split_groups(
         convert: Makes a group of a raw row, or raises `RowError`.
         key: The key of a group; no key is in both splits.
         args: The command line: strict, max_rows, seed, fold or test_fraction.
-        drops: Counts what is dropped, by reason.
+        notes: Counts what is dropped and not used.
 
     Raises:
         UserError: A fold of data that has test rows.
     """
 
+    def plain(row: Any) -> PreferenceGroup:
+        group = convert(row)
+        turns = [turn for turn in group.prompt if not isinstance(turn, str)]
+        others = {*group.template_fields, *(key for fields in group.message_fields for key in fields)}
+        others |= {key for turn in turns for key in turn} - {"role", "content"}
+        if others:
+            raise RowError(
+                "fields_not_in_files",
+                f"the row has {', '.join(sorted(others))}; preference files hold role and text of "
+                "messages alone: give such data to training as it is",
+            )
+        return group
+
     def groups(split: Split) -> Iterator[PreferenceGroup]:
-        return convert_rows(islice(rows[split], args.max_rows), convert, strict=args.strict, drops=drops)
+        return convert_rows(islice(rows[split], args.max_rows), plain, strict=args.strict, notes=notes)
 
     if "test" not in rows:
         held_out = args.fold.part() if args.fold else (0.0, args.test_fraction)
@@ -122,7 +136,7 @@ def split_groups(
         yield "train", group
     for group in groups("test"):
         if _digest(key(group)) in seen:
-            drops["test_prompt_in_train"] += 1
+            notes.drops["test_prompt_in_train"] += 1
         else:
             yield "test", group
 

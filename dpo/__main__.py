@@ -5,6 +5,7 @@ import sys
 import traceback
 
 from dpo.cli.main import run
+from dpo.launched import end_with_launcher
 
 
 def main() -> None:
@@ -14,6 +15,7 @@ def main() -> None:
     tensors then, and releasing one aborts the process (pytorch/pytorch#190489) after a successful run.
     Everything that must be on disk is there when `run` returns.
     """
+    end_with_launcher()
     status = 1
     try:
         status = run(sys.argv[1:])

@@ -33,7 +33,7 @@ NotNegative = Annotated[float, Within("[0, inf)")]
 Count = Annotated[int, Within("[1, inf)")]
 CountOrZero = Annotated[int, Within("[0, inf)")]
 Decay = Annotated[float, Within("[0, 1)")]
-Tokens = Annotated[int, Within("[2, inf)")]  # a prompt and a completion token
+Tokens = Annotated[int, Within("[2, inf)")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +150,7 @@ class LossConfig:
     sft_weight: NotNegative = 0.0
     """Weight of the chosen completion's negative log-likelihood per token, added to any loss over pairs."""
     ld_alpha: Annotated[float, Within("[0, 1]")] | None = None
-    """Weight of the longer completion's tokens beyond the shorter one's length (arXiv 2409.06411).
-    Default: all tokens count alike. Needs reference.store_token_logps."""
+    """LD-DPO's weight of tokens beyond the other completion's length; needs reference.store_token_logps."""
     pair_weights: Literal["equal", "score_margin"] = "equal"
     """score_margin: each pair counts by how far the scores of its completions are apart."""
 
@@ -178,6 +177,8 @@ class OptimizationConfig:
     """Passes over the data."""
     max_steps: Count | None = None
     """Stop after this many optimizer steps."""
+    backward: Literal["auto", "direct", "cached"] = "auto"
+    """cached: score the step, then backward in pieces, of one group too; auto: where the loss needs that."""
     max_tokens_per_micro_batch: Tokens | None = None
     """Tokens per pass and rank, padding included; changes no result. Default: 1024 on CPUs, 16384 on GPUs."""
     seed: CountOrZero = 0
@@ -312,8 +313,5 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value of a configuration as nested dictionaries."""
     if not isinstance(settings, dict):
         return {prefix: settings}
-    return {
-        key: value
-        for name, part in settings.items()
-        for key, value in flat(part, f"{prefix}.{name}".strip(".")).items()
-    }
+    parts = (flat(part, f"{prefix}.{name}".strip(".")) for name, part in settings.items())
+    return {key: value for part in parts for key, value in part.items()}

@@ -25,6 +25,7 @@ from accelerate import PartialState
 
 from dpo import terminal
 from dpo.errors import UserError
+from dpo.launched import end_with_launcher
 
 T = TypeVar("T")
 
@@ -41,6 +42,7 @@ def start() -> None:
     and every rank assumes a world of one.
     """
     _warn_of_unseen_gpus()
+    end_with_launcher()
     if "WORLD_SIZE" not in os.environ:
         PartialState()
         return

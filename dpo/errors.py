@@ -16,3 +16,7 @@ class StoppedBySignal(Exception):  # noqa: N818  (nothing went wrong)
 
 class RunFailed(Exception):  # noqa: N818  (the run did, not this code)
     """A run cannot continue: a rank died or hangs, or numbers are not finite. The message says which."""
+
+
+class RunInUse(UserError):  # noqa: N818  (an answer)
+    """Another process trains in the run folder: nothing may be written there, not even why this one ends."""

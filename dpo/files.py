@@ -4,6 +4,7 @@ A reader sees the old content or the new one, never a part. A temporary name sta
 `.writing`; what a killed process leaves under such a name is never read.
 """
 
+import glob
 import hashlib
 import os
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 
 WRITING = ".writing"
 REPLACED = ".replaced"
+UNIVERSAL = ".universal"
+"""A checkpoint in another form, while it is loaded."""
 
 
 def write_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
@@ -28,6 +31,11 @@ def write_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
         OSError: It could not be written; the old file is as it was.
     """
     path = path.resolve() if path.is_symlink() else path
+    with naming(path):
+        _replace(path, content, mode)
+
+
+def _replace(path: Path, content: str | bytes, mode: int) -> None:
     temporary = temporary_of(path)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -40,6 +48,17 @@ def write_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
     except BaseException:
         with suppress(OSError):  # a disk that has become read-only
             temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the name of the file into an OSError of the block that has none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -84,6 +103,28 @@ def publish_folder(building: Path, folder: Path, *, replace: bool = True) -> Non
     building.rename(folder)
     sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def leftovers_of(path: Path) -> list[Path]:
+    """What killed processes left beside a file or folder, under names that nobody reads.
+
+    Args:
+        path: The final place, which no living process may be writing to.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    found = [*path.parent.glob(f".{glob.escape(path.name)}.*{WRITING}")]
+    found += path.parent.glob(f".{glob.escape(path.name)}{WRITING}")
+    aside = path.with_name(f".{path.name}{REPLACED}")
+    return found + ([aside] if aside.exists() and path.exists() else [])
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, as far as it can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def temporary_of(path: Path) -> Path:

@@ -38,6 +38,8 @@ SWEEP: dict[str, dict[str, Any]] = {
     "lengths": {"ld_alpha": 0.5},
     "lengths and likelihood": {"type": "ipo", "ld_alpha": 0.0, "sft_weight": 1.0},
     "by scores": {"pair_weights": "score_margin"},
+    "cached": {"type": "sigmoid", "beta": 0.3},
+    "cached tokens": {"ld_alpha": 0.25},
 }
 
 
@@ -99,7 +101,8 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
             loss_config=loss,
         )
         for budget in BUDGETS:
-            train = replace(config.train, max_tokens_per_micro_batch=budget)
+            backward = "cached" if name.startswith("cached") else "auto"
+            train = replace(config.train, max_tokens_per_micro_batch=budget, backward=backward)
             policy = Engine(accelerator, load_model(config.model), config.model, train)
             policy.settle_layout((data[0].prompt, data[0].completions))
             run_dir = folder / out.stem / f"{name}_{budget}"

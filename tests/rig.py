@@ -147,6 +147,7 @@ class Rig:
         command: str = "train",
         before: str = "",
         place: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> Started:
         """Starts a command.
 
@@ -158,6 +159,7 @@ class Rig:
             command: Name of the dpo command.
             before: Code that each rank runs first.
             place: Parent of the run folder. Default: the rig's folder.
+            variables: Additional environment variables of the ranks.
         """
         place = place or self.folder
         logs = self.folder / f"{run}_logs_{time.monotonic_ns()}"
@@ -174,11 +176,11 @@ class Rig:
         with contextlib.suppress(OSError):  # the disk may be read-only
             (place / run / "exit.json").unlink(missing_ok=True)
         code = PIDS + before
-        variables = {"PIDS": str(logs / "pids")}
+        variables = {"PIDS": str(logs / "pids"), **(variables or {})}
         if LAUNCHER and stage is not None:
             processes: Sequence[Any] = [self._launch(arguments, logs, world_size, stage, code, variables)]
         else:
-            variables |= deepspeed_variables(self.folder, stage)
+            variables = deepspeed_variables(self.folder, stage) | variables
             processes = start_ranks(world_size, arguments, logs / "logs", variables=variables, before=code)
         return Started(logs, place / run, processes)
 
@@ -281,7 +283,7 @@ def weights(run_dir: Path) -> bytes:
 
 def checkpoints(run_dir: Path) -> list[str]:
     """Names in checkpoints/, oldest first."""
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir() if path.is_dir())
 
 
 def wait_for(condition: Any, seconds: float, what: str) -> None:

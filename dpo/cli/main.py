@@ -16,7 +16,7 @@ from dpo.cli.parse import nearest, parse
 from dpo.cli.table import COMMANDS, CONFIGURED, TOOLS
 from dpo.cli.tools import run_tool
 from dpo.config import Config, SftConfig
-from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.errors import RunFailed, RunInUse, StoppedBySignal, UserError
 from dpo.tracking.exit_record import record_end
 from dpo.tracking.run_folder import RunFolder
 
@@ -44,10 +44,10 @@ def run(arguments: Sequence[str]) -> int:
     if command in TOOLS:
         return _ended(lambda: run_tool(command, rest))
     folder: RunFolder | None = None
-    started = time.time()
+    started, in_use = time.time(), False
 
     def work() -> int:
-        nonlocal command, folder
+        nonlocal command, folder, in_use
         only_check = command == "check"
         if only_check:
             command = rest.pop(0) if rest and not rest[0].startswith("-") else "train"
@@ -55,13 +55,17 @@ def run(arguments: Sequence[str]) -> int:
             raise UserError(f"no command {command}{nearest(command, [*COMMANDS])}; see dpo --help")
         config = parse(command, rest)
         folder = None if only_check else RunFolder(Path(config.run_dir))
-        _execute(command, config, only_check=only_check)
+        try:
+            _execute(command, config, only_check=only_check)
+        except RunInUse:
+            in_use = True
+            raise
         return 0
 
     def record(status: int, message: str) -> None:
         terminal.event("end", {"command": command, "status": status, "message": message})
         if folder is not None and os.environ.get("RANK", "0") == "0":
-            record_end(folder, command, status, message, started)
+            record_end(folder, command, status, message, started, in_use=in_use)
 
     return _ended(work, record)
 

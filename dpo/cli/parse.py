@@ -142,14 +142,44 @@ def _given(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any
 
 def _read_yaml(name: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(name).read_text())
+        text = Path(name).read_text()
+        tree = yaml.safe_load(text)
+        twice = _duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     except OSError as error:
         raise UserError(f"--config: {name}: {error.strerror}; expected a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config: {name}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"--config: {name}: expected keys and values, got {type(tree).__name__}")
+    if twice:  # YAML would take the last one without a word
+        raise UserError("\n".join(f"--config: {name}: {problem}" for problem in twice))
     return tree
+
+
+def _duplicate_keys(root: yaml.Node | None) -> list[str]:
+    """Keys that a file has twice, at any depth, nested or dotted; what `<<` merges in may be overridden."""
+    lines: dict[str, int] = {}
+    found: list[str] = []
+    walked: set[int] = set()  # an alias is the node of its anchor
+
+    def walk(node: yaml.Node | None, place: str) -> None:
+        if id(node) in walked:
+            return
+        walked.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                walk(item, f"{place}[{index}]")
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag != "tag:yaml.org,2002:merge":
+                name, line = f"{place}.{key.value}".removeprefix("."), key.start_mark.line + 1
+                if name in lines:
+                    again = f"in line {lines[name]} and again in line {line}"
+                    found.append(f"{name}: {again}; expected once: join the two")
+                lines.setdefault(name, line)
+                walk(value, name)
+
+    walk(root, "")
+    return found
 
 
 def _flat(tree: dict[str, Any], prefix: str, legal: set[str]) -> Iterator[tuple[str, Any]]:

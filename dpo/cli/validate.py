@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig, SftModelConfig, Within
-from dpo.loss.catalog import loss_problems, names_of
+from dpo.loss.catalog import loss_problems, names_of, needs_whole_step
 
 
 def problems(config: Config | SftConfig) -> list[str]:
@@ -110,6 +110,8 @@ def _preference_problems(config: Config) -> Iterator[str]:
     if not config.model.name_or_path:
         yield "model.name_or_path: empty; expected a folder or a hub name"
     yield from loss_problems(config.loss)
+    if needs_whole_step(config.loss) and config.train.backward == "direct":
+        yield f"train.backward: direct; {config.loss.type} needs the whole step: set auto or cached"
     if "plackett_luce" in names_of(config.loss) and not config.data.group_pairs:
         yield "data.group_pairs: false; plackett_luce ranks the completions of a group: set true"
     yield from _budget_problems(

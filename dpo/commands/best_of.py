@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import join_ranks, open_held_out
+from dpo.commands.inputs import join_ranks, open_held_out, open_reference_model
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.engine.frozen import frozen_scorer, is_sharded
@@ -20,12 +20,11 @@ from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.errors import UserError
 from dpo.evaluate.best_of import Limit, ReferenceSamples, best_of_summary, score_limit, values_of_n
 from dpo.evaluate.samples import PromptAndCompletion, held_out_prompts, log_probs, texts_of
-from dpo.evaluate.sampling import Continuation, sample
+from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
 from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
 from dpo.files import write_file
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
-from dpo.reference.identity import reference_model
 from dpo.tracking.run_folder import RunFolder
 
 SEED_OFFSET = 2
@@ -37,7 +36,7 @@ def best_of(config: Config) -> None:
     check_best_of(config.evaluate)
     join_ranks()
     _, test_data, tokenizer = open_held_out(config.data, config.model, "best-of")
-    reference = reference_model(config.model, config.reference)
+    reference = open_reference_model(config)
     best_of_reference(config, reference, test_data, tokenizer)
 
 
@@ -79,7 +78,7 @@ def best_of_reference(
             temperature=1.0,
             seed=options.seed + SEED_OFFSET,
             batch_size=options.batch_size,
-            eos_token_id=int(tokenizer.eos_token_id),
+            stop_ids=stop_ids_of(bare_scorer(model).model, tokenizer),
             progress="reference samples",
             sharded=sharded,
         )
@@ -88,8 +87,7 @@ def best_of_reference(
         picks = {n: samples.best_of(n).tolist() for n in values_of_n(options.reference_samples)}
         picked = sorted({(row, pick) for of_n in picks.values() for row, pick in enumerate(of_n)})
         sequences: list[PromptAndCompletion] = [
-            (prompts[row], continuations[row][pick].sampled_ids(int(tokenizer.eos_token_id)))
-            for row, pick in picked
+            (prompts[row], continuations[row][pick].sampled_ids()) for row, pick in picked
         ]
         logps = dict(zip(picked, log_probs(model, sequences, layout, budget).tolist(), strict=True))
     if distributed.is_main():
@@ -105,10 +103,9 @@ def _scored(
     continuations: Sequence[Sequence[Continuation]], scorer: Scorer, tokenizer: PreTrainedTokenizerBase
 ) -> ReferenceSamples:
     """The samples as text, scored over the ranks."""
-    eos = int(tokenizer.eos_token_id)
     texts = [texts_of([one.ids for one in several], tokenizer) for several in continuations]
     scores = score_over_ranks(scorer, [text for several in texts for text in several])
-    tokens = [[len(one.sampled_ids(eos)) for one in several] for several in continuations]
+    tokens = [[len(one.sampled_ids()) for one in several] for several in continuations]
     return ReferenceSamples(
         texts=texts, scores=np.asarray(scores).reshape(len(texts), -1), tokens=np.asarray(tokens, np.int64)
     )

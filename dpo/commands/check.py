@@ -1,5 +1,6 @@
 """`dpo check`: everything that can be known to be wrong before a model is in memory."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,10 +10,13 @@ from dpo.commands.inputs import settings_of
 from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig
 from dpo.data.build import check_sources
 from dpo.data.text import check_text, is_text
+from dpo.engine.launcher import check_launcher
 from dpo.errors import UserError
 from dpo.model.files import check_model_path
 from dpo.model.lora import check_policy
+from dpo.reference.vocabulary import check_vocabulary
 from dpo.tracking.run_folder import RunFolder
+from dpo.tracking.run_lock import refuse_if_in_use
 from dpo.tracking.trackers import check_trackers
 from dpo.train.resume import Refuse, Settings, find_start
 
@@ -23,11 +27,14 @@ def check(command: str, config: Config | SftConfig) -> None:
     Prints the run folder, for scripts that want RUN_DIR/exit.json afterwards.
     """
     folder = RunFolder(Path(config.run_dir))
+    launcher = os.environ.get("ACCELERATE_CONFIG")
+    check_launcher(os.environ, file=Path(launcher) if launcher else None)
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
         check_trackers(config.train.trackers)
+        refuse_if_in_use(folder, patient=False)
         check_start(folder, settings_of(config), config.train)
     if isinstance(config, SftConfig):
         if is_text(config.data.train):
@@ -37,6 +44,8 @@ def check(command: str, config: Config | SftConfig) -> None:
     else:
         if config.reference.model is not None:
             check_model_path(config.reference.model, "reference.model")
+            if Path(config.model.name_or_path).is_dir() and Path(config.reference.model).is_dir():
+                check_vocabulary(config.model, config.reference)
         check_sources(config.data)
         if command == "evaluate":
             finished_model(config)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
 from dpo.commands.check import finished_model
-from dpo.commands.inputs import join_ranks, open_held_out, with_reference
+from dpo.commands.inputs import join_ranks, open_held_out, open_reference_model, with_reference
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import longest_tree
 from dpo.data.preference_data import PreferenceData
@@ -34,12 +34,11 @@ from dpo.evaluate.samples import (
     held_out_prompts,
     log_probs,
 )
-from dpo.evaluate.sampling import Continuation
+from dpo.evaluate.sampling import Continuation, stop_ids_of
 from dpo.files import write_file
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
-from dpo.reference.identity import reference_model
 from dpo.reference.values import open_reference
 from dpo.report.build import compose
 from dpo.report.content import Report
@@ -57,7 +56,7 @@ def evaluate(config: Config) -> None:
     join_ranks()
     policy = finished_model(config)
     train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
-    reference = reference_model(config.model, config.reference)
+    reference = open_reference_model(config)
     values = open_reference(
         reference,
         config.reference,
@@ -111,7 +110,7 @@ def evaluate_run(
     by_policy = _use_policy(config, policy, data, tokenizer)
     samples: ComparedSamples | None = None
     if by_policy.prompts:
-        drawn = _use_reference(config, reference, data, tokenizer, by_policy)
+        drawn = _use_reference(config, reference, data, by_policy)
         samples = compare(drawn, config.evaluate.scorer, tokenizer)
     if not distributed.is_main():
         return {}
@@ -141,13 +140,15 @@ class _ByPolicy:
     for_kl: list[PromptAndCompletion]
     logps: Float64s
     """(P,) of `for_kl` under the policy."""
+    stop_ids: tuple[int, ...]
+    """What ends a continuation, of both models."""
 
 
 def _use_policy(
     config: Config, policy: ModelConfig, data: PreferenceData, tokenizer: PreTrainedTokenizerBase
 ) -> _ByPolicy:
     """Scores the held-out pairs and samples the policy; the model is freed on return."""
-    options, eos = config.evaluate, int(tokenizer.eos_token_id)
+    options = config.evaluate
     prompts = []
     if options.num_prompts:
         positions = max_positions(policy)
@@ -159,21 +160,23 @@ def _use_policy(
         device = distributed.device()
         scores = score_pairs(scorer, data, config.loss, layout=layout, budget=budget, device=device)
         if not prompts:
-            return _ByPolicy(scores=scores, prompts=[], samples=[], for_kl=[], logps=np.zeros(0))
+            return _ByPolicy(scores=scores, prompts=[], samples=[], for_kl=[], logps=np.zeros(0), stop_ids=())
         model = bare_scorer(scorer).model
-        draw = partial(continue_prompts, model, prompts, options, eos_token_id=eos, sharded=sharded)
+        stop_ids = stop_ids_of(model, tokenizer)
+        draw = partial(continue_prompts, model, prompts, options, stop_ids=stop_ids, sharded=sharded)
         samples = draw(progress="policy samples")
         others = draw(progress="samples for the KL", for_kl=True)
-        for_kl = [(prompt, other.sampled_ids(eos)) for prompt, other in zip(prompts, others, strict=True)]
+        for_kl = [(prompt, other.sampled_ids()) for prompt, other in zip(prompts, others, strict=True)]
         logps = log_probs(scorer, for_kl, layout, budget)
-    return _ByPolicy(scores=scores, prompts=prompts, samples=samples, for_kl=for_kl, logps=logps)
+    return _ByPolicy(
+        scores=scores, prompts=prompts, samples=samples, for_kl=for_kl, logps=logps, stop_ids=stop_ids
+    )
 
 
 def _use_reference(
     config: Config,
     reference: ModelConfig,
     data: PreferenceData,
-    tokenizer: PreTrainedTokenizerBase,
     by_policy: _ByPolicy,
 ) -> Samples:
     """Samples the reference, and scores the policy's samples for the KL with it."""
@@ -187,7 +190,7 @@ def _use_reference(
             bare_scorer(scorer).model,
             prompts,
             options,
-            eos_token_id=int(tokenizer.eos_token_id),
+            stop_ids=by_policy.stop_ids,
             sharded=sharded,
             progress="reference samples",
         )

@@ -21,7 +21,9 @@ from dpo.errors import UserError
 from dpo.loss.catalog import averaged_over_groups
 from dpo.model.files import max_positions
 from dpo.model.load import load_tokenizer
+from dpo.reference.identity import reference_model
 from dpo.reference.values import ReferenceUse
+from dpo.reference.vocabulary import check_vocabulary
 from dpo.train.resume import Settings
 
 
@@ -61,6 +63,12 @@ def open_data(
     tokenizer = load_tokenizer(model)
     train_data, test_data = open_datasets(data, tokenizer, max_positions(model))
     return train_data, test_data, tokenizer
+
+
+def open_reference_model(config: Config) -> ModelConfig:
+    """The reference model, whose vocabulary is the policy's. All ranks must call it. Raises UserError."""
+    terminal.warning(*distributed.on_main(lambda: check_vocabulary(config.model, config.reference)))
+    return reference_model(config.model, config.reference)
 
 
 def open_held_out(

@@ -3,19 +3,22 @@
 from pathlib import Path
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import described, join_ranks, open_data
+from dpo.commands.inputs import described, join_ranks, open_data, open_reference_model
 from dpo.config import Config
-from dpo.guards.signals import StopRequests
+from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference, title_of
-from dpo.reference.identity import reference_model
 from dpo.reference.precompute import precompute
 from dpo.reference.store import reference_store
+from dpo.tracking.run_folder import RunFolder
+
+KEPT = "during precompute-ref: what was computed is kept; run the same command again"
 
 
 def precompute_ref(config: Config) -> None:
     """Fills the reference cache with every sequence of the training and held-out data."""
-    with StopRequests("during precompute-ref: what was computed is kept; run the same command again"):
-        join_ranks()
+    join_ranks()  # a signal ends this at once, also while it waits for the others
+    folder, stuck = RunFolder(Path(config.run_dir)), config.train.stuck_after_seconds
+    with Guard(folder, "precompute-ref", stuck, at_once=KEPT, exclusive=False):
         _precompute_ref(config)
 
 
@@ -28,7 +31,7 @@ def _precompute_ref(config: Config) -> None:
     distributed.require_shared(cache_dir, "reference.cache_dir")
     train_data, test_data, _ = open_data(config.data, config.model)
     datasets = [data for data in (train_data, test_data) if data is not None]
-    model = reference_model(config.model, config.reference)
+    model = open_reference_model(config)
     store = reference_store(model, cache_dir)
     result = precompute(model, config.reference, datasets, store)
     rate = f", {result.misses / result.seconds:.1f} sequences/s" if result.misses else ""

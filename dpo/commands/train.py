@@ -14,6 +14,7 @@ from dpo import distributed
 from dpo.commands.inputs import (
     described,
     open_data,
+    open_reference_model,
     settings_of,
     with_reference,
 )
@@ -31,7 +32,6 @@ from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions, num_parameters
 from dpo.model.lora import check_policy, load_policy
-from dpo.reference.identity import reference_model
 from dpo.reference.values import open_reference
 from dpo.report.model_card import policy_card
 from dpo.report.watch import watched_samples
@@ -69,7 +69,7 @@ def build_session(config: Config, guard: Guard) -> Session:
     resharded = needs_resharding(checkpoint, fingerprints, config.train)
 
     reference = open_reference(
-        reference_model(config.model, config.reference),
+        open_reference_model(config),
         config.reference,
         datasets,
         needed=needs_reference(config.loss),

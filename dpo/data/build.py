@@ -25,6 +25,7 @@ from dpo.data.dataset import (
     map_dataset,
     write_dataset,
 )
+from dpo.data.notes import RowNotes
 from dpo.data.records import Pair, PreferenceGroup, TokenizedGroup
 from dpo.data.rows import read_groups
 from dpo.data.sources import PreferenceSource, has_split, open_source
@@ -32,6 +33,8 @@ from dpo.data.tokenize import TokenizeOptions, tokenize_groups, tokenizer_digest
 from dpo.errors import UserError
 
 DEFAULT_MAX_LENGTH = 1024
+READER_VERSION = 2
+"""Part of the digest of tokenized data: what an earlier version read or encoded otherwise is made again."""
 WEIGHT_SEED = 0  # weight 0.5 takes the same half of a source in every run
 
 Weighted = tuple[PreferenceSource, float]
@@ -75,9 +78,10 @@ def resolve_max_length(max_length: int | None, positions: int | None) -> int:
 def check_sources(data: DataConfig) -> None:
     """Opens every source and reads its first group, without a tokenizer. Raises UserError."""
     for source, _ in [*train_sources_of(data), *test_sources_of(data)]:
-        drops: Counter[str] = Counter()
-        if next(_read(source, data, drops), None) is None:
-            raise UserError(f"{source.path}: nothing left after filtering: {_listed(drops)}")
+        notes = RowNotes()
+        if next(_read(source, data, notes), None) is None:
+            lines = [f"{source.path}: nothing left after filtering: {_listed(notes.drops)}"]
+            raise UserError("\n".join([*lines, *notes.drop_lines(source.path)]))
 
 
 def train_sources_of(data: DataConfig) -> list[Weighted]:
@@ -121,9 +125,13 @@ def _open(
 
     distributed.on_main(tokenize_once)
     dataset = map_dataset(folder, digest)
+    notes = [line for source in dataset.sources for line in source.notes]
     if len(dataset) == 0:
         names = ", ".join(source.path for source, _ in sources)
-        raise UserError(f"data.{split}: {names}: nothing left after filtering: {_listed(dataset.counts)}")
+        what = f"data.{split}: {names}: nothing left after filtering: {_listed(dataset.counts)}"
+        raise UserError("\n".join([what, *notes]))
+    terminal.note(*notes)
+    terminal.warning(*(line for source in dataset.sources for line in source.warnings))
     return dataset
 
 
@@ -133,6 +141,7 @@ def _digest(
     """SHA-256 (hex) of everything that decides the tokenized data."""
     decisive = {
         "format": FORMAT_VERSION,
+        "reader": READER_VERSION,
         "sources": [(source.fingerprint, weight) for source, weight in sources],
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": max_length,
@@ -159,23 +168,25 @@ def _tokenized(
     """Streams the groups of all sources; `counts` and `of_sources` are complete when the stream has ended."""
     for source, weight in sources:
         num_groups = 0
-        drops: Counter[str] = Counter()
+        notes = RowNotes()
         groups = terminal.progress(
-            read_weighted(source, weight, data, drops),
+            read_weighted(source, weight, data, notes),
             description=f"tokenize {split}",
             unit="groups",
             leave=False,
         )
-        for group in tokenize_source(groups, source, data, max_length, tokenizer, counts):
+        for group in tokenize_source(groups, source, data, max_length, tokenizer, counts, notes):
             num_groups += 1
             yield group
-        of_sources.append(SourceGroups(source.path, num_groups))
-        counts.update({f"dropped/{reason}": number for reason, number in drops.items()})
+        of_sources.append(
+            SourceGroups(source.path, num_groups, notes.lines(source.path), notes.warnings(source.path))
+        )
+        counts.update({f"dropped/{reason}": number for reason, number in notes.drops.items()})
 
 
 def _check_all_rows(sources: list[Weighted], data: DataConfig) -> None:
     for source, _ in sources:
-        for _ in _read(source, data, Counter()):
+        for _ in _read(source, data, RowNotes()):
             pass
 
 
@@ -186,6 +197,7 @@ def tokenize_source(
     max_length: int,
     tokenizer: PreTrainedTokenizerBase,
     counts: Counter[str],
+    notes: RowNotes,
 ) -> Iterator[TokenizedGroup]:
     """Streams the groups of one source in token ids.
 
@@ -195,7 +207,8 @@ def tokenize_source(
         data: The options.
         max_length: Longest prompt + completion, in tokens.
         tokenizer: The policy's tokenizer.
-        counts: Receives what is dropped and truncated, by reason.
+        counts: Receives dropped pairs and what is truncated, by reason.
+        notes: Receives dropped groups.
     """
     complete = source.completions_are_complete
     options = TokenizeOptions(
@@ -204,7 +217,7 @@ def tokenize_source(
         drop_too_long=data.too_long == "drop",
         append_eos=data.append_eos if data.append_eos is not None else complete is not False,
     )
-    for group in tokenize_groups(groups, tokenizer, options, counts):
+    for group in tokenize_groups(groups, tokenizer, options, counts, notes):
         yield from [group] if data.group_pairs else split_pairs(group)
 
 
@@ -221,7 +234,7 @@ def split_pairs(group: TokenizedGroup) -> Iterator[TokenizedGroup]:
 
 
 def read_weighted(
-    source: PreferenceSource, weight: float, data: DataConfig, drops: Counter[str]
+    source: PreferenceSource, weight: float, data: DataConfig, notes: RowNotes
 ) -> Iterator[PreferenceGroup]:
     """Streams the source's groups: each floor(weight) times, and once more with the probability that is left.
 
@@ -229,17 +242,17 @@ def read_weighted(
         source: From `open_source`.
         weight: Above 0.
         data: How rows become groups.
-        drops: Counts dropped rows by reason.
+        notes: Counts dropped rows and unused columns.
     """
     generator = np.random.default_rng(WEIGHT_SEED)
-    for group in _read(source, data, drops):
+    for group in _read(source, data, notes):
         for _ in range(int(weight + generator.random())):
             yield group
 
 
-def _read(source: PreferenceSource, data: DataConfig, drops: Counter[str]) -> Iterator[PreferenceGroup]:
+def _read(source: PreferenceSource, data: DataConfig, notes: RowNotes) -> Iterator[PreferenceGroup]:
     return read_groups(
-        source, pairing=data.pairing, min_margin=data.min_margin, strict=data.strict, drops=drops
+        source, pairing=data.pairing, min_margin=data.min_margin, strict=data.strict, notes=notes
     )
 
 

@@ -37,6 +37,10 @@ class SourceGroups(NamedTuple):
     """As in the configuration: a path or a hub name."""
     groups: int
     """Number of groups that it contributed."""
+    notes: Sequence[str] = ()
+    """What of it is not used, in lines for people."""
+    warnings: Sequence[str] = ()
+    """What a person should check or mend in it."""
 
 
 @dataclass(frozen=True, kw_only=True)

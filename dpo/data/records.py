@@ -5,8 +5,9 @@ They are immutable and have no behaviour; every stage reads what the one before 
 
 import hashlib
 import struct
-from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,12 @@ class Message(TypedDict):
 
     role: str
     content: str
+    reasoning_content: NotRequired[str]
+    reasoning: NotRequired[str]
+    thinking: NotRequired[str]
+    tool_calls: NotRequired[list[Any]]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
 
 
 class Pair(NamedTuple):
@@ -42,6 +49,12 @@ class PreferenceGroup:
     """One score per completion, higher is better; None where the data has none."""
     id: str | None = None
     """The data's own name for the group, if it has one."""
+    message_fields: tuple[Mapping[str, Any], ...] = ()
+    """What the message of each completion holds besides its text, such as tool calls; or empty."""
+    template_fields: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template gets besides the turns: tools, and arguments of its own."""
+    place: str = field(default="", compare=False)
+    """File and line, or row, that it was read from, for messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,32 +1,25 @@
 """Raw rows -> preference groups: every common format of preference data, as one stream.
 
 A row is a pair (prompt, chosen, rejected, as text or as messages, the prompt possibly implied) or a group
-(prompt, completions, and pairs or scores). A faulty row is dropped and counted by reason, or is an error.
+(prompt, completions, and pairs or scores). A faulty row is dropped and counted by reason, or is an error. A
+column that is not read is counted by name.
 """
 
+import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from dpo.data.dialogue import Dialogue, read_dialogue
+from dpo.data.fields import Fields, RowError, as_list, brief, holds
+from dpo.data.messages import list_of_objects, parsed
+from dpo.data.notes import RowNotes
 from dpo.data.pairing import PairingRule, pairs_from_scores
-from dpo.data.records import Message, Pair, PreferenceGroup
+from dpo.data.records import Pair, PreferenceGroup
 from dpo.data.sources import PreferenceSource, read_rows
 from dpo.errors import UserError
-
-ASSISTANT_TURN = "\n\nAssistant:"
-"""Start of the assistant's turn in dialogues of HH-RLHF's format."""
-
-Prompt = str | tuple[Message, ...]
-
-
-class RowError(ValueError):
-    """What is wrong with one row: a short snake_case reason to count by, and a message with the details."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 def read_groups(
@@ -35,7 +28,7 @@ def read_groups(
     pairing: PairingRule,
     min_margin: float,
     strict: bool,
-    drops: Counter[str],
+    notes: RowNotes,
     columns: Mapping[str, str] | None = None,
 ) -> Iterator[PreferenceGroup]:
     """Streams the preference groups of a source, in its order.
@@ -45,14 +38,14 @@ def read_groups(
         pairing: How scores become pairs, where rows have scores and no pairs.
         min_margin: Scores that differ by no more than this make no pair.
         strict: Make the first faulty row an error.
-        drops: Counts dropped rows by reason while the stream is read.
+        notes: Counts dropped rows and unused columns while the stream is read.
         columns: Name of a field -> the data's own name for it, where they differ: {"prompt": "question"}.
 
     Raises:
         UserError: A broken line or damaged file; with `strict`, a faulty row.
     """
-    convert = partial(group_from_row, pairing=pairing, min_margin=min_margin, columns=columns)
-    return convert_rows(read_rows(source), convert, strict=strict, drops=drops)
+    convert = partial(group_from_row, pairing=pairing, min_margin=min_margin, columns=columns, notes=notes)
+    return convert_rows(read_rows(source), convert, strict=strict, notes=notes)
 
 
 def convert_rows(
@@ -60,18 +53,19 @@ def convert_rows(
     convert: Callable[[Any], PreferenceGroup],
     *,
     strict: bool,
-    drops: Counter[str],
+    notes: RowNotes,
 ) -> Iterator[PreferenceGroup]:
     """Streams `convert(row)` for (place, row); a `RowError` is counted, or with `strict` stops the stream."""
     for place, row in rows:
+        notes.rows += 1
         try:
-            group = convert(row)
+            group = replace(convert(row), place=place)
         except RowError as fault:
             if strict:
                 raise UserError(
                     f"{place}: {fault} ({fault.reason}); correct the row, or turn strict off to drop it"
                 ) from fault
-            drops[fault.reason] += 1
+            notes.drop(fault.reason, f"{place}: {fault}")
         else:
             yield group
 
@@ -82,179 +76,107 @@ def group_from_row(
     pairing: PairingRule = "best-vs-rest",
     min_margin: float = 0.0,
     columns: Mapping[str, str] | None = None,
+    notes: RowNotes | None = None,
 ) -> PreferenceGroup:
     """One row in any of the formats as a preference group; arguments as for `read_groups`.
 
     Raises:
-        RowError: The row has none of the formats, or no preference.
+        RowError: The row has none of the formats, or no preference, or a column that cannot be used.
     """
-    if not isinstance(row, Mapping):
-        raise RowError(
-            "not_an_object", f"a row is a {type(row).__name__}; expected an object with named fields"
-        )
-    names = columns or {}
-
-    def field(name: str) -> Any:
-        return row.get(names.get(name, name))
-
-    def needed(name: str) -> Any:
-        if (value := field(name)) is None:
-            raise RowError("missing_field", f"no field {names.get(name, name)!r}; the row has {sorted(row)}")
-        return value
-
+    fields = Fields(row, columns or {})
+    notes = notes or RowNotes()
+    template_fields = _template_fields(fields)
     pairs: tuple[Pair, ...]
     scores: tuple[float, ...] | None = None
-    if field("completions") is not None:
-        values = _list(needed("completions"), "completions")
+    if fields.get("completions") is not None:
+        values = as_list(fields.needed("completions"), "completions")
         if len(values) < 2:
             raise RowError("too_few_completions", f"completions has {len(values)}; expected at least 2")
-        prompt, completions = _prompt_and_texts(needed("prompt"), values)
-        if field("scores") is not None:
-            scores = _scores(field("scores"), len(values))
-        if field("pairs") is not None or scores is None:
-            pairs = _pairs(needed("pairs"), len(values))
+        dialogue = read_dialogue(fields, values, None)
+        if fields.get("scores") is not None:
+            scores = _scores(fields.get("scores"), len(values))
+        if fields.get("pairs") is not None or scores is None:
+            pairs = _pairs(fields.needed("pairs"), len(values))
         else:
             pairs = pairs_from_scores(scores, pairing, min_margin)
     else:
-        prompt, completions = _prompt_and_texts(field("prompt"), (needed("chosen"), needed("rejected")))
+        values = [fields.needed("chosen"), fields.needed("rejected")]
+        dialogue = read_dialogue(fields, values, notes)
         pairs = (Pair(0, 1),)
-    _check_pairs(pairs, completions)
-    identifier = field("id")
+    if template_fields and isinstance(dialogue.prompt, str):
+        raise RowError(
+            "unusable_field", f"{', '.join(template_fields)} beside a prompt of plain text; expected turns"
+        )
+    _check_pairs(pairs, dialogue)
+    identifier = fields.get("id")
+    notes.ignored.update(fields.unread())
     return PreferenceGroup(
-        prompt=prompt,
-        completions=completions,
+        prompt=dialogue.prompt,
+        completions=dialogue.completions,
         pairs=pairs,
         scores=scores,
         id=None if identifier is None else str(identifier),
+        message_fields=dialogue.message_fields,
+        template_fields=template_fields,
     )
 
 
-def _prompt_and_texts(prompt: Any, values: Sequence[Any]) -> tuple[Prompt, tuple[str, ...]]:
-    """The prompt, and each completion as one string: its text, or the content of its last message."""
-    if prompt is not None and not isinstance(prompt, str):
-        prompt = _messages(prompt, "prompt")
-    if all(isinstance(value, str) for value in values):
-        completions = tuple(values)
-        if prompt is None:
-            prompt, completions = _implied_prompt(*completions)
-    else:
-        conversations = [_messages(value, "a completion") for value in values]
-        prompt = _prompt_of_conversations(prompt, conversations)
-        completions = tuple(turns[-1]["content"] for turns in conversations)
-    for completion in completions:
-        if not completion.strip():
-            raise RowError("empty_completion", f"a completion is {completion!r}; expected some text")
-    return prompt, completions
-
-
-def _implied_prompt(chosen: str, rejected: str) -> tuple[str, tuple[str, ...]]:
-    """Splits two texts after their common part: dialogues after "Assistant:", other texts between words.
-
-    "A b c" and "A b d" give the prompt "A b" and the completions " c" and " d".
-    """
-    length = min(len(chosen), len(rejected))
-    common = chosen[: next((i for i in range(length) if chosen[i] != rejected[i]), length)]
-    if (turn := common.rfind(ASSISTANT_TURN)) >= 0:
-        end = turn + len(ASSISTANT_TURN)
-    else:  # a space belongs to the completion, a newline to the prompt
-        end = max(common.rfind(" "), common.rfind("\n") + 1)
-    return common[:end], (chosen[end:], rejected[end:])
-
-
-def _prompt_of_conversations(
-    prompt: Prompt | None, conversations: Sequence[tuple[Message, ...]]
-) -> tuple[Message, ...]:
-    """The turns before the completion: from the prompt field, from the conversations, or in both."""
-    shared = conversations[0][:-1]
-    for turns in conversations:
-        if turns[-1]["role"] != "assistant":
-            raise RowError(
-                "last_turn_not_assistant",
-                f"a completion ends with the role {turns[-1]['role']!r}; expected assistant",
-            )
-        if turns[:-1] != shared:
-            raise RowError("prompts_differ", "the completions do not share all turns before the last one")
-    if isinstance(prompt, tuple):
-        if shared and shared != prompt:
-            raise RowError("prompts_differ", "the completions' first turns differ from the prompt")
-        return prompt
-    if shared:
-        return shared
-    if prompt is None:
-        raise RowError("missing_field", "no field 'prompt', and no turns before the assistant's")
-    return (Message(role="user", content=prompt),)
-
-
-def _messages(value: Any, name: str) -> tuple[Message, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise RowError(
-            "not_text",
-            f"{name} is {_brief(value)}; expected a string or a list of messages, like the rest of the row",
-        )
-    turns = []
-    for turn in value:
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise RowError(
-                "not_text", f"{name} has the message {_brief(turn)}; expected text as role and content"
-            )
-        turns.append(Message(role=role, content=content))
-    return tuple(turns)
+def _template_fields(fields: Fields) -> dict[str, Any]:
+    """What the chat template gets besides the turns: tools, and the row's own arguments of the template."""
+    found: dict[str, Any] = {}
+    if holds(options := fields.get("chat_template_kwargs")):
+        if not isinstance(options := parsed(options, "chat_template_kwargs"), Mapping):
+            raise RowError("bad_tools", f"chat_template_kwargs is {brief(options)}; expected an object")
+        found |= {str(key): value for key, value in options.items() if value is not None}
+    if holds(tools := fields.get("tools")) and (listed := list_of_objects(tools, "tools")):
+        found["tools"] = listed
+    return found
 
 
 def _scores(value: Any, num_completions: int) -> tuple[float, ...]:
-    scores = _list(value, "scores")
+    scores = as_list(value, "scores")
     if len(scores) != num_completions or not all(_is_number(score) for score in scores):
-        raise RowError("bad_scores", f"scores is {_brief(value)}; expected {num_completions} numbers")
+        raise RowError("bad_scores", f"scores is {brief(value)}; expected {num_completions} numbers")
     if not all(map(math.isfinite, scores)):
-        raise RowError("scores_not_finite", f"scores is {_brief(value)}; expected finite numbers")
+        raise RowError("scores_not_finite", f"scores is {brief(value)}; expected finite numbers")
     return tuple(map(float, scores))
 
 
 def _pairs(value: Any, num_completions: int) -> tuple[Pair, ...]:
     pairs = []
-    for item in _list(value, "pairs"):
+    for item in as_list(value, "pairs"):
         indices = (item.get("chosen"), item.get("rejected")) if isinstance(item, Mapping) else item
         if (
             not isinstance(indices, Sequence)
             or len(indices) != 2
             or not all(type(index) is int for index in indices)
         ):
-            raise RowError(
-                "bad_pairs", f"a pair is {_brief(item)}; expected two indices, chosen and rejected"
-            )
+            raise RowError("bad_pairs", f"a pair is {brief(item)}; expected two indices, chosen and rejected")
         if not all(0 <= index < num_completions for index in indices):
             raise RowError(
                 "pair_out_of_range",
-                f"a pair is {_brief(item)}; expected indices from 0 to {num_completions - 1}",
+                f"a pair is {brief(item)}; expected indices from 0 to {num_completions - 1}",
             )
         pairs.append(Pair(*indices))
     return tuple(pairs)
 
 
-def _check_pairs(pairs: Sequence[Pair], completions: Sequence[str]) -> None:
+def _check_pairs(pairs: Sequence[Pair], dialogue: Dialogue) -> None:
     if not pairs:
         raise RowError("no_pairs", "the row prefers no completion to another")
+    completions: Sequence[str] = dialogue.completions
+    if dialogue.message_fields:  # completions may differ in a call or in their reasoning alone
+        both = zip(completions, dialogue.message_fields, strict=True)
+        completions = [json.dumps(one, sort_keys=True, default=str) for one in both]
     preferences = {(completions[pair.chosen], completions[pair.rejected]) for pair in pairs}
     for chosen, rejected in preferences:
         if chosen == rejected:
-            raise RowError("identical_completions", f"chosen and rejected are both {_brief(chosen)}")
+            raise RowError("identical_completions", f"chosen and rejected are both {brief(chosen)}")
         if (rejected, chosen) in preferences:
             raise RowError(
-                "pair_both_ways", f"{_brief(chosen)} is preferred to {_brief(rejected)} and the reverse"
+                "pair_both_ways", f"{brief(chosen)} is preferred to {brief(rejected)} and the reverse"
             )
-
-
-def _list(value: Any, name: str) -> Sequence[Any]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise RowError("not_a_list", f"{name} is {_brief(value)}; expected a list")
-    return value
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

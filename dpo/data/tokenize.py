@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dpo.data.chat import ChatText, chat_text, check_template, prompt_text
+from dpo.data.fields import RowError
+from dpo.data.notes import RowNotes
 from dpo.data.records import Message, Pair, PreferenceGroup, TokenIds, TokenizedGroup
-from dpo.errors import UserError
 
 GROUPS_PER_CALL = 512  # the fast tokenizers work in parallel inside one call
 
@@ -33,7 +33,7 @@ class TokenizeOptions:
     drop_too_long: bool
     """Drop a group that does not fit instead of truncating it."""
     append_eos: bool
-    """Completions are complete: end them with EOS."""
+    """Completions are complete: end them with EOS, or with what the chat template writes after an answer."""
 
 
 def tokenize_groups(
@@ -41,6 +41,7 @@ def tokenize_groups(
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     counts: Counter[str],
+    notes: RowNotes,
 ) -> Iterator[TokenizedGroup]:
     """Tokenizes a stream of groups, in order.
 
@@ -48,21 +49,29 @@ def tokenize_groups(
         groups: Text groups; prompts as text or as chat turns.
         tokenizer: The policy's tokenizer; needs a chat template for chat turns.
         options: Lengths and EOS.
-        counts: Receives the number of dropped groups and pairs by reason (`dropped/...`), and of truncated
-            prompts and completions (`truncated/...`).
+        counts: Receives the number of dropped pairs by reason (`dropped/...`), and of truncated prompts and
+            completions (`truncated/...`).
+        notes: Receives dropped groups by reason, with the first of each.
 
     Raises:
         UserError: Chat turns and a tokenizer without a chat template.
     """
     stream = iter(groups)
     while chunk := list(islice(stream, GROUPS_PER_CALL)):
-        for group, (prompt, completions) in zip(
-            chunk, _encode(chunk, tokenizer, options.append_eos), strict=True
-        ):
-            if isinstance(completions, str):
-                counts[f"dropped/{completions}"] += 1
-            elif (fitted := _fit(prompt, completions, group, tokenizer, options, counts)) is not None:
-                yield fitted
+        for group, encoded in zip(chunk, _encode(chunk, tokenizer, options.append_eos, notes), strict=True):
+            try:
+                if isinstance(encoded, RowError):
+                    raise encoded
+                yield _fit(*encoded, group, tokenizer, options, counts)
+            except RowError as fault:
+                notes.drop(
+                    fault.reason, f"{group.place or 'a row'}: {fault}; the prompt ends {_end_of(group)}"
+                )
+
+
+def _end_of(group: PreferenceGroup) -> str:
+    prompt = group.prompt if isinstance(group.prompt, str) else group.prompt[-1]["content"]
+    return repr(prompt[-40:])
 
 
 def encode_prompt(
@@ -78,7 +87,7 @@ def encode_prompt(
 
     Raises:
         UserError: Chat turns and a tokenizer without a chat template.
-        TemplateError: The template refuses the turns.
+        RowError: The template refuses the turns.
     """
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
@@ -87,23 +96,8 @@ def encode_prompt(
         if ids:
             return ids
         return [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{key}: the prompts are chat messages and the tokenizer has no chat template; use a tokenizer "
-            "that has one, or prepare the data as text (python -m data_prep hh --format text, for example)"
-        )
-    return _templated(prompt, tokenizer, add_generation_prompt=True)
-
-
-def _templated(
-    turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False
-) -> list[int]:
-    dialogue: list[dict[str, Any]] = [dict(turn) for turn in turns]
-    return list(
-        tokenizer.apply_chat_template(
-            dialogue, add_generation_prompt=add_generation_prompt, return_dict=False
-        )
-    )
+    check_template(tokenizer, key)
+    return _encode_batch([prompt_text(prompt, tokenizer, {})], tokenizer)[0]
 
 
 def bos_prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -131,16 +125,22 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode(
-    groups: Sequence[PreferenceGroup], tokenizer: PreTrainedTokenizerBase, append_eos: bool
-) -> Iterator[tuple[list[int], list[list[int]] | str]]:
-    """Prompt ids and completion ids of each group, or instead of the latter the reason to drop it."""
+    groups: Sequence[PreferenceGroup], tokenizer: PreTrainedTokenizerBase, append_eos: bool, notes: RowNotes
+) -> Iterator[tuple[list[int], list[list[int]]] | RowError]:
+    """Prompt ids and completion ids of each group, or why it is dropped."""
     texts = [group for group in groups if isinstance(group.prompt, str)]
     joint = iter(_encode_batch([f"{g.prompt}{c}" for g in texts for c in g.completions], tokenizer))
     apart = iter(_encode_batch([c for g in texts for c in g.completions], tokenizer))
     bos = bos_prefix(tokenizer)
     for group in groups:
         if not isinstance(group.prompt, str):
-            yield _encode_chat(group, tokenizer)
+            check_template(tokenizer, "data.train")
+            try:
+                text = chat_text(group, tokenizer, complete=append_eos)
+                notes.ignored.update(f"messages.{key}" for key in text.unused)
+                yield _encode_chat(text, tokenizer)
+            except RowError as fault:
+                yield fault
             continue
         prompt = encode_prompt(group.prompt, tokenizer)
         plain = without_bos(prompt, bos)
@@ -164,27 +164,19 @@ def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
     return list(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _encode_chat(
-    group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[list[int]] | str]:
-    """Ids through the chat template, which decides on BOS and the end of a turn.
+def _encode_chat(text: ChatText, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
+    """Ids of the prompt and of what follows it in each dialogue.
 
-    The prefix property: the templated dialogue must start with the templated prompt. Templates that rewrite
-    history (by dropping earlier reasoning, say) break it, and a log-prob of the completion would then belong
-    to another prompt.
+    Where the first characters of a completion merge with the end of the prompt into one token, the two are
+    encoded apart, as in plain text: the policy answers the prompt's own ids.
     """
-    assert not isinstance(group.prompt, str)
-    answers = [Message(role="assistant", content=completion) for completion in group.completions]
-    try:
-        prompt = encode_prompt(group.prompt, tokenizer)
-        dialogues = [_templated([*group.prompt, answer], tokenizer) for answer in answers]
-    except TemplateError:  # many templates refuse turns that do not alternate, or a system turn
-        return [], "template_refuses_dialogue"
+    prompt, *dialogues = _encode_batch([text.prompt, *text.dialogues], tokenizer)
     completions = []
-    for whole in dialogues:
-        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            return prompt, "template_rewrites_history"
-        completions.append(whole[len(prompt) :])
+    for whole, written in zip(dialogues, text.dialogues, strict=True):
+        fits = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
+        completions.append(
+            whole[len(prompt) :] if fits else _encode_batch([written[len(text.prompt) :]], tokenizer)[0]
+        )
     return prompt, completions
 
 
@@ -195,15 +187,16 @@ def _fit(
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     counts: Counter[str],
-) -> TokenizedGroup | None:
-    """Truncates or drops what is too long; drops pairs that became identical. None if nothing is left."""
+) -> TokenizedGroup:
+    """Truncates or drops what is too long; drops pairs that became identical. RowError if nothing is left."""
     longest = max(map(len, completions))
     limit = options.max_prompt_length or max(options.max_length - longest, options.max_length // 2)
     room = options.max_length - min(len(prompt), limit)
     if len(prompt) > limit or longest > room:
         if options.drop_too_long:
-            counts["dropped/too_long"] += 1
-            return None
+            raise RowError(
+                "too_long", f"{len(prompt)} + {longest} tokens; data.too_long is drop, and they do not fit"
+            )
         if len(prompt) > limit:
             counts["truncated/prompts"] += 1
             bos = bos_prefix(tokenizer) if prompt[:1] == bos_prefix(tokenizer) and limit > 1 else []
@@ -213,8 +206,9 @@ def _fit(
     kept = tuple(pair for pair in source.pairs if completions[pair.chosen] != completions[pair.rejected])
     counts["dropped/pairs_identical_in_tokens"] += len(source.pairs) - len(kept)
     if any(not ids for ids in completions) or not kept:
-        counts["dropped/nothing_left_after_tokenization"] += 1
-        return None
+        raise RowError(
+            "nothing_left_after_tokenization", "no pair has two different completions in token ids"
+        )
     group = _without_unused(np.asarray(prompt, dtype=np.int32), completions, kept, source.scores)
     counts["dropped/pairs_repeated"] += len(kept) - len(group.pairs)
     return group

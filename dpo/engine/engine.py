@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, Tree, TreeBatch
-from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, without_waiting
+from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, set_ours, without_waiting
 from dpo.engine.optimizer import OPTIMIZERS, make_optimizer
 from dpo.engine.scoring import gathered, make_scorer, register_head, settle_layout
 from dpo.engine.sharded_state import load_sharded, save_sharded
@@ -80,12 +80,10 @@ class Engine:
         self._frozen = {name for name, parameter in named if not parameter.requires_grad}
         optimizer = make_optimizer(scorer, options)
         if self._zero:
-            plugin = accelerator.deepspeed_plugin
-            fit_buckets(plugin.deepspeed_config, model)
-            without_waiting(plugin.deepspeed_config)
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # tokens size our micro-batches
-            plugin.deepspeed_config["gradient_clipping"] = options.max_grad_norm
-            plugin.deepspeed_config["checkpoint"] = {"load_universal": universal}
+            settings = accelerator.deepspeed_plugin.deepspeed_config
+            fit_buckets(settings, model)
+            set_ours(settings, max_grad_norm=options.max_grad_norm, universal=universal)
+            without_waiting(settings)
         self._scorer, self._optimizer = accelerator.prepare(scorer, optimizer)
         if distributed.is_distributed() and self._scorer is scorer:
             raise RuntimeError("Accelerate did not wrap the policy: every rank would train alone")

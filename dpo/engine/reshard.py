@@ -12,6 +12,7 @@ from pathlib import Path
 from dpo import distributed
 from dpo.engine.sharded_state import ENGINE_TAG
 from dpo.errors import UserError
+from dpo.files import UNIVERSAL
 
 WHOLE = ("one device", "DDP")
 """Engines whose state rank 0 writes whole."""
@@ -48,7 +49,7 @@ def universal_form(checkpoint: Path, run_dir: Path) -> Iterator[Path]:
     Raises:
         UserError: The converter failed.
     """
-    folder = run_dir / "checkpoints" / f".{checkpoint.name.lstrip('.')}.universal"
+    folder = run_dir / "checkpoints" / f".{checkpoint.name.lstrip('.')}{UNIVERSAL}"
     distributed.on_main(lambda: _convert(checkpoint / ENGINE_TAG, folder))
     try:
         yield folder

@@ -3,17 +3,22 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, KwargsHandler
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+)
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.config import ModelConfig, OptimizationConfig
-from dpo.engine.deepspeed_config import offloads_optimizer, read_settings
+from dpo.engine.deepspeed_config import offloads_optimizer
+from dpo.engine.launcher import check_launcher, overridden
 from dpo.model.load import DTYPES
 
 
@@ -23,18 +28,24 @@ def start(model: ModelConfig) -> Accelerator:
     Without an accelerator the gloo backend must be named, or Accelerate assumes a world of one on every rank.
 
     Raises:
-        UserError: The launcher's DeepSpeed configuration contains what we refuse.
+        UserError: The launcher would train something else than the configuration describes.
     """
-    if (file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none":
-        read_settings(Path(file))
+    check_launcher(os.environ)
     distributed.start()
+    terminal.warning(*overridden(os.environ, model))
     backend = None if torch.cuda.is_available() else "gloo"
     handlers: list[KwargsHandler] = []
     if distributed.is_distributed():
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=distributed.COLLECTIVE_TIMEOUT))
     mixed_precision = "bf16" if model.dtype == "bfloat16" else "no"
     cpu = distributed.is_distributed() and distributed.trains_on_cpu_alone()
-    return Accelerator(mixed_precision=mixed_precision, kwargs_handlers=handlers, cpu=cpu)
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        kwargs_handlers=handlers,
+        cpu=cpu,
+        # or the launcher's number would divide every gradient
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
 
 
 def make_repeatable(options: OptimizationConfig) -> None:

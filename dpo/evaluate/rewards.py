@@ -5,7 +5,7 @@ whole set, whatever the number of ranks or the batch size (law 7).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from dpo.data.plan import share
 from dpo.data.preference_data import PreferenceData
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
+from dpo.loss.catalog import needs_whole_step
 from dpo.loss.pairs import PairLogProbs, pair_logps
 from dpo.loss.preference_loss import preference_loss
 
@@ -118,7 +119,8 @@ def score_pairs(
         if groups:
             records.append(_records(_pairs_of(data.dataset, groups), batch, logps, loss))
     everything = np.concatenate(distributed.gather_objects(np.concatenate(records)))
-    return _in_order(everything, data)
+    scores = _in_order(everything, data)
+    return replace(scores, losses=_losses_together(scores, loss)) if needs_whole_step(loss) else scores
 
 
 def _records(pairs: npt.NDArray[np.int64], batch: TreeBatch, logps: Tensor, loss: LossConfig) -> Records:
@@ -174,6 +176,24 @@ def _in_order(records: Records, data: PreferenceData) -> PairScores:
         chosen_tokens=tokens[:, 0],
         rejected_tokens=tokens[:, 1],
     )
+
+
+def _losses_together(scores: PairScores, loss: LossConfig) -> Float64s:
+    """(P,) losses of a loss that depends on all pairs together: of the data set, instead of a batch."""
+
+    def pairs(chosen: Float64s, rejected: Float64s) -> PairLogProbs:
+        values = (chosen, rejected, scores.chosen_tokens, scores.rejected_tokens)
+        tensors = [torch.from_numpy(np.ascontiguousarray(value)) for value in values]
+        return PairLogProbs(
+            chosen=tensors[0],
+            rejected=tensors[1],
+            chosen_tokens=tensors[2],
+            rejected_tokens=tensors[3],
+        )
+
+    policy = pairs(scores.chosen_logps, scores.rejected_logps)
+    reference = pairs(scores.reference_logps[:, 0], scores.reference_logps[:, 1])
+    return np.asarray(preference_loss(policy, reference, loss).losses.numpy())
 
 
 def _pairs_of(dataset: TokenizedDataset, groups: list[int]) -> npt.NDArray[np.int64]:

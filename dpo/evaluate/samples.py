@@ -84,7 +84,7 @@ def continue_prompts(
     prompts: Sequence[TokenIds],
     options: EvaluateConfig,
     *,
-    eos_token_id: int,
+    stop_ids: Sequence[int],
     sharded: bool,
     progress: str | None,
     for_kl: bool = False,
@@ -95,7 +95,7 @@ def continue_prompts(
         model: The whole model or this rank's part of it, in evaluation mode.
         prompts: P prompts in token ids.
         options: Length, temperature, seed and batch size.
-        eos_token_id: Token that ends a continuation.
+        stop_ids: As in `sample`; the same for models that are compared.
         sharded: As in `sample`.
         progress: Label of the progress bar, or None for no bar.
         for_kl: Draw at temperature 1 and with another seed, as the KL needs it.
@@ -108,7 +108,7 @@ def continue_prompts(
         temperature=1.0 if for_kl else options.temperature,
         seed=options.seed + KL_SEED_OFFSET if for_kl else options.seed,
         batch_size=options.batch_size,
-        eos_token_id=eos_token_id,
+        stop_ids=stop_ids,
         progress=progress,
         sharded=sharded,
     )

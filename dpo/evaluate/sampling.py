@@ -14,7 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpo import terminal
 from dpo.data.records import TokenIds
@@ -27,13 +33,29 @@ class Continuation:
     """What a model generated after a prompt."""
 
     ids: TokenIds
-    """(T,) token ids without EOS; empty if EOS came first."""
-    finished: bool
-    """Whether it ended with EOS; otherwise it was cut at the longest length."""
+    """(T,) token ids without the one that ended it; empty if that came first."""
+    stop: int | None
+    """The token that ended it, EOS or another end of a turn; None if it was cut at the longest length."""
 
-    def sampled_ids(self, eos_token_id: int) -> TokenIds:
-        """(T,) or (T + 1,) int32: every token that was drawn, EOS included, as log-probs count them."""
-        return np.append(self.ids, np.int32(eos_token_id)) if self.finished else self.ids
+    @property
+    def finished(self) -> bool:
+        """Whether the model ended it."""
+        return self.stop is not None
+
+    def sampled_ids(self) -> TokenIds:
+        """(T,) or (T + 1,) int32: every token that was drawn, as log-probs count them."""
+        return self.ids if self.stop is None else np.append(self.ids, np.int32(self.stop))
+
+
+def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a continuation: the tokenizer's EOS first, then those of the model's own settings.
+
+    A chat model ends its turns with a token that need not be the tokenizer's EOS; its generation_config.json
+    lists them. Where it goes on, what follows is a turn that it invents.
+    """
+    settings = getattr(model.generation_config, "eos_token_id", None)
+    listed = settings if isinstance(settings, list | tuple) else [] if settings is None else [settings]
+    return tuple(dict.fromkeys([int(tokenizer.eos_token_id), *map(int, listed)]))
 
 
 class _Row(NamedTuple):
@@ -49,16 +71,18 @@ class _GumbelNoise(LogitsProcessor):
     Each row has its own generator, which draws once per vocabulary entry and step, whatever other rows do.
     """
 
-    def __init__(self, rows: Sequence[_Row], *, temperature: float, seed: int, eos_token_id: int) -> None:
+    def __init__(
+        self, rows: Sequence[_Row], *, temperature: float, seed: int, stop_ids: Sequence[int]
+    ) -> None:
         self._generators = [np.random.default_rng([seed, row.prompt, row.sample]) for row in rows]
         self._temperature = temperature
-        self._eos_token_id = eos_token_id
+        self._stop_ids = frozenset(stop_ids)
         self._started = False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores plus noise, float32 (S, V). Finished rows are padded with EOS and need no noise."""
+        """Scores plus noise, float32 (S, V). Finished rows are padded with a stop token and need no noise."""
         last = input_ids[:, -1].tolist()
-        active = [row for row, token in enumerate(last) if not self._started or token != self._eos_token_id]
+        active = [row for row, token in enumerate(last) if not self._started or token not in self._stop_ids]
         self._started = True
         # -log of an exponential is Gumbel. Drawn in float64: a float32 draw is 0 about once in 2^24, which is
         # every few hundred tokens with a vocabulary of 50,000, and infinite noise makes the token random.
@@ -78,7 +102,7 @@ def sample(
     temperature: float,
     seed: int,
     batch_size: int,
-    eos_token_id: int,
+    stop_ids: Sequence[int],
     progress: str | None,
     sharded: bool = False,
 ) -> list[list[Continuation]]:
@@ -89,14 +113,14 @@ def sample(
 
     Args:
         model: A causal language model in evaluation mode, on this rank's device. Its own generation settings
-            are ignored.
+            are ignored, but for `stop_ids`.
         prompts: P arrays of (T_p,) token ids, each with at least one token.
         num_samples: Continuations of each prompt.
-        max_new_tokens: Longest continuation, in tokens, EOS included.
+        max_new_tokens: Longest continuation, in tokens, the one that ends it included.
         temperature: Divides the logits; 0 takes the most likely token.
         seed: At least 0. A sample's random stream depends only on it, the prompt's index and its own index.
         batch_size: Sequences that are sampled together.
-        eos_token_id: Token that ends a continuation.
+        stop_ids: Tokens that end a continuation, from `stop_ids_of`; the first one is the padding.
         progress: Label of the progress bar on rank 0, or None for no bar.
         sharded: The ranks share one copy of the model, so that all must take part in each pass.
 
@@ -115,8 +139,8 @@ def sample(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
-        eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id,
+        eos_token_id=list(stop_ids),
+        pad_token_id=stop_ids[0],
     )
     drawn: dict[_Row, Continuation] = {}
     with (
@@ -127,9 +151,9 @@ def sample(
             if own is None and not sharded:
                 break
             batch = own or rows[:1]  # other ranks need this pass; a sample that is drawn twice is the same
-            noise = _GumbelNoise(batch, temperature=temperature, seed=seed, eos_token_id=eos_token_id)
+            noise = _GumbelNoise(batch, temperature=temperature, seed=seed, stop_ids=stop_ids)
             processors = LogitsProcessorList([noise] if temperature > 0 else [])
-            ids, mask = _left_padded([prompts[row.prompt] for row in batch], eos_token_id)
+            ids, mask = _left_padded([prompts[row.prompt] for row in batch], stop_ids[0])
             output = model.generate(  # type: ignore[operator]
                 inputs=ids.to(device()),
                 attention_mask=mask.to(device()),
@@ -138,7 +162,7 @@ def sample(
             )
             written = output[:, ids.shape[1] :].cpu().numpy().astype(np.int32)
             for row, tokens in zip(batch, written, strict=True):
-                drawn[row] = _until_eos(tokens, eos_token_id)
+                drawn[row] = _until_stop(tokens, stop_ids)
             bar.update(len(own or ()))
 
     complete = {key: value for part in gather_objects(drawn) for key, value in part.items()}
@@ -173,12 +197,12 @@ def _left_padded(
     return ids, mask
 
 
-def _until_eos(tokens: TokenIds, eos_token_id: int) -> Continuation:
-    """(T,) generated tokens up to the first EOS; the rest is padding."""
-    ends = np.flatnonzero(tokens == eos_token_id)
+def _until_stop(tokens: TokenIds, stop_ids: Sequence[int]) -> Continuation:
+    """(T,) generated tokens up to the first that ends a continuation; the rest is padding."""
+    ends = np.flatnonzero(np.isin(tokens, stop_ids))
     if len(ends) == 0:
-        return Continuation(tokens.copy(), finished=False)
-    return Continuation(tokens[: ends[0]].copy(), finished=True)
+        return Continuation(tokens.copy(), stop=None)
+    return Continuation(tokens[: ends[0]].copy(), stop=int(tokens[ends[0]]))
 
 
 @contextmanager

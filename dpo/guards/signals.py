@@ -5,21 +5,20 @@ agent receives and signals the other ranks once the first one has exited. So the
 itself: the loop adds the flags of all ranks to a sum that it makes anyway, saves, and all exit together.
 """
 
-import ctypes
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from dpo.errors import StoppedBySignal
+from dpo.launched import LAUNCHED
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEATS_WITHIN_SECONDS = 3.0
 """A scheduler signals launcher and rank, and the launcher forwards it: within this time it is one request."""
-PR_SET_PDEATHSIG = 1
+AT_ONCE = "before the first step: nothing is lost; run the same command again"
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -46,9 +45,7 @@ class StopRequests:
     Until `wait_for_step` is called a signal raises StoppedBySignal at once, wherever the main thread is.
     """
 
-    def __init__(
-        self, at_once: str = "before the first step: nothing is lost; run the same command again"
-    ) -> None:
+    def __init__(self, at_once: str = AT_ONCE) -> None:
         """Handles nothing yet.
 
         Args:
@@ -58,7 +55,7 @@ class StopRequests:
         """The first signal, such as SIGTERM."""
         self._at_once = at_once
         self._at = 0.0
-        self._waits = False
+        self._waits = self._ending = False
         self._handled = signal_handler(self._handle)
 
     def wait_for_step(self) -> None:
@@ -75,6 +72,20 @@ class StopRequests:
     def requested(self) -> bool:
         """Whether this process has been asked to stop."""
         return self.name is not None
+
+    @property
+    def raised_at_once(self) -> bool:
+        """Whether a signal has raised StoppedBySignal before the loop asked for it."""
+        return self.requested and not self._waits
+
+    def end(self) -> None:
+        """The command ends with an error: a signal that comes now must not replace it.
+
+        Torchelastic sends one to the other ranks of a rank that has failed.
+        """
+        self._ending = True
+        if LAUNCHED in os.environ:
+            self.ignore_more()  # until the process is gone
 
     def ignore_more(self) -> None:
         """Everything is saved: further signals come from the launcher, as other ranks exit."""
@@ -93,6 +104,8 @@ class StopRequests:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if self._ending:
+            return
         if self.name is None:
             self.name, self._at = signal.Signals(number).name, now
             if not self._waits:
@@ -104,12 +117,6 @@ class StopRequests:
 
     def _stopped(self, name: str) -> StoppedBySignal:
         return StoppedBySignal(f"{name} {self._at_once}")
-
-
-def end_with_launcher() -> None:
-    """Asks the kernel for a SIGTERM when the launcher dies, so that no rank is left behind (Linux only)."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _say(message: str) -> None:

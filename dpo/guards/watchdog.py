@@ -62,6 +62,8 @@ class Watchdog:
         self._progressed: float | None = None
         self._ended = threading.Event()
         self._store: Any = None
+        self._store_is_gone = False
+        self._first_end: dict[str, Any] | None = None
         if distributed.is_distributed():
             shared_store: Any = dist.distributed_c10d._get_default_store()
             own_connection = shared_store.clone()
@@ -84,6 +86,7 @@ class Watchdog:
         """
         if self._store is None:
             return error
+        gone: dict[int, Heartbeat] = {}
         try:
             first = self._publish_end(error) == 1
             gone = self._gone()
@@ -92,14 +95,15 @@ class Watchdog:
             elif first:
                 return error
             else:
-                said = json.loads(self._store.get("end/1"))
-                kind = KINDS.get(said["kind"], RunFailed)
-                reason = kind(f"rank {said['rank']}: {said['message']}")
+                reason = _reason(json.loads(self._store.get("end/1")), error)
         except dist.DistError:
-            gone = {0: Heartbeat(host=os.environ.get("MASTER_ADDR", "?"), pid=0)}
-            reason = RunFailed(
-                "rank 0, which holds the store of the process group, is gone: killed, or out of memory"
-            )
+            if self._first_end is not None:
+                reason = _reason(self._first_end, error)
+            else:
+                gone = {0: Heartbeat(host=os.environ.get("MASTER_ADDR", "?"), pid=0)}
+                reason = RunFailed(
+                    "rank 0, which holds the store of the process group, is gone: killed, or out of memory"
+                )
         if 0 in gone:
             self._report(gone, str(reason))
         return reason
@@ -126,10 +130,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.is_set():
-            try:
-                self._beat()
-            except dist.DistError:
-                self._store = None  # the main thread will find out which rank is gone
+            if not self._store_is_gone:
+                try:
+                    self._beat()
+                    self._read_first_end()
+                except dist.DistError:
+                    self._store_is_gone = True  # the main thread will find out which rank is gone
             idle = 0.0 if self._progressed is None else time.monotonic() - self._progressed
             if idle > self._stuck_after:
                 self._end_stuck_run(idle)
@@ -139,6 +145,11 @@ class Watchdog:
         self._mine.beats += 1
         if self._store is not None:
             self._store.set(f"rank/{distributed.rank()}", json.dumps(asdict(self._mine)))
+
+    def _read_first_end(self) -> None:
+        """Keeps why the first rank has ended, for when the store is gone because that rank was rank 0."""
+        if self._store is not None and self._first_end is None and self._store.check(["end/1"]):
+            self._first_end = json.loads(self._store.get("end/1"))
 
     def _read(self) -> dict[int, Heartbeat]:
         if self._store is None:
@@ -211,6 +222,14 @@ class Watchdog:
         alive = (rank for rank in range(distributed.world_size()) if rank not in gone)
         if distributed.rank() == min(alive) and not written:
             record_end(self._folder, self._command, 1, message, self._started)
+
+
+def _reason(first_end: dict[str, Any], own: Exception) -> Exception:
+    """What another rank has published, as this rank's error; `own` where both were stopped by a signal."""
+    kind = KINDS.get(first_end["kind"], RunFailed)
+    if kind is StoppedBySignal and isinstance(own, StoppedBySignal):
+        return own
+    return kind(f"rank {first_end['rank']}: {first_end['message']}")
 
 
 def _listed(ranks: dict[int, Heartbeat]) -> str:

@@ -24,6 +24,8 @@ class LossKind:
     """pairs: its mean is over pairs; groups: over groups, each a ranking of its completions."""
     per_token: bool = False
     """Whether it divides log-probs by the completion's length; `ld_alpha` then makes no sense."""
+    whole_step: bool = False
+    """Whether its value depends on all pairs of the optimizer step together, over all ranks."""
 
 
 LOSSES = {
@@ -38,6 +40,8 @@ LOSSES = {
     "apo_down": LossKind(),
     "discopop": LossKind(uses=frozenset({"beta", "discopop_tau"})),
     "sigmoid_norm": LossKind(uses=SIGMOID_LIKE, per_token=True),
+    "aot": LossKind(uses=SIGMOID_LIKE, whole_step=True),
+    "aot_unpaired": LossKind(uses=SIGMOID_LIKE, whole_step=True),
     "plackett_luce": LossKind(averaged_over="groups"),
     "simpo": LossKind(uses=frozenset({"beta", "simpo_gamma"}), needs_reference=False, per_token=True),
     "orpo": LossKind(needs_reference=False, per_token=True),
@@ -62,6 +66,11 @@ def needs_reference(loss: LossConfig) -> bool:
 def averaged_over_groups(loss: LossConfig) -> bool:
     """Whether the mean is over groups instead of pairs."""
     return any(LOSSES[name].averaged_over == "groups" for name in names_of(loss))
+
+
+def needs_whole_step(loss: LossConfig) -> bool:
+    """Whether the loss of a pair depends on the other pairs of the optimizer step."""
+    return any(name in LOSSES and LOSSES[name].whole_step for name in names_of(loss))
 
 
 def title_of(loss: LossConfig) -> str:
@@ -111,6 +120,8 @@ def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
         for name in names:
             if LOSSES[name].per_token:
                 yield f"loss.ld_alpha: {loss.ld_alpha}; {name} divides by the length already: leave it out"
+    if needs_whole_step(loss) and loss.pair_weights != "equal":
+        yield f"loss.pair_weights: {loss.pair_weights}; {losses} sorts the step's pairs: leave it out"
     if averaged_over_groups(loss):
         if len(names) > 1:
             yield f"loss.type: {names}; a loss over rankings does not mix with losses over pairs"

@@ -159,6 +159,33 @@ def sigmoid_norm(pairs: Pairs, loss: LossConfig) -> Tensor:
     return _smoothed_logistic(loss.beta * (chosen - rejected), loss.label_smoothing)
 
 
+def aot(pairs: Pairs, loss: LossConfig) -> Tensor:
+    """AOT on pairs: the policy's margins dominate the reference's in distribution, not pair by pair.
+
+        -(1 - eps) log sigma(beta d_i) - eps log sigma(-beta d_i),   d_i = u_(i) - v_(i)
+
+    arXiv 2406.05882 (AOT paired): u_(i) and v_(i) are the i-th smallest of log pi(y_w|x) - log pi(y_l|x) and
+    of the same under the reference, over all pairs of the optimizer step; eps in [0, 0.5). Term i belongs to
+    the i-th place, not to the i-th pair. ln 2 where policy = reference.
+    """
+    assert pairs.reference is not None
+    policy = (pairs.policy.chosen - pairs.policy.rejected).sort().values
+    reference = (pairs.reference.chosen - pairs.reference.rejected).sort().values
+    return _smoothed_logistic(loss.beta * (policy - reference), loss.label_smoothing)
+
+
+def aot_unpaired(pairs: Pairs, loss: LossConfig) -> Tensor:
+    """AOT without pairs: the log-ratios of chosen completions dominate those of rejected ones.
+
+        -(1 - eps) log sigma(beta d_i) - eps log sigma(-beta d_i),   d_i = h_w(i) - h_l(i)
+
+    arXiv 2406.05882 (AOT unpaired): both sorted over the optimizer step, so that chosen and rejected
+    completions need not share a prompt; eps in [0, 0.5). ln 2 where all log-ratios are 0.
+    """
+    chosen, rejected = pairs.chosen_logratios.sort().values, pairs.rejected_logratios.sort().values
+    return _smoothed_logistic(loss.beta * (chosen - rejected), loss.label_smoothing)
+
+
 def plackett_luce(pairs: Pairs, loss: LossConfig) -> Tensor:
     """DPO over rankings: the likelihood that each completion comes before all that are ranked below it.
 

@@ -3,7 +3,7 @@
 `pair_logps` makes them from the log-probs of a micro-batch, one value per sequence or per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,21 @@ class PairLogProbs:
     """(B,) int64, number of tokens of the rejected completion."""
     chosen_sequences: Tensor | None = None
     """(B,) int64, index of the chosen completion, equal in pairs that share it; for losses over rankings."""
+
+    def joined(self, parts: Sequence["PairLogProbs"], own: int) -> "PairLogProbs":
+        """The pairs of all ranks, with this rank's own tensors, and their gradient, at place `own`.
+
+        Args:
+            parts: Of every rank, without gradient.
+            own: This rank's place among them.
+        """
+        all_ranks = [*parts[:own], self, *parts[own + 1 :]]
+        return PairLogProbs(
+            chosen=torch.cat([part.chosen for part in all_ranks]),
+            rejected=torch.cat([part.rejected for part in all_ranks]),
+            chosen_tokens=torch.cat([part.chosen_tokens for part in all_ranks]),
+            rejected_tokens=torch.cat([part.rejected_tokens for part in all_ranks]),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,8 +18,8 @@ from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
 TOLERANCE = 1e-4
 """Root mean square difference of token log-probs in float32, in nats, that rounding explains."""
 NOISE_FACTOR, LEAST_NOISE = 3.0, 0.02
-"""In bfloat16 a layout may differ from rows by this factor times what rows in one batch differ from rows
-alone (0.04 to 0.09 nats per token on a model of 135M), or times this many nats if that is more."""
+"""In bfloat16 a layout may differ from rows by this factor times the difference of rows in one batch and
+alone (0.04 to 0.09 nats per token on a model of 135M), or times this many nats per token if that is more."""
 
 Score = Callable[..., Tensor]
 """(batch, per_token=True, own_projection=...) -> (N,) log-probs: a `SequenceScorer`, wrapped or not."""

@@ -75,16 +75,26 @@ class SequenceScorer(nn.Module):
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), device=batch.input_ids.device)  # unused
             inputs["tree"] = TreeAttention(batch=batch)
         if own_projection or (own_projection is None and not self.uses_projection):
-            logits = self.model(**inputs).logits.flatten(0, 1)[batch.predicts]
+            logits = rows_of(self.model(**inputs).logits, batch.predicts)
             token_logps = -F.cross_entropy(logits.float(), batch.targets, reduction="none")
         else:
             hidden = self.model.base_model(**inputs)[0]
-            token_logps = self.projection(hidden.flatten(0, 1)[batch.predicts], batch.targets)
+            token_logps = self.projection(rows_of(hidden, batch.predicts), batch.targets)
         return token_logps if per_token else sequence_sums(token_logps, batch)
 
     def compute_dtype(self) -> torch.dtype:
         """The dtype of matrix products, under autocast too."""
         return product_dtype(self.model.device, self.model.dtype)
+
+
+def rows_of(states: Tensor, positions: Tensor) -> Tensor:
+    """(N, D) rows of (R, T, D) states, with a gradient that is the same in every run.
+
+    The state before a completion serves all completions of its prompt. On a CPU the backward pass of indexing
+    adds their gradients with atomics, in any order; on a GPU that of index_select does.
+    """
+    flat = states.flatten(0, 1)
+    return flat.index_select(0, positions) if flat.device.type == "cpu" else flat[positions]
 
 
 def sequence_sums(token_logps: Tensor, batch: TreeBatch) -> Tensor:

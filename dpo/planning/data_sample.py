@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from dpo import terminal
 from dpo.config import DataConfig
 from dpo.data.build import (
     Weighted,
@@ -25,6 +26,7 @@ from dpo.data.build import (
     train_sources_of,
 )
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.notes import RowNotes
 from dpo.data.records import PreferenceGroup
 from dpo.data.trees import Tree
 from dpo.errors import UserError
@@ -189,12 +191,16 @@ def _draw(sources: Sequence[Weighted], data: DataConfig, generator: np.random.Ge
     dropped, num_read = Counter[str](), 0
     reservoir: list[tuple[int, PreferenceGroup]] = []
     for number, (source, weight) in enumerate(sources):
-        for group in read_weighted(source, weight, data, dropped):
+        notes = RowNotes()
+        for group in read_weighted(source, weight, data, notes):
             num_read += 1
             if len(reservoir) < SAMPLE_GROUPS:
                 reservoir.append((number, group))
             elif (place := int(generator.integers(num_read))) < SAMPLE_GROUPS:
                 reservoir[place] = (number, group)
+        dropped.update(notes.drops)
+        terminal.note(*notes.lines(source.path))
+        terminal.warning(*notes.warnings(source.path))
     by_source = [[group for origin, group in reservoir if origin == number] for number in range(len(sources))]
     return _Drawn(by_source=by_source, num_read=num_read, dropped=dropped)
 
@@ -208,12 +214,14 @@ def _tokenize(
     cut: Counter[str],
 ) -> TokenizedDataset:
     """The groups in token ids, as training would have them; counts what is cut or dropped in `cut`."""
+    notes = RowNotes()
     groups = chain.from_iterable(
-        tokenize_source(mine, source, data, max_length, tokenizer, cut)
+        tokenize_source(mine, source, data, max_length, tokenizer, cut, notes)
         for (source, _), mine in zip(sources, by_source, strict=True)
     )
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(groups, Path(folder) / "sample", Counter())
+        cut.update({f"dropped/{reason}": number for reason, number in notes.drops.items()})
         return map_dataset(Path(folder) / "sample", "sample")  # mapped files outlive their names
 
 

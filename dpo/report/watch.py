@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo.config import EvaluateConfig
 from dpo.data.records import TokenIds
 from dpo.evaluate.samples import continue_prompts, texts_of
+from dpo.evaluate.sampling import stop_ids_of
 from dpo.report.escape import markdown_cell, prompt_end
 from dpo.report.markdown import table
 
@@ -28,8 +29,8 @@ def watched_samples(
         options: Temperature, length and seed.
         sharded: As in `sample`.
     """
-    eos = int(tokenizer.eos_token_id)
-    drawn = continue_prompts(model, prompts, options, eos_token_id=eos, sharded=sharded, progress=None)
+    stop_ids = stop_ids_of(model, tokenizer)
+    drawn = continue_prompts(model, prompts, options, stop_ids=stop_ids, sharded=sharded, progress=None)
     queries = texts_of(prompts, tokenizer)
     answers = texts_of([continuation.ids for continuation in drawn], tokenizer)
     rows = (

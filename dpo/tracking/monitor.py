@@ -6,18 +6,16 @@ Only the main process writes.
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from types import TracebackType
-from typing import Any, Protocol
-
-from torch.utils.tensorboard import SummaryWriter
 
 from dpo import distributed, terminal
-from dpo.files import write_file
-from dpo.tracking.history import complete_lines
+from dpo.files import naming, write_file
+from dpo.tracking.curves import Curves, Tracker
+from dpo.tracking.history import History, load_history
 from dpo.tracking.metrics import Evaluation
 from dpo.tracking.run_folder import RunFolder
 
-FLUSH_SECONDS = 3
 MARGINS = "eval/rewards/distribution_of_margins"  # TensorBoard shows one kind of plot per name
 CHARTS = {
     "Training beside held-out": {
@@ -31,16 +29,6 @@ CHARTS = {
     },
 }
 """TensorBoard's Custom Scalars: category -> chart -> the curves in it."""
-
-
-class Tracker(Protocol):
-    """Another place where curves go, such as one of Accelerate's trackers."""
-
-    def log(self, values: dict[str, Any], step: int | None) -> Any:
-        """Records the values of a step."""
-
-    def finish(self) -> Any:
-        """Closes it."""
 
 
 class Monitor:
@@ -73,22 +61,23 @@ class Monitor:
         if not self._enabled:
             return
         # A run without a step starts afresh: what it measured before its first step is measured again.
-        lines = [(line, json.loads(line)) for line in complete_lines(folder) if first_step]
+        history = load_history(folder, until=first_step) if first_step else History()
         kept = [
-            line
-            for line, values in lines
+            text
+            for text, values in zip(history.texts, history.lines, strict=True)
             if values["step"] < first_step
             or (values["step"] == first_step and (evaluated or "eval/loss" not in values))
         ]
+        if history.num_damaged:
+            last = max((line["step"] for line in history.lines), default=0)
+            terminal.warning(
+                f"{folder.history}: {history.num_damaged} damaged line(s) were removed; it goes up to "
+                f"step {last:g}, and the run resumes after step {first_step}"
+            )
         write_file(folder.history, "".join(kept))
+        self._history = folder.history
         self._file = folder.history.open("a", buffering=1)
-        self._writer = SummaryWriter(
-            str(folder.tensorboard),
-            purge_step=first_step + 1 if first_step else 0,
-            flush_secs=FLUSH_SECONDS,
-        )
-        self._writer.add_custom_scalars(CHARTS)
-        self._trackers = trackers
+        self._curves = Curves(folder, first_step, trackers, CHARTS)
         self._bar = terminal.bar(num_steps, description="train", unit="steps", initial=first_step)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
@@ -97,14 +86,15 @@ class Monitor:
         Args:
             step: Optimizer step, from 1; 0 for what is measured before the first.
             values: Finite numbers under the names that the README lists.
+
+        Raises:
+            OSError: metrics.jsonl could not be written; its name is in the error.
         """
         if not self._enabled:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        for tracker in self._trackers:
-            tracker.log(dict(values), step)
+        with naming(self._history):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._curves.record(step, values)
         terminal.event("metrics", {"step": step, **values})
 
     def show(self, step: int, evaluation: Evaluation) -> None:
@@ -113,9 +103,9 @@ class Monitor:
         if not self._enabled:
             return
         if evaluation.margins is not None:
-            self._writer.add_histogram(MARGINS, evaluation.margins, step)
+            self._curves.histogram(MARGINS, evaluation.margins, step)
         if evaluation.samples is not None:
-            self._writer.add_text("eval/samples", evaluation.samples, step)
+            self._curves.text("eval/samples", evaluation.samples, step)
 
     def advance(self, values: Mapping[str, float]) -> None:
         """Advances the bar by one step and shows the numbers that people follow."""
@@ -136,13 +126,14 @@ class Monitor:
     def sync(self) -> None:
         """Flushes to disk, so that a checkpoint never knows of steps that the metrics lack."""
         if self._enabled:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with naming(self._history):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def text(self, tag: str, content: str) -> None:
         """A text for TensorBoard, in Markdown."""
         if self._enabled:
-            self._writer.add_text(tag, content, 0)
+            self._curves.text(tag, content, 0)
 
     def __enter__(self) -> "Monitor":
         return self
@@ -153,7 +144,6 @@ class Monitor:
         """Closes and flushes the files, also when the run fails."""
         if self._enabled:
             self._bar.close()
-            self._writer.close()
-            for tracker in self._trackers:
-                tracker.finish()
-            self._file.close()
+            self._curves.close()
+            with nullcontext() if error is None else suppress(OSError):  # a full disk is the reason already
+                self._file.close()

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from dpo.errors import UserError
-from dpo.files import write_file
+from dpo.files import UNIVERSAL, leftovers_of, remove, write_file
 
 PACKAGES = ("dpo", "torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "numpy")
 
@@ -53,6 +53,16 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of an optimizer step."""
         return self.checkpoints / f"step_{step:08d}"
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint of the latest step, as far as names tell; None where there is none."""
+        return max(self.checkpoints.glob("step_*"), default=None)
+
+    @property
+    def no_checkpoint_yet(self) -> Path:
+        """Is there from before the first step until the first checkpoint is complete."""
+        return self.checkpoints / ".none_yet"
 
     @property
     def key(self) -> Path:
@@ -98,14 +108,32 @@ class RunFolder:
         return self.path / "exit.json"
 
     @property
+    def previous_exit_record(self) -> Path:
+        """The record before: launch/run puts it aside, so that an old one is never taken for a new one."""
+        return self.path / ".exit.previous.json"
+
+    @property
     def stacks(self) -> Path:
         """The stacks of all threads of a run that got stuck, one file per rank."""
         return self.path / "stacks"
 
     @property
+    def lock(self) -> Path:
+        """Who trains there; see `dpo.tracking.run_lock`."""
+        return self.path / "lock.json"
+
+    @property
     def is_run(self) -> bool:
         """Whether a command of ours made this folder."""
-        return self.config.is_file() or self.exit_record.is_file()
+        marks = (self.config, self.exit_record, self.previous_exit_record, self.lock)
+        return any(path.is_file() for path in marks)
+
+    @property
+    def may_be_written(self) -> bool:
+        """Whether the folder is a run of ours, empty, or not there yet."""
+        if not self.path.exists():
+            return True
+        return self.path.is_dir() and (self.is_run or not any(self.path.iterdir()))
 
     def settings(self) -> dict[str, Any] | None:
         """The configuration that the run was started with, nested; None where none is recorded.
@@ -127,15 +155,38 @@ class RunFolder:
         return found
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Writes config.yaml, which makes the folder a run of ours. One process writes.
+        """Writes config.yaml, which makes the folder a run of ours, and follows links. One process writes.
 
         Args:
             settings: The resolved configuration, nested; see `dpo.config.resolved`.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        for link in (self.checkpoints, self.snapshots, self.tensorboard):  # to a big disk
+            if link.is_symlink():
+                link.resolve().mkdir(parents=True, exist_ok=True)
         text = settings_text(settings)
         if not (self.config.is_file() and self.config.read_text() == text):
             write_file(self.config, text)
+
+    def remove_leftovers(self) -> None:
+        """Removes what killed processes of this run left half written. Only its holder may call it."""
+        files = (
+            self.config,
+            self.environment,
+            self.history,
+            self.key,
+            self.reference,
+            self.no_checkpoint_yet,
+        )
+        folders = (self.model(), self.best, self.tokenizer)
+        steps = {
+            _final(path) for place in (self.checkpoints, self.snapshots) for path in place.glob(".step_*")
+        }
+        for place in (*files, *folders, *steps):
+            for left in leftovers_of(place):
+                remove(left)
+        for left in self.checkpoints.glob(f".*{UNIVERSAL}"):
+            remove(left)
 
     def describe(self, *, world_size: int, engine: str) -> None:
         """Writes environment.json. It records no environment variable: they hold secrets.
@@ -152,6 +203,11 @@ class RunFolder:
             "engine": engine,
         }
         write_file(self.environment, json.dumps(environment, indent=2))
+
+
+def _final(left: Path) -> Path:
+    """The place of what was being written as `.step_00000004.writing` or the like."""
+    return left.with_name(left.name[1:].partition(".")[0])
 
 
 def settings_text(settings: dict[str, Any]) -> str:

@@ -14,15 +14,23 @@ from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from dpo import distributed
 from dpo.engine.engine import Engine
 from dpo.engine.sharded_state import ENGINE_TAG
 from dpo.errors import UserError
-from dpo.files import REPLACED, WRITING, publish_folder, sync
+from dpo.files import REPLACED, WRITING, publish_folder, sync, write_file
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.manifest import MANIFEST, FileDigests, Manifest, digest_of, read_manifest, write_manifest
+from dpo.train.manifest import (
+    MANIFEST,
+    FileDigests,
+    Manifest,
+    digest_of,
+    make_key,
+    read_manifest,
+    write_manifest,
+)
 
 T = TypeVar("T")
 
@@ -40,6 +48,8 @@ class Progress:
     """Tokens trained on so far, without padding."""
     best_loss: float | None = None
     """Lowest held-out loss so far, in nats."""
+    best_step: int = -1
+    """The step of `best_loss`, if the best weights are kept."""
     evaluated_step: int = -1
     """The last step whose evaluation is recorded."""
     skipped: int = 0
@@ -48,6 +58,26 @@ class Progress:
     """How many of the last steps were skipped."""
     loss_sums: dict[str, float] = field(default_factory=dict)
     """The loss's named sums over the last step, which the next step's loss may read; see `Objective`."""
+
+
+def prepare_checkpoints(folder: RunFolder, resumed: bool) -> None:
+    """Makes, before the first step, what the first checkpoint needs and what shows that there was none.
+
+    A run that is killed while it writes its first checkpoint can then be told from one that has lost it.
+
+    Args:
+        folder: The run folder. One process writes.
+        resumed: Whether the run resumes from a checkpoint, of this run or another.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    make_key(folder)
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    if resumed:
+        folder.no_checkpoint_yet.unlink(missing_ok=True)
+    else:
+        write_file(folder.no_checkpoint_yet, "")
 
 
 def save_checkpoint(
@@ -154,6 +184,7 @@ def _publish(manifest: Manifest, building: Path, final: Path, folder: RunFolder,
     rest = {name: digest_of(sync(path)) for name, path in sorted(there.items()) if name not in manifest.files}
     write_manifest(manifest.with_files(rest), building, folder)
     publish_folder(building, final)
+    folder.no_checkpoint_yet.unlink(missing_ok=True)
     for abandoned in final.parent.glob(f".step_*{WRITING}"):  # by a process that was killed
         shutil.rmtree(abandoned, ignore_errors=True)
     # A run that was resumed from an earlier checkpoint writes those after it anew.
@@ -171,7 +202,7 @@ def _save_random_state(building: Path) -> Path:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
-    save_file(states, _random_state_file(building))
+    write_file(_random_state_file(building), save(states))
     return _random_state_file(building)
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dpo import distributed, terminal
 from dpo.config import OptimizationConfig
@@ -26,8 +25,8 @@ from dpo.guards.signals import StopRequestedError
 from dpo.tracking.metrics import MetricSums
 from dpo.train.checkpoint import Progress, save_checkpoint
 from dpo.train.micro_batches import MicroBatch, micro_batches
+from dpo.train.passes import Done, Timed, cached_passes, direct_passes, token_counts, uses_cached_gradient
 from dpo.train.session import Session
-from dpo.train.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +34,8 @@ class DueActions:
     """What is to be done between two steps, in this order."""
 
     evaluate: bool
-    keep_snapshot: bool
     save_checkpoint: bool
+    keep_snapshot: bool
     finish: bool
     """All steps are done."""
 
@@ -85,12 +84,11 @@ def train(session: Session) -> dict[str, float]:
                     _evaluate(session)
                 except StopRequestedError:
                     stopping = True
-            if due.keep_snapshot and not stopping:
-                _keep_snapshot(session)
             if saved < progress.step and (stopping or due.save_checkpoint):
                 saved = _save(session)
             if stopping:
                 _stop(session, saved)
+            _export(session, snapshot=due.keep_snapshot)  # what fails here has its checkpoint
             if due.finish:
                 return session.evaluated
             stopping = _advance(session, batches)
@@ -110,41 +108,27 @@ def train_step(
         Its metrics, equal on all ranks; why its update was skipped, or None; and whether a rank has been
         asked to stop.
     """
-    engine, objective = session.engine, session.objective
-    started, waited, forward = time.perf_counter(), 0.0, Stopwatch()
-    sums, tokens, losses = MetricSums(), np.zeros(3), list[tuple[MicroBatch, Tensor]]()
-    while not losses or not losses[-1][0].last:
-        fetching = time.perf_counter()
-        micro = next(batches)
-        waited += time.perf_counter() - fetching
-        session.guard.progress(f"step {micro.step.number}, micro-batch {micro.index + 1} of {micro.of}")
-        batch = micro.batch
-        tokens += batch.num_real_tokens, batch.num_row_tokens, batch.input_ids.numel()
-        with forward.running():
-            logps = engine.score(batch, last=micro.last, per_token=objective.per_token)
-        loss = objective.loss(logps, batch, sums)
-        engine.accumulate(loss / micro.count, last=micro.last)
-        losses.append((micro, loss.detach()))
-    norm = engine.update(rate)
-    own = {f"seconds/{distributed.rank()}": forward.seconds()}  # the update has waited for the device
+    started, timed, sums = time.perf_counter(), Timed(), MetricSums()
+    passes = cached_passes if uses_cached_gradient(session) else direct_passes
+    done = passes(session, batches, sums, timed)
+    norm = session.engine.update(rate)
+    own = {f"seconds/{distributed.rank()}": timed.forward.seconds()}  # the update has waited for the device
     seconds = {f"seconds/{rank}": 0.0 for rank in range(distributed.world_size())} | own
-    real, in_rows, padded = tokens.tolist()
-    metrics, totals = sums.reduce(
-        real=real, in_rows=in_rows, padded=padded, stopping=float(session.guard.stop.requested), **seconds
-    )
-    session.progress.loss_sums = objective.observe(totals)
-    step = losses[0][0].step
-    faulty = None if math.isfinite(norm) else _faulty_groups(session, losses)
+    tokens = token_counts(done)
+    metrics, totals = sums.reduce(**tokens, stopping=float(session.guard.stop.requested), **seconds)
+    session.progress.loss_sums = session.objective.observe(totals)
+    first = done[0].micro
+    faulty = None if math.isfinite(norm) else _faulty_groups(session, done)
     took = time.perf_counter() - started
     values = {
         **metrics,
         "grad_norm": norm,
         "learning_rate": rate,
-        "epoch": step.epoch,
+        "epoch": first.step.epoch,
         "num_tokens": totals["real"],
-        "perf/data_wait_fraction": waited / took,
-        "perf/rank_imbalance": losses[0][0].imbalance,
-        **_throughput(session, totals, losses[0][0], took),
+        "perf/data_wait_fraction": timed.waited / took,
+        "perf/rank_imbalance": first.imbalance,
+        **_throughput(session, totals, first, took),
         **_balance(np.array([totals[name] for name in seconds])),
     }
     return values, faulty, bool(totals["stopping"])
@@ -161,6 +145,7 @@ def batches_of(session: Session) -> Generator[MicroBatch, None, None]:
             windows=session.engine.windows,
             device=session.engine.device,
             budget=token_budget(session.options.max_tokens_per_micro_batch),
+            cached=uses_cached_gradient(session),
             rank=distributed.rank(),
             world_size=distributed.world_size(),
         )
@@ -175,13 +160,16 @@ def _evaluate(session: Session) -> None:
     progress.evaluated_step = progress.step
     best = math.inf if progress.best_loss is None else progress.best_loss
     if session.options.keep_best and evaluation.values["eval/loss"] < best:
-        progress.best_loss = evaluation.values["eval/loss"]
+        progress.best_loss, progress.best_step = evaluation.values["eval/loss"], progress.step
+
+
+def _export(session: Session, *, snapshot: bool) -> None:
+    """Writes the models of this step: also after a resume, since the run may have died before it did."""
+    step = session.progress.step
+    if session.options.keep_best and session.progress.best_step == step:
         session.export(session.folder.best)
-
-
-def _keep_snapshot(session: Session) -> None:
-    target = session.folder.model(session.progress.step)
-    if not distributed.on_main(target.exists):  # a resumed run makes the same weights again
+    target = session.folder.model(step)
+    if snapshot and not distributed.on_main(target.exists):  # a resumed run makes the same weights again
         session.export(target)
 
 
@@ -263,21 +251,21 @@ def _balance(rank_seconds: np.ndarray) -> dict[str, float]:
     }
 
 
-def _faulty_groups(session: Session, losses: list[tuple[MicroBatch, Tensor]]) -> str:
+def _faulty_groups(session: Session, done: list[Done]) -> str:
     """Which groups' loss is not finite, over all ranks; where every loss is finite, it may be any."""
-    finite = torch.stack([loss for _, loss in losses]).isfinite().tolist()
-    own = [
+    finite = torch.stack([passed.loss for passed in done]).isfinite().tolist()
+    own = {
         int(group)
-        for (micro, _), fine in zip(losses, finite, strict=True)
-        for group in micro.groups
+        for passed, fine in zip(done, finite, strict=True)
+        for group in passed.micro.groups
         if not fine
-    ]
+    }
     by_rank = distributed.gather_objects(own)
     found = sorted(group for groups in by_rank for group in groups)
     if found:
         ranks = ", ".join(str(rank) for rank, groups in enumerate(by_rank) if groups)
         return f"the loss is not finite on rank {ranks} in the micro-batch of {session.describe(found)}"
-    groups = sorted(losses[0][0].step.groups.tolist())
+    groups = sorted(done[0].micro.step.groups.tolist())
     return f"the gradient is not finite, with {session.describe(groups)}"
 
 

@@ -46,9 +46,21 @@ class Manifest:
 def write_manifest(manifest: Manifest, checkpoint: Path, folder: RunFolder) -> None:
     """Signs the manifest with the run's key, which is made if there is none, and flushes the checkpoint."""
     content = {"format": FORMAT, **asdict(manifest)}
-    signed = {**content, "signature": _signature(content, _make_key(folder))}
+    signed = {**content, "signature": _signature(content, make_key(folder))}
     write_file(checkpoint / MANIFEST, json.dumps(signed, indent=1))
     sync_tree(checkpoint)
+
+
+def make_key(folder: RunFolder) -> bytes:
+    """The run's key, which is made where there is none, or a damaged one: that signs and verifies nothing."""
+    try:
+        key = bytes.fromhex(folder.key.read_text())
+    except (FileNotFoundError, ValueError):
+        key = b""
+    if len(key) != KEY_BYTES:
+        key = secrets.token_bytes(KEY_BYTES)
+        write_file(folder.key, key.hex(), mode=0o600)
+    return key
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -105,9 +117,3 @@ def digest_of(path: Path) -> dict[str, int | str]:
 
 def _signature(content: Mapping[str, object], key: bytes) -> str:
     return hmac.new(key, json.dumps(content, sort_keys=True).encode(), "sha256").hexdigest()
-
-
-def _make_key(folder: RunFolder) -> bytes:
-    if not folder.key.is_file():
-        write_file(folder.key, secrets.token_hex(KEY_BYTES), mode=0o600)
-    return bytes.fromhex(folder.key.read_text())

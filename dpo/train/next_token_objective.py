@@ -26,6 +26,7 @@ class NextTokenObjective:
     dataset: TokenizedDataset
     unit: str = "sequences"
     per_token: bool = False
+    needs_whole_step: bool = False
 
     def trees(self, groups: Int64s) -> list[Tree]:
         """The prompts of these groups with their chosen completions, or with the only one."""

@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from dpo import distributed
 from dpo.config import LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import Int64s
 from dpo.data.preference_data import PreferenceData
-from dpo.data.trees import Layout, TreeBatch
-from dpo.loss.pairs import pair_logps
+from dpo.data.trees import Layout, Tree, TreeBatch
+from dpo.loss.catalog import needs_whole_step
+from dpo.loss.pairs import PairLogProbs, pair_logps
 from dpo.loss.preference_loss import preference_loss
 from dpo.tracking.metrics import MetricSums
 
@@ -45,12 +48,22 @@ class PreferenceObjective:
         """Pairs of these groups."""
         return int(self.dataset.pairs_per_group[groups].sum())
 
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether the loss of a pair depends on the step's other pairs."""
+        return needs_whole_step(self.loss_config)
+
+    def trees(self, groups: Int64s) -> list[Tree]:
+        """Prompt and completions of each group."""
+        found = (self.dataset[int(group)] for group in groups)
+        return [(group.prompt, group.completions) for group in found]
+
     def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
         """Trees of these groups with the reference log-probs of all completions."""
         return self.data.batch(groups, layout)
 
     def loss(self, logps: Tensor, batch: TreeBatch, sums: MetricSums) -> Tensor:
-        """Sum of the pairs' losses; see `Objective.loss`."""
+        """Sum of the pairs' losses; over all ranks where the loss needs the whole step. See `Objective`."""
         alpha = self.loss_config.ld_alpha
         assert batch.pair_weights is not None
         policy = pair_logps(logps, batch.pairs, batch.num_tokens, alpha)
@@ -59,19 +72,24 @@ class PreferenceObjective:
             if batch.reference is None
             else pair_logps(batch.reference, batch.pairs, batch.num_tokens, alpha)
         )
+        first = 0
+        if self.needs_whole_step:
+            policy, first = over_ranks(policy)
+            reference = None if reference is None else over_ranks(reference)[0]
         result = preference_loss(policy, reference, self.loss_config, last_step=self.loss_sums)
-        chosen, rejected = result.chosen_rewards, result.rejected_rewards
-        losses = batch.pair_weights * result.losses
+        mine = slice(first, first + len(batch.pairs))
+        chosen, rejected = result.chosen_rewards[mine], result.rejected_rewards[mine]
+        losses = result.losses if self.needs_whole_step else batch.pair_weights * result.losses
         recorded = {
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected,
             "rewards/accuracies": (chosen > rejected).double(),
-            "logps/chosen": policy.chosen.detach(),
-            "logps/rejected": policy.rejected.detach(),
+            "logps/chosen": policy.chosen[mine].detach(),
+            "logps/rejected": policy.rejected[mine].detach(),
         }
         sums.add_values({name: values.sum() for name, values in recorded.items()}, len(chosen))
-        sums.add_values({"loss": losses.detach().sum()}, batch.loss_count)
+        sums.add_values({"loss": losses[mine].detach().sum()}, batch.loss_count)
         sums.add_totals({f"{LOSS_SUM}{name}": value.detach() for name, value in result.sums.items()})
         # A batch without pairs still depends on the policy, so that its backward pass runs on every rank.
         return losses.sum() + 0.0 * logps.sum()
@@ -86,3 +104,21 @@ class PreferenceObjective:
     def restore(self, loss_sums: dict[str, float]) -> None:
         """Continues with the sums of the last step; see `Objective.restore`."""
         self.loss_sums = loss_sums
+
+
+def over_ranks(own: PairLogProbs) -> tuple[PairLogProbs, int]:
+    """The pairs of all ranks in rank order, with gradient to this rank's, and where this rank's begin."""
+    values = torch.stack([own.chosen, own.rejected, own.chosen_tokens, own.rejected_tokens]).detach().cpu()
+    gathered = distributed.gather_objects(values.double().numpy())
+    device = own.chosen.device
+    parts = [
+        PairLogProbs(
+            chosen=torch.from_numpy(part[0]).to(device),
+            rejected=torch.from_numpy(part[1]).to(device),
+            chosen_tokens=torch.from_numpy(part[2]).long().to(device),
+            rejected_tokens=torch.from_numpy(part[3]).long().to(device),
+        )
+        for part in gathered
+    ]
+    rank = distributed.rank()
+    return own.joined(parts, rank), sum(len(part.chosen) for part in parts[:rank])

@@ -5,13 +5,14 @@ Nothing is overwritten: a folder that holds something else is refused, and so is
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpo import distributed
 from dpo.config import OptimizationConfig, flat
 from dpo.errors import UserError
-from dpo.tracking.history import last_step
+from dpo.tracking.history import last_step, load_history
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import complete_checkpoints
 from dpo.train.manifest import NotValid, read_manifest, run_of, verify
@@ -39,6 +40,7 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "train.evaluate_every",
     "train.snapshot_every",
     "train.max_tokens_per_micro_batch",
+    "train.backward",
     "model.gradient_checkpointing",
     "model.attention",
     "model.share_prompts",
@@ -109,6 +111,7 @@ def find_start(
     for checkpoint in reversed(candidates):
         problem = find_problem(checkpoint)
         if problem is None:
+            distributed.on_main(partial(_require_history, folder, checkpoint))
             return _same_settings(Resume(checkpoint, tuple(notes)), {folder}, settings, options)
         notes.append(f"checkpoint {checkpoint} is not used: {problem}")
     if not recorded and not candidates:
@@ -158,13 +161,18 @@ def _look_into(folder: RunFolder, resume: str) -> tuple[int, list[Path], str]:
             [],
             f"run_dir: {path} holds a run of {recorded} steps, and train.resume is never",
         )
-    if path.is_dir() and any(path.iterdir()) and not folder.is_run:
+    if not folder.may_be_written:
         return (
             0,
             [],
             f"run_dir: {path} is not empty and not a run of ours; choose another or empty it",
         )
     return recorded, candidates, ""
+
+
+def _require_history(folder: RunFolder, checkpoint: Path) -> None:
+    """Raises UserError if metrics.jsonl is damaged before the checkpoint's step; after it, it is cut."""
+    load_history(folder, until=read_manifest(checkpoint).step)
 
 
 def _find_missing(checkpoint: Path) -> str | None:
@@ -192,12 +200,13 @@ def _find_problem(checkpoint: Path) -> str | None:
 
 
 def _ended_before_first_checkpoint(folder: RunFolder, recorded: int) -> bool:
-    """Whether the run was to write checkpoints, and died before the first."""
+    """Whether the run was to write checkpoints, and died before it had finished the first."""
     try:
         every = int((folder.settings() or {})["train"]["checkpoint_every"])
     except (UserError, KeyError, TypeError, ValueError):
         return False
-    return recorded < every and not folder.model().exists()
+    none_yet = recorded < every or (every > 0 and folder.no_checkpoint_yet.is_file())
+    return none_yet and not folder.model().exists()
 
 
 def _same_settings(

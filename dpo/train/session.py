@@ -20,7 +20,7 @@ from dpo import distributed, terminal
 from dpo.config import ModelConfig, OptimizationConfig, flat
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan, Int64s
-from dpo.data.trees import Layout, TreeBatch
+from dpo.data.trees import Layout, Tree, TreeBatch
 from dpo.engine.engine import Engine
 from dpo.engine.reshard import universal_form
 from dpo.errors import UserError
@@ -31,7 +31,7 @@ from dpo.tracking.metrics import Evaluation, MetricSums
 from dpo.tracking.monitor import Monitor
 from dpo.tracking.run_folder import RunFolder, settings_text
 from dpo.tracking.trackers import open_trackers
-from dpo.train.checkpoint import Progress, load_checkpoint
+from dpo.train.checkpoint import Progress, load_checkpoint, prepare_checkpoints
 from dpo.train.resume import Settings
 
 GROUPS_SHOWN = 8
@@ -58,6 +58,13 @@ class Objective(Protocol):
 
     def num_units(self, groups: Int64s) -> int:
         """Pairs or sequences of these groups, for throughput."""
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether `loss` must be given all of a rank's part of a step at once, on all ranks together."""
+
+    def trees(self, groups: Int64s) -> list[Tree]:
+        """Prompt and completions of each group, in the order of `batch`."""
 
     def batch(self, groups: Int64s, layout: Layout) -> TreeBatch:
         """The tensors of a micro-batch; without groups a batch that predicts nothing."""
@@ -123,6 +130,8 @@ class Session:
         if distributed.is_main():
             self.folder.claim(dict(self.settings.values))
             self.folder.describe(world_size=distributed.world_size(), engine=self.engine.description)
+            if self.options.checkpoint_every:
+                prepare_checkpoints(self.folder, resumed=self.checkpoint is not None)
         self.group_flops, self.peak_flops = self._flops()
         trackers = open_trackers(self.options.trackers, self.folder.path, flat(self.settings.values))
         self.monitor = Monitor(

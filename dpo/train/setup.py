@@ -29,6 +29,7 @@ def start_of(folder: RunFolder, settings: Settings, options: OptimizationConfig)
         raise UserError(start.reason)
     terminal.warning(*start.notes)
     distributed.require_shared(folder.path, "run_dir")
+    distributed.on_main(folder.remove_leftovers)
     return start.checkpoint if isinstance(start, Resume) else None
 
 

@@ -32,7 +32,7 @@ def samples_and_scores() -> dict[str, list[object]]:
         temperature=0.7,
         seed=0,
         batch_size=4,  # 15 samples are 4 batches, 2 for each of two ranks
-        eos_token_id=0,
+        stop_ids=[0],
         progress=None,
     )
     texts = ["a good day" if number % 3 else "a bad day" for number in range(200)]

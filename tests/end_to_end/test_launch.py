@@ -105,6 +105,18 @@ def test_num_processes_counts_all_machines(checks: str) -> None:
     assert "--num_processes 32 --main_process_port 29500" in ended.stdout
 
 
+def test_what_a_killed_launch_run_left_is_removed(tmp_path: Path) -> None:
+    python = script(tmp_path / "python", PYTHON_THAT_WAITS.replace("PYTHON", sys.executable))
+    (tmp_path / "dpo-run.999999999.abcdef").touch()
+    alive = tmp_path / f"dpo-run.{os.getpid()}.abcdef"
+    alive.touch()
+    ended = shell(
+        "launch/run", "train", "--config", "x.yaml", PYTHON=str(python), TMPDIR=str(tmp_path), NPROC="1"
+    )
+    assert "started" in ended.stdout, ended.stderr
+    assert list(tmp_path.glob("dpo-run.*")) == [alive]
+
+
 PYTHON_THAT_WAITS = """#!/usr/bin/env bash
 case "$*" in
     *"-m dpo check"*) echo runs/x ;;
@@ -270,6 +282,35 @@ def test_a_slurm_job_precomputes_trains_and_is_requeued(cluster: Path, status: i
     ]
     assert (cluster / "scontrol.log").is_file() == requeued
     assert not requeued or (cluster / "scontrol.log").read_text() == "requeue 41\n"
+
+
+@pytest.mark.parametrize(("without", "requeued"), [(0, True), (2, True), (3, False)])
+def test_a_job_that_gains_no_step_gives_up_with_the_reason(
+    cluster: Path, without: int, requeued: bool
+) -> None:
+    script(cluster / "launch" / "run", "#!/usr/bin/env bash\n[ $1 = precompute-ref ] || exit 3\n")
+    (cluster / "runs").mkdir()
+    record = {"attempts_without_a_step": without, "message": "SIGTERM before the first step"}
+    (cluster / "runs" / "exit.json").write_text(json.dumps(record))
+    instead = (
+        f'#!/usr/bin/env bash\ncase "$*" in "-m dpo"*) echo runs ;; *) exec {sys.executable} "$@" ;; esac\n'
+    )
+    ended = shell(
+        "bash",
+        str(ROOT / "launch" / "slurm.sbatch"),
+        "--config",
+        "x.yaml",
+        folder=cluster,
+        PATH=f"{cluster / 'bin'}:{os.environ['PATH']}",
+        PYTHON=str(script(cluster / "python", instead)),
+        SLURM_JOB_ID="41",
+        SLURM_RESTART_COUNT="4",
+    )
+    assert ended.returncode == 3
+    assert (cluster / "scontrol.log").is_file() == requeued
+    assert ended.stderr.splitlines()[0] == "launch/slurm.sbatch: job 41, attempt 5"
+    said = "3 attempts in a row gained no step; the last: SIGTERM before the first step"
+    assert (said in ended.stderr) is not requeued
 
 
 def test_a_failed_stage_ends_the_job(cluster: Path) -> None:

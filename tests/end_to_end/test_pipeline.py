@@ -186,7 +186,7 @@ def test_a_frontier_of_one_beta_and_the_baselines_reuses_the_cache(pipeline: tup
     assert points[3]["score/policy"] > points[2]["score/policy"]
     assert points[0]["eval/loss"] != points[1]["eval/loss"]
     report = (folder / "frontier" / "preferred_sft" / "report" / "report.md").read_text()
-    assert "- training: next tokens" in report
+    assert "- training: next-token" in report
 
 
 def test_model_and_best_load_as_plain_transformers_models(pipeline: tuple[Path, str]) -> None:

@@ -65,6 +65,60 @@ def test_the_disk_fills_up_during_a_save(rig: Rig, whole: Path, small_disk: Path
     assert weights(run_dir) == weights(whole)
 
 
+FULL = """
+import os
+from dpo.tracking import monitor, run_folder
+from torch.utils.tensorboard import SummaryWriter
+record, write, scalar = monitor.Monitor.record, run_folder.write_file, SummaryWriter.add_scalar
+def on_full_disk(self, step, values):
+    if step == 5 and self._enabled:
+        self._file = open("/dev/full", "a", buffering=1)
+    return record(self, step, values)
+def refuse(path, *rest, **named):
+    if path.name == "config.yaml":
+        raise OSError(5, "Input/output error", str(path))
+    return write(path, *rest, **named)
+def lose(self, tag, value, step):
+    if step == 5:
+        raise OSError(28, "No space left on device")
+    return scalar(self, tag, value, step)
+{what}
+"""
+
+
+@pytest.mark.fault(
+    "ENOSPC or EIO on metrics.jsonl or config.yaml",
+    "one line, status 2, with the newest checkpoint; with room, the run ends the same",
+)
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("monitor.Monitor.record = on_full_disk", "metrics.jsonl: No space left on device"),
+        ("run_folder.write_file = refuse", "config.yaml: Input/output error"),
+    ],
+    ids=["metrics.jsonl", "config.yaml"],
+)
+def test_a_disk_that_fails_elsewhere(rig: Rig, whole: Path, what: str, said: str) -> None:
+    name = f"disk_{said.partition('.')[0]}"
+    ended = rig.run(name, before=FULL.format(what=what), seconds=60)
+    assert set(ended.statuses) == {2}, ended.said[-3000:]
+    assert ended.status == 2
+    assert said in ended.message
+    expected = "resume from" if "metrics" in said else "there is no checkpoint yet"
+    assert expected in ended.message
+    assert "Traceback" not in ended.said
+    again = rig.completed(name)
+    assert metrics(again) == metrics(whole)
+    assert weights(again) == weights(whole)
+
+
+@pytest.mark.fault("TensorBoard's file cannot be written", "said once; the run continues to the same end")
+def test_curves_may_be_lost_and_the_run_not(rig: Rig, whole: Path) -> None:
+    run_dir = rig.completed("curves", before=FULL.format(what="SummaryWriter.add_scalar = lose"))
+    assert metrics(run_dir) == metrics(whole)
+    assert weights(run_dir) == weights(whole)
+
+
 @pytest.mark.fault(
     "too little disk space for the checkpoints, known in advance",
     "status 2 with the numbers, before a model is loaded",

@@ -73,6 +73,40 @@ def test_killed_while_a_checkpoint_is_written(rig: Rig, whole: Path, millisecond
     assert_same(rig.folder / name, whole)
 
 
+KILL_IN_FIRST = """
+import os, signal
+from dpo.train import checkpoint, manifest
+plain = {module}.{name}
+def patched(path, *rest, **named):
+    if "{of}" in path.name:
+        (path.parent / ".checkpoint.key.0.writing").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(path, *rest, **named)
+{module}.{name} = patched
+"""
+
+
+@pytest.mark.fault(
+    "kill -9 in the first checkpoint's rename, while its manifest or the key is written",
+    "no checkpoint was finished: the same command starts again, and ends the same",
+)
+@pytest.mark.parametrize(
+    ("module", "name", "of"),
+    [
+        ("checkpoint", "publish_folder", "step_"),
+        pytest.param("manifest", "write_file", "manifest", marks=pytest.mark.sweep),
+        ("manifest", "write_file", "checkpoint.key"),
+    ],
+)
+def test_killed_in_the_first_checkpoint(rig: Rig, whole: Path, module: str, name: str, of: str) -> None:
+    run = f"killed_first_{of.strip('_')}"
+    ended = rig.run(run, before=KILL_IN_FIRST.format(module=module, name=name, of=of))
+    assert 0 not in ended.statuses
+    assert not ended.left
+    resumed(rig, run)
+    assert_same(rig.folder / run, whole)
+
+
 @pytest.mark.fault(
     "resume where no checkpoint was written",
     "status 2: the run never starts over",

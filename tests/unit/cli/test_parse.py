@@ -177,3 +177,37 @@ def test_print_config_shows_the_resolved_configuration_as_a_file_that_reads_back
     assert raised.value.code == 0
     printed = yaml_file(tmp_path, capsys.readouterr().out)
     assert parse("train", ["--config", printed]) == parsed("--loss.beta", "0.3")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("train: {seed: 3}\nloss: {beta: 0.5}\ntrain:\n  max_steps: 2\n", "train", (1, 3)),
+        ("train:\n  seed: 3\n  max_steps: 2\n  seed: 4\n", "train.seed", (2, 4)),
+        ("model:\n  lora:\n    rank: 4\n    rank: 4\n", "model.lora.rank", (3, 4)),
+        ("train:\n  seed: 3\ntrain.seed: 4\n", "train.seed", (2, 3)),
+        ("data:\n  train:\n  - path: a\n  - path: b\n    path: c\n", "data.train[1].path", (4, 5)),
+        ("base: &b\n  seed: 1\n  seed: 2\ntrain: *b\n", "base.seed", (2, 3)),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(
+    tmp_path: Path, text: str, key: str, lines: tuple[int, int]
+) -> None:
+    name = yaml_file(tmp_path, text)
+    (line,) = refusal(*REQUIRED, "--config", name)
+    assert line.startswith(f"--config: {name}: {key}: in line {lines[0]} and again in line {lines[1]};")
+
+
+def test_all_keys_that_stand_twice_are_named_on_one_line_too(tmp_path: Path) -> None:
+    name = yaml_file(tmp_path, "loss: {beta: 1, beta: 2}\ntrain:\n  seed: 1\n  seed: 2\n")
+    said = refusal(*REQUIRED, "--config", name)
+    assert [line.split(": ")[2] for line in said] == ["loss.beta", "train.seed"]
+
+
+def test_what_a_merge_key_brings_may_be_overridden(tmp_path: Path) -> None:
+    text = (
+        "train: &base {seed: 3, max_steps: 2}\nmodel: {name_or_path: m}\n"
+        "data: {train: [&one {path: a}, {<<: *one, weight: 2}]}\n"
+    )
+    config = parse("train", ["--config", yaml_file(tmp_path, text)])
+    assert config.data.train == [DataSource(path="a"), DataSource(path="a", weight=2.0)]

@@ -180,6 +180,7 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
             max_grad_norm=10.0,
             num_epochs=2,
             max_steps=7,
+            backward="cached",
             max_tokens_per_micro_batch=200,
             seed=5,
             evaluate_every=6,

@@ -186,7 +186,7 @@ def test_a_data_set_knows_how_many_groups_each_source_gave(
 ) -> None:
     first = DataSource(path=numbered(write_jsonl, 5, "first"), weight=2.0)
     second = DataSource(path=numbered(write_jsonl, 3, "second"))
-    assert [tuple(source) for source in open_with([first, second])[0].sources] == [
+    assert [source[:2] for source in open_with([first, second])[0].sources] == [
         (first.path, 10),
         (second.path, 3),
     ]
@@ -221,6 +221,25 @@ def test_eos_follows_the_manifest_unless_the_option_overrides(
 ) -> None:
     train, _ = open_with(prepared(tmp_path / "a", {"train": 1}, complete=complete), append_eos=option)
     assert (int(train[0].completions[0][-1]) == tokenizer.eos_token_id) is ends
+
+
+@pytest.mark.parametrize(
+    ("complete", "option", "ends"), [(True, None, True), (False, None, False), (True, False, False)]
+)
+def test_the_end_of_a_chat_turn_follows_the_manifest_and_the_option_too(
+    open_with: Open,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    complete: bool,
+    option: bool | None,
+    ends: bool,
+) -> None:
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    folder = Path(prepared(tmp_path / "a", {"train": 1}, complete=complete))
+    row = {"prompt": [{"role": "user", "content": "hi"}], "completions": [" cat", " mat"], "pairs": [[0, 1]]}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "train.parquet")
+    train, _ = open_with(str(folder), append_eos=option)
+    assert tokenizer.decode(train[0].completions[0]) == " cat" + "<|endoftext|>" * ends
 
 
 def test_the_folder_is_used_again_and_an_option_that_decides_ids_makes_another(
@@ -263,12 +282,81 @@ def test_an_edited_source_or_another_tokenizer_makes_another_folder(
     assert open_datasets(data, bos_tokenizer, 64)[0].path != first
 
 
-def test_data_tokenized_by_an_earlier_version_is_found_again(
+def test_data_tokenized_by_an_earlier_version_of_the_reader_is_not_used(
     open_with: Open, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_module, "tokenizer_digest", lambda _: "tokenizer")
     data, _ = open_with(numbered(write_jsonl, 3, "x"), max_length=32)
-    assert data.path.name == "7f162118312552dd"
+    assert data.path.name != "7f162118312552dd"  # it may hold what that version read wrongly
+    assert data.path.name == "fbd335d11907dec4"
+
+
+def test_unused_columns_are_named_once_per_source_in_every_run(
+    open_with: Open, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    one = write_jsonl([{**row, "model": "m"}, {**row, "model": None}, {**row, "model": "n"}], "one.jsonl")
+    two = write_jsonl([{**row, "query": "q", "chosen_id": 0}], "two.jsonl")
+    for _ in range(2):
+        open_with([DataSource(path=one), DataSource(path=two)])
+        said = capsys.readouterr().out.splitlines()
+        assert said == [
+            f"{one}: columns that are not used: model (2 rows)",
+            f"{two}: columns that are not used: chosen_id (1 rows), query (1 rows)",
+        ]
+
+
+WRONG = {"question": "q", "good": "a", "bad": "b"}
+
+
+def test_wrong_columns_are_named_with_what_the_row_has_and_how_to_map_them(
+    open_with: Open, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = write_jsonl([WRONG] * 3, "bad.jsonl")
+    for refused in (lambda: open_with(bad), lambda: check_sources(DataConfig(train=bad))):
+        with pytest.raises(UserError) as error:
+            refused()
+        (line,) = [line for line in str(error.value).splitlines() if "missing_field, first" in line]
+        assert f"{bad}:1: no field 'chosen'" in line
+        assert "['bad', 'good', 'question']" in line
+        assert "--columns chosen=" in line
+    assert capsys.readouterr().out == ""
+
+
+def test_the_first_row_of_each_reason_is_shown_in_every_run(
+    open_with: Open, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    long = {"prompt": "the cat" * 9, "chosen": " b", "rejected": " c"}
+    path = write_jsonl([good, WRONG, {**good, "rejected": " b"}, WRONG, long, long])
+    for _ in range(2):
+        data, _ = open_with(path, max_length=16, too_long="drop")
+        assert data.counts["dropped/too_long"] == 2
+        missing, identical, too_long = capsys.readouterr().out.splitlines()
+        assert missing.startswith(f"{path}: dropped 2 as missing_field, first {path}:2: ")
+        assert identical.startswith(f"{path}: dropped 1 as identical_completions, first {path}:3: ")
+        assert too_long.startswith(f"{path}: dropped 2 as too_long, first {path}:5: ")
+        assert "the cat'" in too_long
+
+
+def test_rows_without_a_prompt_never_train_on_an_empty_one(
+    open_with: Open, write_jsonl: Callable[..., str]
+) -> None:
+    rows = [{"query": "Sky?", "chosen": "It is blue", "rejected": "Red"}] * 3
+    with pytest.raises(UserError, match="3 missing_field"):
+        open_with(write_jsonl(rows))
+
+
+def test_an_implied_prompt_beside_unused_columns_is_a_warning(
+    open_with: Open, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"query": "Sky?", "chosen": "It is blue", "rejected": "It is red"}]
+    path = write_jsonl([*rows, {"prompt": "a", "chosen": " b", "rejected": " c"}])
+    open_with(path)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "no column 'prompt'" in line]
+    assert said.startswith(f"{path}: ")
+    assert "1 of 2 rows" in said
+    assert "'It is'" in said
 
 
 def test_the_longest_length_is_the_models_at_most() -> None:

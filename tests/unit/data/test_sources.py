@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dpo.data.notes import RowNotes
 from dpo.data.rows import read_groups
 from dpo.data.sources import PreferenceSource, has_split, open_source
 from dpo.errors import UserError
@@ -19,7 +19,7 @@ HH = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "hh-harmle
 
 
 def _prompts(source: PreferenceSource) -> list[Any]:
-    groups = read_groups(source, pairing="best-vs-rest", min_margin=0.0, strict=True, drops=Counter())
+    groups = read_groups(source, pairing="best-vs-rest", min_margin=0.0, strict=True, notes=RowNotes())
     return [group.prompt for group in groups]
 
 
@@ -76,7 +76,7 @@ def test_a_broken_json_line_is_an_error_with_file_and_line_even_when_not_strict(
     path = _write_lines(tmp_path / "data.jsonl", ROWS)
     path.write_text(path.read_text() + "\n{broken\n")  # line 4 is empty, line 5 is broken
     source = open_source(str(path), "train", key="k")
-    groups = read_groups(source, pairing="all", min_margin=0.0, strict=False, drops=Counter())
+    groups = read_groups(source, pairing="all", min_margin=0.0, strict=False, notes=RowNotes())
     with pytest.raises(UserError, match=r"data\.jsonl:5: "):
         list(groups)
 
@@ -85,7 +85,7 @@ def test_rows_before_a_broken_line_have_already_been_read(tmp_path: Path) -> Non
     path = _write_lines(tmp_path / "data.jsonl", ROWS[:1])
     path.write_text(path.read_text() + "{broken\n")
     source = open_source(str(path), "train", key="k")
-    groups = read_groups(source, pairing="all", min_margin=0.0, strict=False, drops=Counter())
+    groups = read_groups(source, pairing="all", min_margin=0.0, strict=False, notes=RowNotes())
     assert next(groups).prompt == "p0"
 
 
@@ -178,8 +178,8 @@ def test_a_hub_that_cannot_be_reached_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(not HH.is_file(), reason="the shared HH-RLHF file is not beside the repository")
 def test_the_real_hh_file_loses_only_its_four_empty_completions() -> None:
-    drops: Counter[str] = Counter()
+    notes = RowNotes()
     source = open_source(str(HH), "train", key="k")
-    groups = list(read_groups(source, pairing="best-vs-rest", min_margin=0.0, strict=False, drops=drops))
-    assert (len(groups), drops) == (2312 - 4, {"empty_completion": 4})
+    groups = list(read_groups(source, pairing="best-vs-rest", min_margin=0.0, strict=False, notes=notes))
+    assert (len(groups), notes.drops) == (2312 - 4, {"empty_completion": 4})
     assert all(str(group.prompt).endswith("\n\nAssistant:") for group in groups)

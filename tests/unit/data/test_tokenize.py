@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from dpo.data.fields import RowError
+from dpo.data.notes import RowNotes
 from dpo.data.records import Pair, PreferenceGroup, TokenizedGroup
 from dpo.data.tokenize import TokenizeOptions, _fit, encode_prompt, tokenize_groups
 
@@ -26,7 +28,9 @@ def tokenized(
     """The group in token ids and the counts that are not 0."""
     options = {name: getattr(WIDE, name) for name in WIDE.__slots__} | changed
     counts: Counter[str] = Counter()
-    found = list(tokenize_groups([group], tokenizer, TokenizeOptions(**options), counts))
+    notes = RowNotes()
+    found = list(tokenize_groups([group], tokenizer, TokenizeOptions(**options), counts, notes))
+    counts.update({f"dropped/{reason}": number for reason, number in notes.drops.items()})
     return (found[0] if found else None), {name: n for name, n in counts.items() if n}
 
 
@@ -177,7 +181,7 @@ def test_a_completion_that_no_pair_names_is_left_out(tokenizer: PreTrainedTokeni
 def test_many_groups_keep_their_order(tokenizer: PreTrainedTokenizerFast) -> None:
     groups = [text_group(f"{number} the", " cat", f" day {number}") for number in range(1100)]
     counts: Counter[str] = Counter()
-    found = list(tokenize_groups(iter(groups), tokenizer, WIDE, counts))
+    found = list(tokenize_groups(iter(groups), tokenizer, WIDE, counts, RowNotes()))
     assert [tokenizer.decode(group.prompt) for group in found] == [group.prompt for group in groups]
     assert all(
         tokenizer.decode(group.completions[1]) == f" day {number}<|endoftext|>"
@@ -204,12 +208,13 @@ def test_whatever_the_lengths_a_group_fits_and_keeps_prompts_end_and_completions
     )
     counts: Counter[str] = Counter()
     group = PreferenceGroup(prompt="", completions=("",) * len(lengths), pairs=pairs)
-    found = _fit(prompt, completions, group, _NoBos(), options, counts)  # type: ignore[arg-type]
     fits = prompt_length + max(lengths) <= max_length and prompt_length <= (max_prompt or max_length)
-    assert (found is None) == (drop and not fits)
-    if found is None:
-        assert counts == {"dropped/too_long": 1}
+    if drop and not fits:
+        with pytest.raises(RowError) as error:
+            _fit(prompt, completions, group, _NoBos(), options, counts)  # type: ignore[arg-type]
+        assert (error.value.reason, counts) == ("too_long", {})
         return
+    found = _fit(prompt, completions, group, _NoBos(), options, counts)  # type: ignore[arg-type]
     kept = found.prompt.tolist()
     assert kept == prompt[-len(kept) :]
     assert len(kept) <= (max_prompt or max_length - 1)
@@ -240,9 +245,7 @@ def test_pairs_keep_the_margin_of_their_scores() -> None:
     )
     options = TokenizeOptions(max_length=9, max_prompt_length=None, drop_too_long=False, append_eos=False)
     found = _fit([7], completions, group, _NoBos(), options, Counter())  # type: ignore[arg-type]
-    assert found is not None
     assert found.pairs == (Pair(0, 1), Pair(2, 0))
     assert found.margins == (1.5, 1.0)
     unscored = _fit([7], completions, replace(group, scores=None), _NoBos(), options, Counter())  # type: ignore[arg-type]
-    assert unscored is not None
     assert unscored.margins is None

@@ -29,6 +29,7 @@ def test_a_folder_holds_both_splits_and_a_manifest(tmp_path: Path) -> None:
     with _writer(tmp_path / "out") as writer:
         writer.write_all([("train", GROUP), ("train", GROUP), ("test", GROUP)])
         writer.drops["empty_completion"] += 3
+        writer.notes.ignored["margin"] += 2
     rows = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
     assert rows == 2 * [
         {
@@ -48,6 +49,7 @@ def test_a_folder_holds_both_splits_and_a_manifest(tmp_path: Path) -> None:
         "rows": {"train": 2, "test": 1},
         "pairs": 6,
         "dropped": {"empty_completion": 3},
+        "unused_columns": {"margin": 2},
         "completions_are_complete": False,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -95,9 +97,12 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, error: type[BaseExcep
 
 
 def test_nothing_left_is_an_error_that_counts_the_reasons(tmp_path: Path) -> None:
-    message = r"nothing left after filtering.*empty_completion 4"
-    with pytest.raises(UserError, match=message), _writer(tmp_path / "out") as writer:
-        writer.drops["empty_completion"] += 4
+    writer = _writer(tmp_path / "out")
+    writer.drops["empty_completion"] += 4
+    writer.notes.drop("not_text", "f:1: x")
+    message = r"nothing left after filtering.*empty_completion 4.*\n.*first f:1: x"
+    with pytest.raises(UserError, match=message), writer:
+        pass
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.hh import first_turn, hh_group
+from dpo.data.fields import RowError
 from dpo.data.records import Message
-from dpo.data.rows import RowError
 
 HH = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "hh-harmless" / "test.jsonl.gz"
 SHARED = "\n\nHuman: Hi there\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"

@@ -1,6 +1,5 @@
 import json
 import urllib.request
-from collections import Counter
 from email.message import Message
 from io import BytesIO
 from pathlib import Path
@@ -14,8 +13,9 @@ import pytest
 from data_prep import labels
 from data_prep.cli import main
 from data_prep.labels import Decoder, label_group
+from dpo.data.fields import RowError
+from dpo.data.notes import RowNotes
 from dpo.data.records import Pair
-from dpo.data.rows import RowError
 from dpo.errors import UserError
 
 GPT2 = Path(__file__).resolve().parents[3].parent / "shared" / "tokenizers" / "gpt2"
@@ -44,24 +44,24 @@ def _ids(row: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row", [TEXT, _ids(TEXT)])
 def test_the_best_of_four_is_a_group_of_three_pairs(row: dict[str, Any]) -> None:
-    drops: Counter[str] = Counter()
-    group = label_group(row, decode=_letters, drops=drops)
+    notes = RowNotes()
+    group = label_group(row, decode=_letters, notes=notes)
     assert group.prompt == "The day"
     assert group.completions == (" was long.", " was fun.", " was short.", " was hot.")
     assert group.pairs == (Pair(1, 0), Pair(1, 2), Pair(1, 3))
-    assert not drops
+    assert not notes.drops
 
 
 def test_a_sample_equal_to_the_best_makes_no_pair_and_is_counted() -> None:
-    drops: Counter[str] = Counter()
-    group = label_group({**TEXT, "sample3": " was fun."}, decode=_letters, drops=drops)
+    notes = RowNotes()
+    group = label_group({**TEXT, "sample3": " was fun."}, decode=_letters, notes=notes)
     assert group.pairs == (Pair(1, 0), Pair(1, 2))
-    assert drops == {"pair_identical_to_best": 1}
+    assert notes.drops == {"pair_identical_to_best": 1}
 
 
 def test_plain_pairs_of_the_hub_are_read_too() -> None:
     row = {"prompt": "p", "chosen": " a", "rejected": " b"}
-    assert label_group(row, decode=_letters, drops=Counter()).pairs == (Pair(0, 1),)
+    assert label_group(row, decode=_letters, notes=RowNotes()).pairs == (Pair(0, 1),)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_plain_pairs_of_the_hub_are_read_too() -> None:
 )
 def test_a_faulty_row_is_refused_for_its_reason(change: dict[str, Any], reason: str) -> None:
     with pytest.raises(RowError) as error:
-        label_group({**TEXT, **change}, decode=_letters, drops=Counter())
+        label_group({**TEXT, **change}, decode=_letters, notes=RowNotes())
     assert error.value.reason == reason
 
 

@@ -1,8 +1,8 @@
 import argparse
-from collections import Counter
 from typing import Any
 
 from data_prep.splits import Fold, prompt_key, split_groups, split_of
+from dpo.data.notes import RowNotes
 from dpo.data.records import Message, Pair, PreferenceGroup
 from dpo.data.rows import group_from_row
 from dpo.data.sources import Split
@@ -13,28 +13,28 @@ def _rows(*prompts: str) -> list[tuple[str, Any]]:
 
 
 def _split(
-    rows: dict[Split, Any], drops: Counter[str], max_rows: int | None = None, fold: Fold | None = None
+    rows: dict[Split, Any], notes: RowNotes, max_rows: int | None = None, fold: Fold | None = None
 ) -> list[tuple[Split, str | tuple[Message, ...]]]:
     args = argparse.Namespace(strict=False, max_rows=max_rows, seed=0, test_fraction=0.3, fold=fold)
-    groups = split_groups(rows, group_from_row, prompt_key, args=args, drops=drops)
+    groups = split_groups(rows, group_from_row, prompt_key, args=args, notes=notes)
     return [(split, group.prompt) for split, group in groups]
 
 
 def test_a_share_of_the_prompts_is_held_out_and_a_repeated_prompt_stays_together() -> None:
     prompts = [str(number) for number in range(1000)]
-    drops: Counter[str] = Counter()
-    splits = _split({"train": _rows(*prompts, *prompts)}, drops)
+    notes = RowNotes()
+    splits = _split({"train": _rows(*prompts, *prompts)}, notes)
     assert len(splits) == 2000
     assert splits[:1000] == splits[1000:]
     # 300 expected of 1000, standard deviation 14.5
     assert 240 < sum(split == "test" for split, _ in splits[:1000]) < 360
-    assert not drops
+    assert not notes.drops
 
 
 def test_the_split_of_a_prompt_does_not_depend_on_the_other_rows() -> None:
     prompts = [str(number) for number in range(50)]
-    forward = _split({"train": _rows(*prompts)}, Counter())
-    backward = _split({"train": _rows(*reversed(prompts))}, Counter())
+    forward = _split({"train": _rows(*prompts)}, RowNotes())
+    backward = _split({"train": _rows(*reversed(prompts))}, RowNotes())
     assert sorted(forward) == sorted(backward)
 
 
@@ -54,7 +54,7 @@ def test_folds_hold_out_every_prompt_once_and_are_of_about_equal_size() -> None:
     held_out = [
         [
             prompt
-            for split, prompt in _split({"train": _rows(*prompts)}, Counter(), fold=Fold(number, 5))
+            for split, prompt in _split({"train": _rows(*prompts)}, RowNotes(), fold=Fold(number, 5))
             if split == "test"
         ]
         for number in range(1, 6)
@@ -64,14 +64,30 @@ def test_folds_hold_out_every_prompt_once_and_are_of_about_equal_size() -> None:
 
 
 def test_test_rows_with_a_training_prompt_are_dropped_and_counted() -> None:
-    drops: Counter[str] = Counter()
-    splits = _split({"train": _rows("a", "b"), "test": _rows("b", "c", "b")}, drops)
+    notes = RowNotes()
+    splits = _split({"train": _rows("a", "b"), "test": _rows("b", "c", "b")}, notes)
     assert splits == [("train", "a"), ("train", "b"), ("test", "c")]
-    assert drops == {"test_prompt_in_train": 2}
+    assert notes.drops == {"test_prompt_in_train": 2}
+
+
+def test_rows_with_what_preference_files_cannot_hold_are_dropped_and_counted() -> None:
+    named = [{"role": "user", "content": "a", "name": "Ann"}]
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
+    user = [{"role": "user", "content": "a"}]
+    rows = [
+        {"prompt": named, "chosen": "yes", "rejected": "no"},
+        {"prompt": user, "chosen": call, "rejected": [{"role": "assistant", "content": "no"}]},
+        {"prompt": user, "chosen": "yes", "rejected": "no", "tools": [{"name": "f"}]},
+        {"prompt": user, "chosen": "yes", "rejected": "no"},
+    ]
+    notes = RowNotes()
+    assert len(_split({"train": [(f"f:{n}", row) for n, row in enumerate(rows, 1)]}, notes)) == 1
+    assert notes.drops == {"fields_not_in_files": 3}
+    assert notes.first["fields_not_in_files"].startswith("f:1: the row has name;")
 
 
 def test_max_rows_limits_each_input_split() -> None:
-    splits = _split({"train": _rows("a", "b", "c"), "test": _rows("d", "e", "f")}, Counter(), max_rows=2)
+    splits = _split({"train": _rows("a", "b", "c"), "test": _rows("d", "e", "f")}, RowNotes(), max_rows=2)
     assert splits == [("train", "a"), ("train", "b"), ("test", "d"), ("test", "e")]
 
 

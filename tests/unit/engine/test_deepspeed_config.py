@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dpo.engine.deepspeed_config import (
     offloads_optimizer,
     problems,
     read_settings,
+    set_ours,
     without_waiting,
 )
 from dpo.errors import UserError
@@ -89,6 +91,23 @@ def test_our_configurations_have_no_problems(name: str) -> None:
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs stage 3 or more"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs stage 1"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}}, "offload_param.device"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size: 2"),
+        ({"compile": {"deepcompile": True}}, "compile"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast"),
+        ({"prescale_gradients": True}, "prescale_gradients: True"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: 2.0"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op: 'sum'"),
+        ({"managed_gradient_accumulation": True}, "managed_gradient_accumulation"),
+        ({"amp": {"enabled": False}}, "amp: DeepSpeed has removed it"),
+        ({"grad_clipping": 1.0, "zero_optimisation": {"stage": 2}}, "zero_optimisation"),
+        ({"communication_data_type": "bf16"}, "communication_data_type: 'bf16'; expected 'fp32'"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype: 'bf16'"),
+        ({"data_types": {"param_dtype": "fp16"}}, "data_types.param_dtype: 'fp16'"),
+        ({"bf16": {"enabled": "auto", "bf16_optimizer_states": True}}, "bf16.bf16_optimizer_states"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients"),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm"),
+        ({"bf16": {"enabled": "auto"}}, "zero_optimization: None; expected an object with a stage"),
     ],
 )
 def test_what_would_be_ignored_or_fail_late_is_said_at_once(
@@ -100,6 +119,47 @@ def test_what_would_be_ignored_or_fail_late_is_said_at_once(
         read_settings(file)
     assert said in str(refused.value)
     assert str(file) in str(refused.value)
+
+
+def test_what_is_switched_off_is_no_problem() -> None:
+    off = {
+        "tensor_parallel": {"autotp_size": 1},
+        "sequence_parallel_size": 1,
+        "compile": {"deepcompile": False},
+        "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "fp16": {"enabled": False, "loss_scale": 0},
+    }
+    assert problems({**off, "zero_optimization": {"stage": 2}}) == []
+
+
+def test_our_numbers_are_written_over_those_of_the_launcher() -> None:
+    settings = {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": 7.0,
+        "zero_optimization": {"stage": 2},
+    }
+    set_ours(settings, max_grad_norm=0.5, universal=True)
+    assert settings == {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.5,
+        "checkpoint": {"load_universal": True},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {"stage": 2},
+    }
+
+
+def test_zero3_gathers_its_weights_for_the_model_whatever_the_file_says() -> None:
+    for stage, said in ((3, {}), (3, {"stage3_gather_16bit_weights_on_model_save": False}), (2, {})):
+        settings: dict[str, Any] = {"zero_optimization": {"stage": stage, **said}}
+        set_ours(settings, max_grad_norm=1.0, universal=False)
+        found = settings["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save")
+        assert found is (True if stage == 3 else None)
 
 
 def test_all_problems_are_listed() -> None:

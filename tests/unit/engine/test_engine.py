@@ -70,6 +70,18 @@ def test_accumulated_micro_batches_make_the_step_of_one_big_batch(
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
 
 
+def test_the_launchers_accumulation_divides_nothing(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms = []
+    for _ in range(2):
+        engine = tiny_engine(tiny_model)
+        engine.accumulate(-engine.score(sequence_batch(SEQUENCES)).sum(), last=True)
+        norms.append(engine.update(0.0))
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert norms[0] == norms[1]
+
+
 def test_an_update_leaves_no_gradient_for_the_next_step(tiny_model: Path) -> None:
     norms = []
     engine = tiny_engine(tiny_model)

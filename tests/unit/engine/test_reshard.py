@@ -57,7 +57,7 @@ def test_a_sharded_state_needs_it_in_another_world(
     ],
 )
 def test_another_engine_is_refused_with_what_to_do(checkpoint: Any, wrote: str, kind: str) -> None:
-    with pytest.raises(UserError, match=f"written with {wrote}, {kind}.*the same engine"):
+    with pytest.raises(UserError, match=f"written with {wrote}.*{kind}"):
         needs_universal_form(Path("x"), wrote, 2, kind)
 
 

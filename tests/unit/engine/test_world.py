@@ -24,6 +24,7 @@ def test_a_deepspeed_file_that_owns_our_numbers_is_refused_before_anything_start
 ) -> None:
     file = tmp_path / "ds.json"
     file.write_text('{"gradient_clipping": 3.0, "zero_optimization": {"stage": 2}}')
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     with pytest.raises(UserError, match="gradient_clipping"):
         world.start(ModelConfig(name_or_path="m"))

@@ -59,10 +59,10 @@ def test_the_estimate_agrees_with_the_sum_over_all_sequences() -> None:
         temperature=1.0,
         seed=0,
         batch_size=500,
-        eos_token_id=EOS,
+        stop_ids=[EOS],
         progress=None,
     )
-    sequences = [continuation.sampled_ids(EOS) for continuation in drawn]
+    sequences = [continuation.sampled_ids() for continuation in drawn]
     found = kl_summary(
         log_probs(policy, sequences),
         log_probs(reference, sequences),

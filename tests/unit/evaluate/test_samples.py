@@ -71,7 +71,7 @@ def test_samples_of_the_kl_have_their_own_seed_and_temperature_1(tiny_model: Pat
     def drawn(temperature: float, seed: int, *, for_kl: bool) -> list[list[int]]:
         options = EvaluateConfig(completion_tokens=6, temperature=temperature, seed=seed)
         found = continue_prompts(
-            model, prompts, options, eos_token_id=0, sharded=False, progress=None, for_kl=for_kl
+            model, prompts, options, stop_ids=[0], sharded=False, progress=None, for_kl=for_kl
         )
         return [continuation.ids.tolist() for continuation in found]
 
@@ -81,7 +81,9 @@ def test_samples_of_the_kl_have_their_own_seed_and_temperature_1(tiny_model: Pat
 
 def both(tokenizer: PreTrainedTokenizerFast, reference: list[str], policy: list[str]) -> Samples:
     def continuations(texts: list[str]) -> list[Continuation]:
-        return [Continuation(ids(*tokenizer(text).input_ids), finished=True) for text in texts]
+        return [
+            Continuation(ids(*tokenizer(text).input_ids), stop=int(tokenizer.eos_token_id)) for text in texts
+        ]
 
     return Samples(
         prompts=[ids(*tokenizer(f"prompt {n}").input_ids) for n in range(len(policy))],

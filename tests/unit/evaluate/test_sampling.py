@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo.data.records import TokenIds
 from dpo.errors import UserError
-from dpo.evaluate.sampling import Continuation, sample
+from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
 
 EOS = 0
 VOCABULARY = 13
@@ -47,6 +48,7 @@ def draw(
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    stop_ids: Sequence[int] = (EOS,),
 ) -> list[list[Continuation]]:
     return sample(
         model,
@@ -56,7 +58,7 @@ def draw(
         temperature=temperature,
         seed=seed,
         batch_size=batch_size,
-        eos_token_id=EOS,
+        stop_ids=stop_ids,
         progress=None,
     )
 
@@ -131,7 +133,7 @@ def test_temperature_0_takes_the_most_likely_token(model: PreTrainedModel) -> No
     for prompt, several in zip(texts, draw(model, texts, num_samples=2, temperature=0), strict=True):
         assert several[0].ids.tolist() == several[1].ids.tolist()
         ids = prompt
-        for token in several[0].sampled_ids(EOS):
+        for token in several[0].sampled_ids():
             assert token == next_token_probabilities(model, ids, 1.0).argmax()
             ids = np.append(ids, token)
 
@@ -147,8 +149,38 @@ def test_a_continuation_ends_before_eos_or_at_the_longest_length(model: PreTrain
 
 def test_sampled_ids_count_eos_where_it_was_drawn() -> None:
     ids = np.array([4, 5], dtype=np.int32)
-    assert Continuation(ids, finished=True).sampled_ids(EOS).tolist() == [4, 5, EOS]
-    assert Continuation(ids, finished=False).sampled_ids(EOS).tolist() == [4, 5]
+    assert Continuation(ids, stop=EOS).sampled_ids().tolist() == [4, 5, EOS]
+    assert Continuation(ids, stop=None).sampled_ids().tolist() == [4, 5]
+
+
+SETTINGS_OF_STOPS = [(None, (EOS,)), (EOS, (EOS,)), (5, (EOS, 5)), ([5, EOS, 7], (EOS, 5, 7))]
+
+
+@pytest.mark.parametrize(("listed", "expected"), SETTINGS_OF_STOPS)
+def test_the_tokenizers_eos_and_those_of_the_models_settings_end_a_continuation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, listed: Any, expected: tuple[int, ...]
+) -> None:
+    assert tokenizer.eos_token_id == EOS
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = listed
+    try:
+        assert stop_ids_of(model, tokenizer) == expected
+    finally:
+        model.generation_config.eos_token_id = before
+
+
+def test_every_stop_token_ends_a_continuation_as_eos_does(model: PreTrainedModel) -> None:
+    stops = [EOS, 5, 7]
+    texts = prompts(3, 5)
+    plain = [one for several in draw(model, texts, num_samples=40) for one in several]
+    drawn = [one for several in draw(model, texts, num_samples=40, stop_ids=stops) for one in several]
+    for long, short in zip(plain, drawn, strict=True):  # the same random streams: the same tokens up to it
+        tokens = long.sampled_ids().tolist()
+        cut = next((i for i, token in enumerate(tokens) if token in stops), None)
+        expected = tokens if cut is None else tokens[: cut + 1]
+        assert short.sampled_ids().tolist() == expected
+        assert short.stop == (None if cut is None else tokens[cut])
+    assert {one.stop for one in drawn} == {None, *stops}
 
 
 def test_the_models_own_generation_settings_are_ignored_and_restored(model: PreTrainedModel) -> None:

@@ -2,14 +2,12 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from dpo.errors import StoppedBySignal
 from dpo.guards import signals
-from dpo.guards.signals import STOPPING, StopRequests, end_with_launcher
+from dpo.guards.signals import STOPPING, StopRequests
 
 
 def send(number: signal.Signals) -> None:
@@ -90,43 +88,3 @@ def test_the_handlers_of_before_come_back() -> None:
     with StopRequests():
         assert all(signal.getsignal(number) != handler for number, handler in before.items())
     assert {number: signal.getsignal(number) for number in STOPPING} == before
-
-
-PARENT = """
-import os, subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=sys.stdout)
-os.read(0, 1)
-os._exit(0)
-"""
-CHILD = """
-import signal, sys
-from dpo.guards.signals import end_with_launcher
-signal.signal(signal.SIGTERM, lambda *_: (print("SIGTERM", flush=True), sys.exit(0)))
-end_with_launcher()
-print("ready", flush=True)
-signal.pause()
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
-def test_a_rank_of_torchelastic_is_signalled_when_its_launcher_dies() -> None:
-    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "test"}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT.format(child=CHILD)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert parent.stdin is not None
-    assert parent.stdout is not None
-    with parent:
-        assert parent.stdout.readline() == "ready\n"
-        parent.kill()
-        assert parent.stdout.readline() == "SIGTERM\n"
-
-
-def test_without_torchelastic_nothing_is_asked_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(signals.ctypes, "CDLL", lambda name: pytest.fail("the kernel was asked"))
-    end_with_launcher()

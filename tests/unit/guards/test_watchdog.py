@@ -77,6 +77,27 @@ def test_a_rank_without_heartbeats_is_gone(others: Any, tmp_path: Path) -> None:
     assert str(reason) == ("rank 1 (node7, process 77, last seen: step 4) is gone: killed, or out of memory")
 
 
+class Gone:
+    """A store whose rank has exited."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise dist.DistNetworkError("connection reset by peer")
+
+
+def test_the_reason_of_a_rank_that_took_the_store_with_it_is_known(others: Any, tmp_path: Path) -> None:
+    others.set("end/1", json.dumps({"rank": 1, "kind": "UserError", "message": "metrics.jsonl: disk full"}))
+    with Watchdog(RunFolder(tmp_path), "train", 60) as dog:
+        for _ in range(100):
+            if dog._first_end is not None:
+                break
+            time.sleep(0.02)
+        dog._store = Gone()
+        time.sleep(0.2)  # the thread meets it first
+        reason = dog.explain(RuntimeError("a connection was closed"))
+    assert isinstance(reason, UserError)
+    assert str(reason) == "rank 1: metrics.jsonl: disk full"
+
+
 def test_the_rank_that_fails_first_is_the_reason(others: Any, tmp_path: Path) -> None:
     error = ZeroDivisionError("mine")
     with alive(others), Watchdog(RunFolder(tmp_path), "train", 60) as dog:

@@ -71,6 +71,8 @@ BY_HAND = {
     "apo_down": s(0.5) + 1 - s(0.8),
     "discopop": (1 - s(16)) * -log_sigmoid(0.8) + s(16) * math.exp(-0.8),
     "sigmoid_norm": -0.75 * log_sigmoid(0.275) - 0.25 * log_sigmoid(-0.275),
+    "aot": -0.75 * log_sigmoid(0.8) - 0.25 * log_sigmoid(-0.8),  # one pair: DPO
+    "aot_unpaired": -0.75 * log_sigmoid(0.8) - 0.25 * log_sigmoid(-0.8),
     "plackett_luce": -log_sigmoid(0.8),
     "simpo": -log_sigmoid(0.5 * (-1.75 + 3.3) - 0.75),
     "orpo": 1.75 - 0.5 * log_sigmoid(odds(-1.75) - odds(-3.3)),
@@ -87,6 +89,8 @@ AT_REFERENCE = {
     "apo_down": 1.0,
     "discopop": (LN2 + 1) / 2,
     "sigmoid_norm": LN2,
+    "aot": LN2,
+    "aot_unpaired": LN2,
     "plackett_luce": LN2,
     "simpo": -log_sigmoid(0.5 * (-2.0 + 3.0) - 0.75),
     "orpo": 2.0 - 0.5 * log_sigmoid(odds(-2.0) - odds(-3.0)),
@@ -236,3 +240,17 @@ def test_rewards_are_per_token_where_the_loss_is() -> None:
     for name, chosen in (("sigmoid", 1.0), ("ipo", 1.0), ("sigmoid_norm", 1 / 4)):
         found = preference_loss(policy, reference, config(name))
         assert found.chosen_rewards.item() == pytest.approx(0.5 * chosen)
+
+
+def test_aot_compares_sorted_margins_and_not_pairs() -> None:
+    """Policy margins 3 and 1, reference margins 0 and 2: sorted, 1 against 0 and 3 against 2."""
+    policy, reference = logps([-3.0, -5.0], [-6.0, -6.0]), logps([-6.0, -5.0], [-6.0, -7.0])
+    found = preference_loss(policy, reference, config("aot", label_smoothing=0.0)).losses
+    assert found.tolist() == pytest.approx([-log_sigmoid(0.5 * 1), -log_sigmoid(0.5 * 1)], rel=1e-12)
+
+
+def test_unpaired_aot_compares_sorted_log_ratios() -> None:
+    """Chosen log-ratios 3 and 0, rejected 0 and 1: sorted, 0 against 0 and 3 against 1."""
+    policy, reference = logps([-3.0, -5.0], [-6.0, -6.0]), logps([-6.0, -5.0], [-6.0, -7.0])
+    found = preference_loss(policy, reference, config("aot_unpaired", label_smoothing=0.0)).losses
+    assert found.tolist() == pytest.approx([LN2, -log_sigmoid(0.5 * 2)], rel=1e-12)

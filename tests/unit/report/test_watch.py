@@ -1,5 +1,6 @@
 """The table of continuations during training: those of the report's sampler, escaped."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,13 @@ def test_each_prompt_has_a_row_with_the_sample_of_the_seed(
     model = load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32"))
     prompts = [np.array(tokenizer(text).input_ids, np.int32) for text in ("a | day", "we like")]
     options = EvaluateConfig(completion_tokens=6, seed=3)
-    lines = watched_samples(model, prompts, tokenizer, options, sharded=False).splitlines()
     eos = int(tokenizer.eos_token_id)
-    drawn = continue_prompts(model, prompts, options, eos_token_id=eos, sharded=False, progress=None)
+    draw = partial(continue_prompts, model, prompts, options, sharded=False, progress=None)
+    plain = np.concatenate([continuation.ids for continuation in draw(stop_ids=[eos])])
+    often = int(plain[len(plain) // 2])
+    model.generation_config.eos_token_id = [often]  # as a chat model ends its turns
+    lines = watched_samples(model, prompts, tokenizer, options, sharded=False).splitlines()
+    drawn = draw(stop_ids=[eos, often])
     first, second = texts_of([continuation.ids for continuation in drawn], tokenizer)
     assert lines == [
         "| query | policy |",

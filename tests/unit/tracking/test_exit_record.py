@@ -26,6 +26,10 @@ def test_it_says_what_ended_how_and_where(tmp_path: Path) -> None:
         "message": "stopped",
         "step": 7,
         "started": 12.5,
+        "trained": 7,
+        "attempt": 1,
+        "gained": 7,
+        "attempts_without_a_step": 0,
     }
 
 
@@ -88,3 +92,26 @@ def test_on_a_full_disk_the_launchers_own_file_has_the_record(
     record_end(RunFolder(tmp_path / "run"), "train", 2, "disk full", 0.0)
     assert list((tmp_path / "run").iterdir()) == []
     assert json.loads((tmp_path / "record").read_text())["status"] == 2
+
+
+def test_the_record_of_a_process_that_was_refused_stays_out_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXIT_RECORD", str(tmp_path / "record.json"))
+    record_end(RunFolder(tmp_path / "run"), "train", 2, "in use", 0.0, in_use=True)
+    assert not (tmp_path / "run").exists()
+    assert json.loads((tmp_path / "record.json").read_text())["status"] == 2
+
+
+def test_attempts_are_counted_by_the_steps_that_they_gain(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    counted = []
+    for command, step in (("train", 0), ("train", 4), ("train", 4), ("precompute-ref", 4), ("train", 3)):
+        folder.history.write_text("".join(f'{{"step": {number}}}\n' for number in range(step + 1)))
+        (tmp_path / "config.yaml").touch()
+        record_end(folder, command, 3, "stopped", 0.0)
+        found = recorded(tmp_path)
+        counted.append(tuple(found[name] for name in ("attempt", "gained", "attempts_without_a_step")))
+        if step == 4:
+            folder.exit_record.rename(folder.previous_exit_record)  # as launch/run does before a start
+    assert counted == [(1, 0, 1), (2, 4, 0), (3, 0, 1), (3, 0, 1), (4, 0, 2)]

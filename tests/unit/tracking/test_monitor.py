@@ -1,6 +1,7 @@
 """The lines of metrics.jsonl, and the same numbers in TensorBoard and the bar."""
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from dpo.tracking.run_folder import RunFolder
 
 
 def write_steps(run_dir: Path, steps: Mapping[int, Mapping[str, float]], first_step: int = 0) -> None:
+    if first_step:  # TensorBoard's files are in order of the seconds in their names
+        time.sleep(1 - time.time() % 1)
     with Monitor(RunFolder(run_dir), num_steps=9, first_step=first_step, unit="pairs") as monitor:
         for step, values in steps.items():
             monitor.record(step, values)
@@ -62,6 +65,21 @@ def test_a_resumed_run_cuts_what_came_after_its_checkpoint(tmp_path: Path) -> No
     expected = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
     assert [(line["step"], line["train/loss"]) for line in lines(tmp_path)] == expected
     assert curves(tmp_path)["train/loss"] == expected
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 64, b'{"step": 4, "tr\n{"step": 5}\n', b"\0\0\n"])
+def test_damage_after_the_checkpoint_is_cut_and_said(
+    tmp_path: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_steps(tmp_path, {step: {"train/loss": float(step)} for step in (1, 2, 3)})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    capsys.readouterr()
+    write_steps(tmp_path, {3: {"train/loss": 30.0}}, first_step=2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert "1 damaged line(s) were removed" in said
+    assert "resumes after step 2" in said
 
 
 def test_the_evaluation_at_the_checkpoint_stays(tmp_path: Path) -> None:

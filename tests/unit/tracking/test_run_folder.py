@@ -105,3 +105,30 @@ def test_a_run_is_known_by_its_configuration_or_its_exit_record(folder: RunFolde
     folder.exit_record.unlink()
     folder.config.touch()
     assert folder.is_run
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(folder: RunFolder, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    (disk / "model").mkdir(parents=True)
+    folder.path.mkdir()
+    folder.model().symlink_to(disk / "model")
+    gone = [
+        folder.path / ".config.yaml.0123456789ab.writing",
+        folder.checkpoints / ".step_00000004.writing",
+        folder.checkpoints / ".step_00000002.universal",
+        folder.checkpoints / ".step_00000002.replaced",
+        folder.snapshots / ".step_00000002.0123456789ab.writing",
+        disk / ".model.0123456789ab.writing",
+    ]
+    kept = [
+        folder.checkpoint(2),
+        folder.checkpoints / ".step_00000003.replaced",  # the only copy of its step
+        folder.path / ".report.0123456789ab.writing",  # an evaluation may be at work
+        disk / ".model2.0123456789ab.writing",
+    ]
+    for path in (*gone, *kept):
+        path.mkdir(parents=True)
+        (path / "file").touch()
+    folder.remove_leftovers()
+    assert [path for path in gone if path.exists()] == []
+    assert [path for path in kept if not (path / "file").exists()] == []

@@ -1,5 +1,6 @@
 """A checkpoint is complete and as it was written, or it does not exist."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,33 @@ def test_the_random_state_of_a_rank_comes_back(tmp_path: Path) -> None:
     engine: Any = FakeEngine()
     load_checkpoint(engine, folder, folder)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_permissions_of_the_umask_and_the_key_is_private(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        folder = save(tmp_path, 2)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {mode}
+    assert (tmp_path / "checkpoint.key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", ["", "abc", "not hex"])
+def test_a_damaged_key_is_made_anew_before_it_signs_anything(tmp_path: Path, content: str) -> None:
+    (tmp_path / "checkpoint.key").write_text(content)  # killed, or the machine lost power
+    assert problem_of(save(tmp_path, 2)) is None
+
+
+def test_checkpoints_may_be_a_link_to_a_big_disk(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(tmp_path / "disk" / "checkpoints")
+    RunFolder(run_dir).claim({})
+    save(run_dir, 2, 4, keep_last=1)
+    assert (run_dir / "checkpoints").is_symlink()
+    assert newest_checkpoint(run_dir) == run_dir / "checkpoints" / "step_00000004"
+    assert [path.name for path in (tmp_path / "disk" / "checkpoints").iterdir()] == ["step_00000004"]

@@ -26,7 +26,7 @@ from dpo.data.preference_data import preference_data
 from dpo.data.trees import sequence_batch
 from dpo.engine import world
 from dpo.engine.engine import Engine
-from dpo.errors import RunFailed, StoppedBySignal
+from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import averaged_over_groups
 from dpo.loss.pairs import LossValues, Pairs
@@ -83,8 +83,11 @@ class WithoutExport(Session):
     """Notes the steps at which a model would be written."""
 
     exported: list[int]
+    no_room_at: int | None = None
 
     def export(self, target: Path) -> None:
+        if self.progress.step == self.no_room_at:
+            raise UserError(f"{target}: the model could not be written")
         self.exported.append(self.progress.step)
 
 
@@ -115,7 +118,7 @@ def run(
     """Trains as `dpo train` does, from the start or from a checkpoint.
 
     `evaluation` gives the held-out loss of a step; `die_at` is the step whose evaluation raises KilledError,
-    `stop_at` the one in which a signal arrives.
+    `stop_at` the one in which a signal arrives, `no_room_at` the one whose model cannot be written.
     """
 
     def run_it(
@@ -124,6 +127,7 @@ def run(
         evaluation: Callable[[int], float] | None = None,
         die_at: int | None = None,
         stop_at: int | None = None,
+        no_room_at: int | None = None,
         reference: np.ndarray | None = None,
     ) -> Run:
         start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
@@ -176,7 +180,7 @@ def run(
             evaluate=evaluate if evaluation else None,
             checkpoint=start.checkpoint if isinstance(start, Resume) else None,
         )
-        session.exported = result.exported
+        session.exported, session.no_room_at = result.exported, no_room_at
         with session.guard, session.opened():
             result.evaluated = train(session)
         result.weights = session.engine.weights()
@@ -290,6 +294,35 @@ def test_tokens_are_counted_without_padding_over_the_whole_run(
     assert trained.curve("train/epoch")[-1] == 2.0
 
 
+def test_threads_change_no_bit(
+    make_config: Callable[..., Config],
+    write_jsonl: Callable[..., str],
+    run: Trained,
+) -> None:
+    """Law 5 with 2 threads: completions of one prompt share the state that predicts their first token."""
+    rng = np.random.default_rng(0)
+    words = ("good", "bad", "day", "cat", "film", "well")
+    rows = [
+        {
+            "prompt": f"{number} the",
+            "completions": [f" {' '.join(rng.choice(words, 9))} {other}" for other in range(4)],
+            "pairs": [{"chosen": 0, "rejected": other} for other in (1, 2, 3)],
+        }
+        for number in range(24)
+    ]
+    options = {"pairs_per_step": 72, "max_steps": 2, "num_epochs": 2, "max_tokens_per_micro_batch": 8192}
+    config = make_config(write_jsonl(rows), **options, learning_rate=1e-2, warmup_steps=0)
+    config = replace(config, loss=LossConfig(type="simpo", beta=2.0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [run(changed(config, f"run{n}"), reference=np.zeros(96)) for n in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(weight, runs[0].weights[name]) for name, weight in other.weights.items())
+
+
 @pytest.mark.parametrize(("every", "steps"), [(0, [0, 6]), (2, [0, 2, 4, 6]), (4, [0, 4, 6])])
 def test_evaluation_is_at_both_ends_and_every_so_often(
     experiment: Config, run: Trained, every: int, steps: list[int]
@@ -316,6 +349,19 @@ def test_a_resumed_run_remembers_its_best(experiment: Config, run: Trained) -> N
     with pytest.raises(KilledError):
         run(config, evaluation=losses.__getitem__, die_at=3)
     assert run(config, evaluation=losses.__getitem__).exported == [5]
+
+
+@pytest.mark.parametrize("kept", [{"keep_best": True}, {"snapshot_every": 4}])
+def test_a_model_that_could_not_be_written_has_its_checkpoint_and_is_written_by_the_next_start(
+    experiment: Config, run: Trained, kept: dict[str, Any]
+) -> None:
+    options = {"evaluate_every": 4, "checkpoint_every": 4, **kept}
+    losses = {0: 0.7, 4: 0.2, 6: 0.6}
+    config = changed(experiment, "unwritten", **options)
+    with pytest.raises(UserError, match="could not be written"):
+        run(config, evaluation=losses.__getitem__, no_room_at=4)
+    assert [path.name for path in (Path(config.run_dir) / "checkpoints").iterdir()] == ["step_00000004"]
+    assert run(config, evaluation=losses.__getitem__).exported == [4]
 
 
 def test_models_are_kept_along_the_way_and_not_again_after_a_resume(experiment: Config, run: Trained) -> None:
@@ -469,6 +515,77 @@ def test_rows_and_trees_train_alike_and_trees_compute_less(experiment: Config, r
         assert (step["perf/padding_fraction"], in_rows["perf/shared_prefix_fraction"]) == (0, 0)
         assert step["perf/shared_prefix_fraction"] > 0.1
         assert step["perf/rank_imbalance"] == 0
+
+
+LOSSES_TO_CACHE = {
+    "dpo": {},
+    "tokens": {"ld_alpha": 0.5},
+    "ranking": {"type": "plackett_luce"},
+    "no reference": {"type": "simpo"},
+    "mixture": {"type": ["sigmoid", "ipo"], "weights": [0.8, 0.2], "sft_weight": 0.1},
+}
+
+
+@pytest.mark.parametrize(("name", "budget"), [*((name, 24) for name in LOSSES_TO_CACHE), ("dpo", 100_000)])
+def test_a_cached_gradient_is_the_direct_one(
+    experiment: Config,
+    run: Trained,
+    open_data: Callable[[Config], TokenizedDataset],
+    name: str,
+    budget: int,
+) -> None:
+    """Also where a budget of 24 tokens cuts every group into single completions."""
+    loss = LossConfig(**LOSSES_TO_CACHE[name])
+    data = open_data(experiment)
+    values = np.full(len(data.keys), -20.0)
+    if loss.ld_alpha is not None:
+        values = np.full(int(data.completion_tokens.sum()), -2.0)
+    config = replace(experiment, loss=loss)
+    direct = run(changed(config, "direct", backward="direct"), reference=values)
+    cached = run(
+        changed(config, "cached", backward="cached", max_tokens_per_micro_batch=budget), reference=values
+    )
+    for line, other in zip(cached.lines(), direct.lines(), strict=True):
+        assert line.keys() == other.keys()
+        for key, found in line.items():
+            assert found == pytest.approx(other[key], rel=2e-5, abs=2e-6), key
+
+
+def test_a_cached_gradient_is_resumed_bit_for_bit(experiment: Config, run: Trained) -> None:
+    options = {"checkpoint_every": 2, "evaluate_every": 1, "backward": "cached"}
+    loss = LossConfig(type="aot")
+    experiment = replace(experiment, loss=loss)
+    whole = run(changed(experiment, "whole", **options), evaluation=float)
+    config = changed(experiment, "killed", **options)
+    with pytest.raises(KilledError):
+        run(config, evaluation=float, die_at=4)
+    resumed = run(config, evaluation=float)
+    assert resumed.lines() == whole.lines()
+    for name, weight in whole.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_cached_step_whose_loss_is_not_finite_is_skipped(
+    experiment: Config, run: Trained, spoil: Callable[..., None], value: float
+) -> None:
+    spoil({3}, value)
+    trained = run(changed(experiment, "spoiled", backward="cached"))
+    assert [line["step"] for line in trained.lines() if "train/skipped_steps" in line] == [3]
+    assert all(bool(weight.isfinite().all()) for weight in trained.weights.values())
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_a_loss_of_the_whole_step_does_not_depend_on_micro_batches(
+    experiment: Config, run: Trained, name: str
+) -> None:
+    config = replace(experiment, loss=LossConfig(type=name, beta=0.5))
+    small = run(changed(config, "small", max_tokens_per_micro_batch=30, num_epochs=4, max_steps=8))
+    large = run(changed(config, "large", max_tokens_per_micro_batch=100_000, num_epochs=4, max_steps=8))
+    assert small.curve("train/loss") == pytest.approx(large.curve("train/loss"), rel=1e-5)
+    assert small.curve("train/grad_norm") == pytest.approx(large.curve("train/grad_norm"), rel=1e-4)
+    assert small.curve("train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert small.curve("train/loss")[-1] < 0.6
 
 
 def relative_to_the_last_step(pairs: Pairs, loss: LossConfig) -> LossValues:

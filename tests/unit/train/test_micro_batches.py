@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo.config import Config, LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan, Int64s
 from dpo.data.preference_data import preference_data
 from dpo.data.prefetch import prefetch
-from dpo.data.trees import Layout, TreeBatch
-from dpo.train.micro_batches import MicroBatch, micro_batches
+from dpo.data.records import TokenIds
+from dpo.data.trees import Layout, TreeBatch, tree_batch
+from dpo.train.micro_batches import MicroBatch, cut, micro_batches
 from dpo.train.preference_objective import PreferenceObjective
 
 
@@ -40,6 +43,7 @@ def stream(objective: PreferenceObjective, **options: Any) -> list[MicroBatch]:
         "layout": "packed",
         "device": torch.device("cpu"),
         "budget": 40,
+        "cached": False,
         "rank": 0,
         "world_size": 1,
     }
@@ -92,6 +96,7 @@ def test_the_next_steps_first_batch_is_built_while_this_step_computes(objective:
             layout="packed",
             device=torch.device("cpu"),
             budget=100_000,
+            cached=False,
             rank=0,
             world_size=1,
         )
@@ -101,3 +106,43 @@ def test_the_next_steps_first_batch_is_built_while_this_step_computes(objective:
     assert first.last
     assert built.wait(10)  # and nobody has asked for the second step yet
     batches.close()
+
+
+TOKENS = st.integers(1, 30).map(lambda n: np.ones(n, dtype=np.int32))
+
+
+@given(
+    TOKENS, st.lists(TOKENS, min_size=1, max_size=9), st.integers(2, 80), st.sampled_from(["packed", "rows"])
+)
+def test_a_group_that_is_too_large_is_cut_between_completions(
+    prompt: TokenIds, completions: list[TokenIds], budget: int, layout: Layout
+) -> None:
+    pieces = cut([(prompt, completions)], layout, budget)
+    kept = [completion for ((_, part),) in pieces for completion in part]
+    assert all(one is other for one, other in zip(kept, completions, strict=True))
+    for ((again, part),) in pieces:
+        assert again is prompt
+        assert len(part) == 1 or tree_batch([(again, part)], layout).input_ids.numel() <= budget
+
+
+def test_several_groups_are_one_piece_and_so_are_none() -> None:
+    tree = (np.ones(50, dtype=np.int32), [np.ones(50, dtype=np.int32)] * 3)
+    assert cut([tree, tree], "packed", 10) == [[tree, tree]]
+    assert cut([], "packed", 10) == [[]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_pieces_are_equally_many_on_all_ranks_and_cover_the_whole_in_order(
+    objective: PreferenceObjective, world_size: int
+) -> None:
+    ranks = [stream(objective, rank=rank, world_size=world_size, cached=True) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    for rank in ranks:
+        for number in {micro.step.number for micro in rank}:
+            pieces = [micro for micro in rank if micro.step.number == number]
+            whole = pieces[0].whole
+            assert whole is not None
+            targets = torch.cat([piece.batch.targets for piece in pieces])
+            assert torch.equal(targets, whole.targets)
+            assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert len(ranks[0]) > len(stream(objective, world_size=world_size))  # a budget of 40 cuts some groups

@@ -1,6 +1,7 @@
 """Where a run starts or resumes, and every folder it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from dpo.config import Config, resolved
 from dpo.errors import UserError
 from dpo.tracking.run_folder import RunFolder
 from dpo.train import resume
-from dpo.train.checkpoint import Progress, save_checkpoint
+from dpo.train.checkpoint import Progress, prepare_checkpoints, save_checkpoint
 from dpo.train.resume import Fresh, Refuse, Resume, Start, check_fingerprints
 
 Make = Callable[..., Config]
@@ -91,6 +92,16 @@ def test_a_step_of_which_half_a_line_was_written_is_not_recorded(config: Config)
     assert find_start(config) is None
 
 
+def test_damaged_metrics_are_refused_only_before_the_checkpoint(config: Config) -> None:
+    run_dir = begin(config, steps=5, checkpoints=(3,))
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join([*lines[:5], "\0\0\n", *lines[5:]]))
+    assert find_start(config) == run_dir / "checkpoints" / "step_00000003"
+    (run_dir / "metrics.jsonl").write_text("".join([*lines[:2], "\0\0\n", *lines[2:]]))
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 3 "):
+        find_start(config)
+
+
 def test_a_run_that_was_refused_before_it_began_starts(config: Config) -> None:
     run_dir = Path(config.run_dir)
     run_dir.mkdir()
@@ -113,6 +124,29 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again_and_says_so(co
     assert "ended after step 3, before its first checkpoint: it starts again" in note
     with pytest.raises(UserError, match=r"other settings.*loss\.beta"):
         find_start(changed(config, "loss.beta", 0.7))
+
+
+def test_a_run_that_never_finished_a_checkpoint_starts_again(config: Config) -> None:
+    config = changed(config, "train.checkpoint_every", 2)
+    run_dir = begin(config, steps=2)  # killed while it wrote its first
+    folder = RunFolder(run_dir)
+    prepare_checkpoints(folder, resumed=False)
+    (folder.checkpoints / ".step_00000002.writing").mkdir()
+    assert isinstance(look(config), Fresh)
+    engine: Any = FakeEngine()
+    save_checkpoint(engine, Progress(step=2), folder, 9, {})
+    assert isinstance(look(config), Resume)
+    shutil.rmtree(folder.checkpoint(2))  # lost
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        find_start(config)
+
+
+def test_steps_after_another_runs_checkpoint_never_start_from_scratch(config: Config) -> None:
+    config = changed(config, "train.checkpoint_every", 2)
+    begin(config, steps=3)
+    prepare_checkpoints(RunFolder(Path(config.run_dir)), resumed=True)
+    with pytest.raises(UserError, match="no valid checkpoint"):
+        find_start(config)
 
 
 def test_what_may_have_been_finished_never_starts_again(config: Config) -> None:

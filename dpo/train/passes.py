@@ -1,0 +1,131 @@
+"""The forward and backward passes of one step on this rank, in two ways that give the same gradient.
+
+Direct: each micro-batch is scored with gradient, its loss is computed, and its backward pass runs.
+
+Cached: all micro-batches are scored without gradient; then the loss of the whole step and its derivative with
+respect to each log-prob are computed; then each micro-batch is scored again, and its backward pass runs with
+that derivative. A preference loss is a function of one number per sequence or token, so this is exact, for
+about a third more compute. Losses may need the whole step, and a piece may be one completion with its prompt.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dpo.tracking.metrics import MetricSums
+from dpo.train.micro_batches import MicroBatch
+from dpo.train.session import Session
+from dpo.train.stopwatch import Stopwatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A micro-batch whose backward pass has run."""
+
+    micro: MicroBatch
+    loss: Tensor
+    """Detached scalar, not finite where the micro-batch's part of the loss is not."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Timed:
+    """Where this rank's time went."""
+
+    forward: Stopwatch = field(default_factory=Stopwatch)
+    waited: float = 0.0
+    """Seconds spent waiting for batches."""
+
+
+def uses_cached_gradient(session: Session) -> bool:
+    """Whether steps compute their gradient the cached way."""
+    chosen = session.options.backward
+    return session.objective.needs_whole_step if chosen == "auto" else chosen == "cached"
+
+
+def direct_passes(
+    session: Session, batches: Iterator[MicroBatch], sums: MetricSums, timed: Timed
+) -> list[Done]:
+    """One forward and one backward pass per micro-batch.
+
+    Args:
+        session: Its engine and objective.
+        batches: This rank's micro-batches, from this step's first one on.
+        sums: Receives the metrics.
+        timed: Receives the times.
+    """
+    engine, objective, done = session.engine, session.objective, list[Done]()
+    for micro in _step(session, batches, timed):
+        with timed.forward.running():
+            logps = engine.score(micro.batch, last=micro.last, per_token=objective.per_token)
+        loss = objective.loss(logps, micro.batch, sums)
+        engine.accumulate(loss / micro.count, last=micro.last)
+        done.append(Done(micro=micro, loss=loss.detach()))
+    return done
+
+
+def cached_passes(
+    session: Session, batches: Iterator[MicroBatch], sums: MetricSums, timed: Timed
+) -> list[Done]:
+    """All micro-batches without gradient, the step's loss, then a forward and a backward pass for each.
+
+    See `direct_passes` for the arguments.
+    """
+    engine, objective = session.engine, session.objective
+    pieces = [*_step(session, batches, timed)]
+    whole, count = pieces[0].whole, pieces[0].count
+    assert whole is not None
+    with timed.forward.running():
+        scored = [engine.score_only(piece.batch, per_token=objective.per_token) for piece in pieces]
+    lengths = [_num_values(piece, per_token=objective.per_token) for piece in pieces]
+    if sum(lengths):
+        values = torch.cat([part[:length] for part, length in zip(scored, lengths, strict=True)])
+    else:
+        values = scored[0]  # of a rank without work
+    logps = values.detach().requires_grad_()
+    loss = objective.loss(logps, whole, sums)
+    (slopes,) = torch.autograd.grad(loss / count, logps)
+    valid = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+    done, first = list[Done](), 0
+    for piece, length in zip(pieces, lengths, strict=True):
+        own = slopes[first : first + length]
+        first += length
+        session.guard.progress(f"step {piece.step.number}, backward pass {piece.index + 1} of {piece.of}")
+        with timed.forward.running():
+            again = engine.score(piece.batch, last=piece.last, per_token=objective.per_token)
+        surrogate = (again[:length] * own).sum() * valid + 0.0 * again.sum()
+        engine.accumulate(surrogate, last=piece.last)
+        done.append(Done(micro=piece, loss=own.sum()))
+    return done
+
+
+def token_counts(done: list[Done]) -> dict[str, float]:
+    """Tokens of this rank's part of a step: `real` without padding, `in_rows` and `padded` as laid out."""
+    whole = done[0].micro.whole
+    batches = [passed.micro.batch for passed in done] if whole is None else [whole]
+    return {
+        "real": float(sum(batch.num_real_tokens for batch in batches)),
+        "in_rows": float(sum(batch.num_row_tokens for batch in batches)),
+        "padded": float(sum(passed.micro.batch.input_ids.numel() for passed in done)),
+    }
+
+
+def _step(session: Session, batches: Iterator[MicroBatch], timed: Timed) -> Iterator[MicroBatch]:
+    """The micro-batches of one step."""
+    last = False
+    while not last:
+        fetching = time.perf_counter()
+        micro = next(batches)
+        timed.waited += time.perf_counter() - fetching
+        session.guard.progress(f"step {micro.step.number}, micro-batch {micro.index + 1} of {micro.of}")
+        last = micro.last
+        yield micro
+
+
+def _num_values(piece: MicroBatch, *, per_token: bool) -> int:
+    """Log-probs of a piece's own sequences: an empty one scores a sequence that does not count."""
+    if not len(piece.groups):
+        return 0
+    return len(piece.batch.targets if per_token else piece.batch.num_tokens)
