@@ -31,6 +31,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers already share the cores
     torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marker of tests that need a card."""
+    config.addinivalue_line("markers", "gpu: needs a GPU; python -m benchmarks.gpu.right runs these")
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a GPT-2 of two layers (dropout 0.1 in its config) and a byte-level BPE tokenizer.

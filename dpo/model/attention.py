@@ -83,13 +83,14 @@ class TreeAttention:
                 blocks.partial,
                 blocks.full_counts,
                 blocks.full,
-                mask_mod=_mask_function(self.batch, window),
+                mask_mod=mask_function(self.batch, window),
                 seq_lengths=(width, width),
             )
         return self.block_masks[window]
 
 
-def _mask_function(batch: TreeBatch, window: int | None) -> MaskFunction:
+def mask_function(batch: TreeBatch, window: int | None) -> MaskFunction:
+    """Whether one token of a packed row attends to another, as FlexAttention asks it."""
     segments, prefixes, positions = batch.segments[0], batch.prefixes[0], batch.positions[0]
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

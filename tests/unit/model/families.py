@@ -50,10 +50,12 @@ ROWS = {
 }
 
 
-def tiny(family: str, attention: str | None = None) -> PreTrainedModel:
-    """A model of the family as `load_model` would give it."""
+def tiny(family: str, attention: str | None = None, **sizes: int) -> PreTrainedModel:
+    """A model of the family as `load_model` would give it; `sizes` replace those that it has."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(TREES | ROWS)[family])
+    own = (TREES | ROWS)[family]
+    replaced = {key: size for key, size in sizes.items() if key in own}
+    config = AutoConfig.for_model(family, **own | replaced)
     remove_dropout(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for name, parameter in model.named_parameters():
