@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,14 @@ from dpo.cli.main import run
 from dpo.guards.signals import STOPPING
 from dpo.reference import precompute as precompute_module
 from dpo.reference.store import ReferenceStore
+
+
+@pytest.fixture(autouse=True)
+def hangups_as_python_starts() -> Iterator[None]:
+    """Another test of this process may have ended a run, which ignores signals from then on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
