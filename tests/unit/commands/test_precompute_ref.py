@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,14 @@ from dpo.cli.main import run
 from dpo.guards.signals import STOPPING
 from dpo.reference import precompute as precompute_module
 from dpo.reference.store import ReferenceStore
+
+
+@pytest.fixture(autouse=True)
+def hangups_as_python_starts() -> Iterator[None]:
+    """Another test of this process may have ended a run, which ignores signals from then on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
