@@ -60,8 +60,14 @@ def open_datasets(
             f"data.max_prompt_length: {data.max_prompt_length}; expected less than {max_length}, the longest "
             "prompt + completion: lower it, or set data.max_length"
         )
-    train = _open(train_sources_of(data), data, max_length, tokenizer, "train")
-    test_sources = test_sources_of(data)
+    train_sources, test_sources = train_sources_of(data), test_sources_of(data)
+    same = {source.fingerprint for source, _ in train_sources}
+    for source, _ in test_sources:
+        if source.fingerprint in same:
+            terminal.warning(
+                f"data.test: {source.path} has the content of data.train; held-out metrics say nothing then"
+            )
+    train = _open(train_sources, data, max_length, tokenizer, "train")
     test = _open(test_sources, data, max_length, tokenizer, "test") if test_sources else None
     return train, test
 

@@ -16,6 +16,7 @@ from dpo.data.messages import REASONING_FIELDS
 from dpo.data.records import Message, PreferenceGroup
 from dpo.errors import UserError
 
+SYSTEM_ROLES = ("system", "developer")
 IDENTIFIERS = ("name", "tool_call_id")
 """Message fields that most templates leave out, since the turns alone say who speaks."""
 
@@ -29,6 +30,8 @@ class ChatText(NamedTuple):
     """The prompt with each completion."""
     unused: tuple[str, ...]
     """Names and identifiers of the messages that the template leaves out."""
+    without_system: bool
+    """Whether the template leaves out a system turn."""
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
@@ -94,7 +97,14 @@ def chat_text(
             )
         _check_survives(answer, whole[len(prompt) :])
         dialogues.append(whole)
-    return ChatText(prompt, dialogues, tuple(_unused_identifiers(group, tokenizer, prompt)))
+    systems = [turn["content"] for turn in group.prompt if turn["role"] in SYSTEM_ROLES]
+    written = _squeezed(prompt) if systems else ""
+    return ChatText(
+        prompt=prompt,
+        dialogues=dialogues,
+        unused=tuple(_unused_identifiers(group, tokenizer, prompt)),
+        without_system=not all(_squeezed(system) in written for system in systems),
+    )
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:

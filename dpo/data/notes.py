@@ -7,6 +7,9 @@ ignored without a line: a column that is not read is named with its number of ro
 from collections import Counter
 from dataclasses import dataclass, field
 
+MUCH_DROPPED = 0.2
+"""Share of the rows above which their loss is a warning."""
+
 
 @dataclass(slots=True, kw_only=True)
 class RowNotes:
@@ -14,6 +17,10 @@ class RowNotes:
 
     rows: int = 0
     """Rows that were read."""
+    groups: int = 0
+    """Groups that were tokenized, and those that were dropped then."""
+    dropped_rows: int = 0
+    dropped_groups: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     """Dropped rows by reason."""
     first: dict[str, str] = field(default_factory=dict)
@@ -27,6 +34,10 @@ class RowNotes:
     repeated: int = 0
     """Rows whose completions all start with the prompt, which is taken once."""
 
+    texts: int = 0
+    """Groups with a prompt of plain text, where the tokenizer has a chat template."""
+    without_system: int = 0
+    """Groups whose system turn the chat template leaves out."""
     unscored: int = 0
     """Rows without scores, where a smallest margin between scores is asked for."""
     paired: int = 0
@@ -66,6 +77,19 @@ class RowNotes:
                 f"the columns that are not used is the prompt, name it 'prompt', or map it with "
                 "python -m data_prep preferences --columns prompt=COLUMN"
             )
+        kept = _share_kept(self.dropped_rows, self.rows) * _share_kept(self.dropped_groups, self.groups)
+        if round(1 - kept, 9) > MUCH_DROPPED:
+            warnings.append(f"{name}: {1 - kept:.0%} of the rows are dropped; see the reasons above")
+        if self.texts:
+            warnings.append(
+                f"{name}: {self.texts} of {self.groups} prompts are plain text and do not go through the "
+                "model's chat template; a chat model expects messages: [{role, content}, ...]"
+            )
+        if self.without_system:
+            warnings.append(
+                f"{name}: the chat template leaves out the system turn of {self.without_system} of "
+                f"{self.groups} prompts; put its text into the user's turn"
+            )
         if self.unscored:
             warnings.append(
                 f"{name}: min_margin has no effect on {self.unscored} of {self.rows} rows, without scores"
@@ -76,3 +100,7 @@ class RowNotes:
                 "Leave the column 'pairs' out, or prepare the data with python -m data_prep ... --pairing"
             )
         return warnings
+
+
+def _share_kept(dropped: int, of: int) -> float:
+    return 1 - dropped / of if of else 1.0

@@ -66,6 +66,7 @@ def convert_rows(
                 raise UserError(
                     f"{place}: {fault} ({fault.reason}); correct the row, or turn strict off to drop it"
                 ) from fault
+            notes.dropped_rows += 1
             notes.drop(fault.reason, f"{place}: {fault}")
         else:
             yield group

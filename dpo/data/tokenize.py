@@ -65,6 +65,7 @@ def tokenize_groups(
                     raise encoded
                 yield _fit(*encoded, group, tokenizer, options, counts)
             except RowError as fault:
+                notes.dropped_groups += 1
                 notes.drop(
                     fault.reason, f"{group.place or 'a row'}: {fault}; the prompt ends {_end_of(group)}"
                 )
@@ -136,12 +137,15 @@ def _encode(
     apart = iter(_encode_batch([c for g in texts for c in g.completions], tokenizer))
     bos = bos_prefix(tokenizer)
     ends = tuple(filter(None, (tokenizer.eos_token, end_of_turn(tokenizer) if texts else None)))
+    notes.groups += len(groups)
+    notes.texts += len(texts) if tokenizer.chat_template is not None else 0
     for group in groups:
         if not isinstance(group.prompt, str):
             check_template(tokenizer, "data.train")
             try:
                 chat = chat_text(group, tokenizer, complete=append_eos)
                 notes.ignored.update(f"messages.{key}" for key in chat.unused)
+                notes.without_system += chat.without_system
                 yield _encode_chat(chat, tokenizer)
             except RowError as fault:
                 yield fault

@@ -339,11 +339,73 @@ def test_the_first_row_of_each_reason_is_shown_in_every_run(
     for _ in range(2):
         data, _ = open_with(path, max_length=16, too_long="drop")
         assert data.counts["dropped/too_long"] == 2
-        missing, identical, too_long = capsys.readouterr().out.splitlines()
+        missing, identical, too_long, *_ = capsys.readouterr().out.splitlines()
         assert missing.startswith(f"{path}: dropped 2 as missing_field, first {path}:2: ")
         assert identical.startswith(f"{path}: dropped 1 as identical_completions, first {path}:3: ")
         assert too_long.startswith(f"{path}: dropped 2 as too_long, first {path}:5: ")
         assert "the cat'" in too_long
+
+
+GOOD = {"prompt": "a", "chosen": " b", "rejected": " c"}
+
+
+@pytest.mark.parametrize(("number", "warned"), [(8, False), (7, True)])
+def test_more_than_a_fifth_of_the_rows_dropped_is_a_warning(
+    open_with: Open,
+    write_jsonl: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    warned: bool,
+) -> None:
+    path = write_jsonl([GOOD] * number + [WRONG, {**GOOD, "prompt": "the cat" * 9}])
+    for _ in range(2):
+        open_with(path, max_length=16, too_long="drop")
+        assert (f"{path}: 22% of the rows are dropped" in capsys.readouterr().out) is warned
+
+
+def test_plain_text_for_a_model_with_a_chat_template_is_a_warning(
+    open_with: Open,
+    write_jsonl: Callable[..., str],
+    tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chat = {**GOOD, "prompt": [{"role": "user", "content": "hi"}]}
+    path = write_jsonl([GOOD])
+    open_with(path)
+    assert "chat template" not in capsys.readouterr().out
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    mixed = write_jsonl([GOOD, chat], "mixed.jsonl")
+    open_with(mixed)
+    assert f"{mixed}: 1 of 2 prompts are plain text" in capsys.readouterr().out
+    open_with(write_jsonl([chat], "chat.jsonl"))
+    assert "plain text" not in capsys.readouterr().out
+
+
+def test_a_system_turn_that_the_template_leaves_out_is_a_warning(
+    open_with: Open,
+    write_jsonl: Callable[..., str],
+    tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    user = {"role": "user", "content": "hi"}
+    prompts = [[{"role": "system", "content": "Be brief."}, user], [user]]
+    path = write_jsonl([{**GOOD, "prompt": prompt} for prompt in prompts])
+    skips = "{% if m.role != 'system' %}{{ m.content }}{{ eos_token }}{% endif %}"
+    for body, warned in ((skips, True), ("{{ m.content | trim }}{{ eos_token }}", False)):
+        tokenizer.chat_template = "{% for m in messages %}" + body + "{% endfor %}"
+        open_with(path)
+        assert ("leaves out the system turn of 1 of 2" in capsys.readouterr().out) is warned
+
+
+def test_held_out_data_that_is_the_training_data_is_a_warning_in_every_run(
+    open_with: Open, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, copy = write_jsonl([GOOD], "train.jsonl"), write_jsonl([GOOD], "copy.jsonl")
+    for _ in range(2):
+        open_with(train, test=copy)
+        assert f"data.test: {copy} has the content of data.train" in capsys.readouterr().out
+    open_with(train, test=write_jsonl([GOOD, GOOD], "other.jsonl"))
+    assert "data.test" not in capsys.readouterr().out
 
 
 def test_rows_without_a_prompt_never_train_on_an_empty_one(

@@ -29,6 +29,19 @@ def test_options_without_an_effect_are_warnings() -> None:
     assert "pairing has no effect on 2 of 3 rows" in line
 
 
+def test_a_loss_of_many_rows_is_a_warning_over_both_steps() -> None:
+    assert RowNotes(rows=10, dropped_rows=1, groups=9, dropped_groups=1).warnings("s") == []
+    (line,) = RowNotes(rows=10, dropped_rows=2, groups=8, dropped_groups=4).warnings("s")
+    assert line.startswith("s: 60% of the rows are dropped")
+
+
+def test_prompts_that_the_template_does_not_reach_are_warnings() -> None:
+    (line,) = RowNotes(groups=5, texts=2).warnings("s")
+    assert "2 of 5 prompts are plain text" in line
+    (line,) = RowNotes(groups=5, without_system=3).warnings("s")
+    assert "system turn of 3 of 5" in line
+
+
 def test_a_reason_to_drop_is_shown_with_its_number_and_its_first_row() -> None:
     notes = RowNotes()
     for place in ("f:1", "f:7"):
