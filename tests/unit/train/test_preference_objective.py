@@ -28,7 +28,9 @@ def data(
 
 def objective_of(data: TokenizedDataset, **loss: Any) -> PreferenceObjective:
     values = np.linspace(-9, -3, len(data.keys))
-    return PreferenceObjective(data=preference_data(data, values), loss_config=LossConfig(**loss))
+    return PreferenceObjective(
+        data=preference_data(data, values), loss_config=LossConfig(**loss), dtype="float32"
+    )
 
 
 def test_the_loss_is_a_sum_and_the_metrics_are_means_over_pairs(data: TokenizedDataset) -> None:

@@ -41,7 +41,7 @@ def session(
         options=config.train,
         engine=Engine(world.start(config.model), load_model(config.model), config.model, config.train),
         objective=PreferenceObjective(
-            data=preference_data(data, np.zeros(len(data.keys))), loss_config=LossConfig()
+            data=preference_data(data, np.zeros(len(data.keys))), loss_config=LossConfig(), dtype="float32"
         ),
         plan=BatchPlan(data.pairs_per_group, seed=0, num_epochs=1, pairs_per_step=64, max_steps=None),
         tokenizer=tokenizer,
