@@ -127,7 +127,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 for_bias[start:end] = slopes.sum(0)
             narrow = slopes.to(dtype)
             if for_hidden is not None:
-                for_hidden += _wide_product(narrow, weight[start:end].to(dtype))
+                for_hidden += _wide_product(slopes, narrow, weight[start:end].to(dtype))
             if for_weight is not None and weight.dtype == dtype:
                 torch.mm(narrow.T, states, out=for_weight[start:end])
             elif for_weight is not None:
@@ -143,11 +143,11 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if autocast else dtype
 
 
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two matrices in float32; products of slices are summed, and bf16 would round each."""
-    if left.dtype == torch.float32 or left.device.type == "cpu":  # CPUs have no such kernel for bf16
-        return left.float() @ right.float()
-    return torch.mm(left, right, out_dtype=torch.float32)
+def _wide_product(wide: Tensor, narrow: Tensor, right: Tensor) -> Tensor:
+    """Float32 product of `narrow` (`wide`, rounded) and `right`: products of slices are summed."""
+    if narrow.device.type == "cpu" or narrow.dtype == torch.float32:  # CPUs have no such kernel for bf16
+        return wide @ right.float()
+    return torch.mm(narrow, right, out_dtype=torch.float32)
 
 
 def _slice_size(num_tokens: int, elements: int) -> int:

@@ -139,7 +139,7 @@ def test_slices_are_summed_in_float32_also_in_bfloat16() -> None:
 
 def test_on_a_device_with_such_a_kernel_no_matrix_is_widened() -> None:
     narrow = torch.empty(4, 8, dtype=torch.bfloat16, device="meta")
-    product = projection._wide_product(narrow, narrow.T)
+    product = projection._wide_product(narrow.float(), narrow, narrow.T)
     assert (product.dtype, product.device.type) == (torch.float32, "meta")
 
 
