@@ -127,7 +127,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 for_bias[start:end] = slopes.sum(0)
             narrow = slopes.to(dtype)
             if for_hidden is not None:
-                for_hidden += _wide_product(slopes, narrow, weight[start:end].to(dtype))
+                _add_product(for_hidden, slopes, narrow, weight[start:end].to(dtype))
             if for_weight is not None and weight.dtype == dtype:
                 torch.mm(narrow.T, states, out=for_weight[start:end])
             elif for_weight is not None:
@@ -143,11 +143,16 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if autocast else dtype
 
 
-def _wide_product(wide: Tensor, narrow: Tensor, right: Tensor) -> Tensor:
-    """Float32 product of `narrow` (`wide`, rounded) and `right`: products of slices are summed."""
-    if narrow.device.type == "cpu" or narrow.dtype == torch.float32:  # CPUs have no such kernel for bf16
-        return wide @ right.float()
-    return torch.mm(narrow, right, out_dtype=torch.float32)
+def _add_product(total: Tensor, wide: Tensor, narrow: Tensor, right: Tensor) -> None:
+    """Adds the float32 product of `narrow` (`wide`, rounded) and `right`: no sum is rounded."""
+    if narrow.dtype == torch.float32:
+        total += narrow @ right
+    elif narrow.device.type == "cpu":  # CPUs have no such kernel: few rows at a time are widened
+        for start in range(0, len(right), MIN_SLICE):
+            rows = slice(start, start + MIN_SLICE)
+            total.addmm_(wide[:, rows], right[rows].float())
+    else:
+        total += torch.mm(narrow, right, out_dtype=torch.float32)
 
 
 def _slice_size(num_tokens: int, elements: int) -> int:
