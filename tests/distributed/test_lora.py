@@ -1,6 +1,5 @@
 """LoRA on real ranks: the laws hold for an adapter too, sharded, in replicas and on one rank."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 import torch
 from rig import Rig, make_rig, metrics
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 STEPS = 4
 LORA = ("--model.lora.rank", "4", "--model.lora.alpha", "8")
@@ -17,22 +16,6 @@ ALONE: dict[str, Any] = {"world_size": 1, "stage": None}
 WORLDS = [("tied", 1, 2), ("tied", 2, 0), ("tied", 2, 2), ("tied", 2, 3), ("tied", 2, None), ("untied", 2, 3)]
 """Output layer, number of ranks, and the ZeRO stage, or None for DDP."""
 SHARDED = [("tied", 2), ("tied", 3), ("untied", 3)]
-
-
-@pytest.fixture(scope="module")
-def untied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with an untied output layer and the tiny model's tokenizer."""
-    folder = tmp_path_factory.mktemp("untied")
-    vocabulary = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        initializer_range=0.2, tie_word_embeddings=False,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((tiny_model / name).read_bytes())
-    return folder
 
 
 @pytest.fixture(scope="module", params=["tied"])

@@ -3,25 +3,10 @@
 from pathlib import Path
 
 import pytest
+from unit.cli.refusals import REQUIRED, parsed, refusal
 
 from dpo.cli.parse import parse
 from dpo.config import Config, DataSource, SftConfig
-from dpo.errors import UserError
-
-REQUIRED = ["--model.name_or_path", "m", "--data.train", "d"]
-
-
-def refusal(*arguments: str, command: str = "train") -> list[str]:
-    """The lines of the message; the first one counts the problems."""
-    with pytest.raises(UserError) as raised:
-        parse(command, arguments)
-    return str(raised.value).splitlines()
-
-
-def parsed(*arguments: str) -> Config:
-    config = parse("train", [*REQUIRED, *arguments])
-    assert isinstance(config, Config)
-    return config
 
 
 def yaml_file(folder: Path, text: str) -> str:

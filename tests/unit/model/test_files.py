@@ -2,13 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from unit.model.local_model import Edited, model_config
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
@@ -25,25 +25,6 @@ from dpo.model.files import (
     weights_at_hand,
 )
 from dpo.model.load import load_model
-
-Edited = Callable[[Callable[[Path], Any]], ModelConfig]
-
-
-def model_config(folder: Path | str) -> ModelConfig:
-    return ModelConfig(name_or_path=str(folder), dtype="float32")
-
-
-@pytest.fixture
-def edited(tiny_model: Path, tmp_path: Path) -> Edited:
-    """A copy of the tiny model that a test may damage."""
-
-    def edit(change: Callable[[Path], Any]) -> ModelConfig:
-        folder = tmp_path / "edited"
-        shutil.copytree(tiny_model, folder)
-        change(folder)
-        return model_config(folder)
-
-    return edit
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/model"])

@@ -1,7 +1,6 @@
 """What `load_model` and `load_tokenizer` refuse, adapters on their base, and dropout removed everywhere."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+from unit.model.local_model import Edited, model_config
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
@@ -20,24 +20,6 @@ from dpo.model.load import load_model, load_tokenizer, remove_dropout
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft calls it by an old name
 IDS = torch.tensor([[5, 6, 7, 8]])
-Edited = Callable[[Callable[[Path], Any]], ModelConfig]
-
-
-def model_config(folder: Path | str) -> ModelConfig:
-    return ModelConfig(name_or_path=str(folder), dtype="float32")
-
-
-@pytest.fixture
-def edited(tiny_model: Path, tmp_path: Path) -> Edited:
-    """A copy of the tiny model that a test may damage."""
-
-    def edit(change: Callable[[Path], Any]) -> ModelConfig:
-        folder = tmp_path / "edited"
-        shutil.copytree(tiny_model, folder)
-        change(folder)
-        return model_config(folder)
-
-    return edit
 
 
 def test_a_model_is_loaded_on_the_cpu_without_dropout_in_evaluation_mode(tiny_model: Path) -> None:

@@ -1,12 +1,12 @@
 """A checkpoint is complete and as it was written, or it does not exist."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from unit.train.checkpoints import FakeEngine, names, newest_checkpoint, problem_of, save
 
 from dpo.errors import UserError
 from dpo.tracking.run_folder import RunFolder
@@ -17,53 +17,6 @@ from dpo.train.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
-from dpo.train.manifest import NotValid, read_manifest, verify
-
-
-@dataclass
-class FakeEngine:
-    """Writes one number where the real one writes weights and optimizer state."""
-
-    state: str = "start"
-    kind: str = "one device"
-    fails: bool = False
-
-    def save(self, folder: Path) -> list[Path]:
-        (folder / "deep").mkdir()
-        (folder / "deep" / "state").write_text(self.state)
-        if self.fails:
-            raise OSError("disk full")
-        return [folder / "deep" / "state"]
-
-    def load(self, folder: Path) -> None:
-        self.state = (folder / "deep" / "state").read_text()
-
-
-def save(run_dir: Path, *steps: int, keep_last: int = 9) -> Path:
-    for step in steps:
-        engine: Any = FakeEngine(f"state {step}")
-        folder = save_checkpoint(
-            engine, Progress(step=step, num_tokens=10 * step), RunFolder(run_dir), keep_last, {}
-        )
-    return folder
-
-
-def problem_of(folder: Path) -> str | None:
-    try:
-        verify(folder, read_manifest(folder).files)
-    except NotValid as error:
-        return str(error)
-    return None
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    return next(
-        (f for f in reversed(complete_checkpoints(RunFolder(run_dir))) if problem_of(f) is None), None
-    )
-
-
-def names(run_dir: Path) -> list[str]:
-    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 def test_a_checkpoint_restores_engine_and_progress(tmp_path: Path) -> None:
