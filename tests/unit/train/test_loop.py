@@ -3,194 +3,32 @@
 More ranks and DeepSpeed are the business of tests/distributed.
 """
 
-import json
 import math
-import os
-import signal
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from unit.train.runs import STEPS, KilledError, Run, Trained, assert_resumed_alike, changed
 
 from dpo.commands.inputs import settings_of
 from dpo.config import Config, LossConfig, OptimizationConfig
 from dpo.data.dataset import TokenizedDataset
-from dpo.data.plan import BatchPlan
 from dpo.data.preference_data import preference_data
 from dpo.data.trees import sequence_batch
-from dpo.engine import world
-from dpo.engine.engine import Engine
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.guards.guard import Guard
-from dpo.loss.catalog import averaged_over_groups
 from dpo.loss.pairs import LossValues, Pairs
 from dpo.loss.preference_loss import FUNCTIONS
 from dpo.model.load import load_model
-from dpo.reference.identity import reference_identity
-from dpo.reference.precompute import precompute
-from dpo.reference.store import ReferenceStore
-from dpo.reference.values import reference_logps
-from dpo.tracking.metrics import Evaluation, MetricSums
+from dpo.tracking.metrics import MetricSums
 from dpo.tracking.run_folder import RunFolder
-from dpo.train import loop
 from dpo.train.checkpoint import Progress
-from dpo.train.loop import due_actions, train
+from dpo.train.loop import due_actions
 from dpo.train.preference_objective import PreferenceObjective
-from dpo.train.resume import Refuse, Resume, find_start
-from dpo.train.session import Session
-
-STEPS = 6
-OPTIONS: dict[str, Any] = {
-    "learning_rate": 1e-3,
-    "warmup_steps": 0,
-    "pairs_per_step": 8,
-    "max_steps": STEPS,
-    "num_epochs": 3,
-    "max_tokens_per_micro_batch": 256,
-}
-
-
-class KilledError(Exception):
-    """Stands for whatever ends a process."""
-
-
-@dataclass
-class Run:
-    """What a finished or killed run leaves."""
-
-    folder: Path
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    exported: list[int] = field(default_factory=list)
-    """The steps at which the best weights were written."""
-    evaluated: dict[str, float] = field(default_factory=dict)
-    """What `train` returned."""
-
-    def lines(self, *, timing: bool = False) -> list[dict[str, float]]:
-        parsed = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if timing or not k.startswith("perf/")} for line in parsed]
-
-    def curve(self, name: str) -> list[float]:
-        return [line[name] for line in self.lines() if name in line]
-
-
-class WithoutExport(Session):
-    """Notes the steps at which a model would be written."""
-
-    exported: list[int]
-    no_room_at: int | None = None
-
-    def export(self, target: Path) -> None:
-        if self.progress.step == self.no_room_at:
-            raise UserError(f"{target}: the model could not be written")
-        self.exported.append(self.progress.step)
-
-
-@pytest.fixture
-def experiment(
-    make_config: Callable[..., Config],
-    open_data: Callable[[Config], TokenizedDataset],
-    write_jsonl: Callable[..., str],
-    preference_rows: Callable[..., list[dict[str, Any]]],
-) -> Config:
-    """An experiment of 12 groups, with its cache filled."""
-    config = make_config(write_jsonl(preference_rows(12)), **OPTIONS)
-    root = Path(config.reference.cache_dir)
-    store = ReferenceStore(root, reference_identity(config.model, root))
-    precompute(config.model, config.reference, [open_data(config)], store)
-    return config
-
-
-def changed(config: Config, run_dir: str, **options: Any) -> Config:
-    folder = str(Path(config.run_dir).parent / run_dir)
-    return replace(config, run_dir=folder, train=replace(config.train, **options))
-
-
-@pytest.fixture
-def run(
-    open_data: Callable[[Config], TokenizedDataset], tokenizer: PreTrainedTokenizerFast
-) -> Callable[..., Run]:
-    """Trains as `dpo train` does, from the start or from a checkpoint.
-
-    `evaluation` gives the held-out loss of a step; `die_at` is the step whose evaluation raises KilledError,
-    `stop_at` the one in which a signal arrives, `no_room_at` the one whose model cannot be written.
-    """
-
-    def run_it(
-        config: Config,
-        *,
-        evaluation: Callable[[int], float] | None = None,
-        die_at: int | None = None,
-        stop_at: int | None = None,
-        no_room_at: int | None = None,
-        reference: np.ndarray | None = None,
-    ) -> Run:
-        start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
-        assert not isinstance(start, Refuse), start
-        data, root = open_data(config), Path(config.reference.cache_dir)
-        if reference is None:
-            store = ReferenceStore(root, reference_identity(config.model, root))
-            reference = reference_logps([data], store, "command")[0]
-        objective = PreferenceObjective(
-            data=preference_data(
-                data,
-                reference,
-                by_margin=config.loss.pair_weights == "score_margin",
-                over_groups=averaged_over_groups(config.loss),
-            ),
-            loss_config=config.loss,
-            dtype="float32",
-        )
-        plan = BatchPlan(
-            data.pairs_per_group,
-            seed=config.train.seed,
-            num_epochs=config.train.num_epochs,
-            pairs_per_step=config.train.pairs_per_step,
-            max_steps=config.train.max_steps,
-        )
-        accelerator = world.start(config.model)
-        result = Run(Path(config.run_dir))
-
-        def evaluate(session: Session) -> Evaluation:
-            step = session.progress.step
-            if die_at is not None and step == die_at:
-                raise KilledError
-            if stop_at is not None and step == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-                session.guard.may_continue("evaluation")
-            assert evaluation is not None
-            return Evaluation(values={"eval/loss": evaluation(step)})
-
-        folder = RunFolder(result.folder)
-        session = WithoutExport(
-            folder=folder,
-            settings=settings_of(config),
-            model=config.model,
-            options=config.train,
-            engine=Engine(accelerator, load_model(config.model), config.model, config.train),
-            objective=objective,
-            plan=plan,
-            tokenizer=tokenizer,
-            description="data",
-            guard=Guard(folder, "train", 60),
-            evaluate=evaluate if evaluation else None,
-            checkpoint=start.checkpoint if isinstance(start, Resume) else None,
-        )
-        session.exported, session.no_room_at = result.exported, no_room_at
-        with session.guard, session.opened():
-            result.evaluated = train(session)
-        result.weights = session.engine.weights()
-        return result
-
-    return run_it
-
-
-Trained = Callable[..., Run]
+from dpo.train.resume import Resume, find_start
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1])
@@ -400,29 +238,6 @@ def test_checkpoints_are_written_every_so_often_and_at_the_end(experiment: Confi
     assert not (run(changed(experiment, "never")).folder / "checkpoints").exists()
 
 
-@pytest.fixture
-def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes the loss of these steps not finite: spoil({3, 4})."""
-
-    def spoil_steps(steps: set[int], value: float = math.nan) -> None:
-        made, plain = [0], loop.train_step
-
-        def counted(*arguments: Any) -> Any:
-            made[0] = arguments[0].progress.step + 1
-            return plain(*arguments)
-
-        honest = PreferenceObjective.loss
-
-        def spoiled(self: PreferenceObjective, logps: Tensor, batch: Any, sums: MetricSums) -> Tensor:
-            loss = honest(self, logps, batch, sums)
-            return loss * value if made[0] in steps else loss
-
-        monkeypatch.setattr(loop, "train_step", counted)
-        monkeypatch.setattr(PreferenceObjective, "loss", spoiled)
-
-    return spoil_steps
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_a_step_whose_loss_is_not_finite_changes_nothing_and_is_counted(
@@ -533,81 +348,6 @@ def test_rows_and_trees_train_alike_and_trees_compute_less(experiment: Config, r
         assert (step["perf/padding_fraction"], in_rows["perf/shared_prefix_fraction"]) == (0, 0)
         assert step["perf/shared_prefix_fraction"] > 0.1
         assert step["perf/rank_imbalance"] == 0
-
-
-LOSSES_TO_CACHE = {
-    "dpo": {},
-    "tokens": {"ld_alpha": 0.5},
-    "ranking": {"type": "plackett_luce"},
-    "no reference": {"type": "simpo"},
-    "mixture": {"type": ["sigmoid", "ipo"], "weights": [0.8, 0.2], "sft_weight": 0.1},
-}
-
-
-@pytest.mark.parametrize(("name", "budget"), [*((name, 24) for name in LOSSES_TO_CACHE), ("dpo", 100_000)])
-def test_a_cached_gradient_is_the_direct_one(
-    experiment: Config,
-    run: Trained,
-    open_data: Callable[[Config], TokenizedDataset],
-    name: str,
-    budget: int,
-) -> None:
-    """Also where a budget of 24 tokens cuts every group into single completions."""
-    loss = LossConfig(**LOSSES_TO_CACHE[name])
-    data = open_data(experiment)
-    values = np.full(len(data.keys), -20.0)
-    if loss.ld_alpha is not None:
-        values = np.full(int(data.completion_tokens.sum()), -2.0)
-    config = replace(experiment, loss=loss)
-    direct = run(changed(config, "direct", backward="direct"), reference=values)
-    cached = run(
-        changed(config, "cached", backward="cached", max_tokens_per_micro_batch=budget), reference=values
-    )
-    for line, other in zip(cached.lines(), direct.lines(), strict=True):
-        assert line.keys() == other.keys()
-        for key, found in line.items():
-            assert found == pytest.approx(other[key], rel=2e-5, abs=2e-6), key
-
-
-def assert_resumed_alike(run: Trained, config: Config, whole: Run) -> None:
-    """Kills a run in its fourth step and resumes it, to the same bits as an undisturbed one."""
-    with pytest.raises(KilledError):
-        run(config, evaluation=float, die_at=4)
-    resumed = run(config, evaluation=float)
-    assert resumed.lines() == whole.lines()
-    for name, weight in whole.weights.items():
-        assert torch.equal(resumed.weights[name], weight), name
-
-
-def test_a_cached_gradient_is_resumed_bit_for_bit(experiment: Config, run: Trained) -> None:
-    options = {"checkpoint_every": 2, "evaluate_every": 1, "backward": "cached"}
-    loss = LossConfig(type="aot")
-    experiment = replace(experiment, loss=loss)
-    whole = run(changed(experiment, "whole", **options), evaluation=float)
-    assert_resumed_alike(run, changed(experiment, "killed", **options), whole)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_cached_step_whose_loss_is_not_finite_is_skipped(
-    experiment: Config, run: Trained, spoil: Callable[..., None], value: float
-) -> None:
-    spoil({3}, value)
-    trained = run(changed(experiment, "spoiled", backward="cached"))
-    assert [line["step"] for line in trained.lines() if "train/skipped_steps" in line] == [3]
-    assert all(bool(weight.isfinite().all()) for weight in trained.weights.values())
-
-
-@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
-def test_a_loss_of_the_whole_step_does_not_depend_on_micro_batches(
-    experiment: Config, run: Trained, name: str
-) -> None:
-    config = replace(experiment, loss=LossConfig(type=name, beta=0.5))
-    small = run(changed(config, "small", max_tokens_per_micro_batch=30, num_epochs=4, max_steps=8))
-    large = run(changed(config, "large", max_tokens_per_micro_batch=100_000, num_epochs=4, max_steps=8))
-    assert small.curve("train/loss") == pytest.approx(large.curve("train/loss"), rel=1e-5)
-    assert small.curve("train/grad_norm") == pytest.approx(large.curve("train/grad_norm"), rel=1e-4)
-    assert small.curve("train/loss")[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert small.curve("train/loss")[-1] < 0.6
 
 
 def relative_to_the_last_step(pairs: Pairs, loss: LossConfig) -> LossValues:
