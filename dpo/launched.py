@@ -24,17 +24,32 @@ def end_with_launcher() -> None:
     """
     if sys.platform == "linux" and LAUNCHED in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if _is_orphan(os.getppid()):
+        if Path("/proc/self/exe").exists() and not _has_launcher(os.getppid()):
+            print("dpo: failed: the launcher has ended; start it again", file=sys.stderr, flush=True)
             os._exit(1)
 
 
-def _is_orphan(parent: int) -> bool:
-    """Whether the parent is not the launcher, which runs in the same interpreter as its ranks."""
-    if str(parent) == os.environ.get(SUPERVISOR):
-        return True
+def _has_launcher(parent: int) -> bool:
+    """Whether the launcher, which runs in the same interpreter, is an ancestor; others may stand between.
+
+    A rank that `launch/supervise.py` has inherited has none, although that is run by the interpreter too.
+    """
+    while parent > 0 and str(parent) != os.environ.get(SUPERVISOR):
+        if _same_program(parent):
+            return True
+        parent = _parent_of(parent)
+    return False
+
+
+def _same_program(pid: int) -> bool:
     try:
-        return Path(f"/proc/{parent}/exe").readlink() != Path("/proc/self/exe").readlink()
-    except PermissionError:  # of another user
-        return True
-    except OSError:
+        return Path(f"/proc/{pid}/exe").readlink() == Path("/proc/self/exe").readlink()
+    except OSError:  # of another user, or gone
         return False
+
+
+def _parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

@@ -62,8 +62,25 @@ def test_a_rank_whose_launcher_has_died_already_exits(monkeypatch: pytest.Monkey
     assert subprocess.run(command, capture_output=True, check=False).returncode == 1
     monkeypatch.delenv(SUPERVISOR)
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    shell = ["sh", "-c", f"{sys.executable} -m dpo --help; exit $?"]  # another program than the launcher
-    assert subprocess.run(shell, capture_output=True, check=False).returncode == 1
+    profiled = ["sh", "-c", f"{sys.executable} -m dpo --help; exit $?"]  # a program between the two
+    assert subprocess.run(profiled, capture_output=True, check=False).returncode == 0
+
+
+@linux
+def test_a_rank_that_nobody_waits_for_exits_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LAUNCHED, "test")
+    status, message = tmp_path / "status", tmp_path / "message"
+    record = f"echo $? >{status}.new; mv {status}.new {status}"
+    rank = f"sleep 0.5; {sys.executable} -m dpo --help 2>{message}; {record}"
+    subprocess.run(["sh", "-c", f"({rank}) >/dev/null & exit 0"], check=True)  # its parent is gone by then
+    for _ in range(200):
+        if status.is_file():
+            break
+        time.sleep(0.05)
+    assert status.read_text() == "1\n"
+    assert "the launcher has ended" in message.read_text()
 
 
 RANK = """
