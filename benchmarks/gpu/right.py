@@ -22,19 +22,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 from benchmarks.gpu.report import Report, device, options
 from benchmarks.gpu.work import TINY, batch_of, groups_of, random_model, seconds_of
+from dpo.config import ScratchConfig
 from dpo.files import sha256_of
 from dpo.model import attention
+from dpo.model.from_scratch import scratch_tokenizer
 from dpo.model.scorer import SequenceScorer
+from dpo.tracking.history import curve, read_history
+from dpo.tracking.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
-END = "<|endoftext|>"
 WORDS = ("the", "cat", "day", "good", "bad", "film", "well", "mat", "we", "like", "ended", "on")
 LAUNCHERS = {
     "without DeepSpeed": "launch/one_process.yaml",
@@ -133,7 +135,7 @@ class Pipeline:
     def prepare(self) -> None:
         """Writes the model, its tokenizer, preferences and the configuration."""
         corpus = [f"{word} {other}" for word in WORDS for other in WORDS]
-        tokenizer = _tokenizer(corpus)
+        tokenizer = scratch_tokenizer(ScratchConfig(config="", vocab_size=400), corpus * 4)
         tokenizer.save_pretrained(self._folder / "model")
         sizes = TINY if self._report.rehearse else {**TINY, "hidden_size": 512, "intermediate_size": 2048}
         layers = 2 if self._report.rehearse else 8
@@ -231,30 +233,7 @@ class Pipeline:
         return {**os.environ, "PYTHON": sys.executable, "ACCELERATE_CONFIG": launcher, "NPROC": "1"}
 
     def _losses(self, run: Path) -> list[float]:
-        history = run / "metrics.jsonl"
-        lines = history.read_text().splitlines() if history.is_file() else []
-        return [record["train/loss"] for line in lines if "train/loss" in (record := _parsed(line))]
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(line))
-    except ValueError:  # half a line, while it is being written
-        return {}
-
-
-def _tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus * 4, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
+        return curve(read_history(RunFolder(run)), "train/loss")[1]
 
 
 def unit_tests(report: Report) -> None:
