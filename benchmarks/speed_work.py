@@ -30,14 +30,14 @@ from dpo import distributed
 from dpo.cli.main import run
 from dpo.cli.parse import parse
 from dpo.commands.inputs import open_data
-from dpo.config import Config, DataConfig
+from dpo.config import Config, DataConfig, DataSource
 from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.notes import RowNotes
 from dpo.data.plan import BatchPlan
 from dpo.data.records import PreferenceGroup
 from dpo.data.rows import group_from_row, read_groups
-from dpo.data.sources import open_source
+from dpo.data.sources import open_source, read_rows
 from dpo.data.text import read_lines
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.errors import UserError
@@ -133,8 +133,8 @@ def hh_rows(settings: Settings) -> Iterator[Row]:
     output = ["--output", str(prepared), "--test_fraction", "0", "--overwrite"]
     if status := data_prep.cli.main(["hh", settings.hh, *output]):
         sys.exit(status)
-    source = open_source(str(prepared), "train", key="--hh")
-    groups = read_groups(source, pairing="best-vs-rest", min_margin=0.0, strict=True, notes=RowNotes())
+    rows_read = read_rows(open_source(DataSource(path=str(prepared)), "train", key="--hh"))
+    groups = read_groups(rows_read, pairing="best-vs-rest", min_margin=0.0, strict=True, notes=RowNotes())
     rows = [
         {"prompt": g.prompt, "completions": g.completions, "pairs": [pair._asdict() for pair in g.pairs]}
         for g in groups

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 from dpo import terminal
 from dpo.data.notes import RowNotes
 from dpo.data.records import PreferenceGroup
-from dpo.data.sources import Split
 from dpo.errors import UserError
 from dpo.files import publish_folder, sha256_of, sync_tree, temporary_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 _GROUPS_PER_WRITE = 1024

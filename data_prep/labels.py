@@ -24,13 +24,12 @@ from urllib.request import (
 
 from tqdm import tqdm
 
-from data_prep.files import PreferenceWriter, describe_arguments, describe_file
+from data_prep.files import PreferenceWriter, Split, describe_arguments, describe_file
 from data_prep.splits import Rows, open_inputs, prompt_key, split_groups
 from dpo.data.fields import Fields, RowError
 from dpo.data.notes import RowNotes
 from dpo.data.records import Pair, PreferenceGroup
 from dpo.data.rows import group_from_row
-from dpo.data.sources import Split
 from dpo.errors import UserError
 
 SUMMARY = "OpenAI's lm-human-preferences labels: the best of 4 continuations, as groups of 3 pairs."

@@ -7,18 +7,21 @@ and train and test prompts come from different documents where there are at leas
 import argparse
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from data_prep.splits import open_inputs, prompt_key, read_inputs
+from data_prep.files import Split
+from data_prep.splits import open_inputs, prompt_key, read_inputs, source_of
 from dpo import terminal
 from dpo.data.fields import broken_at
+from dpo.data.locate import files_of
 from dpo.data.notes import RowNotes
 from dpo.data.records import Message
 from dpo.data.rows import group_from_row
-from dpo.data.sources import Split, open_source, read_rows
+from dpo.data.sources import open_source, read_rows
 from dpo.errors import UserError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and `--help` must not
@@ -39,7 +42,8 @@ class Prompt(NamedTuple):
 
 def is_preference_folder(path: str) -> bool:
     """Whether `path` is a folder of preference data."""
-    return (Path(path) / "train.parquet").is_file()
+    place = Path(path)
+    return place.is_dir() and bool(files_of(place, "train", whole=False))
 
 
 def ready_prompts(args: argparse.Namespace, notes: RowNotes) -> list[Prompt]:
@@ -88,9 +92,11 @@ def read_documents(path: str, *, max_rows: int | None, num_prompts: int) -> Iter
             f"input: the folder {path} has no file that ends with {', '.join(TEXT_SUFFIXES)} and no "
             "train.parquet; expected texts or a preference folder"
         )
-    source = open_source(path, "train", key="input")
-    limit = max_rows or (None if source.files else HUB_ROWS_PER_PROMPT * num_prompts)
-    for place, row in islice(read_rows(source), limit):
+    source = open_source(source_of(path), "train", key="input")
+    if max_rows or not source.files:
+        options = replace(source.options, rows=max_rows or HUB_ROWS_PER_PROMPT * num_prompts)
+        source = replace(source, options=options)
+    for place, row in read_rows(source):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise UserError(f"{place}: no column `text` with a string; expected a text data set")
         if broken_at(row["text"]) is not None:

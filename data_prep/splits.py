@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from data_prep.files import describe_file
+import yaml
+
+from data_prep.files import Split, describe_file
+from dpo.config import DataSource
 from dpo.data.dialogue import ends_with_answer
 from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
 from dpo.data.records import PreferenceGroup
 from dpo.data.rows import convert_rows
-from dpo.data.sources import PreferenceSource, Split, has_split, open_source, read_rows
+from dpo.data.sources import PreferenceSource, counterpart, open_source, read_rows
 from dpo.errors import UserError
 
 Rows = Iterable[tuple[str, Any]]
@@ -62,16 +65,36 @@ class Inputs:
         return descriptions
 
 
+def source_of(text: str) -> DataSource:
+    """An input: a path, a hub name, or a source with options as in data.train, {path: ..., split: ...}.
+
+    Raises:
+        UserError: Options that a source does not have, or a weight.
+    """
+    if not text.startswith("{"):
+        return DataSource(path=text)
+    try:
+        source = DataSource(**yaml.safe_load(text))
+    except (yaml.YAMLError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"input: {text}: {reason}; expected {{path: ..., split: ...}}") from error
+    if source.weight != 1:
+        raise UserError(f"input: weight: {source.weight}; training takes weights, data_prep keeps every row")
+    return source
+
+
 def open_inputs(train: Sequence[str], test: Sequence[str]) -> Inputs:
     """Opens the inputs; without `test`, with the test splits of the training inputs.
 
     Raises:
         UserError: One of them does not exist.
     """
-    own_tests = [path for path in train if has_split(path, "test")]
+    named = [source_of(text) for text in train]
+    beside = [part for source in named if (part := counterpart(source)) is not None]
+    held_out = [source_of(text) for text in test] or beside
     return Inputs(
-        train=[open_source(path, "train", key="input") for path in train],
-        test=[open_source(path, "test", key="--test") for path in test or own_tests],
+        train=[open_source(source, "train", key="input") for source in named],
+        test=[open_source(source, "test", key="--test") for source in held_out],
     )
 
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from dpo import terminal
-from dpo.errors import UserError
+from dpo.errors import RunFailed, UserError
 from dpo.launched import end_with_launcher
 
 T = TypeVar("T")
@@ -227,6 +227,30 @@ def on_main(work: Callable[[], T]) -> T:
     if isinstance(result, UserError):
         raise result
     return cast(T, result)
+
+
+def on_each_node(work: Callable[[int, int], T]) -> T:
+    """Runs `work(node, number of nodes)` on the first rank of each node; the others sleep until all are done.
+
+    Returns:
+        Rank 0's result, on every rank; an error of the first node that has one is raised on all of them.
+    """
+    firsts = [r for r, local in enumerate(gather_objects(os.environ.get("LOCAL_RANK", "0"))) if local == "0"]
+    done = SharedCount("nodes")
+    result: T | UserError | RunFailed | None = None
+    if rank() in firsts:
+        try:
+            result = work(firsts.index(rank()), len(firsts))
+        except (UserError, RunFailed) as error:
+            result = error
+        done.add(1)
+    while done.add(0) < len(firsts):  # work may outlast the timeout of a collective
+        time.sleep(0.2)
+    results = gather_objects(result)
+    for found in results:
+        if isinstance(found, UserError | RunFailed):
+            raise found
+    return cast(T, results[0])
 
 
 class SharedCount:

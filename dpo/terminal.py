@@ -133,7 +133,13 @@ def progress(items: Iterable[T], *, description: str, unit: str, leave: bool = T
 
 
 def bar(
-    total: int, *, description: str | None, unit: str, initial: int = 0, unit_scale: bool = False
+    total: int,
+    *,
+    description: str | None,
+    unit: str,
+    initial: int = 0,
+    unit_scale: bool = False,
+    leave: bool = True,
 ) -> "tqdm[NoReturn]":
     """`progress` for a bar that the caller advances.
 
@@ -143,11 +149,18 @@ def bar(
         unit: What is counted.
         initial: Units that were done before.
         unit_scale: Whether to write thousands as k, millions as M.
+        leave: Whether the bar stays when the stage is done.
     """
     appearance = _appearance()
     appearance["disable"] |= description is None
     return tqdm(
-        total=total, desc=description, unit=f" {unit}", initial=initial, unit_scale=unit_scale, **appearance
+        total=total,
+        desc=description,
+        unit=f" {unit}",
+        initial=initial,
+        unit_scale=unit_scale,
+        leave=leave,
+        **appearance,
     )
 
 

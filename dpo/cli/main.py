@@ -52,15 +52,17 @@ def run(arguments: Sequence[str]) -> int:
             raise UserError(
                 "--local_rank: an argument of the deepspeed launcher; start with accelerate launch"
             )
-        only_check = command == "check"
+        only_check, exact = command == "check", False
         if only_check:
+            exact = "--exact" in rest
+            rest[:] = [word for word in rest if word != "--exact"]
             command = rest.pop(0) if rest and not rest[0].startswith("-") else "train"
         if command not in CONFIGURED:
             raise UserError(f"no command {command}{nearest(command, [*COMMANDS])}; see dpo --help")
         config = parse(command, rest)
         folder = None if only_check else RunFolder(Path(config.run_dir))
         try:
-            _execute(command, config, only_check=only_check)
+            _execute(command, config, only_check=only_check, exact=exact)
         except RunInUse:
             in_use = True
             raise
@@ -112,11 +114,11 @@ def _choose_output(arguments: Sequence[str]) -> list[str]:
     return [argument for argument in arguments if argument not in terminal.FLAGS]
 
 
-def _execute(command: str, config: Config | SftConfig, *, only_check: bool) -> None:
+def _execute(command: str, config: Config | SftConfig, *, only_check: bool, exact: bool) -> None:
     from dpo.commands import best_of, check, evaluate, precompute_ref, sft, train
 
     if only_check:
-        check.check(command, config)
+        check.check(command, config, exact=exact)
     elif isinstance(config, SftConfig):
         sft.sft(config)
     else:

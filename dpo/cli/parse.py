@@ -84,13 +84,15 @@ def _problems_of_keys(kind: type, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _problems_of_items(place: str, value: Any, expected: Any) -> Iterator[str]:
-    """Unknown keys of the items of a list, such as the {path, weight} of a mixture."""
-    parts = [inner for part in get_args(expected) for inner in (part, *get_args(part))]
-    names = {field.name for part in parts if is_dataclass(part) for field in fields(part)}
-    for index, item in enumerate(value if isinstance(value, list) and names else []):
+    """Unknown keys of a mapping, or of the mappings in a list: the {path, weight} of a source."""
+    names = {field.name for part in get_args(expected) if is_dataclass(part) for field in fields(part)}
+    items = (
+        [(f"{place}[{index}]", item) for index, item in enumerate(value)] if isinstance(value, list) else []
+    )
+    for where, item in [(place, value), *items] if names else []:
         for name in item if isinstance(item, dict) else []:
             if name not in names:
-                yield f"{place}[{index}].{name}: unknown key{nearest(str(name), names)}"
+                yield f"{where}.{name}: unknown key{nearest(str(name), names)}"
 
 
 def _branch_is_optional(key: str, leaves: Mapping[str, _Leaf]) -> bool:
@@ -197,10 +199,10 @@ def _leaves(kind: type, prefix: str = "", optional_branch: str = "") -> dict[str
     hints = get_type_hints(kind)
     for field in fields(kind):
         hint, key = hints[field.name], f"{prefix}{field.name}"
-        nested = [part for part in (hint, *get_args(hint)) if is_dataclass(part)]
-        if nested:
-            branch = optional_branch if nested[0] is hint else f"{key}."
-            found |= _leaves(nested[0], f"{key}.", branch)  # type: ignore[arg-type]
+        parts = [part for part in get_args(hint) or (hint,) if part is not type(None)]
+        if len(parts) == 1 and is_dataclass(parts[0]):  # a section, or one that may be left out
+            branch = optional_branch if parts[0] is hint else f"{key}."
+            found |= _leaves(parts[0], f"{key}.", branch)  # type: ignore[arg-type]
         else:
             found[key] = _Leaf(hint, field.default is field.default_factory, optional_branch)
     return found

@@ -15,5 +15,7 @@ TOOLS = {
     "cache": "info, verify or prune: look after the reference cache",
 }
 """Commands with options of their own; see `dpo.cli.tools`."""
-CHECK = {"check": "validate a configuration and its data for a command (default: train); loads no model"}
+CHECK = {
+    "check": "validate configuration, model files and some rows (--exact: all) for a command, default: train"
+}
 COMMANDS = CONFIGURED | TOOLS | CHECK

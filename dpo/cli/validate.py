@@ -9,7 +9,17 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig, SftModelConfig, Within
+from dpo.config import (
+    FIELDS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizationConfig,
+    SftConfig,
+    SftModelConfig,
+    Within,
+    sources_of,
+)
 from dpo.loss.catalog import loss_problems, names_of, needs_whole_step
 
 
@@ -65,9 +75,13 @@ def _lora_problems(model: ModelConfig) -> Iterator[str]:
 def _data_problems(data: DataConfig) -> Iterator[str]:
     for key, sources in (("data.train", data.train), ("data.test", data.test)):
         if sources == []:
-            yield f"{key}: an empty list; expected at least one {{path, weight}}"
-        elif sources == "":
-            yield f"{key}: empty; expected a path or a hub name"
+            yield f"{key}: an empty list; expected at least one path, or {{path, weight}}"
+        for source in sources_of(sources) if sources is not None else []:
+            if source.path == "":
+                yield f"{key}: empty; expected a path or a hub name"
+            for name in source.columns or {}:
+                if name not in FIELDS:
+                    yield f"{key}: {source.path}: columns: {name}; expected a field of {', '.join(FIELDS)}"
     longest_prompt, longest = data.max_prompt_length, data.max_length
     if longest_prompt is not None and longest is not None and longest_prompt >= longest:
         yield f"data.max_prompt_length: {longest_prompt}; expected less than data.max_length, {longest}"

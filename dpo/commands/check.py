@@ -7,12 +7,14 @@ from pathlib import Path
 from dpo import distributed, terminal
 from dpo.commands.best_of import check_best_of
 from dpo.commands.inputs import settings_of
-from dpo.config import Config, ModelConfig, OptimizationConfig, SftConfig
-from dpo.data.build import check_sources
+from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig
+from dpo.data.build import open_datasets, test_sources_of, train_sources_of
+from dpo.data.preview import preview_data
 from dpo.data.text import check_text, is_text
 from dpo.engine.launcher import check_launcher
 from dpo.errors import UserError
-from dpo.model.files import check_model_path
+from dpo.model.files import check_model_path, check_token_ids, max_positions, num_parameters
+from dpo.model.load import load_tokenizer
 from dpo.model.lora import check_policy
 from dpo.reference.vocabulary import check_vocabulary
 from dpo.tracking.run_folder import RunFolder
@@ -21,10 +23,15 @@ from dpo.tracking.trackers import check_trackers
 from dpo.train.resume import Refuse, Settings, find_start
 
 
-def check(command: str, config: Config | SftConfig) -> None:
+def check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     """Raises UserError for everything that can be known to be wrong without a model in memory.
 
     Prints the run folder, for scripts that want RUN_DIR/exit.json afterwards.
+
+    Args:
+        command: The command that is checked for.
+        config: Its configuration.
+        exact: Read and tokenize all rows, which is then done for training too.
     """
     folder = RunFolder(Path(config.run_dir))
     launcher = os.environ.get("ACCELERATE_CONFIG")
@@ -40,13 +47,13 @@ def check(command: str, config: Config | SftConfig) -> None:
         if is_text(config.data.train):
             check_text(config.data)
         else:
-            check_sources(config.data)
+            check_data(config.data, config.model, exact=exact)
     else:
         if config.reference.model is not None:
             check_model_path(config.reference.model, "reference.model")
             if Path(config.model.name_or_path).is_dir() and Path(config.reference.model).is_dir():
                 check_vocabulary(config.model, config.reference)
-        check_sources(config.data)
+        check_data(config.data, config.model, exact=exact)
         if command == "evaluate":
             finished_model(config)
         if command == "best-of":
@@ -54,8 +61,31 @@ def check(command: str, config: Config | SftConfig) -> None:
     if command in ("train", "sft"):
         distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
     if terminal.mode() == "plain":
-        print(f"{command}: configuration and data are in order", file=sys.stderr)
+        print(f"{command}: configuration, model files and data are in order", file=sys.stderr)
     print(config.run_dir)
+
+
+def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
+    """Reads and tokenizes some rows of every source, or all; says so, and what of them is not used.
+
+    Raises:
+        UserError: What training would refuse, of tokenizer, weights, lengths and these rows.
+    """
+    train, test = train_sources_of(data), test_sources_of(data)
+    tokenizer = positions = None
+    if model.name_or_path:
+        tokenizer, positions = load_tokenizer(model), max_positions(model)
+        if Path(model.name_or_path).is_dir():
+            num_parameters(model)  # reads the headers of the weights
+    if exact and tokenizer is not None:
+        found = open_datasets(data, tokenizer, positions)
+        largest = max(data_set.largest_id for data_set in found if data_set is not None)
+    else:
+        notes, warnings, largest = preview_data(train, test, data, tokenizer, positions)
+        if terminal.mode() == "plain":  # standard output is for the run folder
+            print("\n".join([*notes, *warnings]), file=sys.stderr)
+    if model.name_or_path:
+        check_token_ids(model, largest, "model.name_or_path")
 
 
 def check_start(folder: RunFolder, settings: Settings, options: OptimizationConfig) -> None:

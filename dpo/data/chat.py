@@ -6,6 +6,7 @@ that a group holds, and every completion is seen in its dialogue as it was writt
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -17,6 +18,9 @@ from dpo.data.records import Message, PreferenceGroup
 from dpo.errors import UserError
 
 SYSTEM_ROLES = ("system", "developer")
+TODAY = date(2024, 7, 26)
+"""What a template that asks for the date gets, whenever it is asked: ids must not depend on the day. The
+date that Llama 3.1's template has where nobody gives one."""
 IDENTIFIERS = ("name", "tool_call_id")
 """Message fields that most templates leave out, since the turns alone say who speaks."""
 
@@ -136,12 +140,21 @@ def _rendered(
     **options: bool,
 ) -> str:
     render: Any = tokenizer.apply_chat_template
+    template = _without_today(tokenizer.get_chat_template(tools=template_fields.get("tools")))
+    arguments = {"tokenize": False, "chat_template": template, **options, **template_fields}
     try:
-        return str(render([dict(turn) for turn in turns], tokenize=False, **options, **template_fields))
+        return str(render([dict(turn) for turn in turns], **arguments))
     except (TemplateError, TypeError, ValueError) as error:
         # many templates refuse a system turn or turns that do not alternate, or fail on other types
         what = f"the chat template refuses these turns: {error}"
         raise RowError("template_refuses_dialogue", what) from error
+
+
+def _without_today(template: str) -> str:
+    """The template with `TODAY` where it asks for the date; transformers takes no other clock."""
+    return re.sub(
+        r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(TODAY.strftime(call[2])), template
+    )
 
 
 def _check_fields(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -10,7 +10,8 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,8 +28,19 @@ from dpo.files import atomic_folder
 
 FORMAT_VERSION = 3
 """Version of the files in a folder; part of every digest that names one, so another version is not read."""
-_COUNTS = "counts.json"
-_LARGEST = "largest_id"  # in that file; an earlier version did not write it
+TOKENS = "tokens.bin"
+COUNTS = "counts.json"
+SOURCES = "sources.json"
+ARRAYS = {
+    "segment_offsets": True,
+    "group_segments": True,
+    "pairs": False,
+    "group_pairs": True,
+    "margins": False,
+    "keys": False,
+}
+"""The arrays of a folder -> whether it holds places, which start at 0, in another array."""
+LARGEST = "largest_id"  # in that file; an earlier version did not write it
 
 
 class SourceGroups(NamedTuple):
@@ -42,6 +54,8 @@ class SourceGroups(NamedTuple):
     """What of it is not used, in lines for people."""
     warnings: Sequence[str] = ()
     """What a person should check or mend in it."""
+    first_fault: str = ""
+    """What is wrong with its first faulty row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,12 +202,10 @@ def longest_tree(datasets: Sequence[TokenizedDataset]) -> Tree:
 
 def is_written(folder: Path) -> bool:
     """Whether `write_dataset` has written this folder."""
-    return (folder / _COUNTS).is_file()
+    return (folder / COUNTS).is_file()
 
 
-def write_dataset(
-    groups: Iterable[TokenizedGroup], folder: Path, counts: Counter[str], sources: Sequence[SourceGroups] = ()
-) -> None:
+def write_dataset(groups: Iterable[TokenizedGroup], folder: Path, counts: Counter[str]) -> None:
     """Writes a data set; a reader sees all of it or nothing.
 
     If another process writes the same folder at the same time, the one that finishes first wins, and the
@@ -203,18 +215,24 @@ def write_dataset(
         groups: A stream; only offsets and keys are held in memory.
         folder: The final place. If it is there and complete it stays as it is.
         counts: What was dropped and truncated; groups, pairs and tokens are added.
-        sources: Where the groups come from; complete when the stream has ended.
     """
+    with new_dataset(folder) as building:
+        write_arrays(groups, building, counts)
+
+
+@contextmanager
+def new_dataset(folder: Path) -> Iterator[Path]:
+    """The folder of a data set while it is written; see `write_dataset`."""
     damaged = folder.is_dir() and not is_written(folder)  # something deleted files in it
     with atomic_folder(folder, replace=damaged) as building:
-        _write_arrays(groups, building, counts)
-        (building / "sources.json").write_text(json.dumps(list(sources)))
+        yield building
 
 
-def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Counter[str]) -> None:
+def write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Counter[str]) -> None:
+    """Writes the arrays and counts of groups into a folder; see `write_dataset`."""
     segment_offsets, group_segments, margins = array("q", [0]), array("q", [0]), array("d")
     pairs, group_pairs, keys, largest = array("i"), array("q", [0]), bytearray(), -1
-    with (building / "tokens.bin").open("wb") as file:
+    with (building / TOKENS).open("wb") as file:
         for group in groups:
             for segment in (group.prompt, *group.completions):
                 file.write(np.ascontiguousarray(segment, dtype="<i4").tobytes())
@@ -234,8 +252,8 @@ def _write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Coun
     np.save(building / "margins.npy", np.frombuffer(margins, dtype=np.float64))
     np.save(building / "keys.npy", np.frombuffer(bytes(keys), dtype=f"V{KEY_BYTES}"))
     counts.update(groups=len(group_segments) - 1, pairs=len(pairs) // 2, tokens=segment_offsets[-1])
-    described = {_LARGEST: largest, **dict(sorted(counts.items()))}
-    (building / _COUNTS).write_text(json.dumps(described, indent=2))
+    described = {LARGEST: largest, **dict(sorted(counts.items()))}
+    (building / COUNTS).write_text(json.dumps(described, indent=2))
 
 
 def map_dataset(folder: Path, digest: str) -> TokenizedDataset:
@@ -245,18 +263,18 @@ def map_dataset(folder: Path, digest: str) -> TokenizedDataset:
         folder: The folder.
         digest: Of what decides its content.
     """
-    file = folder / "tokens.bin"
+    file = folder / TOKENS
     tokens = np.memmap(file, dtype="<i4", mode="r") if file.stat().st_size else np.zeros(0, np.int32)
-    counts = json.loads((folder / _COUNTS).read_text())
-    largest = counts.pop(_LARGEST, None)
-    names = ("segment_offsets", "group_segments", "pairs", "group_pairs", "margins", "keys")
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+    counts = json.loads((folder / COUNTS).read_text())
+    largest = counts.pop(LARGEST, None)
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    named = json.loads((folder / SOURCES).read_text()) if (folder / SOURCES).is_file() else []
     return TokenizedDataset(
         path=folder,
         digest=digest,
         counts=counts,
         largest_id=int(tokens.max(initial=-1)) if largest is None else largest,
-        sources=tuple(SourceGroups(*source) for source in json.loads((folder / "sources.json").read_text())),
+        sources=tuple(SourceGroups(*source) for source in named),
         tokens=tokens,
         **arrays,
     )

@@ -61,8 +61,8 @@ class Fields:
         column = self.names.get(name, name)
         return RowError(
             "missing_field",
-            f"no field {column!r}{why}; the row has {sorted(self._row)}; rename the column, or map it with "
-            f"python -m data_prep preferences INPUT --columns {name}=COLUMN",
+            f"no field {column!r}{why}; the row has {sorted(self._row)}; rename the column, or map it: "
+            f"data.train: {{path: ..., columns: {{{name}: COLUMN}}}}",
         )
 
     def leave(self, *names: str) -> None:

@@ -5,7 +5,9 @@ ignored without a line: a column that is not read is named with its number of ro
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 MUCH_DROPPED = 0.2
 """Share of the rows above which their loss is a warning."""
@@ -38,10 +40,36 @@ class RowNotes:
     """Groups with a prompt of plain text, where the tokenizer has a chat template."""
     without_system: int = 0
     """Groups whose system turn the chat template leaves out."""
+    dated: str = ""
+    """The date that the chat template writes into every dialogue, if it writes one."""
     unscored: int = 0
     """Rows without scores, where a smallest margin between scores is asked for."""
     paired: int = 0
     """Rows that name their pairs, where another rule than the default is asked for."""
+    first_fault: str = ""
+    """What is wrong with the first row that cannot be read, and where it is."""
+
+    def plain(self) -> dict[str, Any]:
+        """Name -> value, for JSON."""
+        return {option.name: getattr(self, option.name) for option in fields(self)}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Self:
+        """The notes that are written as `plain` has them."""
+        return cls(**{**plain, "drops": Counter(plain["drops"]), "ignored": Counter(plain["ignored"])})
+
+    def add(self, later: "RowNotes") -> None:
+        """Adds the notes of rows that come after these."""
+        for name, theirs in later.plain().items():
+            mine = getattr(self, name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            elif isinstance(mine, dict):
+                setattr(self, name, theirs | mine)
+            elif isinstance(mine, int):
+                setattr(self, name, mine + theirs)
+            else:
+                setattr(self, name, mine or theirs)
 
     def drop(self, reason: str, detail: str) -> None:
         """Counts a dropped row; `detail` says where it is and what is wrong with it."""
@@ -57,6 +85,11 @@ class RowNotes:
         if self.repeated:
             found.append(
                 f"{name}: completions that repeat the prompt, which is taken once: {self.repeated} rows"
+            )
+        if self.dated:
+            found.append(
+                f"{name}: the chat template writes a date: all dialogues have {self.dated}, so that ids "
+                "do not depend on the day (chat_template_kwargs of a row can say another)"
             )
         return found
 
@@ -74,8 +107,8 @@ class RowNotes:
             warnings.append(
                 f"{name}: no column 'prompt': in {self.implied} of {self.rows} rows the prompt is the words "
                 f"that chosen and rejected share at their start, first {self.implied_example!r}. If one of "
-                f"the columns that are not used is the prompt, name it 'prompt', or map it with "
-                "python -m data_prep preferences --columns prompt=COLUMN"
+                "the columns that are not used is the prompt, name it 'prompt', or map it: "
+                "data.train: {path: ..., columns: {prompt: COLUMN}}"
             )
         kept = _share_kept(self.dropped_rows, self.rows) * _share_kept(self.dropped_groups, self.groups)
         if round(1 - kept, 9) > MUCH_DROPPED:

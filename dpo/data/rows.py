@@ -18,12 +18,11 @@ from dpo.data.messages import list_of_objects, parsed
 from dpo.data.notes import RowNotes
 from dpo.data.pairing import DEFAULT_PAIRING, PairingRule, pairs_from_scores
 from dpo.data.records import Pair, PreferenceGroup
-from dpo.data.sources import PreferenceSource, read_rows
 from dpo.errors import UserError
 
 
 def read_groups(
-    source: PreferenceSource,
+    rows: Iterable[tuple[str, Any]],
     *,
     pairing: PairingRule,
     min_margin: float,
@@ -31,10 +30,10 @@ def read_groups(
     notes: RowNotes,
     columns: Mapping[str, str] | None = None,
 ) -> Iterator[PreferenceGroup]:
-    """Streams the preference groups of a source, in its order.
+    """Streams the preference groups of raw rows, in their order.
 
     Args:
-        source: From `open_source`.
+        rows: Each with its place, for messages; from `dpo.data.sources.read_rows`.
         pairing: How scores become pairs, where rows have scores and no pairs.
         min_margin: Scores that differ by no more than this make no pair, and leave none where rows name both.
         strict: Make the first faulty row an error.
@@ -45,7 +44,7 @@ def read_groups(
         UserError: A broken line or damaged file; with `strict`, a faulty row.
     """
     convert = partial(group_from_row, pairing=pairing, min_margin=min_margin, columns=columns, notes=notes)
-    return convert_rows(read_rows(source), convert, strict=strict, notes=notes)
+    return convert_rows(rows, convert, strict=strict, notes=notes)
 
 
 def convert_rows(
@@ -62,10 +61,10 @@ def convert_rows(
             group = replace(convert(row), place=place)
             _check_encodable(group)
         except RowError as fault:
+            found = f"{place}: {fault} ({fault.reason}); correct the row, or turn strict off to drop it"
             if strict:
-                raise UserError(
-                    f"{place}: {fault} ({fault.reason}); correct the row, or turn strict off to drop it"
-                ) from fault
+                raise UserError(found) from fault
+            notes.first_fault = notes.first_fault or found
             notes.dropped_rows += 1
             notes.drop(fault.reason, f"{place}: {fault}")
         else:

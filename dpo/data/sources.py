@@ -1,121 +1,197 @@
-"""Where preference data is, and its raw rows: prepared folders, Parquet, JSON Lines, hub data sets.
+"""Where preference data is, and its raw rows: files, folders, patterns, URLs, and data sets of the hub.
 
-The first stage of reading data: `dpo.data.rows` turns the rows into preference groups. Rows are streamed,
-each with its place (file and line) for messages; no file is in memory as a whole.
+The first stage of reading data: `dpo.data.rows` turns the rows into preference groups. Training and
+data_prep open their data here. Rows are streamed in blocks; no file is in memory as a whole.
 """
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from dpo.config import DataSource
+from dpo.data.blocks import Block, Row, blocks_of, row_blocks
+from dpo.data.hub import hub_files, hub_fingerprint, hub_has_split, hub_rows
+from dpo.data.locate import SUFFIXES, files_of, names_in, splits_of, suffix_of
+from dpo.data.remote import fetch, is_url, url_has_split
 from dpo.errors import UserError
 from dpo.files import sha256_of
 
-Split = Literal["train", "test"]
-
-FILE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
-_LOCAL_SUFFIXES = (*FILE_SUFFIXES, ".json", ".gz", ".csv", ".txt")
-_EXPECTED = (
-    "a folder with train.parquet and test.parquet, a .parquet, .jsonl or .jsonl.gz file, or a hub name"
-)
-_ROWS_PER_BATCH = 1024
+_KNOWN = ".parquet, .arrow, .jsonl, .json, .csv, and .gz or .zst of the last three"
+_EXPECTED = "a file, a folder, a pattern such as data/*.parquet, a URL, or a hub name"
+_LOCAL_SUFFIXES = (*SUFFIXES, ".gz", ".zst", ".txt", ".xz", ".tsv", ".zip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceSource:
     """One split of one data set, which exists."""
 
-    path: str
-    """As the user wrote it: a folder, a file or a hub name."""
-    split: Split
+    options: DataSource
+    """As the user gave it."""
+    split: str
     """Which part of a folder or a hub data set; no meaning for a single file."""
     files: tuple[Path, ...]
-    """The files that are read; empty for a hub data set."""
+    """The files that are read; empty for a hub data set that is not fetched yet."""
     completions_are_complete: bool | None
     """From manifest.json; None where there is none."""
     fingerprint: str
-    """SHA-256 (hex) of the content (of a hub data set: name, split and revision) and of the field above."""
+    """SHA-256 (hex) of what decides the rows: the content (of a hub data set: name, split and revision), the
+    options, and the field above."""
+    key: str
+    """The option that names it, for messages."""
+
+    @property
+    def path(self) -> str:
+        """As the user wrote it, with what sets it apart from other parts of the data set."""
+        named = (self.options.name, self.options.split)
+        return " ".join([self.options.path, *(f"[{name}]" for name in named if name)])
 
 
-def open_source(path: str, split: Split, *, key: str) -> PreferenceSource:
+def open_source(
+    source: DataSource, split: str, *, key: str, downloads: Path = Path("cache/tokenized/downloads")
+) -> PreferenceSource:
     """Finds preference data and computes its fingerprint, without reading a row.
 
     Args:
-        path: A prepared folder, a .parquet, .jsonl or .jsonl.gz file, or a hub name.
-        split: The part of a folder or hub data set to read; a single file is read as a whole.
-        key: The option that holds `path`, for messages; data.train, for example.
+        source: Its place and options.
+        split: The part of a folder or hub data set where the source names none; a file is read as a whole.
+        key: The option that holds it, for messages; data.train, for example.
+        downloads: Where copies of what URLs name are kept.
 
     Raises:
         UserError: Nothing is there, its format is unknown, or the hub does not have it or cannot be reached.
     """
-    local = Path(path).expanduser()
-    if path and local.is_dir():
-        file = local / f"{split}.parquet"
-        if not file.is_file():
-            raise UserError(
-                f"{key}: the folder {path} has no {split}.parquet; expected a folder written by data_prep"
-            )
-        return _local_source(path, split, file, complete=_completions_are_complete(local / "manifest.json"))
-    if path and local.is_file():
-        if not local.name.endswith(FILE_SUFFIXES):
-            raise UserError(
-                f"{key}: {path}; expected a name that ends with {', '.join(FILE_SUFFIXES)}: convert the file"
-            )
-        return _local_source(path, split, local, complete=None)
-    if not path or _looks_local(path):
-        raise UserError(f"{key}: {path or 'an empty path'} does not exist; expected {_EXPECTED}")
-    revision = str(_hub_builder(path, key).hash)
-    if split not in _hub_splits(path, key):
-        raise UserError(f"{key}: the hub data set {path} has no split named {split}")
-    digest = hashlib.sha256("\0".join(("hub", path, split, revision)).encode())
-    return PreferenceSource(
-        path=path, split=split, files=(), completions_are_complete=None, fingerprint=digest.hexdigest()
+    whole, split, path = source.split is None, source.split or split, source.path
+    opened = PreferenceSource(
+        options=source, split=split, files=(), completions_are_complete=None, fingerprint="", key=key
     )
+    if is_url(path):
+        place = fetch(path, split, downloads, key, whole=whole)
+        files = _split_of(place, split, key, whole=whole) if place.is_dir() else [place]
+    elif any(sign in path for sign in "*?["):
+        place = Path(path).expanduser()
+        files = sorted(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+    else:
+        place = Path(path).expanduser()
+        files = _split_of(place, split, key, whole=whole) if path and place.is_dir() else [place]
+    if path and all(file.is_file() for file in files):
+        return _with_options(_of_files(opened, files, place))
+    if not path or is_url(path) or _looks_local(path):
+        raise UserError(f"{key}: {path or 'an empty path'} does not exist; expected {_EXPECTED}")
+    return _with_options(replace(opened, fingerprint=hub_fingerprint(source, split, key, _EXPECTED)))
 
 
-def has_split(path: str, split: Split) -> bool:
-    """Whether `path` has this split: a folder by its files, a hub data set by its list of splits.
-
-    A single file does not, and neither does a hub data set that cannot be reached.
-    """
-    local = Path(path).expanduser()
-    if local.exists() or not path or _looks_local(path):
-        return (local / f"{split}.parquet").is_file()
-    try:
-        return split in _hub_splits(path, "data")
-    except UserError:
+def has_split(source: DataSource, split: str) -> bool:
+    """Whether a folder or a hub data set has this split; False for a file, and where it cannot be reached."""
+    place = Path(source.path).expanduser()
+    if is_url(source.path):
+        return url_has_split(source.path, split)
+    if source.path and place.is_dir():
+        try:
+            return bool(files_of(place, split, whole=False))
+        except ValueError:
+            return False
+    if place.exists() or not source.path or _looks_local(source.path):
         return False
+    return hub_has_split(source, split)
 
 
-def read_rows(source: PreferenceSource) -> Iterator[tuple[str, Any]]:
-    """Streams (place, row): the place is `file:line` for JSON Lines, else the row's number from 1.
+def counterpart(source: DataSource) -> DataSource | None:
+    """The held-out part beside a source of training data: test for train, test_prefs for train_prefs."""
+    split = source.split or "train"
+    if "train" not in split:
+        return None
+    other = replace(
+        source, split=None if split == "train" else split.replace("train", "test"), rows=None, weight=1.0
+    )
+    return other if has_split(other, other.split or "test") else None
+
+
+def blocks(source: PreferenceSource) -> Iterator[Block]:
+    """Streams the blocks of a source, in order.
+
+    Raises:
+        UserError: A damaged file, or a hub that fails.
+    """
+    left = source.options.rows
+    if left is not None and not source.files:
+        yield from row_blocks(hub_rows(source.options, source.split, source.key, left), source.path)
+        return
+    files = source.files or tuple(hub_files(source.options, source.split, source.key))
+    for block in chain.from_iterable(map(blocks_of, files)):
+        if left is None:
+            yield block
+            continue
+        block = block.part(0, left)
+        left -= block.num_rows
+        yield block
+        if left == 0:
+            return
+
+
+def read_rows(source: PreferenceSource) -> Iterator[Row]:
+    """Streams (place, row): the place is `file:line` for lines, else the file and the row's number from 1.
 
     Raises:
         UserError: A broken JSON line, a damaged file, or a hub that fails.
     """
-    if not source.files:
-        yield from _hub_rows(source)
-    for file in source.files:
-        yield from _parquet_rows(file) if file.suffix == ".parquet" else _json_lines(file)
+    return chain.from_iterable(block.rows() for block in blocks(source))
 
 
-def _local_source(path: str, split: Split, file: Path, *, complete: bool | None) -> PreferenceSource:
-    digest = hashlib.sha256(f"{sha256_of(file)} completions_are_complete={complete}".encode())
-    return PreferenceSource(
-        path=path,
-        split=split,
-        files=(file,),
-        completions_are_complete=complete,
-        fingerprint=digest.hexdigest(),
+def _split_of(folder: Path, split: str, key: str, *, whole: bool) -> list[Path]:
+    try:
+        files = files_of(folder, split, whole=whole)
+    except ValueError as error:
+        raise UserError(
+            f"{key}: {folder}: {error}; expected one format: name the files by a pattern"
+        ) from error
+    if not files:
+        others = ", ".join(splits_of(names_in(folder)))
+        raise UserError(
+            f"{key}: the folder {folder} has no files of the split {split}, "
+            + (f"but of {others}" if others else f"nor any that ends with {_KNOWN}")
+            + f"; expected {split}.parquet as data_prep writes it, or shards {split}-00000-of-00002.parquet"
+        )
+    return files
+
+
+def _of_files(source: PreferenceSource, files: list[Path], place: Path) -> PreferenceSource:
+    """The source with its files, and with what the manifest beside them says."""
+    path, options = source.options.path, source.options
+    formats = sorted({suffix_of(file.name) or file.suffix or "no ending" for file in files})
+    if not files:
+        raise UserError(f"{source.key}: no file matches {path}")
+    if len(formats) > 1 or suffix_of(files[0].name) is None:
+        found = f"a file with {formats[0]}" if len(formats) == 1 else f"files with {', '.join(formats)}"
+        raise UserError(f"{source.key}: {path} is {found}; expected one of {_KNOWN}: convert the file")
+    without_meaning = {
+        "name": options.name,
+        "revision": options.revision,
+        "split": options.split if not place.is_dir() else None,
+    }
+    for name, value in without_meaning.items():
+        if value is not None:
+            raise UserError(
+                f"{source.key}: {name}: {value}; {path} is a file or folder without it: leave it out"
+            )
+    complete = _completions_are_complete(place / "manifest.json") if place.is_dir() else None
+    contents = " ".join(map(sha256_of, files))
+    digest = hashlib.sha256(f"{contents} completions_are_complete={complete}".encode())
+    return replace(
+        source, files=tuple(files), completions_are_complete=complete, fingerprint=digest.hexdigest()
     )
+
+
+def _with_options(source: PreferenceSource) -> PreferenceSource:
+    """The source with a fingerprint that its options are part of, where it has any."""
+    options = {"columns": source.options.columns, "rows": source.options.rows}
+    given = {name: value for name, value in options.items() if value}
+    if not given:
+        return source
+    content = json.dumps([source.fingerprint, given], sort_keys=True)
+    return replace(source, fingerprint=hashlib.sha256(content.encode()).hexdigest())
 
 
 def _completions_are_complete(manifest: Path) -> bool | None:
@@ -134,81 +210,3 @@ def _completions_are_complete(manifest: Path) -> bool | None:
 
 def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(_LOCAL_SUFFIXES)
-
-
-def _json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{file}:{number}", json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{file}:{number}: not valid JSON ({error}); expected one JSON object per line"
-        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file}: damaged after line {number} ({error}); fetch the file again") from error
-
-
-def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-            for batch in parquet.iter_batches(batch_size=_ROWS_PER_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{file}: row {number}", row
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: cannot be read after row {number} ({error}); write it again") from error
-
-
-def _hub_rows(source: PreferenceSource) -> Iterator[tuple[str, Any]]:
-    rows = iter(_hub_builder(source.path, "data").as_streaming_dataset(split=source.split))
-    number = 0
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:
-            raise _hub_error(source.path, "data", error) from error
-        number += 1
-        yield f"{source.path} [{source.split}]: row {number}", row
-
-
-def _hub_builder(path: str, key: str) -> Any:
-    """The data set's builder; its `hash` is the revision. Raises UserError for every error of the hub."""
-    import datasets  # takes a second to import, and most data are local files
-
-    try:
-        _reach_hub(path)
-        return datasets.load_dataset_builder(path)
-    except Exception as error:  # connection, authentication, parsing: these failures share no base class
-        raise _hub_error(path, key, error) from error
-
-
-def _hub_splits(path: str, key: str) -> list[str]:
-    import datasets
-
-    try:
-        _reach_hub(path)
-        return list(datasets.get_dataset_split_names(path))
-    except Exception as error:
-        raise _hub_error(path, key, error) from error
-
-
-def _reach_hub(path: str) -> None:
-    """Asks the hub once: `datasets` retries for half a minute, and a mistyped path should fail at once."""
-    import huggingface_hub
-
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:
-        huggingface_hub.HfApi().dataset_info(path, timeout=10)
-
-
-def _hub_error(path: str, key: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split()) or "no reason given"
-    return UserError(
-        f"{key}: {path} is not a file or folder, and loading it from the hub failed ({type(error).__name__}: "
-        f"{reason[:200]}); expected {_EXPECTED}. Without network, HF_HUB_OFFLINE=1 uses the hub's cache"
-    )

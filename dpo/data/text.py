@@ -19,9 +19,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.config import DataConfig, DataSource
+from dpo.config import DataConfig, Sources
 from dpo.data.build import open_datasets, resolve_max_length
 from dpo.data.dataset import FORMAT_VERSION, TokenizedDataset, is_written, map_dataset, write_dataset
+from dpo.data.locate import files_of
 from dpo.data.records import TokenizedGroup
 from dpo.data.tokenize import tokenizer_digest
 from dpo.errors import UserError
@@ -43,16 +44,16 @@ LINES_PER_CALL = 4096  # the fast tokenizers work in parallel inside one call
 _OPENERS: dict[str, Callable[..., IO[str]]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
-def is_text(source: str | list[DataSource]) -> TypeGuard[str]:
+def is_text(source: Sources) -> TypeGuard[str]:
     """Whether this is a text file or a folder of text files; anything else is preference data.
 
-    A folder with train.parquet is preference data, also when text files are beside it.
+    A folder with files of training preferences is preference data, also when text files are beside it.
     """
-    if isinstance(source, list):
+    if not isinstance(source, str):
         return False
     path = Path(source)
     if path.is_dir():
-        return bool(text_files(path)) and not (path / "train.parquet").is_file()
+        return bool(text_files(path)) and not files_of(path, "train", whole=False)
     return source.endswith(TEXT_SUFFIXES)
 
 

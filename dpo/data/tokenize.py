@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.chat import ChatText, chat_text, check_template, end_of_turn, prompt_text
+from dpo.data.chat import TODAY, chat_text, check_template, end_of_turn, knows_field, prompt_text
 from dpo.data.dialogue import ends_with_answer
 from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
@@ -35,6 +36,8 @@ class TokenizeOptions:
     """Drop a group that does not fit instead of truncating it."""
     append_eos: bool
     """Completions are complete: end them with EOS, or with what the chat template writes after an answer."""
+    group_pairs: bool = True
+    """Keep all pairs of a prompt in one group; otherwise every pair is a group of its own."""
 
 
 def tokenize_groups(
@@ -63,12 +66,25 @@ def tokenize_groups(
             try:
                 if isinstance(encoded, RowError):
                     raise encoded
-                yield _fit(*encoded, group, tokenizer, options, counts)
+                fitting = _fit(*encoded, group, tokenizer, options, counts)
+                yield from [fitting] if options.group_pairs else split_pairs(fitting)
             except RowError as fault:
                 notes.dropped_groups += 1
                 notes.drop(
                     fault.reason, f"{group.place or 'a row'}: {fault}; the prompt ends {_end_of(group)}"
                 )
+
+
+def split_pairs(group: TokenizedGroup) -> Iterator[TokenizedGroup]:
+    """Every pair of a group as a group of its own, with its margin."""
+    margins = group.margins or [None] * len(group.pairs)
+    for (chosen, rejected), margin in zip(group.pairs, margins, strict=True):
+        yield TokenizedGroup(
+            prompt=group.prompt,
+            completions=(group.completions[chosen], group.completions[rejected]),
+            pairs=(Pair(0, 1),),
+            margins=None if margin is None else (margin,),
+        )
 
 
 def _end_of(group: PreferenceGroup) -> str:
@@ -95,10 +111,7 @@ def encode_prompt(
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
         bos = bos_prefix(tokenizer)
-        ids = bos + without_bos(ids, bos)
-        if ids:
-            return ids
-        return [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+        return bos + without_bos(ids, bos) or _first_predictor(tokenizer)
     check_template(tokenizer, key)
     text = prompt_text(prompt, tokenizer, {}, continues=ends_with_answer(prompt))
     return _encode_batch([text], tokenizer)[0]
@@ -132,60 +145,88 @@ def _encode(
     groups: Sequence[PreferenceGroup], tokenizer: PreTrainedTokenizerBase, append_eos: bool, notes: RowNotes
 ) -> Iterator[tuple[list[int], list[list[int]]] | RowError]:
     """Prompt ids and completion ids of each group, or why it is dropped."""
-    texts = [group for group in groups if isinstance(group.prompt, str)]
-    joint = iter(_encode_batch([f"{g.prompt}{c}" for g in texts for c in g.completions], tokenizer))
-    apart = iter(_encode_batch([c for g in texts for c in g.completions], tokenizer))
-    bos = bos_prefix(tokenizer)
-    ends = tuple(filter(None, (tokenizer.eos_token, end_of_turn(tokenizer) if texts else None)))
-    notes.groups += len(groups)
-    notes.texts += len(texts) if tokenizer.chat_template is not None else 0
-    for group in groups:
-        if not isinstance(group.prompt, str):
-            check_template(tokenizer, "data.train")
-            try:
-                chat = chat_text(group, tokenizer, complete=append_eos)
-                notes.ignored.update(f"messages.{key}" for key in chat.unused)
-                notes.without_system += chat.without_system
-                yield _encode_chat(chat, tokenizer)
-            except RowError as fault:
-                yield fault
+    texts = [_written(group, tokenizer, append_eos, notes) for group in groups]
+    encoded = iter(_encode_texts([text for text in texts if not isinstance(text, RowError)], tokenizer))
+    ends = tuple(filter(None, (tokenizer.eos_token, end_of_turn(tokenizer))))
+    for group, text in zip(groups, texts, strict=True):
+        if isinstance(text, RowError):
+            yield text
             continue
-        prompt = encode_prompt(group.prompt, tokenizer)
-        plain = without_bos(prompt, bos)
-        completions = []
-        for text in group.completions:
-            together, alone = without_bos(next(joint), bos), next(apart)
-            # The ids of the joint text are right for tokenizers that mark word starts. Where the boundary
-            # falls inside a token, prompt and completion are encoded apart, as if a policy had continued the
-            # prompt's ids.
-            fits = group.prompt and together[: len(plain)] == plain and len(together) > len(plain)
-            ids = together[len(plain) :] if fits else alone
-            if append_eos and ids[-1:] != [tokenizer.eos_token_id] and not text.rstrip().endswith(ends):
-                ids = [*ids, tokenizer.eos_token_id]
-            completions.append(ids)
+        prompt, completions = next(encoded)
+        if isinstance(group.prompt, str) and append_eos:  # a chat template ends the turn itself
+            for written, ids in zip(group.completions, completions, strict=True):
+                if ids[-1:] != [tokenizer.eos_token_id] and not written.rstrip().endswith(ends):
+                    ids.append(tokenizer.eos_token_id)
         yield prompt, completions
+
+
+class _Written(NamedTuple):
+    """A group as texts."""
+
+    prompt: str
+    wholes: Sequence[str]
+    """The prompt with each completion."""
+    bos: list[int]
+    """What stands before them in token ids, and is not in the text: a chat template writes its own."""
+
+
+def _written(
+    group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase, complete: bool, notes: RowNotes
+) -> _Written | RowError:
+    notes.groups += 1
+    if isinstance(group.prompt, str):
+        notes.texts += tokenizer.chat_template is not None
+        wholes = [f"{group.prompt}{completion}" for completion in group.completions]
+        return _Written(group.prompt, wholes, bos_prefix(tokenizer))
+    check_template(tokenizer, "data.train")
+    try:
+        chat = chat_text(group, tokenizer, complete=complete)
+    except RowError as fault:
+        return fault
+    notes.ignored.update(f"messages.{key}" for key in chat.unused)
+    notes.without_system += chat.without_system
+    notes.dated = notes.dated or (f"{TODAY:%d %B %Y}" if knows_field(tokenizer, "strftime_now") else "")
+    return _Written(chat.prompt, chat.dialogues, [])
+
+
+def _encode_texts(
+    texts: Sequence[_Written], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Prompt ids and completion ids of each text.
+
+    The ids of prompt and completion together are right for tokenizers that mark word starts. Where the
+    boundary falls inside a token, the completion is encoded apart, as if a policy had continued the prompt's
+    ids.
+    """
+    alone = _encode_batch([text.prompt for text in texts], tokenizer)
+    joint = iter(_encode_batch([whole for text in texts for whole in text.wholes], tokenizer))
+    prompts = [without_bos(ids, text.bos) for text, ids in zip(texts, alone, strict=True)]
+    found: list[list[list[int] | None]] = []
+    for text, prompt in zip(texts, prompts, strict=True):
+        together = [without_bos(next(joint), text.bos) for _ in text.wholes]
+        fits = [prompt and ids[: len(prompt)] == prompt and len(ids) > len(prompt) for ids in together]
+        found.append([ids[len(prompt) :] if fit else None for ids, fit in zip(together, fits, strict=True)])
+    missing = [
+        whole[len(text.prompt) :]
+        for text, all_ids in zip(texts, found, strict=True)
+        for whole, ids in zip(text.wholes, all_ids, strict=True)
+        if ids is None
+    ]
+    apart = iter(_encode_batch(missing, tokenizer))
+    for text, prompt, all_ids in zip(texts, prompts, found, strict=True):
+        completions = [next(apart) if ids is None else ids for ids in all_ids]
+        yield text.bos + prompt or _first_predictor(tokenizer), completions
+
+
+def _first_predictor(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt where there is none: the first token of a completion needs something that predicts it."""
+    return [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
 
 
 def _encode_batch(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     if not texts:
         return []
     return list(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
-
-
-def _encode_chat(text: ChatText, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
-    """Ids of the prompt and of what follows it in each dialogue.
-
-    Where the first characters of a completion merge with the end of the prompt into one token, the two are
-    encoded apart, as in plain text: the policy answers the prompt's own ids.
-    """
-    prompt, *dialogues = _encode_batch([text.prompt, *text.dialogues], tokenizer)
-    completions = []
-    for whole, written in zip(dialogues, text.dialogues, strict=True):
-        fits = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
-        completions.append(
-            whole[len(prompt) :] if fits else _encode_batch([written[len(text.prompt) :]], tokenizer)[0]
-        )
-    return prompt, completions
 
 
 def _fit(

@@ -16,18 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import terminal
 from dpo.config import DataConfig
-from dpo.data.build import (
-    Weighted,
-    open_datasets,
-    read_weighted,
-    resolve_max_length,
-    test_sources_of,
-    tokenize_source,
-    train_sources_of,
-)
+from dpo.data.build import open_datasets, resolve_max_length, test_sources_of, train_sources_of
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.notes import RowNotes
+from dpo.data.parts import options_for, weighted_groups
 from dpo.data.records import PreferenceGroup
+from dpo.data.sources import PreferenceSource, blocks
+from dpo.data.tokenize import tokenize_groups
 from dpo.data.trees import Tree
 from dpo.errors import UserError
 from dpo.evaluate.statistics import Interval, mean_interval
@@ -132,7 +127,7 @@ def _whole(dataset: TokenizedDataset) -> SampledData:
 
 
 def _sampled(
-    sources: Sequence[Weighted],
+    sources: Sequence[PreferenceSource],
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -144,7 +139,7 @@ def _sampled(
     cut = Counter[str]()
     sample = _tokenize(drawn.by_source, sources, data, tokenizer, max_length, cut)
     if len(sample) == 0:
-        named = ", ".join(str(source.path) for source, _ in sources)
+        named = ", ".join(source.path for source in sources)
         raise UserError(
             f"data.{split}: {named}: no group of {drawn.num_read} is left after tokenization; expected at "
             "least one: raise data.max_length, or see data.too_long"
@@ -186,13 +181,16 @@ class _Drawn:
         return self.num_read / sum(map(len, self.by_source))
 
 
-def _draw(sources: Sequence[Weighted], data: DataConfig, generator: np.random.Generator) -> _Drawn:
+def _draw(sources: Sequence[PreferenceSource], data: DataConfig, generator: np.random.Generator) -> _Drawn:
     """Reads every row and keeps a uniform sample (reservoir sampling)."""
     dropped, num_read = Counter[str](), 0
     reservoir: list[tuple[int, PreferenceGroup]] = []
-    for number, (source, weight) in enumerate(sources):
+    for number, source in enumerate(sources):
         notes = RowNotes()
-        for group in read_weighted(source, weight, data, notes):
+        parts = enumerate(blocks(source))
+        for group in chain.from_iterable(
+            weighted_groups(source, place, block, data, notes) for place, block in parts
+        ):
             num_read += 1
             if len(reservoir) < SAMPLE_GROUPS:
                 reservoir.append((number, group))
@@ -207,7 +205,7 @@ def _draw(sources: Sequence[Weighted], data: DataConfig, generator: np.random.Ge
 
 def _tokenize(
     by_source: list[list[PreferenceGroup]],
-    sources: Sequence[Weighted],
+    sources: Sequence[PreferenceSource],
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -216,8 +214,8 @@ def _tokenize(
     """The groups in token ids, as training would have them; counts what is cut or dropped in `cut`."""
     notes = RowNotes()
     groups = chain.from_iterable(
-        tokenize_source(mine, source, data, max_length, tokenizer, cut, notes)
-        for (source, _), mine in zip(sources, by_source, strict=True)
+        tokenize_groups(mine, tokenizer, options_for(source, data, max_length), cut, notes)
+        for source, mine in zip(sources, by_source, strict=True)
     )
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(groups, Path(folder) / "sample", Counter())

@@ -18,6 +18,7 @@ from dpo.config import (
     ReferenceConfig,
     SftTrainConfig,
     TrainConfig,
+    sources_of,
 )
 from dpo.loss.catalog import needs_reference, title_of
 from dpo.report.escape import markdown_cell
@@ -198,7 +199,7 @@ def _loading(base: ModelConfig) -> str:
 
 def _sources(data: DataConfig) -> list[str]:
     """Paths and hub names of the training data."""
-    return [data.train] if isinstance(data.train, str) else [source.path for source in data.train]
+    return [source.path for source in sources_of(data.train)]
 
 
 def _is_adapter(base: ModelConfig) -> bool:

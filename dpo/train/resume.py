@@ -28,6 +28,7 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "reference.audit_rows",
     "data.cache_dir",
     "data.strict",
+    "data.num_workers",
     "train.resume",
     "train.resume_allow",
     "train.stuck_after_seconds",

@@ -27,9 +27,10 @@ SECTIONS = {getattr(f.type, "__name__", f.type) for kind in (Config, SftConfig) 
 
 
 def test_every_option_says_what_it_means() -> None:
-    tree = ast.parse(Path(__file__).parents[2].joinpath("dpo", "config.py").read_text())
+    files = Path(__file__).parents[2].joinpath("dpo", "config").glob("*.py")
+    classes = [node for file in files for node in ast.parse(file.read_text()).body]
     undocumented = []
-    for section in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+    for section in (node for node in classes if isinstance(node, ast.ClassDef)):
         for node, after in zip(section.body, [*section.body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) not in SECTIONS:
                 said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

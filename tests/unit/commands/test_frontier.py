@@ -170,6 +170,7 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
             append_eos=False,
             strict=True,
             cache_dir="c",
+            num_workers=3,
         ),
         train=TrainConfig(
             schedule="cosine",

