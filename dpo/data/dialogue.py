@@ -105,6 +105,8 @@ def _prompt_field(fields: Fields) -> tuple[Any, bool]:
     if instruction := fields.text("instruction"):
         extra = fields.text("input")
         return f"{instruction}\n{extra}" if extra.strip() else instruction, True
+    if (conversation := fields.get("conversations")) is not None:
+        return conversation, False
     for name in ("question", "input"):
         if (value := fields.get(name)) is not None:
             return value, True

@@ -4,7 +4,9 @@ What a reader did not read can so be named. `RowError` says what is wrong with a
 raises it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 UNUSABLE_COLUMNS = ("image", "images", "audio", "audios", "video", "videos", "history")
@@ -98,7 +100,10 @@ def broken_at(text: str) -> int | None:
 
 
 def as_list(value: Any, name: str) -> Sequence[Any]:
-    """The value; RowError if it is no list."""
+    """The value, which may be written as JSON; RowError if it is no list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError):
+            value = json.loads(value)
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise RowError("not_a_list", f"{name} is {brief(value)}; expected a list")
     return value

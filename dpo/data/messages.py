@@ -16,7 +16,18 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Names of an assistant's reasoning; transformers gives a template each under the name that it reads."""
 MESSAGE_FIELDS = (*REASONING_FIELDS, "tool_calls", "name", "tool_call_id")
 """What a message may hold besides role and content."""
-UNUSABLE_FIELDS = ("function_call", "images", "audio", "videos")
+UNUSABLE_FIELDS = ("function_call", "function_calls", "functions", "images", "audio", "videos")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Who speaks in a turn {from, value} -> the role."""
 
 
 def read_messages(fields: Fields, value: Any, name: str) -> tuple[Message, ...]:
@@ -35,7 +46,18 @@ def read_messages(fields: Fields, value: Any, name: str) -> tuple[Message, ...]:
             "not_text",
             f"{name} is {brief(value)}; expected a string or a list of messages, like the rest of the row",
         )
-    return tuple(_message(fields, turn, name) for turn in value)
+    return tuple(_message(fields, _with_role(turn, name), name) for turn in value)
+
+
+def _with_role(turn: Any, name: str) -> Any:
+    """A turn of ShareGPT's layout, {from, value}, as {role, content}; any other as it is."""
+    if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
+        return turn
+    if (role := SHAREGPT_ROLES.get(turn["from"])) is None:
+        expected = ", ".join(SHAREGPT_ROLES)
+        raise RowError("unusable_field", f"{name} has a turn from {turn['from']!r}; expected {expected}")
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {**others, "role": role, "content": turn["value"]}
 
 
 def _message(fields: Fields, turn: Any, name: str) -> Message:
@@ -83,11 +105,13 @@ def _content(turn: Mapping[str, Any], name: str, *, may_be_empty: bool) -> str:
 
 
 def messages_of_json(value: Any) -> Any:
-    """A list of messages that is stored as JSON text; any other value as it is.
+    """A list of messages that is stored as JSON text, or one message alone; any other value as it is.
 
     Raises:
         RowError: A list of messages as Python prints it.
     """
+    if isinstance(value, Mapping):
+        return [value]
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     if re.match(r"\s*\[\s*\{\s*'(role|content)'\s*:", value):

@@ -8,12 +8,14 @@ column that is not read is counted by name.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from dpo.data.dialogue import Dialogue, read_dialogue
 from dpo.data.fields import Fields, RowError, as_list, brief, broken_at, holds
+from dpo.data.layouts import in_our_columns
 from dpo.data.messages import list_of_objects, parsed
 from dpo.data.notes import RowNotes
 from dpo.data.pairing import DEFAULT_PAIRING, PairingRule, pairs_from_scores
@@ -84,7 +86,7 @@ def group_from_row(
     Raises:
         RowError: The row has none of the formats, or no preference, or a column that cannot be used.
     """
-    fields = Fields(row, columns or {})
+    fields = Fields(in_our_columns(row), columns or {})
     notes = notes or RowNotes()
     template_fields = _template_fields(fields)
     pairs: tuple[Pair, ...]
@@ -180,7 +182,7 @@ def _above_margin(
 
 
 def _scores(value: Any, num_completions: int) -> tuple[float, ...]:
-    scores = as_list(value, "scores")
+    scores = _numbers(as_list(value, "scores"))
     if len(scores) != num_completions or not all(_is_number(score) for score in scores):
         raise RowError("bad_scores", f"scores is {brief(value)}; expected {num_completions} numbers")
     if not all(map(math.isfinite, scores)):
@@ -222,6 +224,14 @@ def _check_pairs(pairs: Sequence[Pair], dialogue: Dialogue) -> None:
             raise RowError(
                 "pair_both_ways", f"{brief(chosen)} is preferred to {brief(rejected)} and the reverse"
             )
+
+
+def _numbers(values: Sequence[Any]) -> Sequence[Any]:
+    """The values; as numbers if all are strings, as the cells of a spreadsheet are."""
+    if all(isinstance(value, str) for value in values):
+        with suppress(ValueError):
+            return [float(value) for value in values]
+    return values
 
 
 def _is_number(value: Any) -> bool:
