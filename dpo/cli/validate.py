@@ -13,6 +13,7 @@ from dpo.config import (
     FIELDS,
     Config,
     DataConfig,
+    DataSource,
     ModelConfig,
     OptimizationConfig,
     SftConfig,
@@ -79,6 +80,9 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         for source in sources_of(sources) if sources is not None else []:
             if source.path == "":
                 yield f"{key}: empty; expected a path or a hub name"
+            if source.path.startswith("{"):  # a mapping that could not be read as a source
+                options = ", ".join(field.name for field in fields(DataSource))
+                yield f"{key}: {source.path}; expected {{path: ...}}, with any of {options}"
             for name in source.columns or {}:
                 if name not in FIELDS:
                     yield f"{key}: {source.path}: columns: {name}; expected a field of {', '.join(FIELDS)}"

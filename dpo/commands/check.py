@@ -82,7 +82,7 @@ def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
         largest = max(data_set.largest_id for data_set in found if data_set is not None)
     else:
         notes, warnings, largest = preview_data(train, test, data, tokenizer, positions)
-        if terminal.mode() == "plain":  # standard output is for the run folder
+        if terminal.mode() == "plain" and "ACCELERATE_CONFIG" not in os.environ:  # the stage will say it
             print("\n".join([*notes, *warnings]), file=sys.stderr)
     if model.name_or_path:
         check_token_ids(model, largest, "model.name_or_path")
