@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from dpo import distributed, terminal
 from dpo.commands.inputs import join_ranks, open_data
 from dpo.config import Config, ModelConfig
@@ -17,8 +19,8 @@ from dpo.evaluate.ches import ChesScores, sample_pairs, score_ches
 from dpo.evaluate.described_data import HELD_OUT, TRAINING, Float64s, describe
 from dpo.model.files import base_of, weights_at_hand
 from dpo.model.load import DTYPES
-from dpo.reference.identity import is_remembered, reference_model
-from dpo.reference.store import reference_store
+from dpo.reference.identity import is_remembered, reference_identity, reference_model
+from dpo.reference.store import ReferenceStore
 from dpo.reference.values import known_logps
 from dpo.report.data_sections import LISTED, data_sections
 from dpo.report.terminal_table import section_text
@@ -41,11 +43,19 @@ def data_report(config: Config, *, num_ches: int, output: Path, command: str) ->
     join_ranks()
     train_data, test_data, tokenizer = open_data(config.data, config.model)
     datasets = {TRAINING: train_data} | ({} if test_data is None else {HELD_OUT: test_data})
-    logps = cached_logps(config, datasets)
     ches = _ches(config, train_data, num_ches) if num_ches else None
-    if not distributed.is_main():
-        return
-    described = describe(datasets, logps, ches)
+    distributed.on_main(lambda: _show(config, datasets, ches, tokenizer, output, command))
+
+
+def _show(
+    config: Config,
+    datasets: Mapping[str, TokenizedDataset],
+    ches: ChesScores | None,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    command: str,
+) -> None:
+    described = describe(datasets, cached_logps(config, datasets), ches)
     sections = data_sections(described, tokenizer, listed=IN_FILE)
     summary = described.summary()
     title = (
@@ -61,15 +71,15 @@ def data_report(config: Config, *, num_ches: int, output: Path, command: str) ->
 
 
 def cached_logps(config: Config, datasets: Mapping[str, TokenizedDataset]) -> dict[str, Float64s]:
-    """What the reference cache knows of each data set; nothing where it would have to hash weights first.
+    """What the reference cache knows of each data set; nothing where weights would have to be hashed first.
 
-    All ranks must call it.
+    One process may call it alone.
     """
     model, cache_dir = reference_model(config.model, config.reference), Path(config.reference.cache_dir)
-    at_hand = distributed.on_main(lambda: weights_at_hand(base_of(model)) and is_remembered(model, cache_dir))
-    if not at_hand:
+    if not (weights_at_hand(base_of(model)) and is_remembered(model, cache_dir)):
         return {}
-    found = known_logps([*datasets.values()], reference_store(model, cache_dir))
+    store = ReferenceStore(cache_dir, reference_identity(model, cache_dir))
+    found = known_logps([*datasets.values()], store)
     return dict(zip(datasets, found, strict=True))
 
 

@@ -222,8 +222,13 @@ def _data_sections(
 ) -> list[Section]:
     """What the report says of the data; empty on ranks other than the main one. All ranks must call it."""
     datasets = {TRAINING: train_data, HELD_OUT: test_data}
-    logps = cached_logps(config, datasets)
-    return data_sections(describe(datasets, logps), tokenizer) if distributed.is_main() else []
+    found: list[Section] = []
+
+    def work() -> None:
+        found.extend(data_sections(describe(datasets, cached_logps(config, datasets)), tokenizer))
+
+    distributed.on_main(work)
+    return found
 
 
 def _report(

@@ -172,7 +172,7 @@ def reference_logps(
 def known_logps(datasets: Sequence[TokenizedDataset], store: ReferenceStore) -> list[Float64s]:
     """(S,) reference log-probs in nats of each data set's sequences, NaN for those that the cache lacks.
 
-    For descriptions of data, which need no full cache. All ranks must call it.
+    For descriptions of data, which need no full cache; one process may call it alone.
 
     Args:
         datasets: The data sets.
@@ -182,17 +182,14 @@ def known_logps(datasets: Sequence[TokenizedDataset], store: ReferenceStore) -> 
         UserError: The cache is damaged.
     """
 
-    def join() -> list[Float64s]:
-        table = store.load()
-        found = []
-        for dataset in datasets:
-            rows = table.index.find(dataset.keys)
-            values = np.full(len(rows), np.nan)
-            values[rows >= 0] = table.logps[rows[rows >= 0]]
-            found.append(values)
-        return found
-
-    return distributed.on_main(join)
+    table = store.load()
+    found = []
+    for dataset in datasets:
+        rows = table.index.find(dataset.keys)
+        values = np.full(len(rows), np.nan)
+        values[rows >= 0] = table.logps[rows[rows >= 0]]
+        found.append(values)
+    return found
 
 
 def reference_token_logps(dataset: TokenizedDataset, store: ReferenceStore, command: str) -> Float32s:
