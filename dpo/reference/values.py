@@ -181,7 +181,6 @@ def known_logps(datasets: Sequence[TokenizedDataset], store: ReferenceStore) -> 
     Raises:
         UserError: The cache is damaged.
     """
-
     table = store.load()
     found = []
     for dataset in datasets:
