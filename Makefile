@@ -18,7 +18,7 @@ launch := PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/run
 model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
 ready := .venv/.ready
 
-.PHONY: help setup demo data sft plan precompute-ref train eval frontier compare sentiment tensorboard
+.PHONY: help setup demo data data-report sft plan precompute-ref train eval frontier compare sentiment tensorboard
 .PHONY: study study-harmless
 .PHONY: test test-unit test-distributed test-e2e test-faults bench bench-peers bench-cache lint format clean
 
@@ -43,6 +43,9 @@ data: $(ready) ## prepare preference data: make data ARGS="hh FILE --output DIR"
 
 sft: $(ready) ## next-token training with CONFIG (default configs/demo_sft.yaml)
 	$(launch) sft --config $(SFT_CONFIG) $(model_key) $(ARGS)
+
+data-report: $(ready) ## what CONFIG's data holds: lengths, repetition, suspected flips; ARGS="--ches 256" also scores pairs
+	$(py) -m dpo data --config $(CONFIG) $(model_key) $(ARGS)
 
 plan: $(ready) ## estimate memory, time and disk for CONFIG: make plan CONFIG=... ARGS="--num_gpus 8 --gpu_memory 80GB"
 	$(py) -m dpo plan --config $(CONFIG) $(model_key) $(ARGS)

@@ -3,11 +3,12 @@
 import numpy as np
 
 from dpo.evaluate.statistics import Interval
-from dpo.report.content import PairRow, Provenance, Report, SampleRow
+from dpo.report.content import PairRow, Provenance, Report, SampleRow, Section
 from dpo.report.figures import (
     Captioned,
     Point,
     histogram_before_and_after,
+    histograms,
     losses_and_margins,
     rewards_over_steps,
     score_against_kl,
@@ -37,6 +38,20 @@ def figures(steps: int = 300) -> list[Captioned]:
     return [Captioned(name=n, title=n, caption=f"caption of {n}", figure=made[n]) for n in made]
 
 
+def data_section(*, with_figures: bool) -> Section:
+    figure = histograms({"chosen": [1, 2, 2], "rejected": [3]}, title="t", unit="tokens", counted="pairs")
+    drawn = Captioned(name="lengths", title="lengths", caption="caption of lengths", figure=figure)
+    return Section(
+        title="Lengths",
+        notes=[NASTY],
+        columns=("", NASTY),
+        rows=[(NASTY, "1")],
+        figures=[drawn] if with_figures else [],
+        measure="nats",
+        pairs=[PairRow(prompt=NASTY, chosen=NASTY, rejected=NASTY, measure="-2")],
+    )
+
+
 def nasty_report(*, with_figures: bool = True) -> Report:
     rows = [
         SampleRow(index=n, seed=7, prompt=f"{n} {NASTY}", reference=NASTY, policy=NASTY) for n in range(3)
@@ -51,6 +66,7 @@ def nasty_report(*, with_figures: bool = True) -> Report:
             versions={NASTY: NASTY},
         ),
         figures=figures() if with_figures else [],
-        worst_pairs=[PairRow(prompt=NASTY, chosen=NASTY, rejected=NASTY, margin=-1.5)],
+        worst_pairs=[PairRow(prompt=NASTY, chosen=NASTY, rejected=NASTY, measure="-1.50")],
         worst_samples=rows[:1],
+        data=[data_section(with_figures=with_figures)],
     )

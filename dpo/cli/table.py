@@ -9,6 +9,7 @@ CONFIGURED = {
 }
 """Commands whose only options are the keys of a configuration."""
 TOOLS = {
+    "data": "what the data holds: lengths, repetition, contradictions, suspected flips, CHES",
     "plan": "memory, time and disk of a run, before it is started",
     "frontier": "several betas and the SFT baseline on one cache: score against KL",
     "compare": "runs side by side: settings, numbers, curves",

@@ -1,4 +1,4 @@
-"""Commands with options of their own beside the configuration's: cache, plan, compare, frontier."""
+"""Commands with options of their own beside the configuration's: cache, data, plan, compare, frontier."""
 
 import argparse
 import re
@@ -37,6 +37,19 @@ weight.
               measured (docs/gpu.md): perf/mfu of a run is yours
 --exact       tokenize all data, as training does, instead of a sample of 2,000 groups
 --json        numbers for scripts, in bytes, hours, tokens and operations
+"""
+
+
+DATA_USAGE = """usage: dpo data --config FILE [--ches N] [--output FOLDER] [--KEY VALUE ...]
+
+What the preferences of FILE hold: rows and what was dropped, lengths, shared prompts, pairs that repeat or
+contradict each other, whether the labels prefer length, what held-out data shares with training, and, as far
+as the reference cache is filled, which labels look flipped. Tokenizes as training does; loads no model
+without --ches.
+
+--ches    score N random training pairs with the model that training starts from: CHES (arXiv 2410.08847)
+          tells where the chosen completion's log-prob will fall; 256 are enough for a median
+--output  where data.html, data.md, summary.json, pairs.jsonl and figures go; default: data_report
 """
 
 
@@ -158,6 +171,22 @@ def _bytes(size: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
+def _data(arguments: list[str]) -> int:
+    """`dpo data`: its own options here, all others are keys of the configuration."""
+    parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--ches", type=int, default=0)
+    parser.add_argument("--output", default="data_report")
+    options, keys = parser.parse_known_args(arguments)
+    if options.ches < 0:
+        raise UserError(f"--ches: {options.ches}; expected a number of pairs: see dpo data --help")
+    config = cast(Config, parse("train", keys))
+    from dpo.commands.data_report import data_report
+
+    command = shlex.join(["python", "-m", "dpo", "data", *arguments])
+    data_report(config, num_ches=options.ches, output=Path(options.output), command=command)
+    return 0
+
+
 def _compare(arguments: list[str]) -> int:
     """`dpo compare`."""
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
@@ -226,6 +255,7 @@ def _frontier(arguments: list[str]) -> int:
 
 
 _TOOLS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
+    "data": (DATA_USAGE, _data),
     "plan": (PLAN_USAGE, _plan),
     "frontier": (FRONTIER_USAGE, _frontier),
     "compare": (COMPARE_USAGE, _compare),

@@ -6,6 +6,7 @@ snapshot into the snapshot's folder, and the model card.
 
 import gc
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
 from dpo.commands.check import finished_model
+from dpo.commands.data_report import cached_logps
 from dpo.commands.inputs import join_ranks, open_held_out, open_reference_model, with_reference
 from dpo.config import Config, ModelConfig
-from dpo.data.dataset import longest_tree
+from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.preference_data import PreferenceData
 from dpo.data.records import TokenIds
 from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
+from dpo.evaluate.described_data import HELD_OUT, TRAINING, describe
 from dpo.evaluate.divergence import kl_summary
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.evaluate.samples import (
@@ -41,7 +44,8 @@ from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
 from dpo.reference.values import open_reference
 from dpo.report.build import compose
-from dpo.report.content import Report
+from dpo.report.content import Report, Section
+from dpo.report.data_sections import data_sections
 from dpo.report.headline import headline
 from dpo.report.model_card import policy_card
 from dpo.report.provenance import learned_preferences, provenance_of
@@ -71,7 +75,8 @@ def evaluate(config: Config) -> None:
         "reference cache": values.description,
     }
     data = with_reference(config.loss, [test_data], values)[0]
-    summary = evaluate_run(config, policy, reference, data, tokenizer, digests)
+    sections = _data_sections(config, train_data, test_data, tokenizer)
+    summary = evaluate_run(config, policy, reference, data, tokenizer, digests, sections)
     folder = RunFolder(Path(config.run_dir))
     if distributed.is_main() and learned_preferences(folder):
         card = policy_card(
@@ -93,6 +98,7 @@ def evaluate_run(
     data: PreferenceData,
     tokenizer: PreTrainedTokenizerBase,
     digests: dict[str, str],
+    sections: Sequence[Section] = (),
 ) -> dict[str, float]:
     """Evaluates the trained policy and writes its report. All ranks must call it.
 
@@ -103,6 +109,7 @@ def evaluate_run(
         data: Held-out groups with what the loss reads from the cache.
         tokenizer: The policy's.
         digests: Digests of data and cache, by name, for the report.
+        sections: On the data, for the report.
 
     Returns:
         What summary.json holds; empty on ranks other than the main one.
@@ -114,7 +121,7 @@ def evaluate_run(
         samples = compare(drawn, config.evaluate.scorer, tokenizer)
     if not distributed.is_main():
         return {}
-    report = _report(config, data, tokenizer, by_policy.scores, samples, digests)
+    report = _report(config, data, tokenizer, by_policy.scores, samples, digests, sections)
     folder = RunFolder(Path(config.run_dir)).report(config.evaluate.snapshot)
     write_report(report, folder, title=config.run_dir)
     if report.shown:
@@ -207,6 +214,23 @@ def _use_reference(
     )
 
 
+def _data_sections(
+    config: Config,
+    train_data: TokenizedDataset,
+    test_data: TokenizedDataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[Section]:
+    """What the report says of the data; empty on ranks other than the main one. All ranks must call it."""
+    datasets = {TRAINING: train_data, HELD_OUT: test_data}
+    found: list[Section] = []
+
+    def work() -> None:
+        found.extend(data_sections(describe(datasets, cached_logps(config, datasets)), tokenizer))
+
+    distributed.on_main(work)
+    return found
+
+
 def _report(
     config: Config,
     data: PreferenceData,
@@ -214,6 +238,7 @@ def _report(
     scores: PairScores,
     samples: ComparedSamples | None,
     digests: dict[str, str],
+    sections: Sequence[Section],
 ) -> Report:
     folder, last = RunFolder(Path(config.run_dir)), config.evaluate.snapshot
     history = read_history(folder) if learned_preferences(folder) else []
@@ -231,6 +256,7 @@ def _report(
         scores,
         samples,
         data=data.dataset,
+        sections=sections,
         tokenizer=tokenizer,
         history=[line for line in history if last is None or line["step"] <= last],
         provenance=provenance,

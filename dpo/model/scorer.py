@@ -53,7 +53,12 @@ class SequenceScorer(nn.Module):
         """Whether our output projection replaces the model's own; `dpo.model.probe` may change it."""
 
     def forward(
-        self, batch: TreeBatch, *, per_token: bool = False, own_projection: bool | None = None
+        self,
+        batch: TreeBatch,
+        *,
+        per_token: bool = False,
+        own_projection: bool | None = None,
+        states: bool = False,
     ) -> Tensor:
         """Log-probs of each completion given its prompt.
 
@@ -61,10 +66,12 @@ class SequenceScorer(nn.Module):
             batch: S sequences on the model's device, N completion tokens.
             per_token: Return the log-probs of tokens instead of their sums.
             own_projection: Use the model's full logits instead of our projection; default: as probed.
+            states: Return what the output layer reads to predict the tokens, instead of log-probs.
 
         Returns:
             (S,) float64 sums in nats, 0 for a sequence without a completion; or with `per_token` (N,)
-            float32, one sequence after the other. With gradient where gradients are enabled.
+            float32, one sequence after the other; or with `states` the (N, D) hidden states of the last
+            layer that predict the completion tokens. With gradient where gradients are enabled.
         """
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.layout != "rows":
@@ -74,6 +81,8 @@ class SequenceScorer(nn.Module):
         elif batch.layout != "rows":
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), device=batch.input_ids.device)  # unused
             inputs["tree"] = TreeAttention(batch=batch)
+        if states:
+            return rows_of(self.model.base_model(**inputs)[0], batch.predicts)
         if own_projection or (own_projection is None and not self.uses_projection):
             logits = rows_of(self.model(**inputs).logits, batch.predicts)
             token_logps = -F.cross_entropy(logits.float(), batch.targets, reduction="none")

@@ -169,6 +169,28 @@ def reference_logps(
     return distributed.on_main(join)
 
 
+def known_logps(datasets: Sequence[TokenizedDataset], store: ReferenceStore) -> list[Float64s]:
+    """(S,) reference log-probs in nats of each data set's sequences, NaN for those that the cache lacks.
+
+    For descriptions of data, which need no full cache; one process may call it alone.
+
+    Args:
+        datasets: The data sets.
+        store: The cache of the reference model; it may be empty.
+
+    Raises:
+        UserError: The cache is damaged.
+    """
+    table = store.load()
+    found = []
+    for dataset in datasets:
+        rows = table.index.find(dataset.keys)
+        values = np.full(len(rows), np.nan)
+        values[rows >= 0] = table.logps[rows[rows >= 0]]
+        found.append(values)
+    return found
+
+
 def reference_token_logps(dataset: TokenizedDataset, store: ReferenceStore, command: str) -> Float32s:
     """(N,) reference log-probs in nats of every completion token, sequence after sequence.
 

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo.data.dataset import TokenizedDataset
 from dpo.evaluate.breakdown import pair_summary
 from dpo.evaluate.rewards import PairScores
-from dpo.evaluate.samples import ComparedSamples, texts_of
-from dpo.report.content import PairRow, Provenance, Report, SampleRow
+from dpo.evaluate.samples import ComparedSamples
+from dpo.report.content import PairRow, Provenance, Report, SampleRow, Section
+from dpo.report.data_sections import pair_rows
 from dpo.report.figures import (
     Captioned,
     Point,
@@ -32,6 +33,7 @@ def compose(
     samples: ComparedSamples | None,
     *,
     data: TokenizedDataset,
+    sections: Sequence[Section],
     tokenizer: PreTrainedTokenizerBase,
     history: Sequence[Line],
     provenance: Provenance,
@@ -43,6 +45,7 @@ def compose(
         scores: Of the held-out pairs.
         samples: None if nothing was sampled.
         data: Held-out groups.
+        sections: On the data that was trained and evaluated on.
         tokenizer: The policy's.
         history: Metrics of the training, up to the model that is evaluated; empty for a run without rewards.
         provenance: What was compared, and how.
@@ -59,6 +62,7 @@ def compose(
         table_rows=table_rows,
         provenance=provenance,
         figures=figures,
+        data=sections,
         worst_pairs=worst_pairs(scores, data, tokenizer),
         worst_samples=worst_samples(rows),
     )
@@ -165,18 +169,10 @@ def worst_pairs(
     scores: PairScores, data: TokenizedDataset, tokenizer: PreTrainedTokenizerBase
 ) -> list[PairRow]:
     """The held-out pairs that the policy ranks wrong by the largest margin."""
-    rows = []
-    for pair in np.argsort(scores.margins, kind="stable")[:WORST].tolist():
-        if scores.margins[pair] >= 0:
-            break
-        number = int(scores.groups[pair])
-        group = data[number]
-        chosen, rejected = group.pairs[pair - int(data.group_pairs[number])]
-        texts = texts_of([group.prompt, group.completions[chosen], group.completions[rejected]], tokenizer)
-        rows.append(
-            PairRow(prompt=texts[0], chosen=texts[1], rejected=texts[2], margin=float(scores.margins[pair]))
-        )
-    return rows
+    worst = np.argsort(scores.margins, kind="stable")[:WORST]
+    worst = worst[scores.margins[worst] < 0]
+    measures = [f"{margin:+.2f}" for margin in scores.margins[worst]]
+    return pair_rows(data, worst, measures, tokenizer)
 
 
 def worst_samples(rows: Sequence[SampleRow]) -> list[SampleRow]:

@@ -13,6 +13,8 @@ COLUMNS = ("query", "reference policy", "DPO-trained policy")
 WORST_SAMPLES = (
     "Selected as failures: the samples that score furthest below the reference's sample on the same prompt."
 )
+PAIR_COLUMNS = ("query", "chosen", "rejected")
+"""Of a table of pairs, before that of their measure."""
 WORST_PAIRS = "Selected as failures: the held-out pairs with the largest margin in the wrong direction."
 
 
@@ -33,13 +35,29 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairRow:
-    """A held-out pair and its reward margin."""
+    """A pair that a report shows as an example."""
 
     prompt: str
     chosen: str
     rejected: str
-    margin: float
-    """Chosen minus rejected reward; negative where the policy ranks them wrong."""
+    measure: str
+    """Why it is shown: a number, such as its reward margin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A titled part of a report: sentences, a table, figures and pairs, in this order."""
+
+    title: str
+    notes: Sequence[str] = ()
+    """Sentences, a paragraph each."""
+    columns: Sequence[str] = ()
+    """Of the table; the first is that of the labels."""
+    rows: Sequence[Sequence[str]] = ()
+    figures: Sequence[Captioned] = ()
+    measure: str = ""
+    """What `PairRow.measure` of its pairs is."""
+    pairs: Sequence[PairRow] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +84,8 @@ class Report:
     """How many of them the report shows: always the first."""
     provenance: Provenance
     figures: Sequence[Captioned] = ()
+    data: Sequence[Section] = ()
+    """The data that was trained and evaluated on."""
     worst_pairs: Sequence[PairRow] = ()
     """Held-out pairs that the policy ranks wrong, the worst first."""
     worst_samples: Sequence[SampleRow] = ()

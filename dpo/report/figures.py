@@ -128,6 +128,31 @@ def histogram_before_and_after(
         return figure
 
 
+def histograms(values: Mapping[str, npt.ArrayLike], *, title: str, unit: str, counted: str) -> Figure:
+    """One or two distributions of counts such as tokens, over the same bins of whole numbers.
+
+    Args:
+        values: Label -> (N,) integers; a second label is drawn over the first.
+        title: Of the figure.
+        unit: Label of the horizontal axis.
+        counted: Label of the vertical axis.
+    """
+    arrays = {label: np.asarray(numbers) for label, numbers in values.items()}
+    everything = np.concatenate([*arrays.values()])
+    low, high = int(everything.min()), int(np.quantile(everything, 0.995))
+    bins = np.unique(np.linspace(low, high + 1, 41).round())
+    with _style():
+        figure = Figure(figsize=(6.5, 3.4), layout="constrained")
+        axes = figure.subplots()
+        colours = (CHOSEN, REJECTED) if len(arrays) > 1 else (REFERENCE,)
+        for (label, numbers), colour, hatch in zip(arrays.items(), colours, ("", "////"), strict=False):
+            counts, _ = np.histogram(np.clip(numbers, low, high), bins)  # outliers count in the last bin
+            axes.stairs(counts, bins, fill=True, color=colour, alpha=0.55, hatch=hatch, label=label)
+            axes.axvline(float(numbers.mean()), color=colour, linestyle="--", linewidth=1.4)
+        _finish(axes, title, f"{unit} (dashed: mean)", counted)
+        return figure
+
+
 def score_against_kl(
     curves: Mapping[str, Sequence[Point]], *, joined: bool = True, limit: Sequence[Point] = ()
 ) -> Figure:

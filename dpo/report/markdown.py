@@ -5,7 +5,16 @@ What models and prompts say is escaped cell by cell; see `escape`.
 
 from collections.abc import Iterable, Sequence
 
-from dpo.report.content import COLUMNS, WORST_PAIRS, WORST_SAMPLES, PairRow, Report, SampleRow
+from dpo.report.content import (
+    COLUMNS,
+    PAIR_COLUMNS,
+    WORST_PAIRS,
+    WORST_SAMPLES,
+    PairRow,
+    Report,
+    SampleRow,
+    Section,
+)
 from dpo.report.escape import markdown_cell, prompt_end
 from dpo.report.figures import Captioned
 from dpo.report.labels import measures
@@ -16,8 +25,7 @@ def markdown(report: Report) -> str:
     sections = ["# What changed", _numbers(report.summary)]
     if report.figures:
         sections.append("## Figures")
-    for captioned in report.figures:
-        sections += [f"![{captioned.title}]({figure_file(captioned)})", captioned.caption]
+    sections += _figures(report.figures)
     if report.shown:
         sections += ["## Samples", report.samples_note, _sample_table(report.shown)]
     if report.worst_samples or report.worst_pairs:
@@ -25,7 +33,9 @@ def markdown(report: Report) -> str:
     if report.worst_samples:
         sections += [WORST_SAMPLES, _sample_table(report.worst_samples)]
     if report.worst_pairs:
-        sections += [WORST_PAIRS, _pair_table(report.worst_pairs)]
+        sections += [WORST_PAIRS, _pair_table(report.worst_pairs, "margin")]
+    if report.data:
+        sections += ["## The data", *(section_markdown(section, "###") for section in report.data)]
     provenance = report.provenance
     sections += ["## What was compared", _items(provenance.essentials)]
     if provenance.versions:
@@ -56,15 +66,33 @@ def _numbers(summary: dict[str, float]) -> str:
     return table(("measure", "value", "95 % interval"), rows) if rows else ""
 
 
-def _pair_table(rows: Sequence[PairRow]) -> str:
+def section_markdown(section: Section, heading: str) -> str:
+    """A section under a heading such as `##`."""
+    parts = [f"{heading} {section.title}", *map(markdown_cell, section.notes)]
+    if section.rows:
+        columns = [column or " " for column in section.columns]
+        parts.append(table(columns, ([markdown_cell(cell) for cell in row] for row in section.rows)))
+    parts += _figures(section.figures)
+    if section.pairs:
+        parts.append(_pair_table(section.pairs, section.measure))
+    return "\n\n".join(parts)
+
+
+def _figures(figures: Sequence[Captioned]) -> list[str]:
+    """Each figure and its caption."""
+    shown = ((f"![{one.title}]({figure_file(one)})", one.caption) for one in figures)
+    return [part for parts in shown for part in parts]
+
+
+def _pair_table(rows: Sequence[PairRow], measure: str) -> str:
     return table(
-        ("query", "chosen", "rejected", "margin"),
+        (*PAIR_COLUMNS, measure),
         (
             (
                 markdown_cell(prompt_end(row.prompt)),
                 markdown_cell(row.chosen),
                 markdown_cell(row.rejected),
-                f"{row.margin:+.2f}",
+                row.measure,
             )
             for row in rows
         ),

@@ -1,9 +1,9 @@
-"""The table of samples for a terminal: three equal columns with wrapped cells, no control characters."""
+"""Tables for a terminal: texts in three equal columns with wrapped cells, without control characters."""
 
 import textwrap
 from collections.abc import Sequence
 
-from dpo.report.content import COLUMNS, SampleRow
+from dpo.report.content import COLUMNS, PAIR_COLUMNS, SampleRow, Section
 from dpo.report.escape import prompt_end, visible_lines
 
 
@@ -14,17 +14,56 @@ def terminal_table(rows: Sequence[SampleRow], width: int) -> str:
         rows: What to show.
         width: Columns of the terminal; at least 60 are used.
     """
-    cell_width = (max(width, 60) - 2 * len(" | ")) // 3
-    rule = "-+-".join(["-" * cell_width] * 3)
-    lines = [_line(COLUMNS, cell_width), rule]
+    shown = []
     for row in rows:
         texts = (prompt_end(row.prompt), row.reference, row.policy)
         heads = (f"#{row.index}", _score(row.reference_score), _score(row.policy_score))
-        has_scores = any(heads[1:])
-        cells = [
-            [head, *_wrapped(text, cell_width)] if has_scores else _wrapped(text, cell_width)
-            for head, text in zip(heads, texts, strict=True)
+        shown.append((heads if any(heads[1:]) else None, texts))
+    return _three_columns(COLUMNS, shown, width)
+
+
+def section_text(section: Section, width: int, *, pairs: int) -> str:
+    """A section for a terminal, without its figures.
+
+    Args:
+        section: What to show.
+        width: Columns of the terminal; at least 60 are used.
+        pairs: Most of its pairs that are shown.
+    """
+    width = max(width, 60)
+    parts = [section.title, *("\n".join(_wrapped(note, width)) for note in section.notes)]
+    if section.rows:
+        parts.append(_aligned([section.columns, *section.rows], width))
+    if shown := section.pairs[:pairs]:
+        rows = [
+            ((f"{section.measure} {row.measure}", "", ""), (prompt_end(row.prompt), row.chosen, row.rejected))
+            for row in shown
         ]
+        parts.append(_three_columns(PAIR_COLUMNS, rows, width))
+    return "\n".join(parts)
+
+
+def _aligned(rows: Sequence[Sequence[str]], width: int) -> str:
+    """A table of labels and short cells; a label that does not fit is cut."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths[0] = min(widths[0], width - sum(widths[1:]) - 2 * len(widths))
+    return "\n".join(
+        "  " + "  ".join(cell[:room].ljust(room) for cell, room in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _three_columns(
+    columns: Sequence[str], rows: Sequence[tuple[Sequence[str] | None, Sequence[str]]], width: int
+) -> str:
+    """Texts side by side under short heads, or without any."""
+    cell_width = (max(width, 60) - 2 * len(" | ")) // 3
+    rule = "-+-".join(["-" * cell_width] * 3)
+    lines = [_line(columns, cell_width), rule]
+    for heads, texts in rows:
+        cells = [_wrapped(text, cell_width) for text in texts]
+        if heads is not None:
+            cells = [[head, *cell] for head, cell in zip(heads, cells, strict=True)]
         for number in range(max(map(len, cells))):
             lines.append(_line([cell[number] if number < len(cell) else "" for cell in cells], cell_width))
         lines.append(rule)

@@ -1,18 +1,20 @@
-"""The files of a report: report.md, report.html, summary.json, samples.jsonl and the figures.
+"""The files of reports: report.md, report.html, summary.json, samples.jsonl, figures; those of `dpo data`.
 
 Each file is replaced atomically (`dpo.files`).
 """
 
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dpo.files import write_file
-from dpo.report.content import Report
-from dpo.report.figures import save_png
-from dpo.report.html import html_page
-from dpo.report.markdown import figure_file, markdown
+from dpo.report.content import Report, Section
+from dpo.report.escape import markdown_cell
+from dpo.report.figures import Captioned, save_png
+from dpo.report.html import data_page, html_page
+from dpo.report.markdown import figure_file, markdown, section_markdown
 
 
 def write_report(report: Report, folder: Path, *, title: str) -> None:
@@ -25,12 +27,52 @@ def write_report(report: Report, folder: Path, *, title: str) -> None:
         folder: RUN_DIR/report, or that of a snapshot.
         title: Of the page, such as the run folder.
     """
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    finite = {key: value if math.isfinite(value) else None for key, value in report.summary.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in report.rows]
-    write_file(folder / "summary.json", json.dumps(finite, indent=2) + "\n")
     write_file(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
-    for captioned in report.figures:
-        save_png(captioned.figure, folder / figure_file(captioned))
+    _write_numbers(report.summary, folder)
+    _write_figures([*report.figures, *(one for section in report.data for one in section.figures)], folder)
     write_file(folder / "report.md", markdown(report))
     write_file(folder / "report.html", html_page(report, title))
+
+
+def write_data_report(
+    sections: Sequence[Section],
+    summary: Mapping[str, float],
+    folder: Path,
+    *,
+    title: str,
+    command: str,
+    shown: int,
+) -> None:
+    """Writes data.md, data.html, summary.json, pairs.jsonl and the figures; the folder is made where needed.
+
+    Args:
+        sections: With all pairs that pairs.jsonl lists.
+        summary: For summary.json; a number that is not finite is null there.
+        folder: Where to.
+        title: Of the page, such as the name of the data.
+        command: That made it, as typed in a shell.
+        shown: Pairs of a section that the pages show, the first ones.
+    """
+    short = [replace(section, pairs=section.pairs[:shown]) for section in sections]
+    pairs = [{"section": section.title, **asdict(row)} for section in sections for row in section.pairs]
+    lines = [json.dumps(pair, ensure_ascii=False) for pair in pairs]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "pairs.jsonl", "".join(line + "\n" for line in lines))
+    _write_numbers(summary, folder)
+    _write_figures([one for section in sections for one in section.figures], folder)
+    parts = ["# The data", markdown_cell(title), *(section_markdown(section, "##") for section in short)]
+    write_file(folder / "data.md", "\n\n".join([*parts, "## Command", f"    {command}"]) + "\n")
+    write_file(folder / "data.html", data_page(short, title=title, command=command))
+
+
+def _write_numbers(summary: Mapping[str, float], folder: Path) -> None:
+    finite = {key: value if math.isfinite(value) else None for key, value in summary.items()}
+    write_file(folder / "summary.json", json.dumps(finite, indent=2) + "\n")
+
+
+def _write_figures(figures: Sequence[Captioned], folder: Path) -> None:
+    (folder / "figures").mkdir(exist_ok=True)
+    for captioned in figures:
+        save_png(captioned.figure, folder / figure_file(captioned))

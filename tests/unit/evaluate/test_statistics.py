@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from dpo.evaluate.divergence import kl_summary
-from dpo.evaluate.statistics import Interval, distinct_n, mean_interval, ratio_interval, repetition, win_rate
+from dpo.evaluate.statistics import (
+    Interval,
+    distinct_n,
+    mean_by_cluster,
+    mean_interval,
+    ratio_interval,
+    repetition,
+    share_by_cluster,
+    win_rate,
+)
 
 
 def test_the_mean_weighs_values_equally_not_clusters() -> None:
@@ -55,6 +64,40 @@ def test_intervals_of_clustered_values_have_their_nominal_coverage() -> None:
         ignoring_prompts += naive.low <= 0 <= naive.high
     assert 0.90 <= covered / 300 <= 0.98
     assert ignoring_prompts / 300 < 0.80
+
+
+def test_the_interval_from_the_variance_between_clusters_is_that_of_the_bootstrap() -> None:
+    rng = np.random.default_rng(0)
+    clusters = rng.integers(0, 400, 1000)
+    values = rng.normal(size=1000) + rng.normal(size=400)[clusters]
+    found, resampled = mean_by_cluster(values, clusters), mean_interval(values, clusters)
+    assert found.mean == pytest.approx(resampled.mean)
+    assert found.low == pytest.approx(resampled.low, abs=0.02)
+    assert found.high == pytest.approx(resampled.high, abs=0.02)
+
+
+def test_a_mean_by_cluster_by_hand() -> None:
+    # Deviations from the mean 2 add up to -2, 0 and 2 in the clusters: an error of sqrt(4 + 4) / 4 values.
+    found = mean_by_cluster([1.0, 1.0, 2.0, 4.0], [0, 0, 1, 2])
+    assert found == pytest.approx((2.0, 2 - 1.959964 * 8**0.5 / 4, 2 + 1.959964 * 8**0.5 / 4))
+
+
+def test_a_share_has_wilsons_interval_also_where_all_are_equal() -> None:
+    # 7 of 10 independent values: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
+    found = share_by_cluster([True] * 7 + [False] * 3, np.arange(10))
+    assert found == pytest.approx((0.7, 0.39677, 0.89221), abs=1e-4)
+    all_true = share_by_cluster([True] * 10, np.arange(10))
+    assert all_true == pytest.approx((1.0, 10 / (10 + 1.959964**2), 1.0))
+    none_true = share_by_cluster([False] * 10, np.arange(10))
+    assert none_true == pytest.approx((0.0, 0.0, 1 - 10 / (10 + 1.959964**2)))
+
+
+def test_copies_of_a_share_within_its_cluster_do_not_narrow_it() -> None:
+    once = share_by_cluster([True, False, True, True], [0, 1, 2, 3])
+    often = share_by_cluster([True, False, True, True] * 50, [0, 1, 2, 3] * 50)
+    assert often == pytest.approx(once)
+    sure = share_by_cluster([True] * 200, [0, 1, 2, 3] * 50)
+    assert sure == pytest.approx(share_by_cluster([True] * 4, [0, 1, 2, 3]))
 
 
 def test_a_ratio_is_a_ratio_of_sums() -> None:

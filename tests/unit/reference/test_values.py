@@ -18,7 +18,13 @@ from dpo.reference.audit import RECORD_FILE
 from dpo.reference.shards import write_shard
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import ReferenceRows
-from dpo.reference.values import ReferenceUse, open_reference, reference_logps, reference_token_logps
+from dpo.reference.values import (
+    ReferenceUse,
+    known_logps,
+    open_reference,
+    reference_logps,
+    reference_token_logps,
+)
 
 PROMPT = np.array([1, 2], dtype=np.int32)
 
@@ -77,6 +83,14 @@ def test_values_are_in_the_order_of_each_data_set(
     assert second.tolist() == [-16, -9, -16, -9, -1, -9]
     assert first.dtype == np.float64
     assert reference_logps([], store, "") == []
+
+
+def test_what_a_cache_knows_of_data_has_no_value_for_the_rest(
+    data: TokenizedDataset, store: ReferenceStore
+) -> None:
+    assert np.isnan(known_logps([data], store)[0]).all()  # an empty cache
+    store.append(rows_of(data, [4, 1]))
+    np.testing.assert_equal(known_logps([data], store)[0], [np.nan, -9, np.nan, -9, -4, -9])
 
 
 def test_a_cache_that_lacks_rows_is_refused_with_the_command(

@@ -22,7 +22,7 @@ from dpo.report.build import (
     worst_pairs,
     worst_samples,
 )
-from dpo.report.content import Provenance
+from dpo.report.content import Provenance, Section
 
 SUMMARY = {"score/reference": 0.1, "score/policy": 0.4, "kl/sequence": 1.0}
 SUMMARY |= {f"{name}/{end}": value for name, value in SUMMARY.items() for end in ("low", "high")}
@@ -97,9 +97,9 @@ def test_the_worst_pairs_are_named_by_their_texts(
     data: TokenizedDataset, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     found = worst_pairs(scores([1.0, 2.0, -3.0, 0.0, -1.0]), data, tokenizer)
-    assert [(row.prompt, row.chosen, row.rejected, row.margin) for row in found] == [
-        ("group 1", "completion 1.2", "completion 1.1", -3.0),
-        ("group 3", "completion 3.0", "completion 3.1", -1.0),
+    assert [(row.prompt, row.chosen, row.rejected, row.measure) for row in found] == [
+        ("group 1", "completion 1.2", "completion 1.1", "-3.00"),
+        ("group 3", "completion 3.0", "completion 3.1", "-1.00"),
     ]
 
 
@@ -124,12 +124,14 @@ def test_a_report_has_the_metrics_of_pairs_and_samples(
             pairs,
             compared,
             data=data,
+            sections=[Section(title="Rows")],
             tokenizer=tokenizer,
             history=[],
             provenance=provenance,
             table_rows=2,
         )
         assert report.provenance is provenance
+        assert [section.title for section in report.data] == ["Rows"]
         assert len(report.shown) == (2 if compared is not None else 0)
         assert len(report.worst_pairs) == 2
         return report.summary

@@ -49,8 +49,8 @@ def test_nothing_is_loaded(page: str) -> None:
 
 
 def test_every_figure_has_its_caption_and_the_colour_of_the_text(page: str) -> None:
-    assert page.count("<svg ") == page.count("<figure ") == 4
-    for name in ("training", "rewards", "margins", "score_kl"):
+    assert page.count("<svg ") == page.count("<figure ") == 5
+    for name in ("training", "rewards", "margins", "score_kl", "lengths"):
         assert f"caption of {name}" in page
     assert INK not in page
     assert "currentColor" in page
@@ -71,6 +71,10 @@ def test_the_table_has_only_the_first_rows(page: str) -> None:
     assert "<td>2 &lt;script&gt;" not in page
 
 
+def test_the_sections_on_the_data_stand_below_their_own_heading(page: str) -> None:
+    assert page.index("<h2>The data</h2>") < page.index("<h3>Lengths</h3>") < page.index("<h2>All numbers")
+
+
 def test_a_report_without_samples_or_figures_has_no_such_headings() -> None:
     empty = Report(
         summary={"eval/loss": 0.5},
@@ -81,4 +85,5 @@ def test_a_report_without_samples_or_figures_has_no_such_headings() -> None:
     page = html_page(empty, "runs/a")
     for heading in ("Samples", "Figures", "Where it fails", "What was compared", "Versions"):
         assert f"<h2>{heading}" not in page
+    assert "<h2>The data" not in page
     assert "<h2>All numbers</h2>" in page

@@ -1,6 +1,6 @@
 """report.md: its tables, and that nothing a model writes becomes markup."""
 
-from dpo.report.content import PairRow, Provenance, Report, SampleRow
+from dpo.report.content import PairRow, Provenance, Report, SampleRow, Section
 from dpo.report.escape import LONGEST_PROMPT
 from dpo.report.markdown import markdown
 
@@ -69,7 +69,28 @@ def test_only_the_end_of_a_long_prompt_is_shown() -> None:
 
 
 def test_pairs_that_are_ranked_wrong_are_listed_with_their_margin() -> None:
-    pair = PairRow(prompt="p", chosen="c|", rejected="r", margin=-1.25)
+    pair = PairRow(prompt="p", chosen="c|", rejected="r", measure="-1.25")
     text = markdown(report([], worst_pairs=[pair]))
     assert "## Where it fails" in text
     assert "| query | chosen | rejected | margin |\n|---|---|---|---|\n| p | c\\| | r | -1.25 |" in text
+
+
+def test_a_section_on_the_data_has_its_sentences_table_and_pairs() -> None:
+    pair = PairRow(prompt="p", chosen="c", rejected="r", measure="-2")
+    section = Section(
+        title="Lengths",
+        notes=["All are *short*."],
+        columns=("", "training"),
+        rows=[("chosen", "3")],
+        measure="nats",
+        pairs=[pair],
+    )
+    assert (
+        markdown(report([], data=[section]))
+        .split("## What was compared")[0]
+        .endswith(
+            "## The data\n\n### Lengths\n\nAll are \\*short\\*.\n\n"
+            "|   | training |\n|---|---|\n| chosen | 3 |\n\n"
+            "| query | chosen | rejected | nats |\n|---|---|---|---|\n| p | c | r | -2 |\n\n"
+        )
+    )

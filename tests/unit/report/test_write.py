@@ -64,7 +64,7 @@ def test_a_number_that_is_not_finite_is_null_in_json(tmp_path: Path) -> None:
 def test_figures_are_beside_the_report_and_shown_by_it(tmp_path: Path) -> None:
     write_report(nasty_report(), tmp_path, title="runs/a")
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {"training.png", "rewards.png", "margins.png", "score_kl.png"}
+    assert names == {"training.png", "rewards.png", "margins.png", "score_kl.png", "lengths.png"}
     assert (tmp_path / "figures/margins.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "report.md").read_text()
     assert "![training](figures/training.png)\n\ncaption of training" in text
