@@ -18,7 +18,7 @@ class Life:
     doing: str = "starting"
     """For people, such as `step 7`."""
     steps: int = 0
-    """Steps, micro-batches and files so far; ranks that work together have the same."""
+    """Stages, steps, micro-batches and files so far; ranks that work together have the same."""
     advanced_at: float = field(default_factory=time.monotonic)
     """Monotonic seconds of the last sign of life."""
     loading: bool = True
@@ -52,7 +52,7 @@ def loading(doing: str) -> None:
     Args:
         doing: What comes now, such as `loading the policy`.
     """
-    life.doing, life.loading = doing, True
+    life.doing, life.steps, life.loading = doing, life.steps + 1, True
     advanced()
 
 

@@ -80,6 +80,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         num_steps=plan.num_steps,
     )
     model = model or load_policy(config.model, dtype=dtype, seed=config.train.seed)
+    alive.loading("preparing the engine")
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, [train_data])
     return Session(

@@ -97,6 +97,7 @@ def build_session(config: Config, guard: Guard) -> Session:
     dtype = weight_dtype(accelerator, config.model)
     alive.loading("loading the policy")
     model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
+    alive.loading("preparing the engine")
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, datasets)
     if audited_with_policy:

@@ -35,9 +35,9 @@ def test_hashing_a_large_file_gives_signs_of_life(tmp_path: Path, monkeypatch: p
 def test_a_step_ends_the_loading_and_is_counted() -> None:
     steps = life.steps
     alive.loading("loading the policy")
-    assert (life.doing, life.loading, life.steps) == ("loading the policy", True, steps)
+    assert (life.doing, life.loading, life.steps) == ("loading the policy", True, steps + 1)
     alive.step("step 7")
-    assert (life.doing, life.loading, life.steps) == ("step 7", False, steps + 1)
+    assert (life.doing, life.loading, life.steps) == ("step 7", False, steps + 2)
 
 
 def test_the_end_of_a_wait_is_a_sign_of_life_also_after_an_error() -> None:
