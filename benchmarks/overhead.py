@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.speed import SHARED, Settings, child, worker
 from benchmarks.speed_work import config_of
-from dpo import distributed
+from dpo import alive, distributed
 from dpo.cli.main import run
 from dpo.errors import UserError
 from dpo.guards.watchdog import Watchdog
@@ -44,7 +44,11 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
         (distributed, "sum_over_ranks"),
     ],
     "metrics.jsonl, TensorBoard, progress bar": [(Monitor, "record"), (Monitor, "advance")],
-    "heartbeats and progress for the watchdog": [(Watchdog, "progress"), (Watchdog, "_publish")],
+    "heartbeats and progress for the watchdog": [
+        (alive, "step"),
+        (Watchdog, "_look_at_this_rank"),
+        (Watchdog, "_look_at_others"),
+    ],
     "is the loss finite": [(torch.Tensor, "isfinite")],
 }
 CHECKPOINT, STEP = "a checkpoint", "a step"

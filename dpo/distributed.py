@@ -23,14 +23,14 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from dpo import terminal
+from dpo import alive, terminal
 from dpo.errors import RunFailed, UserError
 from dpo.launched import end_with_launcher
 
 T = TypeVar("T")
 
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""Rank 0 may tokenize or hash a large input while the others wait; PyTorch's 10 minutes are too short."""
+COLLECTIVE_TIMEOUT = timedelta(days=1)
+"""Rank 0 may tokenize or hash a large input while the others wait; the watchdog ends what hangs."""
 SHARED_WAIT_SECONDS = 10.0
 LONGEST_BUILD_SECONDS = 300.0
 _counts_made = itertools.count()
@@ -53,9 +53,23 @@ def start() -> None:
     options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT} | ({"backend": backend} if backend else {})
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its build succeeded
         PartialState(cpu=trains_on_cpu_alone(), **options)
+    if is_distributed():
+        _on_host()
     if backend and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # the launcher's default, not the user's
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+
+
+@cache
+def _on_host() -> dist.ProcessGroup | None:
+    """The group for objects, barriers and float64 sums: gloo's, whose ranks fail at once when one is gone.
+
+    NCCL's wait in the driver, where nothing reaches them. None: the default group is gloo's.
+    """
+    if not torch.cuda.is_available():
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return group
 
 
 def trains_without_deepspeed() -> bool:
@@ -176,7 +190,8 @@ def device() -> torch.device:
 def barrier() -> None:
     """Waits for every rank."""
     if is_distributed():
-        dist.barrier()
+        with alive.waiting():
+            dist.barrier(group=_on_host())
 
 
 def sum_over_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -187,9 +202,10 @@ def sum_over_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """
     if not is_distributed():
         return values
-    tensor = torch.as_tensor(values, dtype=torch.float64).to(device())
-    dist.all_reduce(tensor)
-    return tensor.cpu().numpy()
+    tensor = torch.tensor(values, dtype=torch.float64)
+    with alive.waiting():
+        dist.all_reduce(tensor, group=_on_host())
+    return tensor.numpy()
 
 
 def any_rank(value: bool) -> bool:
@@ -202,7 +218,8 @@ def gather_objects(value: T) -> list[T]:
     if not is_distributed():
         return [value]
     gathered: list[T] = [value] * world_size()
-    dist.all_gather_object(gathered, value)
+    with alive.waiting():
+        dist.all_gather_object(gathered, value, group=_on_host())
     return gathered
 
 
@@ -211,7 +228,8 @@ def from_main(value: T) -> T:
     if not is_distributed():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with alive.waiting():
+        dist.broadcast_object_list(box, src=0, group=_on_host(), device=torch.device("cpu"))
     return box[0]
 
 
@@ -244,8 +262,9 @@ def on_each_node(work: Callable[[int, int], T]) -> T:
         except (UserError, RunFailed) as error:
             result = error
         done.add(1)
-    while done.add(0) < len(firsts):  # work may outlast the timeout of a collective
-        time.sleep(0.2)
+    with alive.waiting():
+        while done.add(0) < len(firsts):  # work may outlast the timeout of a collective
+            time.sleep(0.2)
     results = gather_objects(result)
     for found in results:
         if isinstance(found, UserError | RunFailed):

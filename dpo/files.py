@@ -6,12 +6,16 @@ A reader sees the old content or the new one, never a part. A temporary name sta
 
 import glob
 import hashlib
+import io
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from dpo import alive
 
 WRITING = ".writing"
 REPLACED = ".replaced"
@@ -151,5 +155,13 @@ def sync(path: Path) -> Path:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
-    with path.open("rb") as file:
+    with _LivingFile(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _LivingFile(io.FileIO):
+    """Each read is a sign of life."""
+
+    def readinto(self, buffer: Any) -> int:
+        alive.advanced()
+        return super().readinto(buffer) or 0

@@ -13,10 +13,12 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import IO, Any, Literal, NoReturn, TypeVar, cast
 
 from tqdm import tqdm
+
+from dpo import alive
 
 T = TypeVar("T")
 
@@ -121,7 +123,7 @@ def duration(seconds: float) -> str:
 
 
 def progress(items: Iterable[T], *, description: str, unit: str, leave: bool = True) -> "tqdm[T]":
-    """Iterates with a bar and an ETA; in a file, one line every half minute.
+    """Iterates with a bar and an ETA; in a file, one line every half minute. Each item is a sign of life.
 
     Args:
         items: What to iterate over.
@@ -129,7 +131,15 @@ def progress(items: Iterable[T], *, description: str, unit: str, leave: bool = T
         unit: What is counted.
         leave: Whether the bar stays when the stage is done.
     """
-    return tqdm(items, desc=description, unit=f" {unit}", leave=leave, **_appearance())
+    total = len(items) if isinstance(items, Sized) else None
+    named: dict[str, Any] = {"total": total, "desc": description, "unit": f" {unit}", "leave": leave}
+    return tqdm(_living(items), **named, **_appearance())
+
+
+def _living(items: Iterable[T]) -> Iterator[T]:
+    for item in items:
+        yield item
+        alive.advanced()
 
 
 def bar(
@@ -141,7 +151,7 @@ def bar(
     unit_scale: bool = False,
     leave: bool = True,
 ) -> "tqdm[NoReturn]":
-    """`progress` for a bar that the caller advances.
+    """`progress` for a bar that the caller advances. Each `update` is a sign of life.
 
     Args:
         total: Units of the whole stage.
@@ -153,7 +163,7 @@ def bar(
     """
     appearance = _appearance()
     appearance["disable"] |= description is None
-    return tqdm(
+    return _LivingBar(
         total=total,
         desc=description,
         unit=f" {unit}",
@@ -162,6 +172,12 @@ def bar(
         leave=leave,
         **appearance,
     )
+
+
+class _LivingBar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
+    def update(self, n: float | None = 1) -> bool | None:
+        alive.advanced()
+        return super().update(n)
 
 
 def _appearance() -> dict[str, Any]:

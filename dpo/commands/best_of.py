@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import join_ranks, open_held_out, open_reference_model
+from dpo.commands.inputs import open_held_out, open_reference_model, quieten_libraries
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.engine.frozen import frozen_scorer, is_sharded
@@ -23,10 +23,12 @@ from dpo.evaluate.samples import PromptAndCompletion, held_out_prompts, log_prob
 from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
 from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
 from dpo.files import write_file
+from dpo.guards.guard import Guard
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
 from dpo.tracking.run_folder import RunFolder
 
+AGAIN = "during best-of: nothing was changed; run the same command again"
 SEED_OFFSET = 2
 """Added to the seed: neither the compared samples of an evaluation nor those of its KL."""
 
@@ -34,10 +36,12 @@ SEED_OFFSET = 2
 def best_of(config: Config) -> None:
     """Many continuations by the reference alone: best of n, and the limit that no policy can exceed."""
     check_best_of(config.evaluate)
-    join_ranks()
-    _, test_data, tokenizer = open_held_out(config.data, config.model, "best-of")
-    reference = open_reference_model(config)
-    best_of_reference(config, reference, test_data, tokenizer)
+    quieten_libraries()
+    folder, stuck = RunFolder(Path(config.run_dir)), config.train.stuck_after_seconds
+    with Guard(folder, "best-of", stuck, at_once=AGAIN, exclusive=False):
+        _, test_data, tokenizer = open_held_out(config.data, config.model, "best-of")
+        reference = open_reference_model(config)
+        best_of_reference(config, reference, test_data, tokenizer)
 
 
 def check_best_of(options: EvaluateConfig) -> None:

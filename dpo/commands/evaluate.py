@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo import distributed, terminal
+from dpo import alive, distributed, terminal
 from dpo.commands.check import finished_model
 from dpo.commands.data_report import cached_logps
-from dpo.commands.inputs import join_ranks, open_held_out, open_reference_model, with_reference
+from dpo.commands.inputs import open_held_out, open_reference_model, quieten_libraries, with_reference
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.preference_data import PreferenceData
@@ -39,6 +39,7 @@ from dpo.evaluate.samples import (
 )
 from dpo.evaluate.sampling import Continuation, stop_ids_of
 from dpo.files import write_file
+from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
@@ -54,10 +55,18 @@ from dpo.report.write import write_report
 from dpo.tracking.history import read_history
 from dpo.tracking.run_folder import RunFolder
 
+AGAIN = "during evaluate: nothing was changed; run the same command again"
+
 
 def evaluate(config: Config) -> None:
     """Held-out metrics, samples of reference and policy side by side, and the report."""
-    join_ranks()
+    quieten_libraries()
+    folder, stuck = RunFolder(Path(config.run_dir)), config.train.stuck_after_seconds
+    with Guard(folder, "evaluate", stuck, at_once=AGAIN, exclusive=False):
+        _evaluate(config)
+
+
+def _evaluate(config: Config) -> None:
     policy = finished_model(config)
     train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
     reference = open_reference_model(config)
@@ -121,6 +130,7 @@ def evaluate_run(
         samples = compare(drawn, config.evaluate.scorer, tokenizer)
     if not distributed.is_main():
         return {}
+    alive.loading("writing the report")
     report = _report(config, data, tokenizer, by_policy.scores, samples, digests, sections)
     folder = RunFolder(Path(config.run_dir)).report(config.evaluate.snapshot)
     write_report(report, folder, title=config.run_dir)

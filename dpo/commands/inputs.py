@@ -1,4 +1,4 @@
-"""What several commands open before they work: the process group, data sets, the reference cache."""
+"""What several commands open before they work: data sets, the reference cache."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from dpo import distributed, terminal
+from dpo import alive, distributed, terminal
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig, flat, resolved
 from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
@@ -27,13 +27,12 @@ from dpo.reference.vocabulary import check_vocabulary
 from dpo.train.resume import Settings
 
 
-def join_ranks() -> None:
-    """Joins the process group, and silences what other libraries say that a user cannot act on."""
+def quieten_libraries() -> None:
+    """Silences what other libraries say that a user cannot act on."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if terminal.mode() != "plain" or not sys.stderr.isatty():
         disable_progress_bar()  # of loading and writing weights
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    distributed.start()
 
 
 def settings_of(config: Config | SftConfig) -> Settings:
@@ -59,6 +58,7 @@ def open_data(
     data: DataConfig, model: ModelConfig
 ) -> tuple[TokenizedDataset, TokenizedDataset | None, PreTrainedTokenizerBase]:
     """Training and held-out data in token ids, and the policy's tokenizer."""
+    alive.loading("opening the data")
     distributed.require_shared(Path(data.cache_dir), "data.cache_dir")
     tokenizer = load_tokenizer(model)
     train_data, test_data = open_datasets(data, tokenizer, max_positions(model))

@@ -2,7 +2,8 @@
 
 import json
 
-from dpo.commands.inputs import join_ranks
+from dpo import distributed
+from dpo.commands.inputs import quieten_libraries
 from dpo.config import Config
 from dpo.planning.fit import Machine
 from dpo.planning.plan import make_plan
@@ -20,7 +21,8 @@ def plan(
     as_numbers: bool,
 ) -> None:
     """Prints what training will need: a page for people, or JSON with `as_numbers`."""
-    join_ranks()
+    quieten_libraries()
+    distributed.start()
     machine = Machine(num_gpus=num_gpus, gpu_memory=gpu_memory, gpu_flops=gpu_flops, mfu=mfu)
     made = make_plan(config.model, config.data, config.reference, config.train, machine, exact=exact)
     print(json.dumps(as_json(made), indent=2) if as_numbers else page(made))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import described, join_ranks, open_data, open_reference_model
+from dpo.commands.inputs import described, open_data, open_reference_model, quieten_libraries
 from dpo.config import Config
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference, title_of
@@ -17,7 +17,7 @@ KEPT = "during precompute-ref: what was computed is kept; run the same command a
 
 def precompute_ref(config: Config) -> None:
     """Fills the reference cache with every sequence of the training and held-out data."""
-    join_ranks()  # a signal ends this at once, also while it waits for the others
+    quieten_libraries()
     folder, stuck = RunFolder(Path(config.run_dir)), config.train.stuck_after_seconds
     with Guard(folder, "precompute-ref", stuck, at_once=KEPT, exclusive=False):
         _precompute_ref(config)

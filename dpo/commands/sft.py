@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo import distributed
+from dpo import alive, distributed
 from dpo.commands.inputs import settings_of
 from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import ModelConfig, SftConfig
@@ -61,6 +61,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         pairs_per_step=config.train.sequences_per_step,
         max_steps=config.train.max_steps,
     )
+    alive.loading("loading the model")
     dtype, scratch = weight_dtype(accelerator, config.model), config.model.scratch
     model = None
     if scratch is not None:
@@ -79,6 +80,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         num_steps=plan.num_steps,
     )
     model = model or load_policy(config.model, dtype=dtype, seed=config.train.seed)
+    alive.loading("preparing the engine")
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, [train_data])
     return Session(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo import distributed
+from dpo import alive, distributed
 from dpo.commands.inputs import (
     described,
     open_data,
@@ -95,7 +95,9 @@ def build_session(config: Config, guard: Guard) -> Session:
     )
     audited_with_policy = checkpoint is None and reference.audit_apart(config.model)
     dtype = weight_dtype(accelerator, config.model)
+    alive.loading("loading the policy")
     model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
+    alive.loading("preparing the engine")
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, datasets)
     if audited_with_policy:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpo import terminal
-from dpo.commands.inputs import join_ranks
+from dpo.commands.inputs import quieten_libraries
 from dpo.config import Config, SftConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.engine.engine import Engine
@@ -32,7 +32,7 @@ def run_training(
         config: The configuration.
         build: Makes the session, with everything loaded; called on all ranks.
     """
-    join_ranks()
+    quieten_libraries()
     check_trackers(config.train.trackers)
     folder = RunFolder(Path(config.run_dir))
     with Guard(folder, command, config.train.stuck_after_seconds) as guard:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.integrations import HfDeepSpeedConfig
 
-from dpo import distributed
+from dpo import alive, distributed
 from dpo.config import ModelConfig
 from dpo.engine.deepspeed_config import without_waiting
 from dpo.engine.scoring import make_scorer, register_head
@@ -29,6 +29,7 @@ def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
         sharded: Shard its weights over all ranks with ZeRO-3, also while loading; every rank must then make
             the same number of calls. Otherwise each rank holds a replica.
     """
+    alive.loading(f"loading {model.name_or_path}")
     if not sharded:
         yield make_scorer(load_model(model), model).to(distributed.device()).eval()
     else:

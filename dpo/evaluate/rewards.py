@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo import distributed
+from dpo import alive, distributed
 from dpo.config import LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import share
@@ -115,6 +115,7 @@ def score_pairs(
 
     records = [np.empty(0, _RECORD)]
     for groups, batch in zip(mine, prefetch(map(batch_of, mine)), strict=True):
+        alive.step("held-out pairs")
         with torch.no_grad():  # an empty batch too: all ranks must call the model equally often
             logps = score(batch, per_token=loss.ld_alpha is not None)
         if groups:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo import distributed, terminal
+from dpo import alive, distributed, terminal
 from dpo.config import EvaluateConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.records import TokenIds
@@ -133,6 +133,7 @@ def log_probs(
     # A rank without a batch still runs a pass: a sharded model needs all ranks in each one.
     turns = distributed.turns_of(starts)
     for start in terminal.progress(turns, description="log-probs of samples", unit="batches", leave=False):
+        alive.step("log-probs of samples")
         chosen = sequences[start : start + size] if start is not None else []
         with torch.no_grad():
             found = scorer(sequence_batch(chosen, layout).to(distributed.device())).cpu().numpy()

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dpo import terminal
+from dpo import alive, terminal
 from dpo.data.records import TokenIds
 from dpo.distributed import device, gather_objects, turns_of
 from dpo.errors import UserError
@@ -150,6 +150,7 @@ def sample(
         for own in batches:
             if own is None and not sharded:
                 break
+            alive.step("sampling")
             batch = own or rows[:1]  # other ranks need this pass; a sample that is drawn twice is the same
             noise = _GumbelNoise(batch, temperature=temperature, seed=seed, stop_ids=stop_ids)
             processors = LogitsProcessorList([noise] if temperature > 0 else [])

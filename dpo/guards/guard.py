@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 
-from dpo import distributed
+from dpo import alive, distributed
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.guards.signals import AT_ONCE, StopRequestedError, StopRequests
 from dpo.guards.watchdog import Watchdog
@@ -34,7 +34,7 @@ class Guard:
         at_once: str = AT_ONCE,
         exclusive: bool = True,
     ) -> None:
-        """Watches nothing before it is entered; the process group must be up by now.
+        """Watches nothing before it is entered.
 
         Args:
             folder: Where stacks and exit.json go, and what is locked.
@@ -49,28 +49,27 @@ class Guard:
         self._lock: AbstractContextManager[object] = RunLock(folder) if exclusive else nullcontext()
         self._entered = ExitStack()
 
-    def progress(self, doing: str) -> None:
-        """Tells the watchdog that this rank advances.
-
-        Args:
-            doing: What comes now, such as `step 7`.
-        """
-        self._watchdog.progress(doing)
-
     def may_continue(self, doing: str) -> None:
-        """`progress` for an evaluation, which a signal ends before its end. All ranks must call it.
+        """`alive.step` for an evaluation, which a signal ends before its end. All ranks must call it.
 
         Raises:
             StopRequestedError: A rank has been asked to stop; on all ranks.
         """
-        self.progress(doing)
+        alive.step(doing)
         if distributed.any_rank(self.stop.requested):
             raise StopRequestedError
 
     def __enter__(self) -> "Guard":
+        """Joins the process group; the watchdog sees a rank that never does, and a signal ends the process.
+
+        Raises:
+            RunInUse: Another process trains in the folder; on all ranks.
+        """
         with ExitStack() as entered:
-            entered.enter_context(self.stop)
             entered.enter_context(self._watchdog)
+            distributed.start()
+            self._watchdog.listen()
+            entered.enter_context(self.stop)
             entered.enter_context(self._lock)
             self._entered = entered.pop_all()
         return self

@@ -1,122 +1,104 @@
-"""Names a rank that died, and ends a run that got stuck with the stacks of all ranks.
+"""Names a rank that died, and ends a run that got stuck, from a thread that no call of the main one stops.
 
-Every rank writes a heartbeat into the process group's store once a second, from a thread of its own, with how
-far it has come. A rank whose collective fails reads there which rank is gone. A rank without progress
-for too long writes the stacks of its threads and exits, which makes the launcher end the others.
+What it knows of this rank is `dpo.alive`, of the others `dpo.guards.hearts`. A rank whose collective fails
+asks it which rank is gone. Where the main thread cannot notice, since it waits in a C call as NCCL's do, this
+thread ends the process some seconds after another rank has ended or died. A rank without a sign of life for
+too long is ended too, with the stacks of its threads.
 """
 
 import faulthandler
-import json
 import os
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
-from socket import gethostname
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from dpo import distributed
+from dpo import alive, distributed
 from dpo.errors import RunFailed, StoppedBySignal, UserError
+from dpo.guards import hearts
+from dpo.guards.hearts import End, Hearts, behind, gone, listed
 from dpo.tracking.exit_record import record_end
 from dpo.tracking.run_folder import RunFolder
 
-HEARTBEAT_SECONDS = 1.0
-GONE_AFTER_SECONDS = 3.0
-"""A rank whose heartbeats stop for this long, while another rank looks for it, is gone."""
-PREFIX = "dpo/alive"
-KINDS: dict[str, type[UserError | StoppedBySignal | RunFailed]] = {
-    kind.__name__: kind for kind in (UserError, StoppedBySignal, RunFailed)
-}
-
-
-@dataclass(slots=True, kw_only=True)
-class Heartbeat:
-    """What a rank publishes about itself."""
-
-    host: str
-    pid: int
-    beats: int = 0
-    """Seconds since its first heartbeat, roughly."""
-    progress: int = 0
-    """Micro-batches, evaluation batches and files so far; ranks that work together have the same."""
-    doing: str = "starting"
+GRACE_SECONDS = 10.0
+"""For the main thread to notice by itself that another rank has ended."""
+PAUSED_SECONDS = 5.0
+"""A thread that wakes up so much too late was stopped, with its whole process."""
+BUSY = 0.02
+"""Share of a core that a thread which loads uses at least."""
+BUSY_BYTES = 65536
+"""Bytes per second that a process which loads or downloads moves at least."""
+IS_GONE = "is gone: killed, or out of memory"
+STATUS = {UserError: 2, StoppedBySignal: 3}
 
 
 class Watchdog:
     """This rank's heartbeats, and what those of the other ranks say."""
 
     def __init__(self, folder: RunFolder, command: str, stuck_after_seconds: float) -> None:
-        """Nothing happens before it is entered, and nothing counts as stuck before the first `progress`.
+        """Nothing happens before it is entered.
 
         Args:
             folder: Where stacks and exit.json go.
             command: For exit.json.
-            stuck_after_seconds: Longest time between two calls of `progress`.
+            stuck_after_seconds: Longest time without a sign of life; see `dpo.alive`.
         """
         self._folder, self._command = folder, command
         self._stuck_after, self._started = stuck_after_seconds, time.time()
-        self._mine = Heartbeat(host=gethostname(), pid=os.getpid())
-        self._progressed: float | None = None
-        self._ended = threading.Event()
-        self._store: Any = None
+        self._record_before = _version(folder.exit_record)
+        self._parent = os.getppid()
+        self._ended, self._ending = threading.Event(), False
+        self._hearts: Hearts | None = None
+        self._first_end: End | None = None
         self._store_is_gone = False
-        self._first_end: dict[str, Any] | None = None
+        self._trouble_since: float | None = None
+        self._looked_at, self._work = time.monotonic(), _work_done()
+
+    def listen(self) -> None:
+        """The process group is up: from now on the ranks hear of each other."""
         if distributed.is_distributed():
-            shared_store: Any = dist.distributed_c10d._get_default_store()
-            own_connection = shared_store.clone()
-            self._store = dist.distributed_c10d.PrefixStore(PREFIX, own_connection)
-
-    def progress(self, doing: str) -> None:
-        """Notes that this rank advances; cheap enough for every micro-batch.
-
-        Args:
-            doing: What comes now, such as `step 7`.
-        """
-        self._mine.doing = doing
-        self._mine.progress += 1
-        self._progressed = time.monotonic()
+            hearts_of_all = Hearts()
+            hearts_of_all.beat()
+            self._hearts = hearts_of_all
 
     def explain(self, error: Exception) -> Exception:
         """The reason for an error of this rank: a rank that is gone, one that failed first, or itself.
 
         Takes some seconds, in which the others see that this rank is alive.
         """
-        if self._store is None:
+        self._ending = True
+        if self._hearts is None:
             return error
-        gone: dict[int, Heartbeat] = {}
         try:
-            first = self._publish_end(error) == 1
-            gone = self._gone()
-            if gone:
-                reason: Exception = RunFailed(f"{_listed(gone)} is gone: killed, or out of memory")
+            first = self._hearts.publish_end(error, of=distributed.rank()) == 1
+            missing = gone(self._hearts.silent())
+            if missing:
+                reason: Exception = RunFailed(f"{listed(missing)} {IS_GONE}")
             elif first:
                 return error
             else:
-                reason = _reason(json.loads(self._store.get("end/1")), error)
+                reason = _reason(self._hearts.first_end(), error)
+            if 0 in missing:
+                self._report(missing, reason)
         except dist.DistError:
-            if self._first_end is not None:
-                reason = _reason(self._first_end, error)
-            else:
-                gone = {0: Heartbeat(host=os.environ.get("MASTER_ADDR", "?"), pid=0)}
-                reason = RunFailed(
-                    "rank 0, which holds the store of the process group, is gone: killed, or out of memory"
-                )
-        if 0 in gone:
-            self._report(gone, str(reason))
+            reason = self._without_store(error)
         return reason
 
     def publish_end(self, error: Exception) -> None:
         """Tells the other ranks why this one ends, so that they report the same reason."""
-        if self._store is not None:
-            try:
-                self._publish_end(error)
-            except dist.DistError:
-                return  # the rank that holds the store has ended already
+        self._ending = True
+        if self._hearts is not None:
+            with suppress(dist.DistError):  # the rank that holds the store has ended already
+                self._hearts.publish_end(error, of=distributed.rank())
 
     def __enter__(self) -> "Watchdog":
+        self._looked_at, self._work = time.monotonic(), _work_done()
+        alive.loading("joining the other ranks")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -124,116 +106,163 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Ends the thread."""
+        """Ends the thread, and says so."""
         self._ended.set()
-        self._thread.join(timeout=2 * HEARTBEAT_SECONDS)
+        if self._hearts is not None and error is None:
+            with suppress(dist.DistError):
+                self._hearts.leave()
+        self._thread.join(timeout=2 * hearts.HEARTBEAT_SECONDS)
 
     def _watch(self) -> None:
         while not self._ended.is_set():
-            if not self._store_is_gone:
+            self._look_at_this_rank()
+            if self._hearts is not None and not self._store_is_gone:
                 try:
-                    self._beat()
-                    self._read_first_end()
+                    trouble = self._look_at_others(self._hearts)
                 except dist.DistError:
-                    self._store_is_gone = True  # the main thread will find out which rank is gone
-            idle = 0.0 if self._progressed is None else time.monotonic() - self._progressed
-            if idle > self._stuck_after:
-                self._end_stuck_run(idle)
-            self._ended.wait(HEARTBEAT_SECONDS)
+                    self._store_is_gone = trouble = True
+            else:
+                trouble = self._store_is_gone and os.getppid() == self._parent  # else the launcher has died
+            self._end_after_others(trouble)
+            self._end_if_stuck()
+            self._ended.wait(hearts.HEARTBEAT_SECONDS)
 
-    def _beat(self) -> None:
-        self._mine.beats += 1
-        if self._store is not None:
-            self._store.set(f"rank/{distributed.rank()}", json.dumps(asdict(self._mine)))
+    def _look_at_this_rank(self) -> None:
+        now, work = time.monotonic(), _work_done()
+        passed = now - self._looked_at
+        seconds, moved = (new - old for new, old in zip(work, self._work, strict=True))
+        if passed > PAUSED_SECONDS + hearts.HEARTBEAT_SECONDS:
+            alive.advanced()
+            self._trouble_since = None
+            if self._hearts is not None:
+                self._hearts.forget()
+        elif alive.life.loading and (seconds > BUSY * passed or moved > BUSY_BYTES * passed):
+            alive.advanced()
+        self._looked_at, self._work = now, work
 
-    def _read_first_end(self) -> None:
-        """Keeps why the first rank has ended, for when the store is gone because that rank was rank 0."""
-        if self._store is not None and self._first_end is None and self._store.check(["end/1"]):
-            self._first_end = json.loads(self._store.get("end/1"))
+    def _look_at_others(self, others: Hearts) -> bool:
+        """Whether one of them has ended or died."""
+        others.beat()
+        self._first_end = self._first_end or others.first_end()
+        return self._first_end is not None or others.suspected()
 
-    def _read(self) -> dict[int, Heartbeat]:
-        if self._store is None:
-            return {distributed.rank(): self._mine}
-        names = {rank: f"rank/{rank}" for rank in range(distributed.world_size())}
-        there = {rank: name for rank, name in names.items() if self._store.check([name])}
-        return {rank: Heartbeat(**json.loads(self._store.get(name))) for rank, name in there.items()}
-
-    def _gone(self) -> dict[int, Heartbeat]:
-        """Ranks whose heartbeats have stopped and that have not published their end."""
-        before, until = self._read(), time.monotonic() + GONE_AFTER_SECONDS
-        while time.monotonic() < until:
-            self._beat()  # this may be the thread that does so otherwise
-            time.sleep(HEARTBEAT_SECONDS / 2)
-        store = self._store
-        return {
-            rank: now
-            for rank, now in self._read().items()
-            if rank in before
-            and rank != distributed.rank()
-            and now.beats == before[rank].beats
-            and not (store is not None and store.check([f"end/of/{rank}"]))
-        }
-
-    def _publish_end(self, error: Exception) -> int:
-        """Publishes the reason; returns how many ranks, this one included, have published theirs."""
-        assert self._store is not None
-        rank = distributed.rank()
-        message = str(error) if type(error).__name__ in KINDS else f"{type(error).__name__}: {error}"
-        self._store.set(f"end/of/{rank}", "")
-        number = int(self._store.add("ends", 1))
-        self._store.set(
-            f"end/{number}", json.dumps({"rank": rank, "kind": type(error).__name__, "message": message})
-        )
-        return number
-
-    def _end_stuck_run(self, idle: float) -> None:
+    def _end_after_others(self, trouble: bool) -> None:
+        if not trouble or self._ending:
+            self._trouble_since = None
+            return
+        if self._trouble_since is None:
+            self._trouble_since = time.monotonic()
+        if time.monotonic() - self._trouble_since < GRACE_SECONDS:
+            return
+        missing: dict[int, hearts.Heartbeat] = {}
         try:
-            self._explain_stuck_run(idle)
+            reason = self._first_end.as_error() if self._first_end else None
+            if reason is None and self._hearts is not None:
+                missing = gone(self._hearts.silent())
+                if not missing:
+                    self._trouble_since = None
+                    return
+                reason = RunFailed(f"{listed(missing)} {IS_GONE}")
+        except dist.DistError:
+            reason = None
+        if not (self._ending or self._ended.is_set()):
+            self._end(reason or self._without_store(None), missing)
+
+    def _end_if_stuck(self) -> None:
+        life = alive.life
+        last, idle = life.advanced_at, time.monotonic() - life.advanced_at
+        if idle <= self._stuck_after:
+            return
+        others = None if self._store_is_gone else self._hearts
+        missing: dict[int, hearts.Heartbeat] = {}
+        try:
+            if others and (life.waits or life.loading) and others.others_get_on(self._stuck_after):
+                return
+            culprits = self._culprits(others)
+            if others:
+                missing = gone(culprits)
+            said = f"behind: {listed(culprits)}" if culprits else "not all ranks have joined"
+        except dist.DistError as error:
+            said = f"the rank that is behind cannot be determined ({error})"
+        if life.advanced_at == last and not self._ended.is_set():
+            stuck = f"no progress for {idle:.0f} s (train.stuck_after_seconds: {self._stuck_after:g}); {said}"
+            where = f"The stacks of all threads are in {self._folder.stacks}"
+            self._end(RunFailed(f"{stuck}. {where}"), missing)
+
+    def _culprits(self, others: Hearts | None) -> dict[int, hearts.Heartbeat]:
+        if others is not None:
+            return others.silent() or behind(others.read())
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1 and not self._store_is_gone:
+            return {}
+        return {distributed.rank(): hearts.own_heartbeat()}
+
+    def _without_store(self, own: Exception | None) -> Exception:
+        """The reason where the store is gone, as far as it is known."""
+        if self._first_end is not None:
+            return _reason(self._first_end, own)
+        reason = RunFailed(f"rank 0, which holds the store of the process group, {IS_GONE}")
+        self._report({0: hearts.own_heartbeat()}, reason)
+        return reason
+
+    def _end(self, reason: Exception, missing: dict[int, hearts.Heartbeat]) -> None:
+        """Ends the process, whatever its main thread does."""
+        status = STATUS.get(type(reason), 1)
+        try:
+            rank = os.environ.get("RANK", "0")
+            if self._hearts is not None and not self._store_is_gone:
+                with suppress(dist.DistError):
+                    self._hearts.publish_end(reason, of=None)
+            self._write_stacks()
+            self._report(missing, reason)
+            print(f"dpo: [rank {rank}] failed: {reason}", file=sys.stderr, flush=True)
         finally:
-            os._exit(1)
+            os._exit(status)
 
-    def _explain_stuck_run(self, idle: float) -> None:
-        stacks = self._folder.stacks / f"rank_{distributed.rank():05d}.txt"
-        gone: dict[int, Heartbeat] = {}
+    def _write_stacks(self) -> None:
+        name = f"rank_{int(os.environ.get('RANK', '0')):05d}"
         try:
-            stacks.parent.mkdir(parents=True, exist_ok=True)
-            with stacks.open("w") as file:
+            if not self._folder.may_be_written:
+                raise OSError("it is not a run of ours")
+            self._folder.stacks.mkdir(parents=True, exist_ok=True)
+            with (self._folder.stacks / f"{name}.txt").open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+            if torch.cuda.is_available() and hasattr(torch._C._distributed_c10d, "_dump_nccl_trace_json"):
+                trace = torch._C._distributed_c10d._dump_nccl_trace_json()
+                (self._folder.stacks / f"{name}_nccl.json").write_bytes(trace)
         except OSError:
             faulthandler.dump_traceback(all_threads=True)
-        try:
-            gone, all_ranks = self._gone(), self._read()
-            least = min(rank.progress for rank in all_ranks.values())
-            behind = gone or {rank: beat for rank, beat in all_ranks.items() if beat.progress == least}
-            culprits = f"behind: {_listed(behind)}"
-        except dist.DistError as error:
-            culprits = f"the rank that is behind cannot be determined ({error})"
-        message = (
-            f"no progress for {idle:.0f} s (train.stuck_after_seconds: {self._stuck_after:g}); "
-            f"{culprits}. The stacks of all threads are in {stacks.parent}"
-        )
-        self._report(gone, message)
-        print(f"dpo: [rank {distributed.rank()}] {message}", file=sys.stderr, flush=True)
 
-    def _report(self, gone: dict[int, Heartbeat], message: str) -> None:
+    def _report(self, missing: dict[int, hearts.Heartbeat], reason: Exception) -> None:
         """Writes exit.json from the first rank that is alive, unless it has been written since the start."""
-        file = self._folder.exit_record
-        written = file.is_file() and file.stat().st_mtime >= self._started
-        alive = (rank for rank in range(distributed.world_size()) if rank not in gone)
-        if distributed.rank() == min(alive) and not written:
-            record_end(self._folder, self._command, 1, message, self._started)
+        first = min(set(range(distributed.world_size())) - missing.keys(), default=0)
+        if distributed.rank() == first and _version(self._folder.exit_record) == self._record_before:
+            status = STATUS.get(type(reason), 1)
+            record_end(self._folder, self._command, status, str(reason), self._started)
 
 
-def _reason(first_end: dict[str, Any], own: Exception) -> Exception:
+def _reason(first_end: End | None, own: Exception | None) -> Exception:
     """What another rank has published, as this rank's error; `own` where both were stopped by a signal."""
-    kind = KINDS.get(first_end["kind"], RunFailed)
-    if kind is StoppedBySignal and isinstance(own, StoppedBySignal):
+    assert first_end is not None
+    if isinstance(own, StoppedBySignal) and first_end.kind == StoppedBySignal.__name__:
         return own
-    return kind(f"rank {first_end['rank']}: {first_end['message']}")
+    return first_end.as_error()
 
 
-def _listed(ranks: dict[int, Heartbeat]) -> str:
-    return ", ".join(
-        f"rank {rank} ({beat.host}, process {beat.pid}, last seen: {beat.doing})"
-        for rank, beat in ranks.items()
-    )
+def _version(file: Path) -> tuple[int, int] | None:
+    """Changes whenever a file is replaced, whatever the clock says."""
+    with suppress(OSError):
+        found = file.stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
+
+
+def _work_done() -> tuple[float, int]:
+    """CPU seconds of the main thread, and bytes that the process has read and written."""
+    seconds, moved = 0.0, 0
+    with suppress(OSError, AttributeError, TypeError):  # not on Linux
+        seconds = time.clock_gettime(time.pthread_getcpuclockid(threading.main_thread().ident or 0))
+    with suppress(OSError):
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        moved = int(counts["rchar"]) + int(counts["wchar"])
+    return seconds, moved

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dpo import distributed, terminal
+from dpo import alive, distributed, terminal
 from dpo.config import ModelConfig, ReferenceConfig
 from dpo.data.dataset import TokenizedDataset, longest_tree
 from dpo.data.plan import Int64s, deal
@@ -126,6 +126,7 @@ def _compute(
             windows = bare_scorer(scorer).windows
             lay_out = partial(_lay_out, datasets, plan, probed.layout, windows, device)
             started = time.monotonic()
+            alive.step("reference log-probs")
             with _bar(plan, missing) as bar:
                 with _Unwritten(store, options.flush_every_seconds) as unwritten:
                     for number, (batch, keys) in zip(mine, prefetch(map(lay_out, mine)), strict=True):

@@ -126,7 +126,7 @@ class RunFolder:
     def is_run(self) -> bool:
         """Whether a command of ours made this folder."""
         marks = (self.config, self.exit_record, self.previous_exit_record, self.lock)
-        return any(path.is_file() for path in marks)
+        return any(path.is_file() for path in marks) or self.stacks.is_dir()
 
     @property
     def may_be_written(self) -> bool:

@@ -14,11 +14,11 @@ import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from socket import gethostname
 from types import TracebackType
 
 from dpo import distributed
 from dpo.errors import RunInUse
+from dpo.tracking.processes import Process, this_process
 from dpo.tracking.run_folder import RunFolder
 
 TOUCH_SECONDS = 3.0
@@ -29,15 +29,9 @@ SETTLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holder:
+class Holder(Process):
     """The process that trains in a folder."""
 
-    host: str
-    pid: int
-    place: str
-    """Boot and process namespace in which `pid` means something; empty where they are not known."""
-    began: str
-    """When the process began, as the kernel counts, since numbers are used again."""
     since: float
     """Seconds since 1970, for people."""
     token: str
@@ -46,12 +40,6 @@ class Holder:
     def __str__(self) -> str:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
         return f"process {self.pid} on {self.host}, since {started}"
-
-    def lives(self) -> bool | None:
-        """Whether it is there; None where that cannot be known from here."""
-        if not self.place or self.place != _place():
-            return None
-        return bool(self.began) and _began(self.pid) == self.began
 
 
 class RunLock:
@@ -169,29 +157,4 @@ def _in_use(folder: RunFolder, holder: Holder | None) -> str:
 
 
 def _this_process() -> Holder:
-    pid = os.getpid()
-    return Holder(
-        host=gethostname(),
-        pid=pid,
-        place=_place(),
-        began=_began(pid),
-        since=time.time(),
-        token=uuid.uuid4().hex,
-    )
-
-
-def _place() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
-
-
-def _began(pid: int) -> str:
-    """When a process began; empty for one that has ended."""
-    try:
-        parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if parts[0] in "ZX" else parts[19]
+    return Holder(**asdict(this_process()), since=time.time(), token=uuid.uuid4().hex)

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from dpo import distributed
+from dpo import alive, distributed
 from dpo.engine.engine import Engine
 from dpo.engine.sharded_state import ENGINE_TAG
 from dpo.errors import UserError
@@ -87,8 +87,6 @@ def save_checkpoint(
     folder: RunFolder,
     keep_last: int,
     fingerprints: dict[str, str],
-    *,
-    working: Callable[[str], None] = lambda doing: None,
 ) -> Path:
     """Writes checkpoints/step_00000100 (eight digits) and then removes old ones. All ranks must call it.
 
@@ -98,17 +96,16 @@ def save_checkpoint(
         folder: The run folder, on storage that all ranks share.
         keep_last: How many complete checkpoints are kept.
         fingerprints: Name -> digest of what the run was started on.
-        working: Told of every part that is done.
 
     Raises:
         UserError: A rank could not write; the checkpoints before it are still there.
     """
     final = folder.checkpoint(progress.step)
     building = final.with_name(f".{final.name}{WRITING}")  # the same on all ranks
-    working(f"writing {final.name}")
+    alive.step(f"writing {final.name}")
     _on_all_ranks(lambda: _prepare(building, progress), building)
     files = _write(engine, building)
-    working(f"digesting {final.name}")
+    alive.step(f"digesting {final.name}")
     digests = _digest(files, building)
     manifest = Manifest(
         step=progress.step,

@@ -182,7 +182,6 @@ def _save(session: Session) -> int:
         session.folder,
         session.options.keep_last,
         session.fingerprints,
-        working=session.guard.progress,
     )
     return session.progress.step
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dpo import alive
 from dpo.tracking.metrics import MetricSums
 from dpo.train.micro_batches import MicroBatch
 from dpo.train.session import Session
@@ -92,7 +93,7 @@ def cached_passes(
     for piece, length in zip(pieces, lengths, strict=True):
         own = slopes[first : first + length]
         first += length
-        session.guard.progress(f"step {piece.step.number}, backward pass {piece.index + 1} of {piece.of}")
+        alive.step(f"step {piece.step.number}, backward pass {piece.index + 1} of {piece.of}")
         with timed.forward.running():
             again = engine.score(piece.batch, last=piece.last, per_token=objective.per_token)
         surrogate = (again[:length] * own).sum() * valid + 0.0 * again.sum()
@@ -119,7 +120,7 @@ def _step(session: Session, batches: Iterator[MicroBatch], timed: Timed) -> Iter
         fetching = time.perf_counter()
         micro = next(batches)
         timed.waited += time.perf_counter() - fetching
-        session.guard.progress(f"step {micro.step.number}, micro-batch {micro.index + 1} of {micro.of}")
+        alive.step(f"step {micro.step.number}, micro-batch {micro.index + 1} of {micro.of}")
         last = micro.last
         yield micro
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpo import distributed, terminal
+from dpo import alive, distributed, terminal
 from dpo.config import ModelConfig, OptimizationConfig, flat
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan, Int64s
@@ -166,7 +166,7 @@ class Session:
         Raises:
             UserError: There is no room for it.
         """
-        self.guard.progress(f"writing {target.name}")
+        alive.step(f"writing {target.name}")
         weights, card = self.engine.weights(), self.card(self.evaluated)
 
         def write() -> None:

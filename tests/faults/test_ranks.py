@@ -259,3 +259,104 @@ def test_a_rank_that_dies_while_loading_is_no_preemption(
     assert "rank 1" in ended.message
     assert said in ended.message
     assert not ended.left
+
+
+IN_C = """
+import ctypes
+def fail():
+    raise ValueError('a broken row')
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def never_return():  # a mutex that is locked twice: no signal ends the wait, and Python is not asked
+    mutex = ctypes.create_string_buffer(64)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.fault(
+    "a rank is killed, or fails, while another is in a C call that no signal ends (as NCCL's are)",
+    "within seconds status 1 with the name of the dead rank, or the reason of the failed one, and stacks",
+)
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        ("die", "is gone: killed, or out of memory"),
+        pytest.param("fail", "ValueError: a broken row", marks=pytest.mark.sweep),
+    ],
+)
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.sweep)])
+def test_a_rank_in_a_c_call_ends_after_another(rig: Rig, action: str, said: str, rank: int) -> None:
+    name = f"in_c_{rank}_{action}"
+    before = IN_C + at_step(4, f'{action}() if os.environ["RANK"] == "{rank}" else never_return()', 0, 1)
+    ranks = rig.start(name, before=before)
+    ranks.steps(3)
+    began = time.monotonic()
+    ended = ranks.end(60)
+    assert time.monotonic() - began < 25
+    assert not ended.hanging
+    assert not ended.left
+    assert ended.status == 1
+    assert f"rank {rank}" in ended.message or (rank == 0 and action == "fail")  # its own record
+    assert said in ended.message
+    stacks = (rig.folder / name / "stacks" / f"rank_{1 - rank:05d}.txt").read_text()
+    assert "in never_return" in stacks
+
+
+BEFORE = """
+import os, time
+from dpo import alive
+import {module} as module
+plain = module.{name}
+def patched(*arguments, **named):
+    if os.environ["RANK"] == "{rank}":
+        {action}
+    return plain(*arguments, **named)
+module.{name} = patched
+"""
+
+
+def before_call(place: str, rank: int, action: str) -> str:
+    """Code that runs `action` on a rank before each call of a function."""
+    module, _, name = place.rpartition(".")
+    return BEFORE.format(module=module, name=name, rank=rank, action=action)
+
+
+@pytest.mark.fault(
+    "a rank hangs while it opens data or loads a model, in train, precompute-ref or evaluate",
+    "the run ends after train.stuck_after_seconds with status 1, and names the rank",
+)
+@pytest.mark.parametrize(
+    ("command", "place", "rank"),
+    [
+        pytest.param("train", "dpo.commands.inputs.open_datasets", 0, marks=pytest.mark.sweep),
+        pytest.param("train", "dpo.commands.train.load_policy", 1, marks=pytest.mark.sweep),
+        ("precompute-ref", "dpo.reference.precompute.frozen_scorer", 1),
+        pytest.param("evaluate", "dpo.commands.evaluate.frozen_scorer", 1, marks=pytest.mark.sweep),
+    ],
+)
+def test_a_hang_before_the_first_step_ends(
+    rig: Rig, whole: Path, command: str, place: str, rank: int
+) -> None:
+    name = "whole" if command == "evaluate" else f"hang_{command}_{rank}"
+    empty = ("--reference.cache_dir", str(rig.folder / "empty")) if command == "precompute-ref" else ()
+    limit = ("--train.stuck_after_seconds", "4", "--evaluate.num_prompts", "0")
+    before = before_call(place, rank, "time.sleep(600)")
+    ended = rig.run(name, *empty, *limit, command=command, before=before, seconds=70)
+    assert not ended.hanging
+    assert not ended.left
+    assert ended.status == 1
+    assert "no progress for" in ended.message
+    assert f"behind: rank {rank} (" in ended.message
+    assert ", rank" not in ended.message
+
+
+@pytest.mark.fault(
+    "rank 0 tokenizes for longer than train.stuck_after_seconds, while the others wait",
+    "the run continues: every piece of work is a sign of life",
+)
+@pytest.mark.sweep
+def test_slow_tokenizing_is_no_hang(rig: Rig) -> None:
+    slowly = "[(time.sleep(0.1), alive.advanced()) for _ in range(80)]"
+    before = before_call("dpo.commands.inputs.open_datasets", 0, slowly)
+    rig.completed("slow", "--train.stuck_after_seconds", "4", "--train.max_steps", "1", before=before)

@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from dpo import distributed
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.guards import watchdog
+from dpo.guards import hearts
 from dpo.guards.guard import Guard
+from dpo.guards.hearts import PREFIX, Hearts
 from dpo.guards.signals import STOPPING, StopRequestedError
-from dpo.guards.watchdog import PREFIX, Watchdog
+from dpo.guards.watchdog import Watchdog
 from dpo.tracking import run_lock
 from dpo.tracking.run_folder import RunFolder
 
@@ -82,8 +83,8 @@ def test_an_error_of_this_rank_stays_itself(guard: Guard) -> None:
 def store(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The store of this process, rank 0 of 2; rank 1 is what a test writes there."""
     store = dist.HashStore()
-    monkeypatch.setattr(watchdog, "HEARTBEAT_SECONDS", 0.05)
-    monkeypatch.setattr(watchdog, "GONE_AFTER_SECONDS", 0.2)
+    monkeypatch.setattr(hearts, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(hearts, "GONE_AFTER_SECONDS", 0.2)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(distributed, "is_distributed", lambda: True)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
@@ -117,7 +118,7 @@ def test_a_signal_that_comes_while_the_reason_is_looked_for_does_not_replace_it(
     store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rank_1_ended(store, "UserError", "data.train: row 3")
-    monkeypatch.setattr(watchdog.Watchdog, "_gone", lambda self: os.kill(os.getpid(), signal.SIGTERM) or {})
+    monkeypatch.setattr(Hearts, "silent", lambda self: os.kill(os.getpid(), signal.SIGTERM) or {})
     with (
         pytest.raises(UserError, match=r"rank 1: data\.train: row 3"),
         Guard(RunFolder(tmp_path), "train", 60),
