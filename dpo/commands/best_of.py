@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo import distributed, terminal
 from dpo.commands.inputs import join_ranks, open_held_out, open_reference_model
 from dpo.config import Config, EvaluateConfig, ModelConfig
-from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.dataset import TokenizedDataset
 from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.errors import UserError
@@ -25,6 +25,7 @@ from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
 from dpo.files import write_file
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
+from dpo.model.probe_trees import probe_trees
 from dpo.tracking.run_folder import RunFolder
 
 SEED_OFFSET = 2
@@ -69,7 +70,7 @@ def best_of_reference(
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, reference)
     with frozen_scorer(reference, sharded=sharded) as model:
-        layout = settle_layout(model, longest_tree([data]), DTYPES[reference.dtype]).layout
+        layout = settle_layout(model, probe_trees([data]), DTYPES[reference.dtype]).layout
         continuations = sample(
             bare_scorer(model).model,
             prompts,

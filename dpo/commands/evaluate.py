@@ -17,7 +17,6 @@ from dpo import distributed, terminal
 from dpo.commands.check import finished_model
 from dpo.commands.inputs import join_ranks, open_held_out, open_reference_model, with_reference
 from dpo.config import Config, ModelConfig
-from dpo.data.dataset import longest_tree
 from dpo.data.preference_data import PreferenceData
 from dpo.data.records import TokenIds
 from dpo.engine.frozen import frozen_scorer, is_sharded
@@ -39,6 +38,7 @@ from dpo.files import write_file
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
+from dpo.model.probe_trees import probe_trees
 from dpo.reference.values import open_reference
 from dpo.report.build import compose
 from dpo.report.content import Report
@@ -156,7 +156,7 @@ def _use_policy(
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, policy)
     with frozen_scorer(policy, sharded=sharded) as scorer:
-        layout = settle_layout(scorer, longest_tree([data.dataset]), DTYPES[policy.dtype]).layout
+        layout = settle_layout(scorer, probe_trees([data.dataset]), DTYPES[policy.dtype]).layout
         device = distributed.device()
         scores = score_pairs(
             scorer, data, config.loss, dtype=policy.dtype, layout=layout, budget=budget, device=device
@@ -187,7 +187,7 @@ def _use_reference(
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, reference)
     with frozen_scorer(reference, sharded=sharded) as scorer:
-        layout = settle_layout(scorer, longest_tree([data.dataset]), DTYPES[reference.dtype]).layout
+        layout = settle_layout(scorer, probe_trees([data.dataset]), DTYPES[reference.dtype]).layout
         by_reference = continue_prompts(
             bare_scorer(scorer).model,
             prompts,
