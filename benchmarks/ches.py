@@ -13,17 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpo import distributed
 from dpo.cli.parse import parse
 from dpo.commands.check import finished_model
-from dpo.commands.inputs import join_ranks, open_held_out
+from dpo.commands.inputs import open_held_out, quieten_libraries
 from dpo.config import Config, ModelConfig
-from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.dataset import TokenizedDataset
 from dpo.data.trees import tree_batch
 from dpo.engine.frozen import frozen_scorer
 from dpo.engine.scoring import settle_layout, token_budget
 from dpo.evaluate.ches import ChesScores, Int64s, sample_pairs, score_ches
 from dpo.evaluate.data_facts import pair_trees
 from dpo.model.load import DTYPES
+from dpo.model.probe_trees import probe_trees
 
 Float64s = npt.NDArray[np.float64]
 RESAMPLES = 2000
@@ -37,7 +39,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1000)
     options, keys = parser.parse_known_args()
     config = cast(Config, parse("evaluate", keys))
-    join_ranks()
+    quieten_libraries()
+    distributed.start()
     train_data, test_data, _ = open_held_out(config.data, config.model, "benchmarks.ches")
     for name, data in (("training", train_data), ("held-out", test_data)):
         pairs = sample_pairs(data, options.pairs)
@@ -50,7 +53,7 @@ def _measured(model: ModelConfig, data: TokenizedDataset, pairs: Int64s) -> tupl
     """CHES of the pairs, and the (N,) log-probs of their chosen completions in nats."""
     trees = [(prompt, completions[:1]) for prompt, completions in pair_trees(data, pairs)]
     with frozen_scorer(model, sharded=False) as scorer:
-        layout = settle_layout(scorer, longest_tree([data]), DTYPES[model.dtype]).layout
+        layout = settle_layout(scorer, probe_trees([data]), DTYPES[model.dtype]).layout
         ches = score_ches(scorer, data, pairs, layout=layout, budget=token_budget(None))
         with torch.no_grad():
             logps = [

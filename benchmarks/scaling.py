@@ -27,7 +27,8 @@ from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import plan_steps, share
 from dpo.data.trees import Tree
-from dpo.model.load import empty_model, remove_dropout
+from dpo.model.authors import remove_noise
+from dpo.model.load import empty_model
 from dpo.planning.memory import Name, rank_memory, shape_of
 from dpo.planning.rehearsal import rehearse
 
@@ -140,7 +141,7 @@ def modelled() -> Iterator[Row]:
     trees: list[Tree] = [(np.zeros(256, dtype=np.int32), [np.zeros(128, dtype=np.int32)] * 2)]
     model = ModelConfig(name_or_path="", gradient_checkpointing=True)
     for name, config in MODELLED.items():
-        remove_dropout(config)
+        remove_noise(config)
         with torch.device("meta"):
             shape = shape_of(empty_model(config, model, dtype=torch.bfloat16))
         step = rehearse(config, model, trees * (BUDGET // 512), dtype=torch.bfloat16, gpu=True)

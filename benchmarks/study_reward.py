@@ -20,6 +20,7 @@ from dpo.engine.frozen import frozen_scorer
 from dpo.engine.scoring import settle_layout
 from dpo.evaluate.samples import PromptAndCompletion, log_probs
 from dpo.model.load import load_tokenizer
+from dpo.model.probe_trees import trees_of
 from dpo.tracking.run_folder import RunFolder
 
 SAMPLES_PER_QUERY = 4
@@ -64,7 +65,7 @@ def rewards_of_samples(reference: str, runs: dict[str, Path], samples: Path) -> 
         config = ModelConfig(name_or_path=model, dtype="float32")
         with frozen_scorer(config, sharded=False) as scorer:
             longest = max(sequences, key=lambda sequence: len(sequence[0]) + len(sequence[1]))
-            layout = settle_layout(scorer, (longest[0], [longest[1]]), torch.float32).layout
+            layout = settle_layout(scorer, trees_of((longest[0], [longest[1]])), torch.float32).layout
             return log_probs(scorer, sequences, layout, BUDGET).reshape(len(rows), -1)
 
     base = logps(reference)

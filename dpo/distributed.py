@@ -10,7 +10,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -25,14 +25,13 @@ from accelerate import PartialState
 
 from dpo import alive, terminal
 from dpo.errors import RunFailed, UserError
-from dpo.launched import end_with_launcher
+from dpo.launched import end_with_launcher, remove_abandoned_build_locks
 
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 """Rank 0 may tokenize or hash a large input while the others wait; the watchdog ends what hangs."""
 SHARED_WAIT_SECONDS = 10.0
-LONGEST_BUILD_SECONDS = 300.0
 _counts_made = itertools.count()
 
 
@@ -75,49 +74,6 @@ def _on_host() -> dist.ProcessGroup | None:
 def trains_without_deepspeed() -> bool:
     """Whether the launcher has not asked for DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true"
-
-
-def remove_abandoned_build_locks() -> None:
-    """Removes locks of DeepSpeed's extensions whose builder was killed: all later starts would wait for it.
-
-    A builder keeps its lock open. One on another machine, with a shared home, is given a few minutes.
-    """
-    from torch.utils.cpp_extension import get_default_build_root  # only where DeepSpeed is used: it is slow
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in (*root.glob("*/lock"), *root.glob("*/*/lock")):
-        waited = False
-        while (age := _age(lock)) is not None and not _is_open(lock):
-            if age > LONGEST_BUILD_SECONDS:
-                lock.unlink(missing_ok=True)
-                terminal.warning(
-                    f"{lock} is removed: the process that built DeepSpeed's extension was killed"
-                )
-            elif not waited:
-                waited = True
-                terminal.note(
-                    f"{lock}: another machine builds DeepSpeed's extension, or a build was killed; waiting "
-                    f"{LONGEST_BUILD_SECONDS - age:.0f} s (delete the file if nothing is being built)"
-                )
-            time.sleep(0.5)
-
-
-def _age(file: Path) -> float | None:
-    """Seconds since a file was written; None if it is gone."""
-    try:
-        return time.time() - file.stat().st_mtime
-    except OSError:
-        return None
-
-
-def _is_open(file: Path) -> bool:
-    """Whether a process of this machine has the file open."""
-    wanted = file.resolve()
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if descriptor.readlink() == wanted:
-                return True
-    return False
 
 
 @cache

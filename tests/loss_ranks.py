@@ -18,6 +18,7 @@ from dpo.engine.world import start
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import LOSSES, averaged_over_groups, needs_reference
 from dpo.model.load import load_model, load_tokenizer
+from dpo.model.probe_trees import trees_of
 from dpo.reference.precompute import precompute
 from dpo.reference.store import reference_store
 from dpo.reference.values import open_reference
@@ -105,7 +106,7 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
             backward = "cached" if name.startswith("cached") else "auto"
             train = replace(config.train, max_tokens_per_micro_batch=budget, backward=backward)
             policy = Engine(accelerator, load_model(config.model), config.model, train)
-            policy.settle_layout((data[0].prompt, data[0].completions))
+            policy.settle_layout(trees_of((data[0].prompt, data[0].completions)))
             run_dir = folder / out.stem / f"{name}_{budget}"
             if distributed.is_main():
                 run_dir.mkdir(parents=True)

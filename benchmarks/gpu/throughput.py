@@ -23,6 +23,7 @@ from dpo.engine.engine import Engine
 from dpo.loss.pairs import pair_logps
 from dpo.loss.preference_loss import preference_loss
 from dpo.model.flops import known_peak, work_of
+from dpo.model.probe_trees import trees_of
 from dpo.planning.memory import rank_memory, shape_of
 from dpo.planning.rehearsal import rehearse
 from dpo.planning.speed import LAUNCH_SECONDS, expected_mfu
@@ -55,7 +56,7 @@ def train(report: Report, config: PreTrainedConfig) -> None:
     shape, work = shape_of(model), work_of(model)
     engine = Engine(accelerator, model, options, OptimizationConfig(learning_rate=1e-6))
     groups = groups_of(tokens, config.vocab_size)
-    probed = engine.settle_layout((groups[0].prompt, groups[0].completions))
+    probed = engine.settle_layout(trees_of((groups[0].prompt, groups[0].completions)))
     print(f"  layout {probed.layout}; {' '.join(probed.notes)}")
     batch = batch_of(groups, engine.layout, device(), engine.windows)
     for _ in range(WARM_UPS):

@@ -18,8 +18,9 @@ from transformers import (
 
 from dpo.data.records import Pair, TokenizedGroup
 from dpo.data.trees import Layout, TreeBatch, group_batch
+from dpo.model.authors import remove_noise
 from dpo.model.flops import Work
-from dpo.model.load import ready, remove_dropout
+from dpo.model.load import ready
 
 LLAMA_1B: dict[str, Any] = {
     "vocab_size": 128256,
@@ -75,7 +76,7 @@ def random_model(
         device: Where it is made.
         seed: Of its weights.
     """
-    remove_dropout(config)
+    remove_noise(config)
     torch.manual_seed(seed)
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo import distributed, terminal
 from dpo.commands.inputs import open_held_out, open_reference_model, quieten_libraries
 from dpo.config import Config, EvaluateConfig, ModelConfig
-from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.dataset import TokenizedDataset
 from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.errors import UserError
@@ -26,6 +26,7 @@ from dpo.files import write_file
 from dpo.guards.guard import Guard
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
+from dpo.model.probe_trees import probe_trees
 from dpo.tracking.run_folder import RunFolder
 
 AGAIN = "during best-of: nothing was changed; run the same command again"
@@ -73,7 +74,7 @@ def best_of_reference(
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, reference)
     with frozen_scorer(reference, sharded=sharded) as model:
-        layout = settle_layout(model, longest_tree([data]), DTYPES[reference.dtype]).layout
+        layout = settle_layout(model, probe_trees([data]), DTYPES[reference.dtype]).layout
         continuations = sample(
             bare_scorer(model).model,
             prompts,

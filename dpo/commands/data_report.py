@@ -10,15 +10,16 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import join_ranks, open_data
-from dpo.config import Config, ModelConfig
-from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.commands.inputs import open_data, quieten_libraries
+from dpo.config import Config, ModelConfig, sources_of
+from dpo.data.dataset import TokenizedDataset
 from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import settle_layout, token_budget
 from dpo.evaluate.ches import ChesScores, sample_pairs, score_ches
 from dpo.evaluate.described_data import HELD_OUT, TRAINING, Float64s, describe
 from dpo.model.files import base_of, weights_at_hand
 from dpo.model.load import DTYPES
+from dpo.model.probe_trees import probe_trees
 from dpo.reference.identity import is_remembered, reference_identity, reference_model
 from dpo.reference.store import ReferenceStore
 from dpo.reference.values import known_logps
@@ -40,7 +41,8 @@ def data_report(config: Config, *, num_ches: int, output: Path, command: str) ->
         output: Where to write; made if it does not exist.
         command: As typed in a shell, for the page.
     """
-    join_ranks()
+    quieten_libraries()
+    distributed.start()
     train_data, test_data, tokenizer = open_data(config.data, config.model)
     datasets = {TRAINING: train_data} | ({} if test_data is None else {HELD_OUT: test_data})
     ches = _ches(config, train_data, num_ches) if num_ches else None
@@ -58,11 +60,7 @@ def _show(
     described = describe(datasets, cached_logps(config, datasets), ches)
     sections = data_sections(described, tokenizer, listed=IN_FILE)
     summary = described.summary()
-    title = (
-        config.data.train
-        if isinstance(config.data.train, str)
-        else ", ".join(source.path for source in config.data.train)
-    )
+    title = ", ".join(source.path for source in sources_of(config.data.train))
     write_data_report(sections, summary, output, title=title, command=command, shown=LISTED)
     width = shutil.get_terminal_size((80, 24)).columns
     terminal.note("\n\n".join(section_text(section, width, pairs=IN_TERMINAL) for section in sections))
@@ -88,5 +86,5 @@ def _ches(config: Config, data: TokenizedDataset, number: int) -> ChesScores:
     model: ModelConfig = config.model
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     with frozen_scorer(model, sharded=is_sharded(config.evaluate.sharding, model)) as scorer:
-        layout = settle_layout(scorer, longest_tree([data]), DTYPES[model.dtype]).layout
+        layout = settle_layout(scorer, probe_trees([data]), DTYPES[model.dtype]).layout
         return score_ches(scorer, data, sample_pairs(data, number), layout=layout, budget=budget)

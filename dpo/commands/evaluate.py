@@ -19,7 +19,7 @@ from dpo.commands.check import finished_model
 from dpo.commands.data_report import cached_logps
 from dpo.commands.inputs import open_held_out, open_reference_model, quieten_libraries, with_reference
 from dpo.config import Config, ModelConfig
-from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import PreferenceData
 from dpo.data.records import TokenIds
 from dpo.engine.frozen import frozen_scorer, is_sharded
@@ -43,6 +43,7 @@ from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
+from dpo.model.probe_trees import probe_trees
 from dpo.reference.values import open_reference
 from dpo.report.build import compose
 from dpo.report.content import Report, Section
@@ -173,7 +174,7 @@ def _use_policy(
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, policy)
     with frozen_scorer(policy, sharded=sharded) as scorer:
-        layout = settle_layout(scorer, longest_tree([data.dataset]), DTYPES[policy.dtype]).layout
+        layout = settle_layout(scorer, probe_trees([data.dataset]), DTYPES[policy.dtype]).layout
         device = distributed.device()
         scores = score_pairs(
             scorer, data, config.loss, dtype=policy.dtype, layout=layout, budget=budget, device=device
@@ -204,7 +205,7 @@ def _use_reference(
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, reference)
     with frozen_scorer(reference, sharded=sharded) as scorer:
-        layout = settle_layout(scorer, longest_tree([data.dataset]), DTYPES[reference.dtype]).layout
+        layout = settle_layout(scorer, probe_trees([data.dataset]), DTYPES[reference.dtype]).layout
         by_reference = continue_prompts(
             bare_scorer(scorer).model,
             prompts,

@@ -82,7 +82,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
     model = model or load_policy(config.model, dtype=dtype, seed=config.train.seed)
     alive.loading("preparing the engine")
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
-    settle_layout(policy, [train_data])
+    settle_layout(policy, [data for data in (train_data, test_data) if data is not None])
     return Session(
         folder=folder,
         settings=settings,

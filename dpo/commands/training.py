@@ -10,9 +10,10 @@ from typing import TypeVar
 from dpo import terminal
 from dpo.commands.inputs import quieten_libraries
 from dpo.config import Config, SftConfig
-from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.dataset import TokenizedDataset
 from dpo.engine.engine import Engine
 from dpo.guards.guard import Guard
+from dpo.model.probe_trees import probe_trees
 from dpo.report import labels
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.trackers import check_trackers
@@ -78,5 +79,5 @@ def summarize(command: str, session: Session, shown: Sequence[str], following: s
 
 
 def settle_layout(policy: Engine, datasets: Sequence[TokenizedDataset]) -> None:
-    """Settles the policy's layout on the longest group of these data sets; warns of what was rejected."""
-    terminal.warning(*policy.settle_layout(longest_tree(datasets)).notes)
+    """Settles the policy's layout on trees of these data sets; warns of what was rejected."""
+    terminal.warning(*policy.settle_layout(probe_trees(datasets)).notes)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from dpo.data.plan import Sizes
 from dpo.data.records import KEY_BYTES, Pair, TokenIds, TokenizedGroup, sequence_key
-from dpo.data.trees import Layout, Tree
+from dpo.data.trees import Layout
 from dpo.files import atomic_folder
 
 FORMAT_VERSION = 3
@@ -191,13 +191,6 @@ class TokenizedDataset:
     def longest(self) -> npt.NDArray[np.int64]:
         """(G,) tokens of each group's longest sequence."""
         return np.maximum.reduceat(self.sequence_tokens, self.first_sequence)
-
-
-def longest_tree(datasets: Sequence[TokenizedDataset]) -> Tree:
-    """The prompt and completions of the group with the most tokens."""
-    dataset = max(datasets, key=lambda dataset: int(dataset.tree_tokens.max()))
-    group = dataset[int(dataset.tree_tokens.argmax())]
-    return group.prompt, group.completions
 
 
 def is_written(folder: Path) -> bool:

@@ -17,15 +17,17 @@ from transformers import PreTrainedModel
 
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
-from dpo.data.trees import Layout, Tree, TreeBatch
+from dpo.data.trees import Layout, TreeBatch
 from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, set_ours, without_waiting
 from dpo.engine.optimizer import OPTIMIZERS, make_optimizer
 from dpo.engine.scoring import gathered, make_scorer, register_head, settle_layout
 from dpo.engine.sharded_state import load_sharded, save_sharded
 from dpo.engine.world import kind_here, unsharded
 from dpo.errors import UserError
+from dpo.model.authors import kept_in_float32
 from dpo.model.load import DTYPES
 from dpo.model.probe import Probed
+from dpo.model.probe_trees import ProbeTrees
 from dpo.model.scorer import SequenceScorer
 
 
@@ -70,7 +72,7 @@ class Engine:
         self._max_grad_norm = options.max_grad_norm
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()  # dropout is 0 everywhere; gradient checkpointing runs in training mode only
+        _learning(model)
         scorer = make_scorer(model, config)
         self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         self.num_frozen = sum(
@@ -90,9 +92,9 @@ class Engine:
         if self._zero and self._stage == 3:
             register_head(scorer)
 
-    def settle_layout(self, longest: Tree) -> Probed:
+    def settle_layout(self, trees: ProbeTrees) -> Probed:
         """Finds out how this model can share prompts; see `dpo.engine.scoring`. All ranks must call it."""
-        return settle_layout(self._scorer, longest, self._dtype)
+        return settle_layout(self._scorer, trees, self._dtype)
 
     @property
     def layout(self) -> Layout:
@@ -194,6 +196,8 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """The policy's full state dict in its compute type, on the main rank. All ranks must call it.
 
+        What its authors keep in float32 stays that.
+
         Of a partly frozen policy only the trained weights, in float32.
         """
         if self._frozen:
@@ -201,13 +205,13 @@ class Engine:
         weights = self._accelerator.get_state_dict(self._scorer)
         if not distributed.is_main():
             return {}
-        prefix = "model."
-        return {
-            name.removeprefix(prefix): tensor.detach().to("cpu", self._dtype)
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in weights.items()
-        }
+        found = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+        wide = kept_in_float32(self.model, found)
+        for name, tensor in found.items():
+            if tensor.is_floating_point():
+                dtype = torch.float32 if name in wide else self._dtype
+                found[name] = tensor.detach().to("cpu", dtype)
+        return found
 
     def _trained_weights(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -242,7 +246,7 @@ class Engine:
             with self._accelerator.autocast():
                 yield self.model
         finally:
-            self.model.train()
+            _learning(self.model)
 
     def save(self, folder: Path) -> list[Path]:
         """Writes what is trained, and the optimizer's state, into `folder`. All ranks must call it.
@@ -283,3 +287,14 @@ class Engine:
         wrong = [*(set(outcome.missing_keys) - self._frozen), *outcome.unexpected_keys]
         if wrong:
             raise RuntimeError(f"the checkpoint does not hold what is trained: {sorted(wrong)[0]}")
+
+
+def _learning(model: PreTrainedModel) -> None:
+    """Sets what recomputes activations to training mode, and nothing else.
+
+    All other modules stay in evaluation mode: some families draw their experts at random in training (law 0).
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True

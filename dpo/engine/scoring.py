@@ -3,24 +3,32 @@
 Training and models that only score share it.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from dpo import distributed
 from dpo.config import ModelConfig
-from dpo.data.trees import Tree
-from dpo.model.first_blocks import first_blocks
-from dpo.model.probe import Probed, probe
+from dpo.data.trees import Tree, sequence_batch
+from dpo.errors import UserError
+from dpo.model.first_blocks import enough_blocks, in_float32
+from dpo.model.probe import Comparison, Probed, Score, probe
+from dpo.model.probe_trees import ProbeTrees
 from dpo.model.scorer import SequenceScorer
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
 """Default token budgets: activations that fit a CPU's cache, and enough rows to fill a GPU."""
+PROBE_WORK = {"cpu": 3e10, "cuda": 1e13}
+"""Most parameters x tokens for which the probe takes the whole model: a pass of about a second."""
+COPY_SHARE, FLOAT32_BYTES = 0.5, 4
+"""Part of the free memory that the probe's copy in float32 may take; bytes of its weights."""
 
 
 def token_budget(given: int | None) -> int:
@@ -37,34 +45,100 @@ def make_scorer(model: PreTrainedModel, config: ModelConfig) -> SequenceScorer:
     return scorer
 
 
-def settle_layout(scorer: nn.Module, longest: Tree, dtype: torch.dtype) -> Probed:
+def settle_layout(scorer: nn.Module, trees: ProbeTrees, dtype: torch.dtype) -> Probed:
     """Tries a model's layouts and uses the first that is exact, the same on all ranks.
 
     Args:
         scorer: From `make_scorer` or `frozen_scorer`, wrapped or not.
-        longest: The longest prompt with completions that it will score.
+        trees: Of all data that it will score.
         dtype: The compute type.
 
     Returns:
         The layout, and which layouts were rejected and why.
+
+    Raises:
+        UserError: The model cannot be computed exactly, or is not causal.
     """
     bare = bare_scorer(scorer)
-    precise, unchecked = _precise(bare) if dtype != torch.float32 and len(bare.layouts) > 1 else (None, ())
-    probed = probe(scorer, bare.layouts, longest, dtype=dtype, device=distributed.device(), precise=precise)
+    comparisons, unchecked = _comparisons(scorer, trees, dtype)
+    probed = probe(bare.layouts, comparisons)
+    if probed.one_at_a_time and _is_sharded(bare):
+        probed = replace(probed, refusal="under ZeRO-3 its rows cannot be computed one at a time")
     probed = distributed.from_main(replace(probed, notes=(*unchecked, *probed.notes)))
+    if probed.refusal is not None:
+        noted = "".join(f"\n  {note}" for note in probed.notes)
+        raise UserError(
+            f"model.name_or_path: {type(bare.model).__name__} cannot be used: {probed.refusal}{noted}"
+        )
     bare.layout, bare.uses_projection = probed.layout, probed.uses_projection
+    bare.one_at_a_time = probed.one_at_a_time
     return probed
 
 
-def _precise(scorer: SequenceScorer) -> tuple[Callable[..., Tensor] | None, tuple[str, ...]]:
-    """The first blocks in float32; or why there are none, as a note for people. All ranks must call it."""
+def _comparisons(
+    scorer: nn.Module, trees: ProbeTrees, dtype: torch.dtype
+) -> tuple[list[Comparison], tuple[str, ...]]:
+    """What a model's layouts are compared with, and notes for people. All ranks must call it.
+
+    The whole model in float32 on the short trees, and on the long ones if that is cheap; its first blocks
+    otherwise. A model in another type is also compared with its own noise.
+    """
+    bare = bare_scorer(scorer)
+    compare = partial(Comparison, device=distributed.device(), windows=bare.windows)
+    whole: Score | None = scorer if dtype == torch.float32 else None
+    if whole is None and _is_cheap(bare, trees.short) and _copy_fits(bare):
+        whole = _copied(bare, trees)
+    part = None if whole is not None and _is_cheap(bare, trees.long) else _copied(bare, trees, first=True)
+    on_short, on_long = whole or part, part or whole
+    found, notes = [], []
+    if on_short is not None and on_long is not None:
+        found += [compare(on_short, trees.short), compare(on_long, trees.long)]
+    else:
+        notes.append(f"layouts are compared in {dtype} only: no part of this model can be made in float32")
+        found.append(compare(scorer, trees.long, exact=False))
+    if dtype != torch.float32:
+        found.append(compare(scorer, trees.short, exact=False))
+    return found, tuple(notes)
+
+
+def _is_cheap(scorer: SequenceScorer, trees: Sequence[Tree]) -> bool:
+    """Whether a pass over these trees with the whole model takes little time."""
+    tokens = sum(len(part) for prompt, completions in trees for part in (prompt, *completions))
+    return _num_parameters(scorer) * tokens <= PROBE_WORK["cuda" if torch.cuda.is_available() else "cpu"]
+
+
+def _copy_fits(scorer: SequenceScorer) -> bool:
+    """Whether a copy in float32 fits into the free memory; rank 0 decides for all."""
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return distributed.from_main(FLOAT32_BYTES * _num_parameters(scorer) <= COPY_SHARE * free)
+
+
+def _num_parameters(scorer: SequenceScorer) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in scorer.model.parameters())
+
+
+def _copied(scorer: SequenceScorer, trees: ProbeTrees, *, first: bool = False) -> Score | None:
+    """A copy in float32 that works, of all or the first blocks; or None. All ranks must call it."""
+    prompt, completions = trees.short[0]
+    batch = sequence_batch([(prompt, completions[0])]).to(distributed.device())
     try:
-        return first_blocks(scorer, gathered), ()
+        num_blocks = enough_blocks(scorer.model.config) if first else None
+        copy = in_float32(scorer, gathered, num_blocks=num_blocks)
+        with torch.no_grad():
+            copy(batch, as_written=True)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a model's code may raise anything for a config that was not loaded with it
-        reason = f"{type(error).__name__}: {error}"
-        return None, (f"layouts are compared in bfloat16 only: no part of the model in float32 ({reason})",)
+    except Exception:  # a model's code may raise anything for a config that was not loaded with it
+        return None
+    return copy
+
+
+def _is_sharded(scorer: SequenceScorer) -> bool:
+    return any(hasattr(parameter, "ds_id") for parameter in scorer.parameters())
 
 
 def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -82,6 +156,8 @@ def register_head(scorer: SequenceScorer) -> None:
     """Tells ZeRO-3 that the projection uses the output layer's weights outside of that layer."""
     from deepspeed.runtime.zero import register_external_parameter
 
+    if scorer.projection is None:
+        return
     for parameter in scorer.projection.head.parameters():
         register_external_parameter(scorer.projection, parameter)
 

@@ -26,6 +26,7 @@ from dpo import alive, terminal
 from dpo.data.records import TokenIds
 from dpo.distributed import device, gather_objects, turns_of
 from dpo.errors import UserError
+from dpo.model.attention import restore_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ def sample(
         UserError: A prompt leaves fewer than `max_new_tokens` of the model's positions.
     """
     _check_lengths(model, prompts, max_new_tokens)
+    restore_attention(model)
     rows = [_Row(prompt, number) for prompt in range(len(prompts)) for number in range(num_samples)]
     rows.sort(key=lambda row: len(prompts[row.prompt]))
     batches = turns_of([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])

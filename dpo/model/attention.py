@@ -1,12 +1,13 @@
 """Attention over shared-prefix trees, behind transformers' own interface.
 
-`TREE_ATTENTION` is an attention implementation that models are set to. Given a `TreeAttention`, each token of
-a packed row attends to its own sequence only, and nothing else is computed. Without one it is transformers'
-SDPA, so that the same model can generate. `dense_masks` does the same for models with attention code of their
-own.
+`TREE_ATTENTION` is an attention implementation that models are set to while they compute packed rows: each
+token attends to its own sequence only, and nothing else is computed. Everywhere else a model has its own,
+because families look at its name: DeepSeek-V3.2 selects keys under "sdpa" and "eager" only. `dense_masks`
+does the same for models with attention code of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -23,6 +24,8 @@ from dpo.data.key_blocks import KeyBlocks
 from dpo.data.trees import TreeBatch
 
 TREE_ATTENTION = "shared_prefix_tree"
+REPLACED = "sdpa"
+"""The implementation of models whose attention it may replace."""
 KERNELS = 64
 """Most variants of FlexAttention's kernel in a process: head sizes, groups of heads, windows, compute types,
 with and without gradients. One more is an error; torch's own limit of 8 would fall back to dense scores."""
@@ -114,7 +117,8 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    tree: TreeAttention | None = None,
+    *,
+    tree: TreeAttention,
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
@@ -125,20 +129,15 @@ def tree_attention(
         query: (1, heads, T, d) queries.
         key: (1, key heads, T, d) keys.
         value: (1, key heads, T, d) values.
-        attention_mask: From transformers; a placeholder where `tree` is given.
+        attention_mask: From transformers; a placeholder.
         scaling: Factor of the scores.
-        tree: The trees of the row, or None for plain attention.
+        tree: The trees of the row.
         sliding_window: Number of positions that a token looks back, its own included.
         options: Passed on to the implementation.
 
     Returns:
         (1, T, heads, d) outputs, and None for the attention weights.
     """
-    if tree is None:
-        plain: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )
-        return plain
     if tree.batch.layout == "flex":
         return _flex(query, key, value, tree.block_mask(sliding_window), scaling, **options), None
     options.pop("is_causal", None)
@@ -211,6 +210,33 @@ def _capped(cap: float) -> Callable[..., Tensor]:
         return cap * torch.tanh(score / cap)
 
     return capped
+
+
+def attend(model: PreTrainedModel, implementation: str) -> None:
+    """Sets the attention implementation of a model, if it has another."""
+    if model.config._attn_implementation != implementation:
+        model.set_attn_implementation(implementation)
+
+
+def restore_attention(model: PreTrainedModel) -> None:
+    """Gives a model that computed packed rows its own attention again."""
+    if model.config._attn_implementation == TREE_ATTENTION:
+        attend(model, REPLACED)
+
+
+@contextmanager
+def written(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model is as its authors wrote it: its own attention, in evaluation mode."""
+    ours = model.config._attn_implementation
+    learning = [module for module in model.modules() if module.training]
+    restore_attention(model)
+    model.eval()
+    try:
+        yield
+    finally:
+        attend(model, ours)
+        for module in learning:
+            module.training = True
 
 
 def windows_of(config: PreTrainedConfig) -> list[int | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.files import atomic_folder
+from dpo.model.authors import authors_settings
 
 CARD = "README.md"
 
@@ -26,7 +27,7 @@ def export_model(
     """Writes a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
     Args:
-        model: The bare model; its config is saved, and it says which weights are tied.
+        model: The bare model; its config is saved as its author set it, and it says which weights are tied.
         weights: Its full state dict on the CPU.
         tokenizer: The tokenizer it was trained with.
         folder: The final place; replaced if it exists. May be a link to a folder elsewhere.
@@ -35,12 +36,8 @@ def export_model(
     tied = getattr(model, "all_tied_weights_keys", {})  # copies in another dtype no longer share memory
     untied = {name: weight for name, weight in weights.items() if tied.get(name) not in weights}
     _make_generation_config_valid(model)
-    with exported_folder(tokenizer, folder, card) as building:
-        model.config.use_cache = True  # it is off during training only
-        try:
-            model.save_pretrained(building, state_dict=untied)
-        finally:
-            model.config.use_cache = False
+    with exported_folder(tokenizer, folder, card) as building, authors_settings(model):
+        model.save_pretrained(building, state_dict=untied)
 
 
 @contextmanager

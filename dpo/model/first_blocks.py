@@ -1,7 +1,7 @@
-"""The first blocks of a model in float32, beside the model: for the probe.
+"""A model, or its first blocks, in float32 beside the model: for the probe.
 
-In bfloat16 the rounding of a deep model is as large as the error of a mask that hides a token. In float32
-and two blocks deep it is a thousand times smaller. The copy has the model's own code, weights and buffers.
+In bfloat16 the rounding of a deep model is as large as the error of a mask that hides a token. In float32 it
+is a thousand times smaller. The copy has the model's own code, weights, buffers and mode.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig
 
+from dpo.model.attention import restore_attention
 from dpo.model.load import ready
 from dpo.model.scorer import SequenceScorer
 
@@ -25,29 +26,38 @@ ADAPTED = ".base_layer."
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
 
-def first_blocks(
-    scorer: SequenceScorer, gathered: Gather = lambda parameters: nullcontext()
+def in_float32(
+    scorer: SequenceScorer,
+    gathered: Gather = lambda parameters: nullcontext(),
+    *,
+    num_blocks: int | None = None,
 ) -> Callable[..., Tensor]:
-    """The scoring function of a copy that ends after the first blocks; see `SequenceScorer.forward`.
+    """The scoring function of a copy in float32; see `SequenceScorer.forward`.
 
     Args:
         scorer: Of the whole model. Its layouts, attention and projection are those of the copy.
         gathered: Within its block these parameters are whole, where ZeRO-3 shards them.
+        num_blocks: Where the copy ends; None at the model's end.
 
     Raises:
         Exception: The model's class cannot be made from its config alone, or its blocks are not in a list.
     """
     model = scorer.model
+    restore_attention(model)  # the copy's class knows the authors' names only
     with torch.device("meta"):
         copy = ready(type(model)(deepcopy(model.config)))
-    _cut(copy, num_blocks(model.config))
+    if num_blocks is not None:
+        _cut(copy, num_blocks)
     sources = {name.replace(ADAPTED, "."): weight for name, weight in _weights(model)}
     named = [(name, sources[name]) for name, _ in _weights(copy)]
-    tensors: dict[str, Tensor] = {f"model.{name}": buffer for name, buffer in model.named_buffers()}
+    tensors = {f"model.{name}": _widened(buffer) for name, buffer in model.named_buffers()}
     with gathered([weight for _, weight in named]), torch.no_grad():
         widened = {weight: weight.detach().float() for _, weight in named}  # tied weights once
     tensors |= {f"model.{name}": widened[weight] for name, weight in named}
     short = SequenceScorer(copy, flex="flex" in scorer.layouts)
+    learning = {name for name, module in model.named_modules() if module.training}
+    for name, module in copy.named_modules():
+        module.training = name in learning
     known = {f"model.{name}" for name, _ in (*_weights(copy), *copy.named_buffers())}
     tensors = {name: tensor for name, tensor in tensors.items() if name in known}
 
@@ -58,7 +68,11 @@ def first_blocks(
     return score
 
 
-def num_blocks(config: PreTrainedConfig) -> int:
+def _widened(buffer: Tensor) -> Tensor:
+    return buffer.float() if buffer.is_floating_point() else buffer
+
+
+def enough_blocks(config: PreTrainedConfig) -> int:
     """How many blocks it takes to have each type of layer once, at least `LEAST_BLOCKS` if there are as many.
 
     Args:

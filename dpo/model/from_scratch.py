@@ -22,8 +22,9 @@ from transformers import (
 
 from dpo.config import ScratchConfig
 from dpo.errors import UserError
+from dpo.model.authors import remember, remove_noise
 from dpo.model.files import positions_of
-from dpo.model.load import OWN_ATTENTION, ready, remove_dropout
+from dpo.model.load import OWN_ATTENTION, ready
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -87,10 +88,12 @@ def scratch_model(
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     except (ValueError, TypeError) as error:
         raise UserError(f"model.scratch.config: {scratch.config}: {error}") from error
-    remove_dropout(config)
+    settings = remove_noise(config)
     torch.manual_seed(seed)
     own = OWN_ATTENTION[attention]
-    return ready(AutoModelForCausalLM.from_config(config, attn_implementation=own, dtype=dtype))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=own, dtype=dtype)
+    remember(model, settings)
+    return ready(model)
 
 
 def _read_config(scratch: ScratchConfig) -> dict[str, Any]:

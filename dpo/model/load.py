@@ -1,8 +1,8 @@
-"""Model and tokenizer from a local folder or the hub: safetensors only, every dropout at zero.
+"""Model and tokenizer from a local folder or the hub: safetensors only, without noise.
 
-Law 0: policy and reference run without dropout. Every dropout rate and router jitter in the model's config is
-set to 0, so that training, precompute and evaluation compute the same function. What cannot be loaded is a
-`UserError`; a missing weight is never replaced by random numbers.
+Law 0: policy and reference run without noise (`dpo.model.authors`), so that training, precompute and
+evaluation compute the same function. What cannot be loaded is a `UserError`; a missing weight is never
+replaced by random numbers.
 """
 
 import ctypes
@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
+from dpo.model.authors import remember, remove_noise
 from dpo.model.files import adapter_config, base_of, check_model_path, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,16 +35,6 @@ OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
 
 FlexAttention is set up by `dpo.model.scorer`, on a model that is loaded with SDPA.
 """
-NOISE_SUFFIXES = (
-    "dropout",
-    "pdrop",
-    "dropout_prob",
-    "dropout_rate",
-    "layerdrop",
-    "dropout_p",
-    "jitter_noise",
-)
-"""Ends of the config keys that hold a rate of random noise."""
 LARGE_BLOCK = 2**20
 """Bytes from which freed memory is returned to the system; see `return_large_blocks`."""
 _M_MMAP_THRESHOLD = -3  # of mallopt, from malloc.h
@@ -77,7 +68,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:
-    """The model's transformers config, or that of an adapter's base, without dropout.
+    """The model's transformers config, or that of an adapter's base, without noise.
 
     Raises:
         OSError: There is no config.json.
@@ -85,7 +76,7 @@ def load_config(model: ModelConfig) -> PreTrainedConfig:
     """
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config: PreTrainedConfig = AutoConfig.from_pretrained(base_of(model).name_or_path, **options)
-    remove_dropout(config)
+    remove_noise(config)
     return config
 
 
@@ -109,7 +100,7 @@ def empty_model(config: PreTrainedConfig, model: ModelConfig, *, dtype: torch.dt
 
 
 def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The causal language model on the CPU, without dropout, in evaluation mode.
+    """The causal language model on the CPU, without noise, in evaluation mode.
 
     Args:
         model: Which model, and its compute dtype.
@@ -129,7 +120,8 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
         return_large_blocks()
     options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     try:
-        config = load_config(model)
+        config = AutoConfig.from_pretrained(base_of(model).name_or_path, **options)
+        settings = remove_noise(config)
         found: Any = AutoModelForCausalLM.from_pretrained(
             model.name_or_path,
             config=config,
@@ -149,6 +141,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             f"model.name_or_path: {model.name_or_path} lacks {len(missing)} weights of "
             f"{type(loaded).__name__}, such as {missing[0]}; expected a complete causal language model"
         )
+    remember(loaded, settings)
     return ready(loaded)
 
 
@@ -169,15 +162,6 @@ def ready(model: PreTrainedModel) -> PreTrainedModel:
         setattr(parent, name, nn.GELU(approximate="tanh"))
     model.eval()
     return model
-
-
-def remove_dropout(config: Any) -> None:
-    """Sets every dropout rate and router jitter of a transformers config to 0, nested configs included."""
-    for key, value in vars(config).items():
-        if hasattr(value, "to_dict"):
-            remove_dropout(value)
-        elif isinstance(value, float) and key.endswith(NOISE_SUFFIXES):
-            setattr(config, key, 0.0)
 
 
 def return_large_blocks() -> None:

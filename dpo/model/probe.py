@@ -1,28 +1,40 @@
-"""Which layouts does this model compute exactly? Tested once at the start, on the longest group.
+"""Which layouts does a model compute as its authors wrote it? Tested at every start, before any result.
 
-A model that cannot share a prefix (ALiBi, recurrent layers, an unknown attention pattern) would give wrong
-numbers without an error. So its log-probs on trees are first compared with those on plain rows: in float32,
-where a hidden token stands out, and under bfloat16 on the first blocks for that. The whole model in bfloat16
-is then only compared with its own noise.
+The authors' model is called with one unpadded sequence at a time, with its own attention and logits, in
+evaluation mode and float32. A layout is used if no token's log-prob differs from that by more than rounding
+explains, on short trees in a row and on the longest of the data. A model that differs in every layout, or
+looks ahead, is refused. `dpo.engine.scoring` decides what is compared in float32, and with how many blocks.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
+from dpo.data.trees import Layout, Tree, TreeBatch, sequence_batch, tree_batch
+from dpo.model.files import first_line
 
-TOLERANCE = 1e-4
-"""Root mean square difference of token log-probs in float32, in nats, that rounding explains."""
+TOLERANCE, ROUNDING_FACTOR, MOST_TOLERANCE = 1e-4, 10.0, 1e-2
+"""Nats by which a token's log-prob may differ in float32, at least; or this factor times what it moves when
+the end of its sequence is cut off, at most the third."""
+LOOKS_AHEAD = 1e-3
+"""Nats by which a later token may move a log-prob in float32: experts are given other numbers of tokens."""
+KEPT, KEPT_OF = 2, 3
+"""Part of a completion that is left when its end is cut off."""
 NOISE_FACTOR, LEAST_NOISE = 3.0, 0.02
-"""In bfloat16 a layout may differ from rows by this factor times the difference of rows in one batch and
-alone (0.04 to 0.09 nats per token on a model of 135M), or times this many nats per token if that is more."""
+"""In bfloat16 a layout may differ, root mean square, by this factor times the difference of rows in one batch
+and alone (0.04 to 0.09 nats per token on a model of 135M), or times this many nats if that is more."""
+
+PROJECTION_NOISE = 0.3
+"""Nats by which log-probs of our projection may differ in bfloat16, from logits that were rounded to it."""
 
 Score = Callable[..., Tensor]
-"""(batch, per_token=True, own_projection=...) -> (N,) log-probs: a `SequenceScorer`, wrapped or not."""
+"""(batch, per_token=True, own_projection=..., one_at_a_time=..., as_written=...) -> (N,) log-probs: a
+`SequenceScorer`, wrapped or not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,110 +43,165 @@ class Probed:
 
     layout: Layout
     """The fastest layout that is exact."""
+    one_at_a_time: bool = False
+    """Whether its rows need a pass each, without padding."""
     uses_projection: bool
     """Whether our output projection agrees with the model's own."""
     notes: tuple[str, ...]
     """Why faster options are not used, to be shown to the user."""
+    refusal: str | None = None
+    """Why the model cannot be used at all."""
 
 
-def probe(
-    score: Score,
-    layouts: Sequence[Layout],
-    longest: Tree,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    precise: Score | None = None,
-) -> Probed:
-    """Finds the first layout whose log-probs equal those of plain rows with the model's own logits.
+class Comparison:
+    """A model as its authors wrote it, on some trees; computed once, and compared with every layout."""
 
-    All ranks of a sharded model must call it.
+    def __init__(
+        self,
+        score: Score,
+        trees: Sequence[Tree],
+        *,
+        device: torch.device,
+        windows: Sequence[int | None] = (),
+        exact: bool = True,
+    ) -> None:
+        """Prepares the comparison; nothing is computed yet.
+
+        Args:
+            score: The model, or its first blocks.
+            trees: At least one.
+            device: Of the model.
+            windows: Of its layers; see `TreeBatch.to`.
+            exact: It computes in float32. Otherwise layouts are compared with the noise of the compute type.
+        """
+        self._score, self._trees, self._device, self._windows = score, trees, device, windows
+        self.exact = exact
+        self._expected: Tensor | None = None
+        self.limit = 0.0
+        """Nats by which a layout may differ, if `exact`; known after `refusal`."""
+
+    def refusal(self) -> str | None:
+        """Why the model cannot be used in any layout, or None; to be asked first."""
+        sequences = [(prompt, end) for prompt, completions in self._trees for end in completions]
+        expected = [self._logps(sequence_batch([sequence]), as_written=True) for sequence in sequences]
+        self._expected = torch.cat(expected)
+        if not self._expected.isfinite().all():
+            return "its log-probs are not finite: check its weights, or set model.dtype: float32"
+        if not self.exact:
+            return None
+        longest = max(range(len(sequences)), key=lambda number: sum(map(len, sequences[number])))
+        prompt, completion = sequences[longest]
+        kept = max(1, KEPT * len(completion) // KEPT_OF)
+        cut = sequence_batch([(prompt, completion[:kept])])
+        seen = self._logps(cut, as_written=True)
+        moved = _largest(self._logps(_other_end(cut), as_written=True), seen)
+        if not moved <= LOOKS_AHEAD:
+            return (
+                f"it is not causal: another last token moves log-probs before it by {moved:.2g} nats; "
+                "expected a decoder that predicts each token from those before it"
+            )
+        rounding = _largest(seen, expected[longest][:kept])
+        self.limit = min(max(TOLERANCE, ROUNDING_FACTOR * rounding), MOST_TOLERANCE)
+        return None
+
+    def problem_of_projection(self) -> str | None:
+        """Why our output projection is not used instead of the model's own logits, or None."""
+        prompt, completions = self._trees[0]
+        batch = sequence_batch([(prompt, completions[0])])
+        ours = self._logps(batch, own_projection=False, one_at_a_time=False)
+        difference = _largest(ours, self._logps(batch, as_written=True))
+        if difference <= (self.limit if self.exact else PROJECTION_NOISE):
+            return None
+        return f"ours differs by {difference:.2g} nats per token"
+
+    def problem(self, layout: Layout, *, own: bool, one_at_a_time: bool) -> str | None:
+        """Why a layout is not used, or None."""
+        assert self._expected is not None
+        found = self._in_layout(layout, own=own, one_at_a_time=one_at_a_time)
+        if self.exact:
+            difference = _largest(found, self._expected)
+            if difference <= self.limit:
+                return None
+            return (
+                f"a token's log-prob differs by {difference:.2g} nats from the model's own, and rounding "
+                f"explains {self.limit:.2g}"
+            )
+        if layout == "rows":
+            return None  # it is the measure of noise
+        rows = self._in_layout("rows", own=own, one_at_a_time=False)
+        first = torch.from_numpy(_first_tokens(self._trees)).to(found.device)
+        difference = max(_rms(found, self._expected), _rms(found[first], self._expected[first]))
+        limit = NOISE_FACTOR * max(LEAST_NOISE, _rms(rows, self._expected))
+        if difference <= limit:
+            return None
+        return f"log-probs differ by {difference:.2g} nats per token from rows; noise is {limit:.2g} at most"
+
+    def _in_layout(self, layout: Layout, *, own: bool, one_at_a_time: bool) -> Tensor:
+        batch = tree_batch(self._trees, layout)
+        return self._logps(batch, own_projection=own, one_at_a_time=one_at_a_time)
+
+    @torch.no_grad()
+    def _logps(self, batch: TreeBatch, **options: bool) -> Tensor:
+        """(N,) float64 log-probs of a batch's completion tokens."""
+        token_logps = self._score(batch.to(self._device, self._windows), per_token=True, **options)
+        return token_logps.double()
+
+
+def probe(layouts: Sequence[Layout], comparisons: Sequence[Comparison]) -> Probed:
+    """Finds the first layout that is exact in all comparisons. All ranks of a sharded model must call it.
 
     Args:
-        score: The model.
-        layouts: Layouts to try, the fastest first; the last, `rows`, is always exact.
-        longest: The longest prompt with completions in the data.
-        dtype: The compute dtype.
-        device: Of the model.
-        precise: The first blocks of the model in float32 (`first_blocks`), for a model in bfloat16. Without
-            it, a layout is only compared with the model's noise.
+        layouts: To try, the fastest first; the last is `rows`, which is tried with and without padding.
+        comparisons: At least one, the cheapest first.
     """
+    if refusal := _first_problem([comparison.refusal for comparison in comparisons]):
+        return Probed(layout="rows", uses_projection=False, notes=(), refusal=refusal)
     notes: list[str] = []
-    whole = _Model(score, longest, device)
-    exact = _Model(precise, longest, device) if precise else None
-    if dtype == torch.float32:
-        exact = whole
-    difference = (exact or whole).of_projection()
-    uses_projection = difference <= (TOLERANCE if exact else whole.noise_limit(own=False))
-    if not uses_projection:
-        notes.append(
-            f"the model's own output projection is used: ours differs by {difference:.2g} nats per token"
-        )
-    for layout in layouts[:-1]:
+    if problem := _first_problem([comparisons[0].problem_of_projection]):
+        notes.append(f"the model's own output projection is used: {problem}")
+    own = bool(problem)
+    for layout, apart in (*((layout, False) for layout in layouts), ("rows", True)):
+        questions = [partial(each.problem, layout, own=own, one_at_a_time=apart) for each in comparisons]
+        problem = _first_problem(questions)
+        if problem is None:
+            alone = ", each in a pass of its own" if apart else ""
+            if layout == "rows" and (apart or len(layouts) == 1):
+                notes.append(f"this model cannot share a prompt: one row per completion{alone}")
+            return Probed(layout=layout, one_at_a_time=apart, uses_projection=not own, notes=tuple(notes))
+        notes.append(f"layout {layout} is not used: {problem}")
+    return Probed(layout="rows", uses_projection=False, notes=tuple(notes), refusal=problem)
+
+
+def _first_problem(questions: Iterable[Callable[[], str | None]]) -> str | None:
+    """The first answer that is a problem; what a model raises is one."""
+    for question in questions:
         try:
-            problem = _problem(exact, whole, layout, own=not uses_projection)
+            problem = question()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model's code may raise anything for inputs that it does not expect
-            problem = f"the model raised {type(error).__name__}: {error}"
-        if problem is None:
-            return Probed(layout=layout, uses_projection=uses_projection, notes=tuple(notes))
-        notes.append(f"layout {layout} is not used: {problem}")
-    if not notes or len(layouts) == 1:
-        notes.append("this model cannot share a prompt between completions: one row per completion")
-    return Probed(layout=layouts[-1], uses_projection=uses_projection, notes=tuple(notes))
-
-
-class _Model:
-    """Log-probs of the longest group under one scoring function."""
-
-    def __init__(self, score: Score, longest: Tree, device: torch.device) -> None:
-        self._score, self._longest, self._device = score, longest, device
-        self._alone: dict[bool, Tensor] = {}
-
-    @torch.no_grad()
-    def logps(self, tree: Tree, layout: Layout, *, own: bool) -> Tensor:
-        """(N,) float64 log-probs of a tree's completion tokens; `own`: through the model's own logits."""
-        batch: TreeBatch = tree_batch([tree], layout).to(self._device)
-        token_logps: Tensor = self._score(batch, per_token=True, own_projection=own)
-        return token_logps.double()
-
-    def alone(self, *, own: bool) -> Tensor:
-        """Those of every completion in a batch of its own."""
-        if own not in self._alone:
-            prompt, completions = self._longest
-            rows = [self.logps((prompt, [completion]), "rows", own=own) for completion in completions]
-            self._alone[own] = torch.cat(rows)
-        return self._alone[own]
-
-    def difference(self, layout: Layout, *, own: bool) -> float:
-        """Of a layout from rows alone, root mean square in nats per token."""
-        return _rms(self.logps(self._longest, layout, own=own), self.alone(own=own))
-
-    def of_projection(self) -> float:
-        """Of our output projection from the model's own, on the shortest completion."""
-        prompt, completions = self._longest
-        shortest = prompt, [min(completions, key=len)]
-        return _rms(self.logps(shortest, "rows", own=False), self.logps(shortest, "rows", own=True))
-
-    def noise_limit(self, *, own: bool) -> float:
-        """What rounding explains, by what it does to rows that are computed together."""
-        return NOISE_FACTOR * max(LEAST_NOISE, self.difference("rows", own=own))
-
-
-def _problem(exact: _Model | None, whole: _Model, layout: Layout, *, own: bool) -> str | None:
-    """Why a layout is not used, or None."""
-    if exact is not None:
-        difference = exact.difference(layout, own=own)
-        if difference > TOLERANCE:
-            return f"log-probs differ by {difference:.2g} nats per token from rows"
-    if exact is not whole:
-        difference, limit = whole.difference(layout, own=own), whole.noise_limit(own=own)
-        if difference > limit:
-            return (
-                f"log-probs differ by {difference:.2g} nats per token from rows; noise is {limit:.2g} at most"
-            )
+            problem = f"the model raised {type(error).__name__}: {first_line(error)}"
+        if problem is not None:
+            return problem
     return None
+
+
+def _other_end(batch: TreeBatch) -> TreeBatch:
+    """The batch of one sequence, with another last token and the same targets."""
+    ids = batch.input_ids.clone()
+    others = ids[0, ids[0] != ids[0, -1]]
+    ids[0, -1] = others[0] if len(others) else (ids[0, -1] - 1).abs()
+    return replace(batch, input_ids=ids)
+
+
+def _first_tokens(trees: Sequence[Tree]) -> npt.NDArray[np.int64]:
+    """Index of each completion's first token among all completion tokens."""
+    lengths = [len(completion) for _, completions in trees for completion in completions]
+    return np.cumsum([0, *lengths[:-1]])
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max())
 
 
 def _rms(found: Tensor, expected: Tensor) -> float:

@@ -133,10 +133,11 @@ def _rehearse_blocks(
         scorer = SequenceScorer(bare)
         layout = scorer.layout if model.share_prompts else "rows"
         if gpu:
-            scorer.projection.slice_elements = SLICE_ELEMENTS["cuda"]
+            if scorer.projection is not None:
+                scorer.projection.slice_elements = SLICE_ELEMENTS["cuda"]
             if layout == "packed" and model.attention in ("auto", "flex"):
                 layout = "flex"
-                bare.set_attn_implementation(ONE_KERNEL)
+                scorer.packed_attention = ONE_KERNEL
         for parameter in filter(lambda parameter: parameter.requires_grad, bare.parameters()):
             parameter.register_post_accumulate_grad_hook(_forget_gradient)
         laid_out = tree_batch(trees, layout)
@@ -176,10 +177,9 @@ def _recorded(
         moments["in_blocks"] = live.now
 
     blocks = next(module for module in bare.modules() if isinstance(module, nn.ModuleList))
-    handles = [
-        blocks[-1].register_forward_pre_hook(before_last_block, with_kwargs=True),
-        scorer.projection.register_forward_pre_hook(after_blocks),
-    ]
+    handles = [blocks[-1].register_forward_pre_hook(before_last_block, with_kwargs=True)]
+    if scorer.projection is not None:
+        handles.append(scorer.projection.register_forward_pre_hook(after_blocks))
     try:
         yield
     finally:

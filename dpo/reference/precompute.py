@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dpo import alive, distributed, terminal
 from dpo.config import ModelConfig, ReferenceConfig
-from dpo.data.dataset import TokenizedDataset, longest_tree
+from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import Int64s, deal
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
@@ -27,6 +27,7 @@ from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.errors import UserError
 from dpo.model.load import DTYPES
+from dpo.model.probe_trees import probe_trees
 from dpo.model.scorer import sequence_sums
 from dpo.reference.batches import MissingPlan, place_of, plan_batches
 from dpo.reference.store import ReferenceStore
@@ -119,7 +120,7 @@ def _compute(
     done, budget = distributed.SharedCount("precompute"), token_budget(options.max_tokens_per_batch)
     try:
         with _one_thread_on_cpu(device), frozen_scorer(model, sharded=sharded) as scorer:
-            probed = settle_layout(scorer, longest_tree(datasets), DTYPES[model.dtype])
+            probed = settle_layout(scorer, probe_trees(datasets), DTYPES[model.dtype])
             terminal.warning(*probed.notes)
             plan = plan_batches(datasets, missing.sequences, probed.layout, budget)
             mine = _my_batches(plan, sharded=sharded)

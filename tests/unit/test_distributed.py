@@ -1,6 +1,5 @@
 """One process that was not launched: the collectives give what a world of one gives."""
 
-import os
 import socket
 from pathlib import Path
 
@@ -130,32 +129,3 @@ def test_gpus_that_torch_does_not_see_are_mentioned(
     distributed._warn_of_unseen_gpus.cache_clear()
     shown = capsys.readouterr()
     assert ("1 GPU(s)" in shown.err + shown.out) is said
-
-
-def test_a_lock_of_a_build_that_was_killed_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(distributed, "LONGEST_BUILD_SECONDS", 60.0)
-    for name in ("old", "built"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "lock").touch()
-        os.utime(tmp_path / name / "lock", (1, 1))
-    with (tmp_path / "built" / "lock").open():  # as its builder keeps it
-        distributed.remove_abandoned_build_locks()
-    assert not (tmp_path / "old" / "lock").exists()
-    assert (tmp_path / "built" / "lock").exists()
-    assert str(tmp_path / "old" / "lock") in capsys.readouterr().out
-
-
-def test_a_young_lock_without_a_builder_here_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(distributed, "LONGEST_BUILD_SECONDS", 1.0)
-    (tmp_path / "op").mkdir()
-    lock = tmp_path / "op" / "lock"
-    lock.touch()
-    distributed.remove_abandoned_build_locks()
-    assert not lock.exists()
-    assert capsys.readouterr().out.count("waiting") == 1

@@ -1,4 +1,4 @@
-"""A rank ends with its launcher, however early that dies."""
+"""A rank ends with its launcher, however early that dies, and waits for no lock that a killed one left."""
 
 import os
 import subprocess
@@ -130,3 +130,32 @@ def test_what_the_launcher_leaves_is_waited_for(tmp_path: Path, killed: str) -> 
 def _children(pid: int) -> list[int]:
     lists = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for file in lists for child in file.read_text().split()]
+
+
+def test_a_lock_of_a_build_that_was_killed_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(launched, "LONGEST_BUILD_SECONDS", 60.0)
+    for name in ("old", "built"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lock").touch()
+        os.utime(tmp_path / name / "lock", (1, 1))
+    with (tmp_path / "built" / "lock").open():  # as its builder keeps it
+        launched.remove_abandoned_build_locks()
+    assert not (tmp_path / "old" / "lock").exists()
+    assert (tmp_path / "built" / "lock").exists()
+    assert str(tmp_path / "old" / "lock") in capsys.readouterr().out
+
+
+def test_a_young_lock_without_a_builder_here_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(launched, "LONGEST_BUILD_SECONDS", 1.0)
+    (tmp_path / "op").mkdir()
+    lock = tmp_path / "op" / "lock"
+    lock.touch()
+    launched.remove_abandoned_build_locks()
+    assert not lock.exists()
+    assert capsys.readouterr().out.count("waiting") == 1

@@ -107,6 +107,38 @@ def test_exported_weights_have_the_models_own_names_and_the_compute_type(tiny_mo
     assert all(torch.equal(found[name], bare[name]) for name in bare)
 
 
+def test_what_authors_keep_in_float32_is_exported_in_it(tiny_model: Path) -> None:
+    engine = tiny_engine(tiny_model)
+    engine._dtype = torch.bfloat16  # a process has one compute type
+    engine.model._keep_in_fp32_modules_strict = {"ln_f", "h.*.ln_1.bias"}
+    wide = {name for name, weight in engine.weights().items() if weight.dtype == torch.float32}
+    assert wide == {
+        f"transformer.{n}" for n in ("ln_f.weight", "ln_f.bias", "h.0.ln_1.bias", "h.1.ln_1.bias")
+    }
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_models_do_at_random_in_training_never_happens(tiny_model: Path, checkpointing: bool) -> None:
+    """PhiMoE draws its experts in training mode; only what recomputes activations is in that mode."""
+
+    class Drawing(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden + torch.rand_like(hidden) * self.training
+
+    config = ModelConfig(name_or_path=str(tiny_model), dtype="float32", gradient_checkpointing=checkpointing)
+    model = load_model(config)
+    model.transformer.h[0].mlp = torch.nn.Sequential(model.transformer.h[0].mlp, Drawing())
+    engine = Engine(world.start(config), model, config, OptimizationConfig())
+    for _ in range(2):
+        first, second = (engine.score(sequence_batch(SEQUENCES)) for _ in range(2))
+        assert torch.equal(first, second)
+        with engine.sampling_model() as sampled:
+            assert not any(module.training for module in sampled.modules())
+    assert {type(m).__name__ for m in model.modules() if m.training} == (
+        {"GPT2Block", "GPT2Model"} if checkpointing else set()
+    )
+
+
 def test_saved_state_comes_back(tiny_model: Path, tmp_path: Path) -> None:
     def step(engine: Engine) -> float:
         engine.accumulate(-engine.score(sequence_batch(SEQUENCES)).sum(), last=True)

@@ -1,15 +1,35 @@
 """A model as a scorer: which attention and layouts, and how many tokens at once."""
 
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from dpo.config import ModelConfig
-from dpo.engine.scoring import CPU_TOKENS, GPU_TOKENS, bare_scorer, make_scorer, settle_layout, token_budget
+from dpo.data.trees import Tree
+from dpo.engine.scoring import (
+    CPU_TOKENS,
+    GPU_TOKENS,
+    PROBE_WORK,
+    bare_scorer,
+    make_scorer,
+    settle_layout,
+    token_budget,
+)
+from dpo.errors import UserError
+from dpo.model.first_blocks import in_float32
 from dpo.model.load import load_model
+from dpo.model.probe import Score
+from dpo.model.probe_trees import trees_of
+from dpo.model.scorer import SequenceScorer
+
+IDS = np.arange(1, 60, dtype=np.int32)
+TREES = trees_of((IDS[:20], [IDS[30:50], IDS[25:52]]))
 
 
 @pytest.fixture
@@ -41,24 +61,91 @@ def test_the_layout_that_is_settled_is_set_on_the_scorer_inside_any_wrapper(conf
 
     scorer = make_scorer(load_model(config), config)
     scorer.layout = "rows"
-    ids = np.arange(1, 6, dtype=np.int32)
-    probed = settle_layout(Wrapper(scorer), (ids, [ids[:2], ids[:4]]), torch.float32)
+    probed = settle_layout(Wrapper(scorer), TREES, torch.float32)
     assert probed.layout == "packed"
     assert scorer.layout == "packed"
     assert bare_scorer(Wrapper(scorer)) is scorer
 
 
-def test_in_bfloat16_layouts_are_checked_in_float32_or_a_note_says_why_not(
+class Leaky(torch.nn.Module):
+    """An MLP that also hands the first part of a token's state on to the next, whatever its segment."""
+
+    def __init__(self, mlp: torch.nn.Module, share: float) -> None:
+        super().__init__()
+        self.mlp, self.share = mlp, share
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp(hidden) + self.share * F.pad(hidden, (0, 0, 1, 0))[:, :-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_leak_is_noticed_in_bfloat16_as_in_float32(config: ModelConfig, dtype: torch.dtype) -> None:
+    """At a depth that the first blocks do not reach, and too small for the noise of bfloat16."""
+    model = load_model(replace(config, dtype=str(dtype).removeprefix("torch.")))
+    scorer = make_scorer(model, config)
+    assert settle_layout(scorer, TREES, dtype).layout == "packed"
+    last = model.transformer.h[-1]
+    last.mlp = Leaky(last.mlp, 0.01)
+
+    def copied(scorer: SequenceScorer, *rest: object, **options: object) -> Score:
+        copy = deepcopy(scorer).float()  # the class cannot be made from its config
+        return lambda *inputs, **options: copy(*inputs, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo.engine.scoring.in_float32", copied)
+        assert settle_layout(scorer, TREES, dtype).layout == "rows"
+
+
+def test_a_model_that_is_not_causal_is_refused_with_its_class_and_number(config: ModelConfig) -> None:
+    model = load_model(config)
+    last = model.transformer.h[-1]
+    last.mlp.forward = lambda hidden: hidden.mean(1, keepdim=True).expand_as(hidden)
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel cannot be used: it is not causal: .* nats"):
+        settle_layout(make_scorer(model, config), TREES, torch.float32)
+
+
+def test_a_model_of_which_no_part_can_be_copied_is_compared_with_its_noise_and_a_note(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = np.arange(1, 6, dtype=np.int32)
     scorer = make_scorer(load_model(replace(config, dtype="bfloat16")), replace(config, dtype="bfloat16"))
-    assert settle_layout(scorer, (ids, [ids[:2], ids[:4]]), torch.bfloat16).notes == ()
+    assert settle_layout(scorer, TREES, torch.bfloat16).notes == ()
 
-    def broken(*rest: object) -> None:
+    def broken(*rest: object, **options: object) -> None:
         raise KeyError("of the test")
 
-    monkeypatch.setattr("dpo.engine.scoring.first_blocks", broken)
-    probed = settle_layout(scorer, (ids, [ids[:2], ids[:4]]), torch.bfloat16)
+    monkeypatch.setattr("dpo.engine.scoring.in_float32", broken)
+    probed = settle_layout(scorer, TREES, torch.bfloat16)
     assert probed.layout == "packed"
-    assert "KeyError" in probed.notes[0]
+    assert "no part of this model can be made in float32" in probed.notes[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_model_is_compared_in_parts(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """The whole where that is cheap, the first blocks on long trees, and both in float32."""
+    made: list[int | None] = []
+
+    def recorded(scorer: SequenceScorer, gather: object, *, num_blocks: int | None = None) -> Score:
+        made.append(num_blocks)
+        return in_float32(scorer, num_blocks=num_blocks)
+
+    monkeypatch.setattr("dpo.engine.scoring.in_float32", recorded)
+    model = load_model(replace(config, dtype=str(dtype).removeprefix("torch.")))
+    scorer = make_scorer(model, config)
+    whole = [] if dtype == torch.float32 else [None]
+    assert settle_layout(scorer, TREES, dtype).layout == "packed"
+    assert made == whole
+    made.clear()
+    between = sum(p.numel() for p in model.parameters()) * (tokens(TREES.short) + tokens(TREES.long)) / 2
+    monkeypatch.setitem(PROBE_WORK, "cpu", between)
+    assert settle_layout(scorer, TREES, dtype).layout == "packed"
+    assert made == [*whole, 2]
+    made.clear()
+    monkeypatch.setitem(PROBE_WORK, "cpu", 0)
+    assert settle_layout(scorer, TREES, dtype).layout == "packed"
+    assert made == [2]
+
+
+def tokens(trees: Sequence[Tree]) -> int:
+    return sum(len(part) for prompt, completions in trees for part in (prompt, *completions))

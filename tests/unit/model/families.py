@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo.data.records import TokenIds
 from dpo.data.trees import Tree
-from dpo.model.load import ready, remove_dropout
+from dpo.model.attention import restore_attention
+from dpo.model.authors import remove_noise
+from dpo.model.load import ready
 
 VOCABULARY = 97
 WINDOW = 7
@@ -56,7 +58,7 @@ def tiny(family: str, attention: str | None = None, **sizes: int) -> PreTrainedM
     own = (TREES | ROWS)[family]
     replaced = {key: size for key, size in sizes.items() if key in own}
     config = AutoConfig.for_model(family, **own | replaced)
-    remove_dropout(config)
+    remove_noise(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # they start at zero, where a forgotten bias would not be noticed
@@ -77,6 +79,7 @@ def random_tree(rng: np.random.Generator, num_completions: int, longest: int = 3
 def naive_logps(model: PreTrainedModel, trees: list[Tree]) -> Tensor:
     """(N,) log-probs: one sequence at a time, nothing shared, softmax over the model's own logits."""
     found = []
+    restore_attention(model)
     for prompt, completions in trees:
         for completion in completions:
             ids = torch.from_numpy(np.concatenate([prompt, completion]).astype(np.int64))[None]

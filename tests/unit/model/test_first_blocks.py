@@ -1,4 +1,4 @@
-"""The copy is the model's own code and weights, in float32 and cut after the first blocks."""
+"""The copy is the model's own code, weights and mode, in float32, whole or cut after the first blocks."""
 
 from contextlib import contextmanager
 
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from dpo.data.trees import tree_batch
-from dpo.model.first_blocks import first_blocks, num_blocks
+from dpo.model.first_blocks import enough_blocks, in_float32
 from dpo.model.scorer import SequenceScorer
 
 TREE = random_tree(np.random.default_rng(0), 3)
@@ -20,7 +20,7 @@ TREE = random_tree(np.random.default_rng(0), 3)
 @pytest.mark.parametrize("family", TREES | ROWS)
 def test_a_model_of_two_blocks_is_its_own_copy(family: str) -> None:
     model = tiny(family)
-    score = first_blocks(SequenceScorer(model))
+    score = in_float32(SequenceScorer(model), num_blocks=2)
     found = score(tree_batch([TREE], "rows"), per_token=True)
     with torch.no_grad():
         torch.testing.assert_close(found, naive_logps(model, [TREE]), rtol=1e-5, atol=5e-5)
@@ -30,11 +30,33 @@ def test_a_model_of_two_blocks_is_its_own_copy(family: str) -> None:
 def test_weights_in_bfloat16_are_widened_and_not_changed(family: str) -> None:
     scorer = SequenceScorer(tiny(family).bfloat16())
     before = {name: weight.clone() for name, weight in scorer.state_dict().items()}
-    found = first_blocks(scorer)(tree_batch([TREE], "rows"), per_token=True)
+    found = in_float32(scorer, num_blocks=2)(tree_batch([TREE], "rows"), per_token=True)
     with torch.no_grad():
         wanted = naive_logps(tiny(family).bfloat16().float(), [TREE])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=5e-5)
     assert all(torch.equal(weight, before[name]) for name, weight in scorer.state_dict().items())
+
+
+def test_a_copy_of_the_whole_model_is_the_model_in_its_mode() -> None:
+    model = tiny("llama", num_hidden_layers=3)
+    model.model.layers[1].training = True  # as gradient checkpointing does
+    seen: list[bool] = []
+    kind = type(model.model.layers[0])
+    original = kind.forward
+
+    def forward(self, *rest, **options):  # type: ignore[no-untyped-def]
+        seen.append(self.training)
+        return original(self, *rest, **options)
+
+    score = in_float32(SequenceScorer(model))
+    kind.forward = forward
+    try:
+        found = score(tree_batch([TREE], "rows"), per_token=True)
+    finally:
+        kind.forward = original
+    assert seen == [False, True, False]
+    with torch.no_grad():
+        torch.testing.assert_close(found, naive_logps(model, [TREE]), rtol=1e-5, atol=5e-5)
 
 
 def test_adapters_are_left_out() -> None:
@@ -42,7 +64,7 @@ def test_adapters_are_left_out() -> None:
     inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], r=2), model)
     with torch.no_grad():
         wanted = naive_logps(tiny("llama"), [TREE])
-    found = first_blocks(SequenceScorer(model))(tree_batch([TREE], "rows"), per_token=True)
+    found = in_float32(SequenceScorer(model), num_blocks=2)(tree_batch([TREE], "rows"), per_token=True)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=5e-5)
 
 
@@ -57,7 +79,7 @@ def test_sharded_weights_are_whole_while_they_are_copied_and_only_those_of_the_c
     model = tiny("llama")
     model.model.layers.extend(tiny("llama").model.layers)  # four blocks
     model.config.num_hidden_layers = 4
-    first_blocks(SequenceScorer(model), gathered)
+    in_float32(SequenceScorer(model), gathered, num_blocks=2)
     assert seen == [len({*tiny("llama").parameters()})]
 
 
@@ -72,8 +94,8 @@ def test_sharded_weights_are_whole_while_they_are_copied_and_only_those_of_the_c
 )
 def test_every_type_of_layer_is_in_the_copy(types: list[str] | None, expected: int) -> None:
     if types is None:
-        assert num_blocks(AutoConfig.for_model("llama", num_hidden_layers=6)) == expected
+        assert enough_blocks(AutoConfig.for_model("llama", num_hidden_layers=6)) == expected
     else:
         config = AutoConfig.for_model("gemma3_text", num_hidden_layers=6, layer_types=types)
-        assert num_blocks(config) == expected
-    assert num_blocks(AutoConfig.for_model("llama", num_hidden_layers=1)) == 1
+        assert enough_blocks(config) == expected
+    assert enough_blocks(AutoConfig.for_model("llama", num_hidden_layers=1)) == 1

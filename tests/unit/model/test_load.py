@@ -15,8 +15,9 @@ from unit.model.local_model import Edited, model_config
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.model import load as load_module
+from dpo.model.authors import remove_noise
 from dpo.model.files import adapter_files, base_of, num_parameters, raw_config
-from dpo.model.load import load_model, load_tokenizer, remove_dropout
+from dpo.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft calls it by an old name
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -100,7 +101,7 @@ def test_every_dropout_rate_is_removed_whatever_its_name_nested_configs_included
     config.inner = Nested()
     config.inner.attention_probs_dropout_prob = 0.5
     config.layer_norm_epsilon, config.dropout_schedule_name = 0.125, "cosine"
-    remove_dropout(config)
+    remove_noise(config)
     for name in (*rates, "embd_pdrop", "attn_pdrop", "resid_pdrop", "summary_first_dropout"):
         assert getattr(config, name) == 0.0
     assert config.inner.attention_probs_dropout_prob == 0.0
@@ -109,7 +110,7 @@ def test_every_dropout_rate_is_removed_whatever_its_name_nested_configs_included
 
 def test_removing_dropout_changes_nothing_else() -> None:
     before, config = LlamaConfig(attention_dropout=0.1).to_dict(), LlamaConfig(attention_dropout=0.1)
-    remove_dropout(config)
+    remove_noise(config)
     assert config.to_dict() == before | {"attention_dropout": 0.0}
 
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from dpo.data.trees import Layout, tree_batch
 from dpo.loss.pairs import pair_logps
-from dpo.model.first_blocks import first_blocks
-from dpo.model.probe import probe
+from dpo.model.first_blocks import in_float32
+from dpo.model.probe import Comparison, probe
+from dpo.model.probe_trees import trees_of
 from dpo.model.projection import TokenLogProbs
 from dpo.model.scorer import SequenceScorer
 
@@ -50,9 +51,12 @@ def test_log_probs_and_gradients_are_those_of_rows_on_the_cpu(family: str, layou
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_flex_is_chosen_in_bfloat16(family: str) -> None:
     scorer = SequenceScorer(wide(family).bfloat16().to(CARD), flex=True)
-    probed = probe(
-        scorer, scorer.layouts, TREES[0], dtype=torch.bfloat16, device=CARD, precise=first_blocks(scorer)
-    )
+    trees = trees_of(TREES[0])
+    compared = [
+        Comparison(in_float32(scorer), trees.long, device=CARD, windows=scorer.windows),
+        Comparison(scorer, trees.short, device=CARD, windows=scorer.windows, exact=False),
+    ]
+    probed = probe(scorer.layouts, compared)
     assert (probed.layout, probed.notes) == ("flex", ())
 
 

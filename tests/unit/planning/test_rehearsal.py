@@ -17,7 +17,8 @@ from transformers import (
 
 from dpo.config import ModelConfig
 from dpo.data.trees import Tree, tree_batch
-from dpo.model.load import empty_model, remove_dropout
+from dpo.model.authors import remove_noise
+from dpo.model.load import empty_model
 from dpo.model.scorer import SequenceScorer
 from dpo.planning.live_bytes import LiveBytes
 from dpo.planning.rehearsal import rehearse
@@ -33,7 +34,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "bloom, in rows": BloomConfig(vocab_size=600, hidden_size=64, n_head=4, n_layer=5),
 }
 for described in FAMILIES.values():
-    remove_dropout(described)
+    remove_noise(described)
 
 
 def trees(number: int) -> list[Tree]:
