@@ -59,15 +59,16 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("layout", ["packed", "trees", "rows"])
 def test_the_states_are_those_that_predict_the_completions_of_single_rows(
-    scorer: SequenceScorer, data: TokenizedDataset, layout: Layout
+    scorer: SequenceScorer, data: TokenizedDataset, layout: Layout, tiny_model: Path
 ) -> None:
+    plain = load_model(ModelConfig(name_or_path=str(tiny_model), dtype="float32")).eval()
     pairs = np.array([3, 17, 38])
     expected = np.zeros((3, 2, 32))
     for place, (prompt, completions) in enumerate(pair_trees(data, pairs)):
         for side, completion in enumerate(completions):
             row = torch.from_numpy(np.concatenate([prompt, completion])[None].astype(np.int64))
             with torch.no_grad():
-                hidden = scorer.model(row, output_hidden_states=True).hidden_states[-1][0]
+                hidden = plain(row, output_hidden_states=True).hidden_states[-1][0]
             expected[place, side] = hidden[len(prompt) - 1 : -1].double().sum(0).numpy()
     scores, per_token, likeness = ches_of(expected, np.full((3, 2), TOKENS))
     found = score_ches(scorer, data, pairs, layout=layout, budget=64)  # a batch a pair
