@@ -30,6 +30,7 @@ from dpo.model.load import DTYPES
 from dpo.model.probe_trees import probe_trees
 from dpo.model.scorer import sequence_sums
 from dpo.reference.batches import MissingPlan, place_of, plan_batches
+from dpo.reference.shard_writer import ShardWriter
 from dpo.reference.store import ReferenceStore
 from dpo.reference.table import Keys, ReferenceRows, halves, index_keys
 
@@ -129,7 +130,7 @@ def _compute(
             started = time.monotonic()
             alive.step("reference log-probs")
             with _bar(plan, missing) as bar:
-                with _Unwritten(store, options.flush_every_seconds) as unwritten:
+                with ShardWriter(store, options.flush_every_seconds) as unwritten:
                     for number, (batch, keys) in zip(mine, prefetch(map(lay_out, mine)), strict=True):
                         unwritten.add(_score(scorer, batch, keys, per_token=options.store_token_logps))
                         tokens = plan.num_tokens(number) if number is not None else 0
@@ -142,37 +143,6 @@ def _compute(
             f"reference.max_tokens_per_batch: {budget} tokens do not fit "
             "the device's memory; lower it, or set reference.sharding: zero3"
         ) from error
-
-
-class _Unwritten:
-    """Rows that are computed but not yet in a shard. They are written at intervals, and at the end of the
-    block, also if an exception ends it.
-    """
-
-    def __init__(self, store: ReferenceStore, interval: float) -> None:
-        self._store = store
-        self._interval = interval
-        """Seconds from one shard to the next."""
-        self._rows: list[ReferenceRows] = []
-        self._written_at = time.monotonic()
-
-    def __enter__(self) -> "_Unwritten":
-        return self
-
-    def add(self, rows: ReferenceRows) -> None:
-        if len(rows):
-            self._rows.append(rows)
-        if time.monotonic() - self._written_at >= self._interval:
-            self._write()
-
-    def _write(self) -> None:
-        if self._rows:
-            self._store.append(ReferenceRows.joined(self._rows))
-            self._rows.clear()
-        self._written_at = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._write()
 
 
 def _my_batches(plan: MissingPlan, *, sharded: bool) -> list[int | None]:

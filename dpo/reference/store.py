@@ -5,7 +5,7 @@ caches of one model are merged by copying shards. The loaded table has each key 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -15,7 +15,7 @@ from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.files import write_file
 from dpo.reference.identity import ReferenceIdentity, reference_identity
-from dpo.reference.shards import PATTERN, has_token_logps, read_shard, write_shard
+from dpo.reference.shards import PATTERN, has_token_logps, read_shard, write_shard, written_at
 from dpo.reference.table import ReferenceRows, ReferenceTable, build_table
 
 IDENTITY_FILE = "identity.json"
@@ -71,6 +71,23 @@ class ReferenceStore:
         """Writes one shard and returns its path; UserError if it cannot be written."""
         return write_shard(self.path, rows, self.identity.digest)
 
+    def join(self, shards: Sequence[Path]) -> Path | None:
+        """Replaces shards of one builder, the oldest first, by one; returns it, or None if one is gone.
+
+        The new one is written before the others are removed. All have log-probs per token, or none has.
+        """
+        try:
+            with_tokens = has_token_logps(shards[0])
+            parts = [read_shard(path, self.identity.digest, token_logps=with_tokens) for path in shards]
+        except FileNotFoundError:  # another process prunes the cache
+            return None
+        # as in pruning, a copy with tokens must not become older than one without them
+        time_ns = written_at(shards[-1] if with_tokens else shards[0])
+        joined = write_shard(self.path, ReferenceRows.joined(parts), self.identity.digest, time_ns=time_ns)
+        for path in shards:
+            path.unlink(missing_ok=True)
+        return joined
+
     def shards(self) -> list[Path]:
         """All shards, the oldest first."""
         return sorted(self.path.glob(PATTERN))
@@ -85,10 +102,13 @@ class ReferenceStore:
             UserError: A shard is damaged or of another model, the folder has another identity, or two shards
                 disagree.
         """
+        found: dict[Path, ReferenceRows] = {}  # also of shards that were joined meanwhile
 
         def read(shards: list[Path]) -> list[ReferenceRows]:
-            wanted = [path for path in shards if not with_tokens or has_token_logps(path)]
-            return [read_shard(path, self.identity.digest) for path in wanted]
+            for path in shards:
+                if path not in found and (not with_tokens or has_token_logps(path)):
+                    found[path] = read_shard(path, self.identity.digest)
+            return [found[path] for path in sorted(found)]
 
         parts = self.read_shards(read)
         return build_table(ReferenceRows.joined(parts), self.identity.dtype, str(self.path))
@@ -96,7 +116,7 @@ class ReferenceStore:
     def read_shards(self, read: Callable[[list[Path]], T]) -> T:
         """The result of `read` on all shards, the oldest first.
 
-        Reads again if a shard disappears meanwhile because another process prunes the cache.
+        Reads again if a shard disappears meanwhile because another process joins shards.
 
         Args:
             read: Reads shards, and does not catch FileNotFoundError.

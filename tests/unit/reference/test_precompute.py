@@ -23,6 +23,7 @@ from dpo.reference import precompute as precompute_module
 from dpo.reference.batches import MissingPlan
 from dpo.reference.identity import reference_model
 from dpo.reference.precompute import _my_batches
+from dpo.reference.store import ReferenceStore
 from dpo.reference.values import reference_logps, reference_token_logps
 
 Rows = list[dict[str, Any]]
@@ -229,11 +230,18 @@ def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own(
     torch.testing.assert_close(cached, live_logps(config, data), rtol=0, atol=1e-4)
 
 
-def test_work_is_written_as_it_is_done(experiment: Experiment, preference_rows: MakeRows) -> None:
+def test_work_is_written_as_it_is_done_and_joined_in_the_end(
+    experiment: Experiment, preference_rows: MakeRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, data = experiment(preference_rows(12))
     config = with_options(config, max_tokens_per_batch=60, flush_every_seconds=0.0)
+    append, written = ReferenceStore.append, []
+    monkeypatch.setattr(
+        ReferenceStore, "append", lambda store, rows: written.append(len(rows)) or append(store, rows)
+    )
     fill(config, [data], store_of(config))
-    assert len(store_of(config).shards()) > 3
+    assert len(written) > 3
+    assert len(store_of(config).shards()) == 1
     assert (store_of(config).load().index.find(data.keys) >= 0).all()
 
 
