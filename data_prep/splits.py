@@ -136,6 +136,8 @@ def split_groups(
         turns = [turn for turn in group.prompt if not isinstance(turn, str)]
         others = {*group.template_fields, *(key for fields in group.message_fields for key in fields)}
         others |= {key for turn in turns for key in turn} - {"role", "content"}
+        if group.conversations:
+            others.add("completions of several messages")
         if turns and ends_with_answer(turns) and not group.continues:
             others.add("two turns of the assistant in a row")
         if others:

@@ -7,6 +7,7 @@ that a group holds, and every completion is seen in its dialogue as it was writt
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -25,6 +26,14 @@ IDENTIFIERS = ("name", "tool_call_id")
 """Message fields that most templates leave out, since the turns alone say who speaks."""
 
 
+class Piece(NamedTuple):
+    """A part of a completion of several messages."""
+
+    text: str
+    is_trained: bool
+    """Whether the assistant wrote it; other messages, and the starts of turns, are read alone."""
+
+
 class ChatText(NamedTuple):
     """A group through the template."""
 
@@ -36,6 +45,8 @@ class ChatText(NamedTuple):
     """Names and identifiers of the messages that the template leaves out."""
     without_system: bool
     """Whether the template leaves out a system turn."""
+    pieces: list[list[Piece]]
+    """The parts of each completion, the prompt's text before them."""
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, key: str) -> None:
@@ -87,28 +98,54 @@ def chat_text(
     assert not isinstance(group.prompt, str)
     _check_fields(group, tokenizer)
     prompt = prompt_text(group.prompt, tokenizer, group.template_fields, continues=group.continues)
-    dialogues = []
-    for answer in _answers(group):
-        turns = [*group.prompt, answer]
-        if group.continues:
-            *before, start = group.prompt
-            turns = [*before, {**start, **answer, "content": start["content"] + answer["content"]}]
-        whole = _rendered(turns, tokenizer, group.template_fields, continue_final_message=not complete)
-        if not whole.startswith(prompt):
-            raise RowError(
-                "template_rewrites_history",
-                "the chat template writes the prompt in another way when a completion follows",
-            )
-        _check_survives(answer, whole[len(prompt) :])
-        dialogues.append(whole)
+    completions = group.conversations or [(answer,) for answer in _answers(group)]
+    pieces = [_pieces(group, messages, prompt, tokenizer, complete=complete) for messages in completions]
     systems = [turn["content"] for turn in group.prompt if turn["role"] in SYSTEM_ROLES]
     written = _squeezed(prompt) if systems else ""
     return ChatText(
         prompt=prompt,
-        dialogues=dialogues,
+        dialogues=[prompt + "".join(piece.text for piece in of_one) for of_one in pieces],
         unused=tuple(_unused_identifiers(group, tokenizer, prompt)),
         without_system=not all(_squeezed(system) in written for system in systems),
+        pieces=pieces,
     )
+
+
+def _pieces(
+    group: PreferenceGroup,
+    messages: Sequence[Message],
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    complete: bool,
+) -> list[Piece]:
+    """The text of each message of the assistant, and between them that of the messages which it reads."""
+    turns = [turn for turn in group.prompt if not isinstance(turn, str)]
+    done = prompt
+    found: list[Piece] = []
+    for message, following in zip_longest(messages, messages[1:]):
+        if group.continues:
+            *_, start = turns
+            turns[-1] = Message(**{**start, **message, "content": start["content"] + message["content"]})
+        else:
+            turns.append(message)
+        is_answer = message["role"] == "assistant"
+        if not is_answer and following["role"] != "assistant":
+            continue  # the answers of two tools, for example
+        options = {"continue_final_message": not (complete or following)} if is_answer else {}
+        text = _rendered(
+            turns, tokenizer, group.template_fields, **options, add_generation_prompt=not is_answer
+        )
+        if not text.startswith(done):
+            raise RowError(
+                "template_rewrites_history",
+                "the chat template writes the prompt in another way when a completion follows",
+            )
+        found.append(Piece(text[len(done) :], is_answer))
+        if is_answer:
+            _check_survives(message, found[-1].text)
+        done = text
+    return found
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -160,7 +197,8 @@ def _without_today(template: str) -> str:
 def _check_fields(group: PreferenceGroup, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises RowError for a field that the template never names: the group would be trained without it."""
     used = {*group.template_fields, *(key for others in group.message_fields for key in others)}
-    used |= {key for turn in group.prompt if not isinstance(turn, str) for key in turn}
+    turns = [*group.prompt, *(turn for messages in group.conversations for turn in messages)]
+    used |= {key for turn in turns if not isinstance(turn, str) for key in turn}
     for key in sorted(used - {"role", "content", *IDENTIFIERS}):
         if not knows_field(tokenizer, key):
             raise RowError("template_lacks_field", f"the chat template of this tokenizer has no {key!r}")

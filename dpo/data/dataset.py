@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo.data.plan import Sizes
-from dpo.data.records import KEY_BYTES, Pair, TokenIds, TokenizedGroup, sequence_key
+from dpo.data.records import KEY_BYTES, Pair, TokenIds, TokenizedGroup, num_trained, sequence_key
 from dpo.data.trees import Layout
 from dpo.files import atomic_folder
 
@@ -40,6 +40,8 @@ ARRAYS = {
     "keys": False,
 }
 """The arrays of a folder -> whether it holds places, which start at 0, in another array."""
+READ_ONLY = "tokens_not_trained"
+"""In counts: tokens of completions that are read and not trained on; not there where there are none."""
 LARGEST = "largest_id"  # in that file; an earlier version did not write it
 
 
@@ -137,9 +139,17 @@ class TokenizedDataset:
         return self.group_segments[:-1] - np.arange(len(self))
 
     @cached_property
-    def completion_tokens(self) -> npt.NDArray[np.int64]:
-        """(S,) tokens of each sequence's completion."""
+    def completion_lengths(self) -> npt.NDArray[np.int64]:
+        """(S,) tokens of each sequence's completion, trained on or not."""
         return np.delete(np.diff(self.segment_offsets), self.group_segments[:-1])
+
+    @cached_property
+    def completion_tokens(self) -> npt.NDArray[np.int64]:
+        """(S,) tokens of each sequence's completion that are trained on."""
+        if not self.counts.get(READ_ONLY):
+            return self.completion_lengths
+        trained = np.add.reduceat(self.tokens >= 0, self.segment_offsets[:-1], dtype=np.int64)
+        return np.delete(trained, self.group_segments[:-1])
 
     def values_of(self, values: npt.NDArray[Any], groups: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """The values of these groups' sequences, or of their completion tokens, one group after the other.
@@ -167,7 +177,7 @@ class TokenizedDataset:
         """(S,) tokens of each sequence, prompt and completion."""
         prompts = np.diff(self.segment_offsets)[self.group_segments[:-1]]
         return np.asarray(
-            self.completion_tokens + np.repeat(prompts, self.sequences_per_group), dtype=np.int64
+            self.completion_lengths + np.repeat(prompts, self.sequences_per_group), dtype=np.int64
         )
 
     def sequence(self, index: int) -> tuple[TokenIds, TokenIds]:
@@ -224,13 +234,15 @@ def new_dataset(folder: Path) -> Iterator[Path]:
 def write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Counter[str]) -> None:
     """Writes the arrays and counts of groups into a folder; see `write_dataset`."""
     segment_offsets, group_segments, margins = array("q", [0]), array("q", [0]), array("d")
-    pairs, group_pairs, keys, largest = array("i"), array("q", [0]), bytearray(), -1
+    pairs, group_pairs, keys = array("i"), array("q", [0]), bytearray()
+    largest, read_only = -1, 0
     with (building / TOKENS).open("wb") as file:
         for group in groups:
             for segment in (group.prompt, *group.completions):
                 file.write(np.ascontiguousarray(segment, dtype="<i4").tobytes())
                 segment_offsets.append(segment_offsets[-1] + len(segment))
-                largest = max(largest, int(segment.max(initial=-1)))
+                largest = max(largest, int(segment.max(initial=-1)), int((~segment).max(initial=-1)))
+                read_only += len(segment) - num_trained(segment)
             for completion in group.completions:
                 keys += sequence_key(group.prompt, completion)
             for pair in group.pairs:
@@ -245,6 +257,8 @@ def write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Count
     np.save(building / "margins.npy", np.frombuffer(margins, dtype=np.float64))
     np.save(building / "keys.npy", np.frombuffer(bytes(keys), dtype=f"V{KEY_BYTES}"))
     counts.update(groups=len(group_segments) - 1, pairs=len(pairs) // 2, tokens=segment_offsets[-1])
+    if read_only:
+        counts[READ_ONLY] += read_only
     described = {LARGEST: largest, **dict(sorted(counts.items()))}
     (building / COUNTS).write_text(json.dumps(described, indent=2))
 

@@ -4,6 +4,7 @@ Texts stay texts and messages messages; what stands in columns such as question 
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from dpo.data.fields import Fields, RowError
@@ -30,6 +31,8 @@ class Dialogue(NamedTuple):
     """What the message of each completion holds besides its text; empty where none does."""
     continues: bool
     """Whether completions continue the last turn of the prompt, which is the start of the answer."""
+    conversations: tuple[tuple[Message, ...], ...] = ()
+    """The messages of each completion, where one has several; else empty."""
 
 
 def read_dialogue(fields: Fields, values: Sequence[Any], notes: RowNotes, *, may_imply: bool) -> Dialogue:
@@ -45,6 +48,7 @@ def read_dialogue(fields: Fields, values: Sequence[Any], notes: RowNotes, *, may
         RowError: No prompt, no text, or turns that do not fit together.
     """
     message_fields: tuple[Mapping[str, Any], ...] = ()
+    several: tuple[tuple[Message, ...], ...] = ()
     prompt, is_turn = _prompt_field(fields)
     prompt, values = messages_of_json(prompt), [messages_of_json(value) for value in values]
     system = fields.text("system")
@@ -69,15 +73,19 @@ def read_dialogue(fields: Fields, values: Sequence[Any], notes: RowNotes, *, may
             prompt = (Message(role="user", content=prompt),)
     else:
         conversations = [read_messages(fields, value, "completion") for value in values]
-        prompt = _prompt_of_conversations(fields, prompt, conversations)
-        completions = tuple(turns[-1]["content"] for turns in conversations)
-        others = tuple(_other_fields(turns[-1]) for turns in conversations)
-        message_fields = others if any(others) else ()
         continues = continues and all(len(turns) == 1 for turns in conversations)
+        prompt, conversations = _split_conversations(fields, prompt, conversations)
+        completions = tuple(turns[-1]["content"] for turns in conversations)
+        several = tuple(conversations) if any(len(turns) > 1 for turns in conversations) else ()
+        others = tuple(_other_fields(turns[-1]) for turns in conversations)
+        message_fields = others if any(others) and not several else ()
+        if several and ends_with_answer(prompt):
+            raise RowError("prompts_differ", "completions of several messages cannot continue the last turn")
     for index, completion in enumerate(completions):
-        if not completion.strip() and not (message_fields and "tool_calls" in message_fields[index]):
+        last = several[index][-1] if several else message_fields[index] if message_fields else {}
+        if not completion.strip() and "tool_calls" not in last:
             raise RowError("empty_completion", f"a completion is {completion!r}; expected some text")
-    return Dialogue(_with_system(prompt, system), completions, message_fields, continues)
+    return Dialogue(_with_system(prompt, system), completions, message_fields, continues, several)
 
 
 def ends_with_answer(turns: Sequence[Message]) -> bool:
@@ -141,25 +149,50 @@ def _implied_prompt(fields: Fields, chosen: str, rejected: str) -> tuple[str, tu
     return common[:end], (chosen[end:], rejected[end:])
 
 
-def _prompt_of_conversations(
-    fields: Fields, prompt: Prompt | None, conversations: Sequence[tuple[Message, ...]]
-) -> tuple[Message, ...]:
-    """The turns before the completion: from the prompt field, from the conversations, or in both."""
-    shared = conversations[0][:-1]
+def _split_conversations(
+    fields: Fields, prompt: Prompt | None, conversations: list[tuple[Message, ...]]
+) -> tuple[tuple[Message, ...], list[tuple[Message, ...]]]:
+    """The turns before the completions, and the messages of each completion.
+
+    The prompt stands in its field, at the start of the conversations, or in both. Without a field it is what
+    the conversations share up to an answer; a completion starts and ends with the assistant.
+    """
     for turns in conversations:
         if turns[-1]["role"] != "assistant":
             raise RowError(
                 "last_turn_not_assistant",
                 f"a completion ends with the role {turns[-1]['role']!r}; expected assistant",
             )
-        if turns[:-1] != shared:
-            raise RowError("prompts_differ", "the completions do not share all turns before the last one")
     if isinstance(prompt, tuple):
-        if shared and shared != prompt:
-            raise RowError("prompts_differ", "the completions' first turns differ from the prompt")
-        return prompt
-    if shared:
-        return shared
-    if prompt is None:
-        raise fields.missing("prompt", ", and no turns before the assistant's")
-    return (Message(role="user", content=prompt),)
+        size = len(prompt)
+        starts = [turns[:size] == prompt and len(turns) > size for turns in conversations]
+        rests = [turns[size:] if all(starts) else turns for turns in conversations]
+    else:
+        size = _num_shared(conversations)
+        rests = [turns[size:] for turns in conversations]
+        if size == 0 and prompt is None:
+            if any(turns[0]["role"] != "assistant" for turns in conversations):
+                raise RowError("prompts_differ", "the completions do not share their first turn")
+            raise fields.missing("prompt", ", and no turns before the assistant's")
+        prompt = conversations[0][:size] or (Message(role="user", content=str(prompt)),)
+    for turns in rests:
+        roles = [turn["role"] for turn in turns]
+        if roles[0] != "assistant" or ("assistant", "assistant") in pairwise(roles):
+            raise RowError(
+                "prompts_differ",
+                f"a completion has the roles {', '.join(roles)} after the turns that all share; expected the "
+                "assistant's, and those of tools or a user between two of the assistant's",
+            )
+    return prompt, rests
+
+
+def _num_shared(conversations: Sequence[tuple[Message, ...]]) -> int:
+    """Turns that all share, up to one after which the assistant answers in each."""
+    shortest = min(map(len, conversations)) - 1
+    first = conversations[0]
+    same = next(
+        (n for n in range(shortest) if any(turns[n] != first[n] for turns in conversations)), shortest
+    )
+    while same and any(turns[same]["role"] != "assistant" for turns in conversations):
+        same -= 1
+    return same

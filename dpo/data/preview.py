@@ -16,6 +16,7 @@ from dpo.data.hub import hub_rows
 from dpo.data.locate import suffix_of
 from dpo.data.notes import RowNotes
 from dpo.data.parts import groups_of, options_for
+from dpo.data.records import plain_ids
 from dpo.data.sources import PreferenceSource
 from dpo.data.tokenize import tokenize_groups
 from dpo.errors import UserError
@@ -76,7 +77,8 @@ def _read(
         options = options_for(source, data, max_length)
         for group in tokenize_groups(groups, tokenizer, options, Counter(), notes):
             kept += 1
-            largest = max(largest, *(int(ids.max()) for ids in (group.prompt, *group.completions)))
+            segments = (group.prompt, *group.completions)
+            largest = max(largest, *(int(plain_ids(ids).max()) for ids in segments))
     if not kept:
         what = f"{source.key}: {source.path}: nothing left after filtering: {listed(notes.drops)}"
         raise UserError("\n".join([what, *notes.drop_lines(source.path)]))

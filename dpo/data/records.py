@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 TokenIds = npt.NDArray[np.int32]
+"""Token ids of a prompt or a completion. A token of a completion that is read but not trained on, such as the
+answer of a tool, is stored as `~id`, which is negative: so it is part of the sequence's key."""
 KEY_BYTES = 16
 _KEY_VERSION = 1
 
@@ -49,6 +51,9 @@ class PreferenceGroup:
     """One score per completion, higher is better; None where the data has none."""
     id: str | None = None
     """The data's own name for the group, if it has one."""
+    conversations: tuple[tuple[Message, ...], ...] = ()
+    """The messages of each completion, where one has several; of those the assistant's are trained on. Then
+    `completions` are the texts of the last ones. Or empty."""
     message_fields: tuple[Mapping[str, Any], ...] = ()
     """What the message of each completion holds besides its text, such as tool calls; or empty."""
     template_fields: Mapping[str, Any] = field(default_factory=dict)
@@ -71,6 +76,16 @@ class TokenizedGroup:
     pairs: tuple[Pair, ...]
     margins: tuple[float, ...] | None = None
     """Score of the chosen minus score of the rejected completion, one per pair; None without scores."""
+
+
+def plain_ids(ids: TokenIds) -> TokenIds:
+    """The ids of all tokens, whether they are trained on or not."""
+    return np.where(ids < 0, ~ids, ids)
+
+
+def num_trained(ids: TokenIds) -> int:
+    """Number of tokens that are trained on."""
+    return int((ids >= 0).sum())
 
 
 def sequence_key(prompt: TokenIds, completion: TokenIds) -> bytes:

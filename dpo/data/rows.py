@@ -123,6 +123,7 @@ def group_from_row(
         pairs=pairs,
         scores=scores,
         id=None if identifier is None else str(identifier),
+        conversations=dialogue.conversations,
         message_fields=dialogue.message_fields,
         template_fields=template_fields,
         continues=dialogue.continues,
@@ -135,7 +136,7 @@ def _check_encodable(group: PreferenceGroup) -> None:
     if isinstance(group.prompt, str):
         texts.append(group.prompt)
     else:
-        others = (group.prompt, group.message_fields, dict(group.template_fields))
+        others = (group.prompt, group.conversations, group.message_fields, dict(group.template_fields))
         texts.append(json.dumps(others, ensure_ascii=False, default=str))
     for text in texts:
         if (place := broken_at(text)) is not None:
@@ -213,7 +214,9 @@ def _check_pairs(pairs: Sequence[Pair], dialogue: Dialogue) -> None:
     if not pairs:
         raise RowError("no_pairs", "the row prefers no completion to another")
     completions: Sequence[str] = dialogue.completions
-    if dialogue.message_fields:  # completions may differ in a call or in their reasoning alone
+    if dialogue.conversations:
+        completions = [json.dumps(turns, sort_keys=True, default=str) for turns in dialogue.conversations]
+    elif dialogue.message_fields:  # completions may differ in a call or in their reasoning alone
         both = zip(completions, dialogue.message_fields, strict=True)
         completions = [json.dumps(one, sort_keys=True, default=str) for one in both]
     preferences = {(completions[pair.chosen], completions[pair.rejected]) for pair in pairs}

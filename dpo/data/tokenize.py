@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo.data.chat import TODAY, chat_text, check_template, end_of_turn, knows_field, prompt_text
+from dpo.data.chat import TODAY, Piece, chat_text, check_template, end_of_turn, knows_field, prompt_text
 from dpo.data.dialogue import ends_with_answer
 from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
@@ -153,6 +153,12 @@ def _encode(
             yield text
             continue
         prompt, completions = next(encoded)
+        if group.conversations:
+            try:
+                completions = _marked(completions, text.pieces, tokenizer)
+            except RowError as fault:
+                yield fault
+                continue
         if isinstance(group.prompt, str) and append_eos:  # a chat template ends the turn itself
             for written, ids in zip(group.completions, completions, strict=True):
                 if ids[-1:] != [tokenizer.eos_token_id] and not written.rstrip().endswith(ends):
@@ -168,6 +174,8 @@ class _Written(NamedTuple):
     """The prompt with each completion."""
     bos: list[int]
     """What stands before them in token ids, and is not in the text: a chat template writes its own."""
+    pieces: Sequence[Sequence[Piece]] = ()
+    """The parts of each completion, where it may have several messages."""
 
 
 def _written(
@@ -186,7 +194,7 @@ def _written(
     notes.ignored.update(f"messages.{key}" for key in chat.unused)
     notes.without_system += chat.without_system
     notes.dated = notes.dated or (f"{TODAY:%d %B %Y}" if knows_field(tokenizer, "strftime_now") else "")
-    return _Written(chat.prompt, chat.dialogues, [])
+    return _Written(chat.prompt, chat.dialogues, [], chat.pieces)
 
 
 def _encode_texts(
@@ -216,6 +224,26 @@ def _encode_texts(
     for text, prompt, all_ids in zip(texts, prompts, found, strict=True):
         completions = [next(apart) if ids is None else ids for ids in all_ids]
         yield text.bos + prompt or _first_predictor(tokenizer), completions
+
+
+def _marked(
+    completions: list[list[int]], pieces: Sequence[Sequence[Piece]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Completions in which what the assistant did not write is marked as read alone; see `TokenIds`.
+
+    Raises:
+        RowError: A token reaches over the end of a message.
+    """
+    found = []
+    for ids, parts in zip(completions, pieces, strict=True):
+        apart = _encode_batch([part.text for part in parts], tokenizer)
+        if [one for of_part in apart for one in of_part] != ids:
+            raise RowError(
+                "template_merges_messages", "a token holds the end of a message and the start of the next one"
+            )
+        marked = zip(parts, apart, strict=True)
+        found.append([one if part.is_trained else ~one for part, of_part in marked for one in of_part])
+    return found
 
 
 def _first_predictor(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -254,7 +282,7 @@ def _fit(
         completions = [ids[:room] for ids in completions]
     kept = tuple(pair for pair in source.pairs if completions[pair.chosen] != completions[pair.rejected])
     counts["dropped/pairs_identical_in_tokens"] += len(source.pairs) - len(kept)
-    if any(not ids for ids in completions) or not kept:
+    if any(not any(one >= 0 for one in ids) for ids in completions) or not kept:
         raise RowError(
             "nothing_left_after_tokenization", "no pair has two different completions in token ids"
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo.data.key_blocks import FLEX_BLOCK, KeyBlocks, key_blocks
-from dpo.data.records import TokenIds, TokenizedGroup
+from dpo.data.records import TokenIds, TokenizedGroup, num_trained, plain_ids
 
 Layout = Literal["flex", "packed", "trees", "rows"]
 """How trees are placed in a batch.
@@ -39,6 +39,8 @@ _NONE: Int64s = np.zeros(0, dtype=np.int64)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeBatch:
     """R rows of T tokens that hold S sequences with N completion tokens, and the B pairs between sequences.
+
+    Completion tokens are those that are trained on; others are read as the tokens of a prompt are.
 
     Sequences are numbered in the order of their completions; so are segments, each prompt before its
     completions.
@@ -137,8 +139,10 @@ def tree_batch(trees: Sequence[Tree], layout: Layout, pairs: Sequence[tuple[int,
     )
     structure = _structure(lengths)
     completions = [completion for _, completions in trees for completion in completions]
-    num_tokens = [len(completion) for completion in completions]
-    predicts = laid_out.places[structure.predictors] if trees else _NONE
+    targets = np.concatenate([_NONE, *completions]).astype(np.int64)
+    trained = targets >= 0
+    num_tokens = [num_trained(completion) for completion in completions]
+    predicts = laid_out.places[structure.predictors[trained]] if trees else _NONE
 
     def placed(values: npt.NDArray[np.integer], dtype: type, padding: int = 0) -> Tensor:
         rows: npt.NDArray[np.integer] = np.full(laid_out.shape, padding, dtype=dtype)
@@ -148,12 +152,12 @@ def tree_batch(trees: Sequence[Tree], layout: Layout, pairs: Sequence[tuple[int,
     return TreeBatch(
         layout=layout,
         trees=lengths,
-        input_ids=placed(tokens, np.int64),
+        input_ids=placed(plain_ids(tokens), np.int64),
         positions=placed(structure.positions, np.int64),
         segments=placed(structure.segments, np.int32, PADDING),
         prefixes=placed(structure.prefixes, np.int32, PADDING),
         predicts=torch.from_numpy(predicts),
-        targets=torch.from_numpy(np.concatenate([_NONE, *completions]).astype(np.int64)),
+        targets=torch.from_numpy(targets[trained]),
         sequences=torch.from_numpy(np.repeat(np.arange(len(num_tokens)), num_tokens)),
         num_tokens=torch.tensor(num_tokens or [0], dtype=torch.int64),
         pairs=torch.tensor(list(pairs), dtype=torch.int64).reshape(-1, 2),

@@ -21,6 +21,7 @@ from torch import Tensor
 from dpo import distributed, terminal
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import Sizes, share
+from dpo.data.records import num_trained
 from dpo.data.trees import Layout, Tree, tree_batch
 from dpo.evaluate.data_facts import pair_trees
 
@@ -96,7 +97,7 @@ def score_ches(
     parts = [part for of_rank in distributed.gather_objects(mine) for part in of_rank]
     places = np.concatenate([np.asarray(positions) for positions, _ in parts])
     sums_of_all = np.concatenate([sums for _, sums in parts])[np.argsort(places)]
-    lengths = np.array([[len(part) for part in completions] for _, completions in trees])
+    lengths = np.array([[num_trained(part) for part in completions] for _, completions in trees])
     scores, per_token, likeness = ches_of(sums_of_all, lengths)
     return ChesScores(pairs=pairs, scores=scores, per_token=per_token, likeness=likeness)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.records import plain_ids
 from dpo.data.trees import Tree
 
 SHORT_PROMPT, SHORT_COMPLETION = 12, 8
@@ -59,7 +60,7 @@ def trees_of(largest: Tree, longest: Tree | None = None) -> ProbeTrees:
 
 def _tree(data: TokenizedDataset, index: int) -> Tree:
     group = data[index]
-    return group.prompt, group.completions
+    return group.prompt, [plain_ids(ids) for ids in group.completions]  # every token is compared
 
 
 def _cut(tree: Tree) -> Tree:

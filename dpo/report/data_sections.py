@@ -11,6 +11,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.records import plain_ids
 from dpo.evaluate.data_facts import pair_trees
 from dpo.evaluate.described_data import HELD_OUT, TRAINING, DescribedData
 from dpo.evaluate.reference_ranking import FAR, ReferenceRanking
@@ -58,7 +59,7 @@ def pair_rows(
     """The text of pairs of a data set, and what is said of each."""
     found = []
     for (prompt, (chosen, rejected)), measure in zip(pair_trees(data, pairs), measures, strict=True):
-        texts = texts_of([prompt, chosen, rejected], tokenizer)
+        texts = texts_of([prompt, plain_ids(chosen), plain_ids(rejected)], tokenizer)
         found.append(PairRow(prompt=texts[0], chosen=texts[1], rejected=texts[2], measure=measure))
     return found
 

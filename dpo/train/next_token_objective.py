@@ -15,6 +15,7 @@ from dpo import distributed
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import Int64s, share
 from dpo.data.prefetch import prefetch
+from dpo.data.records import num_trained
 from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
 from dpo.tracking.metrics import MetricSums
 
@@ -37,8 +38,8 @@ class NextTokenObjective:
         return found
 
     def count(self, groups: Int64s) -> int:
-        """Completion tokens of these groups."""
-        return sum(len(completion) for _, completions in self.trees(groups) for completion in completions)
+        """Completion tokens of these groups that are trained on."""
+        return sum(num_trained(ids) for _, completions in self.trees(groups) for ids in completions)
 
     def num_units(self, groups: Int64s) -> int:
         """Sequences of these groups."""

@@ -35,7 +35,7 @@ def test_a_dialogue_with_markers_is_not_counted_as_implied_by_words() -> None:
 
 def test_fields_of_the_last_message_stay_with_the_completion() -> None:
     found = read({"prompt": [HI]}, [{**YES, "reasoning": "r"}], [NO])
-    assert found == ((HI,), ("yes", "no"), ({"reasoning": "r"}, {}), False)
+    assert found == ((HI,), ("yes", "no"), ({"reasoning": "r"}, {}), False, ())
     assert read({"prompt": [HI]}, [YES], [NO]).message_fields == ()
 
 
