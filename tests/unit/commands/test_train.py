@@ -1,0 +1,54 @@
+"""The commands in one process, on a mixture of rows as public data sets have them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+from unit.data.test_conversations import ROW, TEMPLATE
+from unit.data.test_layouts import CHATS
+
+from dpo.cli.main import run
+
+
+@pytest.fixture
+def chat_model(tiny_model: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_two_steps_on_every_layout_and_on_completions_of_several_messages(
+    chat_model: Path, tmp_path: Path
+) -> None:
+    rows = {name: row for name, (row, _) in CHATS.items()} | {"several messages": ROW}
+    sources = []
+    for number, row in enumerate(rows.values()):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(json.dumps(row))
+        sources.append({"path": str(path), "weight": 2.0})
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        json.dumps(
+            {
+                "run_dir": str(tmp_path / "run"),
+                "model": {"name_or_path": str(chat_model), "dtype": "float32"},
+                "data": {"train": sources, "max_length": 64, "cache_dir": str(tmp_path / "tokenized")},
+                "reference": {"cache_dir": str(tmp_path / "reference")},
+                "train": {"pairs_per_step": len(rows), "num_epochs": 1, "learning_rate": 1e-3},
+            }
+        )
+    )
+    for command in ("check", "precompute-ref", "train"):
+        assert run([command, "--config", str(config)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    assert len(steps) == 2
+    assert steps[0]["train/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert steps[1]["train/loss"] < steps[0]["train/loss"]
