@@ -8,7 +8,6 @@ import itertools
 import os
 import subprocess
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from datetime import timedelta
@@ -25,6 +24,7 @@ from accelerate import PartialState
 
 from dpo import alive, terminal
 from dpo.errors import UserError
+from dpo.files import remove_abandoned, temporary_of
 from dpo.launched import end_with_launcher
 
 T = TypeVar("T")
@@ -100,6 +100,7 @@ def remove_abandoned_build_locks() -> None:
                     f"{LONGEST_BUILD_SECONDS - age:.0f} s (delete the file if nothing is being built)"
                 )
             time.sleep(0.5)
+            alive.advanced()
 
 
 def _age(file: Path) -> float | None:
@@ -287,9 +288,10 @@ def require_shared(folder: Path, key: str) -> None:
 
 
 def _leave_token(folder: Path, key: str) -> str:
-    name = f".shared-{uuid.uuid4().hex}"
+    name = temporary_of(folder / "shared").name
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
         (folder / name).touch()
     except OSError as error:
         raise UserError(

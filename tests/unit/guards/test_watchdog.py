@@ -21,7 +21,7 @@ from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.guards import hearts, watchdog
 from dpo.guards.hearts import PREFIX, Heartbeat, behind
 from dpo.guards.watchdog import Watchdog
-from dpo.tracking.processes import Process, this_process
+from dpo.processes import Process, this_process
 from dpo.tracking.run_folder import RunFolder
 
 ELSEWHERE = Process(host="node7", pid=77, place="another machine", began="1")
