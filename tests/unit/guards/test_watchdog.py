@@ -123,6 +123,13 @@ def test_a_rank_of_this_machine_is_gone_when_its_process_is_and_not_before(
         assert "rank 1" in str(dog.explain(error))  # at once, although heartbeats still arrive
 
 
+def test_to_look_for_the_reason_is_a_sign_of_life(others: Any, tmp_path: Path) -> None:
+    with living(others), listening(tmp_path) as dog:
+        alive.life.advanced_at = 0.0
+        dog.explain(RuntimeError("a connection was closed"))
+        assert alive.life.advanced_at > 0
+
+
 class Gone:
     """A store whose rank has exited."""
 
