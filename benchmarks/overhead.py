@@ -84,12 +84,12 @@ def measure(settings: Settings) -> None:
     """Trains on this rank under the clock; rank 0 prints each rank's seconds: a JSON object."""
     clock = Clock()
     clock.watch(STEP, loop, "_advance", nested=True)
-    clock.watch(CHECKPOINT, loop, "save_checkpoint")
+    clock.watch(CHECKPOINT, loop, "_save")
     for part, functions in PARTS.items():
         for owner, name in functions:
             clock.watch(part, owner, name)
     run_dir = settings.work(WORK) / "overhead"
-    saving = ["--train.checkpoint_every", "2", "--train.keep_last", "1"]
+    saving = ["--train.checkpoint_every", "2", "--train.keep_last", "1", "--train.checkpoint_async", "false"]
     if status := run([*config_of(settings, WORK, "train", run_dir), *saving]):
         sys.exit(status)
     ranks = distributed.gather_objects(dict(clock.seconds))

@@ -5,7 +5,7 @@ import sys
 import traceback
 
 from dpo.cli.main import run
-from dpo.launched import end_with_launcher
+from dpo.processes import end_with_launcher
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ import itertools
 import os
 import subprocess
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from datetime import timedelta
@@ -25,7 +24,8 @@ from accelerate import PartialState
 
 from dpo import alive, terminal
 from dpo.errors import RunFailed, UserError
-from dpo.launched import end_with_launcher, remove_abandoned_build_locks
+from dpo.files import remove_abandoned, temporary_of
+from dpo.processes import end_with_launcher, remove_abandoned_build_locks
 
 T = TypeVar("T")
 
@@ -268,9 +268,10 @@ def require_shared(folder: Path, key: str) -> None:
 
 
 def _leave_token(folder: Path, key: str) -> str:
-    name = f".shared-{uuid.uuid4().hex}"
+    name = temporary_of(folder / "shared").name
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(folder)
         (folder / name).touch()
     except OSError as error:
         raise UserError(

@@ -1,7 +1,7 @@
 """The one way to write anything that must survive a crash: beside its place, flushed, then renamed.
 
 A reader sees the old content or the new one, never a part. A temporary name starts with a dot and ends in
-`.writing`; what a killed process leaves under such a name is never read.
+`.writing`; what a killed process leaves under such a name is never read, and is removed by a later one.
 """
 
 import glob
@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo import alive
+from dpo.processes import tagged_lives, this_process
 
 WRITING = ".writing"
 REPLACED = ".replaced"
+LONGEST_WRITE_SECONDS = 86_400.0
 UNIVERSAL = ".universal"
 """A checkpoint in another form, while it is loaded."""
 
@@ -132,8 +135,22 @@ def remove(path: Path) -> None:
 
 
 def temporary_of(path: Path) -> Path:
-    """A name beside `path` that nobody else uses, also on other machines."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{WRITING}")
+    """A name beside `path` that nobody else uses, also on other machines, and that says whose it is."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{this_process().tag()}{WRITING}")
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes what dead processes left half written in a folder that living ones share.
+
+    What a process of another machine left is removed after a day.
+    """
+    for path in folder.glob(f".*{WRITING}"):
+        lives = tagged_lives(path.name.removesuffix(WRITING).rpartition(".")[2])
+        if lives is None:
+            with suppress(OSError):
+                lives = time.time() - path.stat().st_mtime < LONGEST_WRITE_SECONDS
+        if lives is False:
+            remove(path)
 
 
 def sync_tree(folder: Path) -> None:

@@ -134,6 +134,8 @@ class OptimizationConfig:
     """Evaluate on held-out data every N steps, and at both ends; 0: only at both ends."""
     checkpoint_every: CountOrZero = 0
     """Write a checkpoint every N steps; 0: none."""
+    checkpoint_async: bool | None = None
+    """Train on while a checkpoint is written, from a copy. Default: if the copy fits the host's memory."""
     keep_last: Count = 2
     """How many checkpoints are kept."""
     keep_best: bool = False

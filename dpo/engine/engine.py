@@ -5,9 +5,10 @@ DeepSpeed; `dpo.engine.frozen` is the same for models that only score.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,7 @@ from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, set_our
 from dpo.engine.optimizer import OPTIMIZERS, make_optimizer
 from dpo.engine.scoring import gathered, make_scorer, register_head, settle_layout
 from dpo.engine.sharded_state import load_sharded, save_sharded
+from dpo.engine.snapshot import snapshot
 from dpo.engine.world import kind_here, unsharded
 from dpo.errors import UserError
 from dpo.model.authors import kept_in_float32
@@ -248,26 +250,34 @@ class Engine:
         finally:
             _learning(self.model)
 
-    def save(self, folder: Path) -> list[Path]:
-        """Writes what is trained, and the optimizer's state, into `folder`. All ranks must call it.
+    def save(self, folder: Path, *, copied: bool = False) -> Callable[[], list[Path]]:
+        """Takes what is trained, and the optimizer's state. All ranks must call it.
+
+        Args:
+            folder: Where the files go.
+            copied: Whether training may go on before they are written.
 
         Returns:
-            The files that this rank wrote.
-
-        Raises:
-            OSError, RuntimeError: This rank could not write; raised after its part in collectives.
+            A function that writes this rank's files and returns them; it raises OSError or RuntimeError, and
+            may run in a thread.
         """
+        states: list[tuple[Path, Any]] = []
         if self._zero:
-            return save_sharded(self._scorer, folder, self._frozen)
-        if not distributed.is_main():
-            return []
-        bare = self._accelerator.unwrap_model(self._scorer)
-        state = {
-            "model": self._without_frozen(bare.state_dict()),
-            "optimizer": self._optimizer.state_dict(),
-        }
-        torch.save(state, folder / "engine.pt")
-        return [folder / "engine.pt"]
+            states = save_sharded(self._scorer, folder, self._frozen, copied=copied)
+        elif distributed.is_main():
+            bare = self._accelerator.unwrap_model(self._scorer)
+            state = {
+                "model": self._without_frozen(bare.state_dict()),
+                "optimizer": self._optimizer.state_dict(),
+            }
+            states = [(folder / "engine.pt", snapshot(state) if copied else state)]
+
+        def write() -> list[Path]:
+            for file, state in states:
+                torch.save(state, file)
+            return [file for file, _ in states]
+
+        return write
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, on the same number of ranks and with the same engine."""

@@ -6,37 +6,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dpo.engine.snapshot import snapshot
+
 ENGINE_TAG = "engine"
 """Name of the folder that DeepSpeed writes into."""
 
 
-def save_sharded(engine: Any, folder: Path, frozen: set[str]) -> list[Path]:
-    """Writes this rank's part of weights and optimizer. All ranks must call it.
+def save_sharded(engine: Any, folder: Path, frozen: set[str], *, copied: bool) -> list[tuple[Path, Any]]:
+    """This rank's part of weights and optimizer, in the files of DeepSpeed. All ranks must call it.
 
-    DeepSpeed's save has barriers inside: a rank whose disk is full may raise only after them.
+    DeepSpeed's save has barriers inside; nothing is written within them.
 
     Args:
         engine: DeepSpeed's engine.
         folder: Where.
         frozen: Names of the weights that are not trained, which are left out.
+        copied: Whether the state is copied; else training on changes it.
 
     Returns:
-        The files that this rank wrote.
-
-    Raises:
-        OSError, RuntimeError: This rank could not write.
+        Each file of this rank, and what `torch.save` is to write into it.
     """
-    writer, written, failures = engine.checkpoint_engine, list[Path](), list[Exception]()
+    writer, states = engine.checkpoint_engine, list[tuple[Path, Any]]()
 
     def save(state_dict: dict[str, Any], path: str) -> None:  # DeepSpeed passes these by name
         if "module" in state_dict:  # DeepSpeed leaves one of two tied weights in it
             kept = {name: weight for name, weight in state_dict["module"].items() if name not in frozen}
             state_dict = {**state_dict, "module": kept}
-        try:
-            type(writer).save(writer, state_dict, path)
-            written.append(Path(path))
-        except (OSError, RuntimeError) as error:
-            failures.append(error)
+        states.append((Path(path), snapshot(state_dict) if copied else state_dict))
 
     writer.save = save
     engine._copy_recovery_script = lambda folder: None  # of no use to us, and it may fail on rank 0
@@ -46,9 +42,7 @@ def save_sharded(engine: Any, folder: Path, frozen: set[str]) -> list[Path]:
         )
     finally:
         del writer.save
-    if failures:
-        raise failures[0]
-    return written
+    return states
 
 
 def load_sharded(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dpo import alive, distributed
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.tracking.processes import Process, this_process
+from dpo.processes import Process, this_process
 
 HEARTBEAT_SECONDS = 1.0
 GONE_AFTER_SECONDS = 3.0

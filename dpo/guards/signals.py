@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from dpo.errors import StoppedBySignal
-from dpo.launched import LAUNCHED
+from dpo.processes import LAUNCHED
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REPEATS_WITHIN_SECONDS = 3.0

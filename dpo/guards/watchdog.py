@@ -72,6 +72,7 @@ class Watchdog:
         Takes some seconds, in which the others see that this rank is alive.
         """
         self._ending = True
+        alive.advanced()  # or the wait that has just failed would count as a hang meanwhile
         if self._hearts is None:
             return error
         try:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from dpo import distributed
 from dpo.config import ModelConfig
 from dpo.errors import UserError
-from dpo.files import write_file
+from dpo.files import remove_abandoned, write_file
 from dpo.reference.identity import ReferenceIdentity, reference_identity
 from dpo.reference.shards import PATTERN, has_token_logps, read_shard, write_shard, written_at
 from dpo.reference.table import ReferenceRows, ReferenceTable, build_table
@@ -58,6 +58,7 @@ class ReferenceStore:
         file = self.path / IDENTITY_FILE
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self.path)
             if not file.is_file():
                 write_file(file, json.dumps(self.identity.to_json(), indent=2))
         except OSError as error:

@@ -177,6 +177,7 @@ class RunFolder:
             self.key,
             self.reference,
             self.no_checkpoint_yet,
+            self.exit_record,
         )
         folders = (self.model(), self.best, self.tokenizer)
         steps = {

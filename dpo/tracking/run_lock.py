@@ -18,7 +18,7 @@ from types import TracebackType
 
 from dpo import distributed
 from dpo.errors import RunInUse
-from dpo.tracking.processes import Process, this_process
+from dpo.processes import Process, this_process
 from dpo.tracking.run_folder import RunFolder
 
 TOUCH_SECONDS = 3.0

@@ -8,8 +8,10 @@ of (seed, epoch).
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -81,14 +83,75 @@ def prepare_checkpoints(folder: RunFolder, resumed: bool) -> None:
         write_file(folder.no_checkpoint_yet, "")
 
 
+class PendingCheckpoint:
+    """A checkpoint that is being written, perhaps by a thread while training goes on."""
+
+    def __init__(
+        self,
+        write: Callable[[], FileDigests],
+        finish: Callable[[Callable[[], FileDigests]], Path],
+        *,
+        in_background: bool,
+    ) -> None:
+        """Starts to write.
+
+        Args:
+            write: Writes this rank's files and returns their digests, or raises.
+            finish: Publishes the checkpoint, given what `write` gives. All ranks call it.
+            in_background: Whether to write in a thread; else `finish` does.
+        """
+        self._write, self._finish = write, finish
+        self._outcome: Future[FileDigests] = Future()
+        self._thread = Thread(target=self._work, name="checkpoint", daemon=True)
+        if in_background:
+            self._thread.start()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has written its files, or failed to."""
+        return self._outcome.done()
+
+    def finish(self) -> Path:
+        """Waits for all ranks and publishes the checkpoint. All ranks must call it.
+
+        Raises:
+            UserError: A rank could not write; the checkpoints before it are still there.
+        """
+        if self._thread.ident is None:
+            self._work()
+        return self._finish(self._outcome.result)
+
+    def abandon(self) -> None:
+        """Waits for this rank's thread alone, since the run ends with an error: there is no checkpoint."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            self._outcome.set_result(self._write())
+        except Exception as error:  # raised by `finish`, where all ranks learn of it
+            self._outcome.set_exception(error)
+
+
 def save_checkpoint(
+    engine: Engine, progress: Progress, folder: RunFolder, keep_last: int, fingerprints: dict[str, str]
+) -> Path:
+    """`begin_checkpoint`, waited for; returns the checkpoint. All ranks must call it."""
+    return begin_checkpoint(engine, progress, folder, keep_last, fingerprints).finish()
+
+
+def begin_checkpoint(
     engine: Engine,
     progress: Progress,
     folder: RunFolder,
     keep_last: int,
     fingerprints: dict[str, str],
-) -> Path:
-    """Writes checkpoints/step_00000100 (eight digits) and then removes old ones. All ranks must call it.
+    *,
+    in_background: bool = False,
+) -> PendingCheckpoint:
+    """Takes a snapshot for checkpoints/step_00000100 (eight digits). All ranks must call it.
+
+    It is a checkpoint when it is finished; then old ones are removed.
 
     Args:
         engine: Its weights and optimizer state.
@@ -96,6 +159,7 @@ def save_checkpoint(
         folder: The run folder, on storage that all ranks share.
         keep_last: How many complete checkpoints are kept.
         fingerprints: Name -> digest of what the run was started on.
+        in_background: Whether training goes on while it is written: then the state is copied.
 
     Raises:
         UserError: A rank could not write; the checkpoints before it are still there.
@@ -104,18 +168,27 @@ def save_checkpoint(
     building = final.with_name(f".{final.name}{WRITING}")  # the same on all ranks
     alive.step(f"writing {final.name}")
     _on_all_ranks(lambda: _prepare(building, progress), building)
-    files = _write(engine, building)
-    alive.step(f"digesting {final.name}")
-    digests = _digest(files, building)
-    manifest = Manifest(
-        step=progress.step,
-        world_size=distributed.world_size(),
-        engine=engine.kind,
-        fingerprints=fingerprints,
-        files=digests,
-    )
-    _on_all_ranks(lambda: _publish(manifest, building, final, folder, keep_last), building)
-    return final
+    write = engine.save(building, copied=in_background)
+    states = _random_states()
+
+    def write_own() -> FileDigests:
+        files = [*write(), _write_random_states(states, building)]
+        return {str(path.relative_to(building)): digest_of(sync(path)) for path in files}
+
+    def finish(own: Callable[[], FileDigests]) -> Path:
+        alive.step(f"finishing {final.name}")
+        parts = _on_all_ranks(own, building)
+        manifest = Manifest(
+            step=int(final.name.removeprefix("step_")),
+            world_size=distributed.world_size(),
+            engine=engine.kind,
+            fingerprints=fingerprints,
+            files={name: known for part in parts for name, known in part.items()},
+        )
+        _on_all_ranks(lambda: _publish(manifest, building, final, folder, keep_last), building)
+        return final
+
+    return PendingCheckpoint(write_own, finish, in_background=in_background)
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, state: Path) -> Progress:
@@ -172,29 +245,6 @@ def _prepare(building: Path, progress: Progress) -> None:
         (building / PROGRESS).write_text(json.dumps(asdict(progress)))
 
 
-def _write(engine: Engine, building: Path) -> Callable[[], list[Path]]:
-    """A function that gives this rank's files, or raises its failure, where all ranks learn of it."""
-    try:
-        files = [*engine.save(building), _save_random_state(building)]
-    except CANNOT_WRITE as error:
-        failure = error
-
-        def fail() -> list[Path]:
-            raise failure
-
-        return fail
-    return lambda: files
-
-
-def _digest(files: Callable[[], list[Path]], building: Path) -> FileDigests:
-    """Path within the checkpoint -> digest of every file, each flushed and read by the rank that wrote it."""
-
-    def own() -> FileDigests:
-        return {str(path.relative_to(building)): digest_of(sync(path)) for path in files()}
-
-    return {name: known for part in _on_all_ranks(own, building) for name, known in part.items()}
-
-
 def _publish(manifest: Manifest, building: Path, final: Path, folder: RunFolder, keep_last: int) -> None:
     """Signs the checkpoint, renames it into its place, and removes those that it makes obsolete."""
     if not distributed.is_main():
@@ -217,10 +267,15 @@ def _random_state_file(checkpoint: Path) -> Path:
     return checkpoint / "rng" / f"rank_{distributed.rank():05d}.safetensors"
 
 
-def _save_random_state(building: Path) -> Path:
+def _random_states() -> dict[str, torch.Tensor]:
+    """This rank's, by device, as they are now."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _write_random_states(states: dict[str, torch.Tensor], building: Path) -> Path:
     write_file(_random_state_file(building), save(states))
     return _random_state_file(building)
 

@@ -1,5 +1,6 @@
-"""Whether the disk can hold what a run will write, checked before anything is loaded."""
+"""Whether the disk can hold what a run will write, and the host's memory a copy of it."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,26 @@ def checkpoint_bytes(
     weights = dtype.itemsize if sharded else MASTER_BYTES
     masters = MASTER_BYTES if sharded else 0
     return num_parameters * (weights + masters + MASTER_BYTES * OPTIMIZERS[options.optimizer].moments)
+
+
+def fits_memory(num_bytes: float) -> bool:
+    """Whether a copy takes at most half of the memory that this host has left (Linux; elsewhere never).
+
+    Args:
+        num_bytes: Of all ranks of this host together.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        left = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return False
+    return num_bytes <= left / 2
+
+
+def here(num_bytes: int, *, sharded: bool) -> float:
+    """Bytes of a checkpoint that the ranks of this host hold, if all hosts have equally many ranks."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return num_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) / ranks if sharded else num_bytes
 
 
 def exported_bytes(model: ModelConfig, num_parameters: int, num_trained: int) -> int:

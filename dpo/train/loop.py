@@ -23,7 +23,7 @@ from dpo.engine.scoring import token_budget
 from dpo.errors import RunFailed, StoppedBySignal
 from dpo.guards.signals import StopRequestedError
 from dpo.tracking.metrics import MetricSums
-from dpo.train.checkpoint import Progress, save_checkpoint
+from dpo.train.checkpoint import Progress, begin_checkpoint
 from dpo.train.micro_batches import MicroBatch, micro_batches
 from dpo.train.passes import Done, Timed, cached_passes, direct_passes, token_counts, uses_cached_gradient
 from dpo.train.session import Session
@@ -72,7 +72,7 @@ def train(session: Session) -> dict[str, float]:
     Raises:
         StoppedBySignal: A rank was asked to stop; a checkpoint of the last step is written.
         RunFailed: Too many steps in a row had a number that is not finite.
-        UserError: A checkpoint could not be written.
+        UserError: A checkpoint could not be written: the one before the last step, too.
     """
     progress, saved, stopping = session.progress, session.progress.step, False
     session.guard.stop.wait_for_step()
@@ -87,9 +87,11 @@ def train(session: Session) -> dict[str, float]:
             if saved < progress.step and (stopping or due.save_checkpoint):
                 saved = _save(session)
             if stopping:
+                session.finish_checkpoint()
                 _stop(session, saved)
             _export(session, snapshot=due.keep_snapshot)  # what fails here has its checkpoint
             if due.finish:
+                session.finish_checkpoint()
                 return session.evaluated
             stopping = _advance(session, batches)
 
@@ -114,8 +116,13 @@ def train_step(
     norm = session.engine.update(rate)
     own = {f"seconds/{distributed.rank()}": timed.forward.seconds()}  # the update has waited for the device
     seconds = {f"seconds/{rank}": 0.0 for rank in range(distributed.world_size())} | own
-    tokens = token_counts(done)
-    metrics, totals = sums.reduce(**tokens, stopping=float(session.guard.stop.requested), **seconds)
+    flags = {
+        "stopping": float(session.guard.stop.requested),
+        "unwritten": float(session.pending is not None and not session.pending.written),
+    }
+    metrics, totals = sums.reduce(**token_counts(done), **flags, **seconds)
+    if not totals["unwritten"]:
+        session.finish_checkpoint()
     session.progress.loss_sums = session.objective.observe(totals)
     first = done[0].micro
     faulty = None if math.isfinite(norm) else _faulty_groups(session, done)
@@ -166,23 +173,32 @@ def _evaluate(session: Session) -> None:
 def _export(session: Session, *, snapshot: bool) -> None:
     """Writes the models of this step: also after a resume, since the run may have died before it did."""
     step = session.progress.step
-    if session.options.keep_best and session.progress.best_step == step:
-        session.export(session.folder.best)
+    best = session.options.keep_best and session.progress.best_step == step
     target = session.folder.model(step)
-    if snapshot and not distributed.on_main(target.exists):  # a resumed run makes the same weights again
+    # a resumed run makes the same weights again
+    wanted = snapshot and not distributed.on_main(target.exists)
+    if best or wanted:
+        session.finish_checkpoint()
+    if best:
+        session.export(session.folder.best)
+    if wanted:
         session.export(target)
 
 
 def _save(session: Session) -> int:
-    """Writes a checkpoint and returns its step."""
+    """Writes a checkpoint, or begins to, and returns its step."""
+    session.finish_checkpoint()
     session.monitor.sync()
-    save_checkpoint(
+    session.pending = begin_checkpoint(
         session.engine,
         session.progress,
         session.folder,
         session.options.keep_last,
         session.fingerprints,
+        in_background=session.saves_in_background,
     )
+    if not session.saves_in_background:
+        session.finish_checkpoint()
     return session.progress.step
 
 
@@ -215,6 +231,7 @@ def _advance(session: Session, batches: Iterator[MicroBatch]) -> bool:
     session.monitor.record(number, named)
     session.monitor.advance(named)
     if progress.skipped_in_a_row > options.max_skipped_steps:
+        session.finish_checkpoint()
         raise RunFailed(
             f"{progress.skipped_in_a_row} steps in a row, up to step {number}, gave no finite gradient "
             f"(train.max_skipped_steps: {options.max_skipped_steps}); the last: {faulty}. The last "

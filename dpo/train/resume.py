@@ -37,6 +37,7 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "train.max_skipped_steps",
     "train.keep_last",
     "train.keep_best",
+    "train.checkpoint_async",
     "train.checkpoint_every",
     "train.evaluate_every",
     "train.snapshot_every",

@@ -26,12 +26,20 @@ from dpo.engine.reshard import universal_form
 from dpo.errors import UserError
 from dpo.guards.guard import Guard
 from dpo.model.flops import forward_flops, known_peak, work_of
+from dpo.model.load import DTYPES
 from dpo.model.lora import export_trained
 from dpo.tracking.metrics import Evaluation, MetricSums
 from dpo.tracking.monitor import Monitor
 from dpo.tracking.run_folder import RunFolder, settings_text
 from dpo.tracking.trackers import open_trackers
-from dpo.train.checkpoint import Progress, load_checkpoint, prepare_checkpoints, set_aside_newer
+from dpo.train.checkpoint import (
+    PendingCheckpoint,
+    Progress,
+    load_checkpoint,
+    prepare_checkpoints,
+    set_aside_newer,
+)
+from dpo.train.disk_space import checkpoint_bytes, fits_memory, here
 from dpo.train.resume import Settings
 
 GROUPS_SHOWN = 8
@@ -115,6 +123,10 @@ class Session:
     progress: Progress = field(default_factory=Progress)
     evaluated: dict[str, float] = field(default_factory=dict)
     """The last evaluation of this process."""
+    saves_in_background: bool = False
+    """Whether training goes on while a checkpoint is written."""
+    pending: PendingCheckpoint | None = None
+    """The checkpoint that is being written while training goes on."""
     monitor: Monitor = field(init=False)
     group_flops: npt.NDArray[np.float64] | None = field(init=False)
     """(G,) operations of each group's forward and backward pass; None where they cannot be counted."""
@@ -134,6 +146,7 @@ class Session:
                 self._keep_newer_checkpoints()
             if self.options.checkpoint_every:
                 prepare_checkpoints(self.folder, resumed=self.checkpoint is not None)
+        self.saves_in_background = self._saves_in_background()
         self.group_flops, self.peak_flops = self._flops()
         trackers = open_trackers(self.options.trackers, self.folder.path, flat(self.settings.values))
         self.monitor = Monitor(
@@ -149,7 +162,11 @@ class Session:
             if self.checkpoint:
                 terminal.note(f"resuming after step {self.progress.step}, from {self.checkpoint}")
             self.monitor.text("config", f"```yaml\n{settings_text(dict(self.settings.values))}```")
-            yield
+            try:
+                yield
+            finally:
+                if self.pending is not None:
+                    self.pending.abandon()
 
     def score_only(self, batch: TreeBatch, *, per_token: bool = False) -> Tensor:
         """`Engine.score_only` for evaluations. All ranks must call it.
@@ -159,6 +176,16 @@ class Session:
         """
         self.guard.may_continue("evaluation")
         return self.engine.score_only(batch, per_token=per_token)
+
+    def finish_checkpoint(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one. All ranks must call it.
+
+        Raises:
+            UserError: A rank could not write it.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.finish()
 
     def export(self, target: Path) -> None:
         """Writes the current weights as a model that transformers loads. All ranks must call it.
@@ -206,6 +233,15 @@ class Session:
                 f"train.resume: {self.checkpoint} is older than other checkpoints of this run, kept "
                 f"beside it as {kept}; delete those that you do not need"
             )
+
+    def _saves_in_background(self) -> bool:
+        """The option, or whether the copy fits; all ranks must call it."""
+        if self.options.checkpoint_async is not None:
+            return self.options.checkpoint_async
+        sharded = self.engine.kind.startswith("DeepSpeed")
+        trained = self.engine.num_parameters - self.engine.num_frozen
+        size = checkpoint_bytes(trained, DTYPES[self.model.dtype], self.options, sharded=sharded)
+        return not distributed.any_rank(not fits_memory(here(size, sharded=sharded)))
 
     def _parameters(self) -> str:
         whole, frozen = self.engine.num_parameters, self.engine.num_frozen

@@ -186,7 +186,7 @@ def test_a_cache_on_node_local_disks_is_refused_on_all_ranks(
     assert f"{key}: local is not shared" in text
     assert all(f"{node}/local" in text for node in nodes)
     assert "rank 1" in text
-    assert not list((nodes[0] / "local").glob(".shared-*")), "a test file was left behind"
+    assert not list((nodes[0] / "local").glob(".shared.*")), "a test file was left behind"
 
 
 ZERO_2 = {

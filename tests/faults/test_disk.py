@@ -29,7 +29,7 @@ def remount(place: Path, options: str) -> None:
 FILL = """
 import os
 from dpo.train import loop
-plain = loop.save_checkpoint
+plain = loop.begin_checkpoint
 def patched(engine, progress, folder, *rest, **named):
     if progress.step == 6 and os.environ.get("RANK", "0") == "0":
         with open(folder.path / "filler", "wb", buffering=0) as file:
@@ -39,7 +39,7 @@ def patched(engine, progress, folder, *rest, **named):
             except OSError:
                 file.truncate(file.tell() - {left})
     return plain(engine, progress, folder, *rest, **named)
-loop.save_checkpoint = patched
+loop.begin_checkpoint = patched
 """
 
 

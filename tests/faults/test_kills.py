@@ -8,14 +8,14 @@ from rig import KILL, STEPS, Ended, Rig, at_step, checkpoints, metrics, weights
 KILL_IN_SAVE = """
 import os, signal, threading, time
 from dpo.train import loop
-plain = loop.save_checkpoint
+plain = loop.begin_checkpoint
 def patched(engine, progress, *rest, **named):
     if progress.step == 6:
         threading.Timer({delay}, os.kill, (os.getpid(), signal.SIGKILL)).start()
         plain(engine, progress, *rest, **named)
         time.sleep(60)
     return plain(engine, progress, *rest, **named)
-loop.save_checkpoint = patched
+loop.begin_checkpoint = patched
 """
 REPRESENTATIVE = (2, 5, 8)
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dpo import files
 from dpo.files import atomic_folder, publish_folder, sha256_of, write_file
+from dpo.processes import this_process
 
 
 def names(folder: Path) -> list[str]:
@@ -146,3 +148,25 @@ def test_names_differ_each_time_and_are_hidden(tmp_path: Path) -> None:
 def test_a_digest_is_that_of_the_content(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_only_what_dead_processes_left_half_written_is_removed_from_a_shared_folder(tmp_path: Path) -> None:
+    dead = replace(this_process(), began="1").tag()
+    elsewhere = replace(this_process(), place="another machine", began="1").tag()
+    old = tmp_path / f".old.0123456789ab.{elsewhere}.writing"
+    names = {
+        "living": files.temporary_of(tmp_path / "tokens"),
+        "dead file": tmp_path / f".part-1.parquet.0123456789ab.{dead}.writing",
+        "dead folder": tmp_path / f".tokens.0123456789ab.{dead}.writing",
+        "elsewhere": tmp_path / f".tokens.0123456789ab.{elsewhere}.writing",
+        "of an older version": tmp_path / ".tokens.0123456789ab.writing",
+        "old": old,
+        "complete": tmp_path / "tokens",
+    }
+    for name, path in names.items():
+        path.mkdir() if name == "dead folder" else path.touch()
+    os.utime(old, (0, 0))
+    files.remove_abandoned(tmp_path)
+    left = {name for name, path in names.items() if path.exists()}
+    assert left == {"living", "elsewhere", "of an older version", "complete"}
+    files.remove_abandoned(tmp_path / "not there")

@@ -186,6 +186,7 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
             seed=5,
             evaluate_every=6,
             checkpoint_every=8,
+            checkpoint_async=False,
             keep_last=9,
             keep_best=True,
             deterministic=True,

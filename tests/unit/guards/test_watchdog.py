@@ -21,7 +21,7 @@ from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.guards import hearts, watchdog
 from dpo.guards.hearts import PREFIX, Heartbeat, behind
 from dpo.guards.watchdog import Watchdog
-from dpo.tracking.processes import Process, this_process
+from dpo.processes import Process, this_process
 from dpo.tracking.run_folder import RunFolder
 
 ELSEWHERE = Process(host="node7", pid=77, place="another machine", began="1")
@@ -121,6 +121,13 @@ def test_a_rank_of_this_machine_is_gone_when_its_process_is_and_not_before(
     with living(others, process=replace(this_process(), began="0")), listening(tmp_path) as dog:
         others.delete_key("ends")
         assert "rank 1" in str(dog.explain(error))  # at once, although heartbeats still arrive
+
+
+def test_to_look_for_the_reason_is_a_sign_of_life(others: Any, tmp_path: Path) -> None:
+    with living(others), listening(tmp_path) as dog:
+        alive.life.advanced_at = 0.0
+        dog.explain(RuntimeError("a connection was closed"))
+        assert alive.life.advanced_at > 0
 
 
 class Gone:

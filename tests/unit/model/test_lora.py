@@ -324,7 +324,7 @@ def test_a_checkpoint_that_lacks_a_part_of_the_adapter_is_not_loaded(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     engine = trained(configured(tiny_model))
-    engine.save(tmp_path)
+    engine.save(tmp_path)()
     state: dict[str, Any] = state_of(tmp_path)  # type: ignore[assignment]
     del state["model"][next(iter(state["model"]))]
     torch.save(state, tmp_path / "engine.pt")

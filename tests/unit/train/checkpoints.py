@@ -1,7 +1,9 @@
 """Checkpoints of an engine that writes one number, for the tests of checkpoints and of their manifests."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from dpo.tracking.run_folder import RunFolder
@@ -16,13 +18,23 @@ class FakeEngine:
     state: str = "start"
     kind: str = "one device"
     fails: bool = False
+    may_write: Event = field(default_factory=Event)
 
-    def save(self, folder: Path) -> list[Path]:
-        (folder / "deep").mkdir()
-        (folder / "deep" / "state").write_text(self.state)
-        if self.fails:
-            raise OSError("disk full")
-        return [folder / "deep" / "state"]
+    def __post_init__(self) -> None:
+        self.may_write.set()
+
+    def save(self, folder: Path, *, copied: bool) -> Callable[[], list[Path]]:
+        state = self.state
+
+        def write() -> list[Path]:
+            self.may_write.wait(60)
+            (folder / "deep").mkdir()
+            (folder / "deep" / "state").write_text(state if copied else self.state)
+            if self.fails:
+                raise OSError("disk full")
+            return [folder / "deep" / "state"]
+
+        return write
 
     def load(self, folder: Path) -> None:
         self.state = (folder / "deep" / "state").read_text()

@@ -24,9 +24,9 @@ Make = Callable[..., Config]
 class FakeEngine:
     kind = "one device"
 
-    def save(self, folder: Path) -> list[Path]:
+    def save(self, folder: Path, *, copied: bool) -> Callable[[], list[Path]]:
         (folder / "state").write_text("state")
-        return [folder / "state"]
+        return lambda: [folder / "state"]
 
 
 def look(config: Config) -> Start:

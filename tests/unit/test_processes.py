@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo import launched
-from dpo.launched import LAUNCHED, SUPERVISOR, end_with_launcher
+from dpo import processes
+from dpo.processes import LAUNCHED, SUPERVISOR, end_with_launcher
 
 SUPERVISE = Path(__file__).parents[2] / "launch" / "supervise.py"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
@@ -22,7 +22,7 @@ os._exit(0)
 """
 CHILD = """
 import signal, sys
-from dpo.launched import end_with_launcher
+from dpo.processes import end_with_launcher
 signal.signal(signal.SIGTERM, lambda *_: (print("SIGTERM", flush=True), sys.exit(0)))
 end_with_launcher()
 print("ready", flush=True)
@@ -50,7 +50,7 @@ def test_a_rank_of_torchelastic_is_signalled_when_its_launcher_dies() -> None:
 
 def test_without_torchelastic_nothing_is_asked_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.setattr(launched.ctypes, "CDLL", lambda name: pytest.fail("the kernel was asked"))
+    monkeypatch.setattr(processes.ctypes, "CDLL", lambda name: pytest.fail("the kernel was asked"))
     end_with_launcher()
 
 
@@ -136,13 +136,13 @@ def test_a_lock_of_a_build_that_was_killed_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(launched, "LONGEST_BUILD_SECONDS", 60.0)
+    monkeypatch.setattr(processes, "LONGEST_BUILD_SECONDS", 60.0)
     for name in ("old", "built"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "lock").touch()
         os.utime(tmp_path / name / "lock", (1, 1))
     with (tmp_path / "built" / "lock").open():  # as its builder keeps it
-        launched.remove_abandoned_build_locks()
+        processes.remove_abandoned_build_locks()
     assert not (tmp_path / "old" / "lock").exists()
     assert (tmp_path / "built" / "lock").exists()
     assert str(tmp_path / "old" / "lock") in capsys.readouterr().out
@@ -152,10 +152,10 @@ def test_a_young_lock_without_a_builder_here_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(launched, "LONGEST_BUILD_SECONDS", 1.0)
+    monkeypatch.setattr(processes, "LONGEST_BUILD_SECONDS", 1.0)
     (tmp_path / "op").mkdir()
     lock = tmp_path / "op" / "lock"
     lock.touch()
-    launched.remove_abandoned_build_locks()
+    processes.remove_abandoned_build_locks()
     assert not lock.exists()
     assert capsys.readouterr().out.count("waiting") == 1
