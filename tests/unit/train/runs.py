@@ -22,6 +22,7 @@ OPTIONS: dict[str, Any] = {
     "max_steps": STEPS,
     "num_epochs": 3,
     "max_tokens_per_micro_batch": 256,
+    "checkpoint_async": False,  # a run that is killed at a step has its checkpoints by then
 }
 
 
