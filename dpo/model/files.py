@@ -7,14 +7,18 @@ that is missing is a `UserError` that names the option.
 import json
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.utils import find_adapter_config_file
 from transformers.utils.hub import cached_file
 
+from dpo import terminal
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 
@@ -23,6 +27,8 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 POSITION_KEYS = ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx")
 """Keys of config.json that limit the length of a sequence; the first that is there counts."""
+HUB_SECONDS = 10.0
+"""How long the hub may take to answer."""
 CODE_KINDS = ("AutoConfig", "AutoModelForCausalLM")
 """Entries of `auto_map` whose code runs when a model is loaded."""
 
@@ -47,6 +53,26 @@ def check_model_path(name_or_path: str, key: str) -> None:
     if looks_local:
         raise UserError(
             f"{key}: {name_or_path} does not exist or is not a folder; expected a model folder or a hub name"
+        )
+
+
+@cache
+def ask_hub(name_or_path: str) -> None:
+    """Asks the hub for a model once; where it does not answer, its cache on this machine is used from now on.
+
+    The libraries would try again for half a minute per file. What the hub lacks is said when it is needed.
+    """
+    if constants.HF_HUB_OFFLINE or Path(name_or_path).exists():
+        return
+    try:
+        HfApi().model_info(name_or_path, timeout=HUB_SECONDS)
+    except (HfHubHTTPError, HFValidationError):
+        return
+    except Exception as error:  # the connection, in the classes of whichever HTTP library there is
+        constants.HF_HUB_OFFLINE = True
+        terminal.warning(
+            f"the hub cannot be reached ({type(error).__name__}: {first_line(error)}); only what its cache on "
+            "this machine holds is used"
         )
 
 
@@ -91,6 +117,7 @@ def check_token_ids(model: ModelConfig, largest: int, key: str) -> None:
 
 def weight_files(model: ModelConfig) -> list[Path]:
     """The model's safetensors files in name order; those of the hub are downloaded. Raises UserError."""
+    ask_hub(model.name_or_path)
     try:
         single = cached_file(
             model.name_or_path,
@@ -196,6 +223,7 @@ def code_files(model: ModelConfig) -> list[Path]:
 
 def _resolve(model: ModelConfig, name: str) -> Path:
     """A file of the model, downloaded if it is on the hub; UserError where there is none."""
+    ask_hub(model.name_or_path)
     reason = "no such file"  # transformers returns None for a file that a local folder lacks
     try:
         path = cached_file(model.name_or_path, name, revision=model.revision)

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.model.authors import remember, remove_noise
-from dpo.model.files import adapter_config, base_of, check_model_path, first_line
+from dpo.model.files import adapter_config, ask_hub, base_of, check_model_path, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
@@ -46,6 +46,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         UserError: There is no tokenizer, or it has no EOS token.
     """
+    ask_hub(model.name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code

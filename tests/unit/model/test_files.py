@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from unit.model.local_model import Edited, model_config
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
+from dpo.model import files
 from dpo.model.files import (
     adapter_files,
     base_of,
@@ -24,7 +26,7 @@ from dpo.model.files import (
     weight_files,
     weights_at_hand,
 )
-from dpo.model.load import load_model
+from dpo.model.load import load_model, load_tokenizer
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/model"])
@@ -214,3 +216,23 @@ def test_positions_of_the_tiny_model(tiny_model: Path) -> None:
 def test_the_number_of_parameters_is_that_of_the_loaded_model(tiny_model: Path) -> None:
     model = ModelConfig(name_or_path=str(tiny_model), dtype="float32")
     assert num_parameters(model) == load_model(model).num_parameters()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_its_cache_is_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def no_route(self: object, name: str, **_: object) -> None:
+        asked.append(name)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(files.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(files.HfApi, "model_info", no_route)
+    started = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"model\.name_or_path: no tokenizer in org/some-model"):
+            load_tokenizer(ModelConfig(name_or_path="org/some-model"))
+    assert asked == ["org/some-model"]
+    assert time.monotonic() - started < 5  # without it each try takes half a minute
+    assert "ConnectionError: no route to host" in capsys.readouterr().out
