@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from dpo import distributed, terminal
@@ -33,6 +34,14 @@ def check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         config: Its configuration.
         exact: Read and tokenize all rows, which is then done for training too.
     """
+    with redirect_stdout(sys.stderr):
+        _check(command, config, exact=exact)
+    if terminal.mode() == "plain":
+        print(f"{command}: configuration, model files and data are in order", file=sys.stderr)
+    print(config.run_dir)
+
+
+def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     folder = RunFolder(Path(config.run_dir))
     launcher = os.environ.get("ACCELERATE_CONFIG")
     check_launcher(os.environ, file=Path(launcher) if launcher else None)
@@ -60,9 +69,6 @@ def check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
             check_best_of(config.evaluate)
     if command in ("train", "sft"):
         distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
-    if terminal.mode() == "plain":
-        print(f"{command}: configuration, model files and data are in order", file=sys.stderr)
-    print(config.run_dir)
 
 
 def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
@@ -82,8 +88,9 @@ def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
         largest = max(data_set.largest_id for data_set in found if data_set is not None)
     else:
         notes, warnings, largest = preview_data(train, test, data, tokenizer, positions)
-        if terminal.mode() == "plain" and "ACCELERATE_CONFIG" not in os.environ:  # the stage will say it
-            print("\n".join([*notes, *warnings]), file=sys.stderr)
+        if "ACCELERATE_CONFIG" not in os.environ:  # where a stage follows, it will say this itself
+            terminal.note(*notes)
+            terminal.warning(*warnings)
     if model.name_or_path:
         check_token_ids(model, largest, "model.name_or_path")
 
