@@ -71,8 +71,8 @@ def ask_hub(name_or_path: str) -> None:
     except Exception as error:  # the connection, in the classes of whichever HTTP library there is
         constants.HF_HUB_OFFLINE = True
         terminal.warning(
-            f"the hub cannot be reached ({type(error).__name__}: {first_line(error)}); only its cache on this "
-            "machine is used"
+            f"the hub cannot be reached ({type(error).__name__}: {first_line(error)}); only its cache on "
+            "this machine is used"
         )
 
 
