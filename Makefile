@@ -20,7 +20,7 @@ ready := .venv/.ready
 
 .PHONY: help setup demo data data-report sft plan precompute-ref train eval frontier compare sentiment tensorboard
 .PHONY: study study-harmless
-.PHONY: test test-unit test-distributed test-e2e test-faults bench bench-peers bench-cache lint format clean
+.PHONY: test test-unit test-distributed test-e2e test-faults torture bench bench-peers bench-cache lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  \1\t/' | expand -t 20
@@ -110,6 +110,9 @@ bench-cache: $(ready) ## measure the tables and the figure of docs/reference-cac
 
 test-faults: $(ready) ## test every fault through the real launcher, for docs/reliability.md (half an hour)
 	TEST_LAUNCHER=1 FAULTS_REPORT=faults.md $(py) -m pytest tests/faults -q $(ARGS)
+
+torture: $(ready) ## random faults at random moments for an hour, for docs/reliability.md (ARGS="--seed N" replays one)
+	cd tests && PYTHONPATH=. ../$(py) -m torture $(ARGS)
 
 lint: $(ready) ## check formatting, lint and types
 	$(py) -m ruff format --check .

@@ -12,17 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from tiny import END, POSITIONS, make_tiny_model
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo.config import Config, DataConfig, ModelConfig, ReferenceConfig, TrainConfig
 from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
 from dpo.model.load import load_tokenizer
 
-END = "<|endoftext|>"
-CORPUS = ("the cat sat on the mat", "a good day ended well", "a bad day ended badly", "we like films")
-POSITIONS = 64
 WORDS = ("the", "cat", "day", "good", "bad", "film", "well", "mat", "we", "like", "ended", "on")
 
 Row = Mapping[str, Any]
@@ -42,32 +40,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     The weights are large, so that its distributions are far from uniform and depend on every token.
     """
-    folder = tmp_path_factory.mktemp("tiny_model")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator([*CORPUS] * 8, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=POSITIONS,
-        n_embd=32,
-        n_layer=2,
-        n_head=2,
-        initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
+    return make_tiny_model(tmp_path_factory.mktemp("tiny_model"))
 
 
 @pytest.fixture

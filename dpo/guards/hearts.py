@@ -97,15 +97,19 @@ class Hearts:
 
     def suspected(self) -> bool:
         """Whether a rank that this one watches has died without a word, or is silent on another machine."""
-        now = time.monotonic()
         for rank, beat in self.read(self._watched).items():
-            if self._last.get(rank, (-1, now))[0] != beat.beats:
-                self._last[rank] = (beat.beats, now)
-            silent = now - self._last[rank][1] > SILENT_AFTER_SECONDS
+            silent = self._silence(rank, beat) > SILENT_AFTER_SECONDS
             lives = beat.process.lives()
             if (lives is False or (lives is None and silent)) and not self._has_ended(rank):
                 return True
         return False
+
+    def _silence(self, rank: int, beat: Heartbeat) -> float:
+        """Seconds since this rank first saw the other's last heartbeat."""
+        now = time.monotonic()
+        if self._last.get(rank, (-1, now))[0] != beat.beats:
+            self._last[rank] = (beat.beats, now)
+        return now - self._last[rank][1]
 
     def forget(self) -> None:
         """This process was stopped for a while: the silence of others counts from now."""
@@ -145,6 +149,7 @@ class Hearts:
             (waits or beat.loads)
             and not beat.waits
             and beat.idle <= seconds
+            and self._silence(rank, beat) <= min(seconds, SILENT_AFTER_SECONDS)
             and beat.process.lives() is not False
             for rank in others
             for beat in self.read([rank]).values()

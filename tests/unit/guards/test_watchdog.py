@@ -309,6 +309,17 @@ def test_who_waits_or_loads_does_not_end_while_another_rank_gets_on(
     assert "behind: rank 1 (node7, process 77, last seen: tokenizing)" in record(tmp_path)["message"]
 
 
+def test_a_rank_that_was_stopped_with_its_process_does_not_get_on_for_ever(
+    others: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(watchdog, "_work_done", lambda: (0.0, 0))
+    beat(others, 3, process=this_process(), loads=True)  # its last words: it had just got on
+    with watched(Watchdog(RunFolder(tmp_path), "train", 0.2), monkeypatch) as ended:
+        assert wait_for_end(ended) == [1]
+    assert "behind: rank 1" in record(tmp_path)["message"]
+
+
 def test_who_hangs_while_it_loads_ends_although_another_rank_computes_already(
     others: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
