@@ -21,7 +21,7 @@ from dpo.config import LoraConfig, ModelConfig
 from dpo.errors import UserError
 from dpo.model.export import export_model, exported_folder
 from dpo.model.files import ADAPTER_WEIGHTS, adapter_files
-from dpo.model.load import DTYPES, empty_model, load_config, load_model
+from dpo.model.load import DTYPES, check_class, empty_model, load_config, load_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 NAME = "default"
@@ -85,6 +85,7 @@ def check_policy(model: ModelConfig, *, local: bool = False) -> None:
             f"model.name_or_path: {model.name_or_path} is a PEFT adapter, which cannot be trained further; "
             "merge it into its base and give the merged model"
         )
+    check_class(model)
     if local and model.lora is not None:
         num_adapter_parameters(model)  # raises if the model lacks the layers
 
