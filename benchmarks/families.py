@@ -53,7 +53,7 @@ WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "it", "rained", "and", 
 HEAD = """# Model families
 
 Tiny random models of the {classes} causal classes of transformers {version}, each through `check`,
-`precompute-ref`, two steps of `train`, export and reload, beside plain unpadded forward passes of transformers'
+`precompute-ref`, two steps of `train`, export and reload, beside plain unpadded passes of transformers'
 own model and a textbook DPO step on them, in float32 on a CPU. Made by
 `python -m benchmarks.families WORK --table docs/models.md`.
 
@@ -62,7 +62,7 @@ own model and a textbook DPO step on them, in float32 on a CPU. Made by
 - layout: as the probe finds it ([how-it-works.md](how-it-works.md)), and in bfloat16 where that is another.
 - reference: largest difference of a token's log-prob in the cache from the plain forward pass, in nats.
 - gradient: largest relative difference of a step's gradient norm from the textbook's.
-- export: largest difference of a token's log-prob of the reloaded model from the one that the textbook trained,
+- export: largest difference of a token's log-prob of the reloaded model from the one of the textbook,
   in nats. AdamW's first steps divide small gradients by themselves, so that their rounding grows.
 - plan: whether `dpo plan` answers.
 
@@ -86,7 +86,7 @@ class Row:
     export: float | None = None
     """Largest difference of a token's log-prob of the exported model from the textbook's, in nats."""
     plan: str = ""
-    """GB a GPU that `dpo plan` finds, or what it says."""
+    """Whether `dpo plan` answers."""
     refused: str = ""
     """The line with which the model is refused."""
     fault: str = ""
@@ -198,8 +198,11 @@ def layouts(config: Config, data: TokenizedDataset) -> str:
 
 def planned(config: Config) -> str:
     """What `dpo plan` says of the model at its size."""
-    made = make_plan(config.model, config.data, config.reference, config.train, GPU, exact=True)
-    return "yes" if made.advice is not None else "no"
+    try:
+        make_plan(config.model, config.data, config.reference, config.train, GPU, exact=True)
+    except UserError:
+        return "refused"
+    return "yes"
 
 
 def _plain(folder: Path) -> nn.Module:

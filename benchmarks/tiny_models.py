@@ -171,9 +171,10 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(family: str) -> PreTrainedConfig:
-    """The family's default config with small sizes."""
-    config: PreTrainedConfig = AutoConfig.for_model(family, **_small(AutoConfig.for_model(family), family))
+def tiny_config(family: str, **sizes: int) -> PreTrainedConfig:
+    """The family's default config with small sizes, or with those that are given."""
+    small = _small(AutoConfig.for_model(family), family)
+    config: PreTrainedConfig = AutoConfig.for_model(family, **small | sizes)
     return config
 
 
