@@ -61,7 +61,7 @@ own model and a textbook DPO step on them, in float32 on a CPU. Made by
 
 - layout: as the probe finds it ([how-it-works.md](how-it-works.md)), and in bfloat16 where that is another.
 - reference: largest difference of a token's log-prob in the cache from the plain forward pass, in nats.
-- gradient: largest relative difference of a step's gradient norm from the textbook's.
+- gradient: relative difference of the first step's gradient norm from the textbook's.
 - export: largest difference of a token's log-prob of the reloaded model from the one of the textbook,
   in nats. AdamW's first steps divide small gradients by themselves, so that their rounding grows.
 - plan: whether `dpo plan` answers.
@@ -82,7 +82,7 @@ class Row:
     reference: float | None = None
     """Largest difference of a token's log-prob in the cache from the plain forward pass, in nats."""
     gradient: float | None = None
-    """Largest relative difference of a step's gradient norm from the textbook's."""
+    """Relative difference of the first step's gradient norm from the textbook's."""
     export: float | None = None
     """Largest difference of a token's log-prob of the exported model from the textbook's, in nats."""
     plan: str = ""
@@ -178,7 +178,7 @@ def _compare(folder: Path) -> Iterator[tuple[str, Any]]:
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     ours = [line["train/grad_norm"] for line in map(json.loads, lines) if "train/grad_norm" in line]
     theirs = textbook_steps(plain, data, expected)
-    yield "gradient", max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+    yield "gradient", abs(ours[0] / theirs[0] - 1)  # the second follows AdamW's first step
     exported = _plain(session.folder.model())
     with torch.no_grad():
         yield "export", largest(plain_logps(exported, data), plain_logps(plain, data))
