@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -213,8 +212,9 @@ def tiny_model(family: str, config: PreTrainedConfig | None = None) -> PreTraine
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config or tiny_config(family), dtype=torch.float32
     )
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # they start at zero, where a forgotten bias would not be noticed
-            nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.min() == parameter.max():  # at zeros or ones a forgotten bias would not be noticed
+                parameter += 0.1 * torch.randn_like(parameter)
     model.eval()
     return model
