@@ -215,6 +215,6 @@ def tiny_model(family: str, config: PreTrainedConfig | None = None) -> PreTraine
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.min() == parameter.max():  # at zeros or ones a forgotten bias would not be noticed
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.eval()
     return model

@@ -3,11 +3,15 @@
 Tiny random models, as `python -m benchmarks.families` makes them of every causal class.
 """
 
+from copy import deepcopy
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from families import naive_logps, random_ids
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from benchmarks.tiny_models import VOCABULARY, tiny_config, tiny_model
 from dpo.config import ModelConfig
@@ -81,11 +85,50 @@ def test_state_leaks_no_more_in_bfloat16_than_in_float32(family: str) -> None:
     assert found(scorer_of(family, torch.bfloat16), torch.bfloat16) == KINDS[family]
 
 
-def test_documents_in_a_row_are_probed_as_sft_packs_them() -> None:
-    document: Tree = (random_ids(RNG, 1), [random_ids(RNG, 30)])
-    scorer = scorer_of("lfm2")
-    probed = settle_layout(scorer, trees_of(document), torch.float32)
-    assert probed.layout in ("trees", "rows")  # one document in a row
+@pytest.fixture(scope="module")
+def hybrid() -> PreTrainedModel:
+    """An LFM2 that has learned to read the two tokens before it: in attention, or in its convolutions."""
+    model = tiny_model("lfm2", tiny_config("lfm2", hidden_size=64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        ids = torch.from_numpy(chains(rng, 16, 48))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return ready(model)
+
+
+def chains(rng: np.random.Generator, number: int, length: int) -> npt.NDArray[np.int64]:
+    """Sequences in which a token mostly follows from the two before it."""
+    follows = np.random.default_rng(1).integers(3, 40, (40, 40))
+    ids = rng.integers(3, 40, (number, length))
+    for place in range(2, length):
+        as_learned = rng.random(number) < 0.9
+        ids[:, place] = np.where(as_learned, follows[ids[:, place - 1], ids[:, place - 2]], ids[:, place])
+    return ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("completions", [1, 2], ids=["documents of sft", "pairs"])
+def test_a_trained_hybrid_is_computed_as_plain_sequences_in_any_batch(
+    hybrid: PreTrainedModel, dtype: torch.dtype, completions: int
+) -> None:
+    rng = np.random.default_rng(2)
+    rows = chains(rng, 4 * completions, 60).astype(np.int32)
+    start = 1 if completions == 1 else 12  # of the completions; text has a prompt of one token
+    trees: list[Tree] = [
+        (rows[n * completions, :start], [row[start:] for row in rows[n * completions :][:completions]])
+        for n in range(4)
+    ]
+    scorer = make_scorer(deepcopy(hybrid).to(dtype), ModelConfig(name_or_path=""))
+    with torch.no_grad():
+        plain = naive_logps(scorer.model, trees)
+        leaked = scorer(tree_batch(trees, "packed"), per_token=True) - plain
+        assert float(leaked.abs().max()) > 0.5, "else this shows nothing"
+        assert settle_layout(scorer, trees_of(trees[0], trees[1]), dtype).layout == "rows"
+        exact = scorer(tree_batch(trees, scorer.layout), per_token=True) - plain
+    assert float(exact.abs().max()) < (1e-4 if dtype == torch.float32 else 0.1)
 
 
 @pytest.mark.parametrize("family", NOT_CAUSAL)
