@@ -74,7 +74,9 @@ def best_of_reference(
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, reference)
     with frozen_scorer(reference, sharded=sharded) as model:
-        layout = settle_layout(model, probe_trees([data]), DTYPES[reference.dtype]).layout
+        longest = max(map(len, prompts), default=0) + options.completion_tokens
+        trees = probe_trees([data], at_least=longest)
+        layout = settle_layout(model, trees, DTYPES[reference.dtype]).layout
         continuations = sample(
             bare_scorer(model).model,
             prompts,

@@ -174,7 +174,8 @@ def _use_policy(
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, policy)
     with frozen_scorer(policy, sharded=sharded) as scorer:
-        layout = settle_layout(scorer, probe_trees([data.dataset]), DTYPES[policy.dtype]).layout
+        trees = probe_trees([data.dataset], at_least=_longest_sample(config, prompts))
+        layout = settle_layout(scorer, trees, DTYPES[policy.dtype]).layout
         device = distributed.device()
         scores = score_pairs(
             scorer, data, config.loss, dtype=policy.dtype, layout=layout, budget=budget, device=device
@@ -193,6 +194,12 @@ def _use_policy(
     )
 
 
+def _longest_sample(config: Config, prompts: Sequence[TokenIds]) -> int:
+    """Tokens of the longest sequence that sampling can make; 0 without prompts."""
+    longest = max(map(len, prompts), default=0)
+    return longest + config.evaluate.completion_tokens if prompts else 0
+
+
 def _use_reference(
     config: Config,
     reference: ModelConfig,
@@ -205,7 +212,8 @@ def _use_reference(
     budget = token_budget(config.train.max_tokens_per_micro_batch)
     sharded = is_sharded(options.sharding, reference)
     with frozen_scorer(reference, sharded=sharded) as scorer:
-        layout = settle_layout(scorer, probe_trees([data.dataset]), DTYPES[reference.dtype]).layout
+        trees = probe_trees([data.dataset], at_least=_longest_sample(config, prompts))
+        layout = settle_layout(scorer, trees, DTYPES[reference.dtype]).layout
         by_reference = continue_prompts(
             bare_scorer(scorer).model,
             prompts,

@@ -31,7 +31,7 @@ class LoraConfig:
     alpha: Positive = 32.0
     """That product is scaled by alpha / rank."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
-    """all-linear: every linear layer except the output layer; or a list of layer names or endings."""
+    """all-linear: every linear layer but the output layer and experts; or a list of names or endings."""
     export: Literal["merged", "adapter"] = "merged"
     """What RUN_DIR/model holds: the whole model with the adapter in its weights, or the adapter alone."""
 

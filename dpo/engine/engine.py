@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from dpo import distributed
@@ -21,7 +22,7 @@ from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, TreeBatch
 from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, set_ours, without_waiting
 from dpo.engine.optimizer import OPTIMIZERS, make_optimizer
-from dpo.engine.scoring import gathered, make_scorer, register_head, settle_layout
+from dpo.engine.scoring import gathered, make_scorer, not_of_text, register_head, settle_layout
 from dpo.engine.sharded_state import load_sharded, save_sharded
 from dpo.engine.snapshot import snapshot
 from dpo.engine.world import kind_here, unsharded
@@ -88,6 +89,8 @@ class Engine:
             fit_buckets(settings, model)
             set_ours(settings, max_grad_norm=options.max_grad_norm, universal=universal)
             without_waiting(settings)
+        elif distributed.is_distributed():
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(scorer, not_of_text(scorer))
         self._scorer, self._optimizer = accelerator.prepare(scorer, optimizer)
         if distributed.is_distributed() and self._scorer is scorer:
             raise RuntimeError("Accelerate did not wrap the policy: every rank would train alone")

@@ -152,6 +152,31 @@ def gathered(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     return whole
 
 
+def not_of_text(scorer: SequenceScorer) -> list[str]:
+    """Names of weights that no text reaches, such as a vision tower's: DDP would wait for their gradient.
+
+    Args:
+        scorer: On any device, not wrapped; its gradients are lost.
+    """
+    model = scorer.model
+    if model.config.get_text_config() is model.config:
+        return []
+    ids = torch.arange(1, 5, device=model.device)[None]
+    with torch.enable_grad():
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    decoder = model.get_decoder()
+    of_text = (
+        set() if decoder is None else set(decoder.parameters())
+    )  # experts may be reached by other tokens
+    unreached = [
+        name
+        for name, weight in scorer.named_parameters()
+        if weight.requires_grad and weight.grad is None and weight not in of_text
+    ]
+    model.zero_grad()
+    return unreached
+
+
 def register_head(scorer: SequenceScorer) -> None:
     """Tells ZeRO-3 that the projection uses the output layer's weights outside of that layer."""
     from deepspeed.runtime.zero import register_external_parameter

@@ -9,7 +9,9 @@ the distribution, they draw the same token.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from itertools import groupby
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +26,15 @@ from transformers import (
 
 from dpo import alive, terminal
 from dpo.data.records import TokenIds
-from dpo.distributed import device, gather_objects, turns_of
+from dpo.distributed import device, from_main, gather_objects, turns_of
 from dpo.errors import UserError
 from dpo.model.attention import restore_attention
+
+COMPARED, SAME_DISTRIBUTION = 8, 0.05
+"""Tokens over which a model's batches are compared with rows alone, and the distance (total variation) of
+distributions of the next token that rounding explains in bfloat16."""
+_Together = Literal["padded", "equal lengths", "alone"]
+"""What may be in one batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +143,6 @@ def sample(
     restore_attention(model)
     rows = [_Row(prompt, number) for prompt in range(len(prompts)) for number in range(num_samples)]
     rows.sort(key=lambda row: len(prompts[row.prompt]))
-    batches = turns_of([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
 
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -145,6 +152,10 @@ def sample(
         pad_token_id=stop_ids[0],
     )
     drawn: dict[_Row, Continuation] = {}
+    few = GenerationConfig(**{**config.to_dict(), "max_new_tokens": min(COMPARED, max_new_tokens)})
+    with _own_generation_config(model, few):
+        how = from_main(_together(model, prompts, stop_ids[0], sharded=sharded))
+    batches = turns_of(_batches(rows, [len(prompt) for prompt in prompts], batch_size, how))
     with (
         _own_generation_config(model, config),
         terminal.bar(sum(len(batch or ()) for batch in batches), description=progress, unit="samples") as bar,
@@ -182,6 +193,65 @@ def _check_lengths(
             f"a prompt of {longest} tokens and a continuation of {max_new_tokens} do not fit the model's "
             f"{positions} positions; sample fewer tokens or shorten the prompts"
         )
+
+
+def _batches(
+    rows: Sequence[_Row], lengths: Sequence[int], batch_size: int, how: _Together
+) -> list[list[_Row]]:
+    """Rows, sorted by length, in batches that the model computes as it computes each row alone.
+
+    Args:
+        rows: In the order of their prompts' lengths.
+        lengths: Of the prompts.
+        batch_size: Most rows of a batch.
+        how: Which rows may be in a batch.
+    """
+    parts = [list(rows)]
+    if how != "padded":
+        parts = [list(part) for _, part in groupby(rows, key=lambda row: lengths[row.prompt])]
+    size = 1 if how == "alone" else batch_size
+    return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
+
+
+def _together(
+    model: PreTrainedModel, prompts: Sequence[npt.NDArray[np.int32]], pad_token_id: int, *, sharded: bool
+) -> _Together:
+    """Which prompts the model continues in one batch as it does alone: RWKV takes padding for text."""
+    if not prompts:
+        return "padded"
+    first, last = min(prompts, key=len), max(prompts, key=len)
+    follow = partial(_distributions, model, pad_token_id=pad_token_id, sharded=sharded)
+    alone = follow([first])
+    if _distance(alone, follow([first, last])) <= SAME_DISTRIBUTION:
+        return "padded"
+    return "equal lengths" if _distance(alone, follow([first, first])) <= SAME_DISTRIBUTION else "alone"
+
+
+@torch.no_grad()
+def _distributions(
+    model: PreTrainedModel, prompts: Sequence[npt.NDArray[np.int32]], *, pad_token_id: int, sharded: bool
+) -> list[tuple[int, torch.Tensor]]:
+    """The likeliest token and the distribution of each of the tokens that follow the first prompt."""
+    ids, mask = _left_padded(prompts, pad_token_id)
+    output = model.generate(  # type: ignore[operator]
+        inputs=ids.to(device()),
+        attention_mask=mask.to(device()),
+        output_logits=True,
+        return_dict_in_generate=True,
+        synced_gpus=sharded,
+    )
+    steps = [logits[0].float().softmax(-1) for logits in output.logits]
+    return [(int(step.argmax()), step) for step in steps]
+
+
+def _distance(left: Sequence[tuple[int, torch.Tensor]], right: Sequence[tuple[int, torch.Tensor]]) -> float:
+    """Largest total variation of distributions, as long as the tokens before them are the same."""
+    largest = 0.0
+    for (token, one), (other, two) in zip(left, right, strict=False):
+        largest = max(largest, float((one - two).abs().sum() / 2))
+        if token != other:
+            break
+    return largest
 
 
 def _left_padded(

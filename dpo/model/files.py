@@ -25,7 +25,15 @@ from dpo.errors import UserError
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-POSITION_KEYS = ("n_positions", "max_position_embeddings", "max_sequence_length", "n_ctx")
+POSITION_KEYS = (
+    "n_positions",
+    "max_position_embeddings",
+    "max_sequence_length",
+    "max_seq_len",
+    "model_max_length",
+    "context_length",
+    "n_ctx",
+)
 """Keys of config.json that limit the length of a sequence; the first that is there counts."""
 HUB_SECONDS = 10.0
 """How long the hub may take to answer."""

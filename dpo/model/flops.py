@@ -5,14 +5,14 @@ trees without padding or recomputation, so that work saved by an implementation 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo.data.dataset import TokenizedDataset
 
@@ -31,6 +31,11 @@ class Work:
     """Per predicted token, in the output layer."""
 
 
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+NUM_ACTIVE = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k", "num_experts_per_token")
+"""Keys of configs: the experts of a layer, and how many of them a token is routed to."""
+LINEAR = ("minimaxlightning", "rwkv")
+"""Starts of class names of attention whose work does not grow with the length."""
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -59,7 +64,8 @@ def known_peak(device_name: str) -> float | None:
 def work_of(model: PreTrainedModel) -> Work:
     """The work of a model from the shapes of its weights.
 
-    In a mixture of experts, a token counts for as many experts as it is routed to.
+    In a mixture of experts, a token counts for as many experts as it is routed to. A block without attention
+    has none; what its recurrence does per token is not counted.
 
     Args:
         model: May be on the meta device or sharded by ZeRO-3.
@@ -68,20 +74,45 @@ def work_of(model: PreTrainedModel) -> Work:
         ValueError: The model's blocks are not in a ModuleList, so that they cannot be counted.
     """
     config = model.config.get_text_config()
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
     blocks = next((module for module in model.modules() if isinstance(module, nn.ModuleList)), None)
     head = model.get_output_embeddings()
-    if blocks is None or head is None:
+    if blocks is None or not isinstance(getattr(head, "weight", None), nn.Parameter):
         raise ValueError(f"{type(model).__name__}: expected blocks in a ModuleList, and an output layer")
-    shapes = [_shape(p) for p in chain.from_iterable(block.parameters() for block in blocks)]
-    token = sum(
-        round(math.prod(shape) * (share if len(shape) == 3 else 1.0)) for shape in shapes if len(shape) > 1
-    )
-    heads = int(config.num_attention_heads)
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    prediction = math.prod(_shape(head.weight))
-    return Work(token=token, seen=2 * len(blocks) * heads * width, prediction=prediction)
+    token = 0.0
+    for name, parameter in blocks.named_parameters():
+        shape = _shape(parameter)
+        if len(shape) > 1:
+            token += math.prod(shape) * _share_of_tokens(name, shape, config)
+    seen = sum(_attention(block, config, number) for number, block in enumerate(blocks))
+    return Work(token=round(token), seen=seen, prediction=math.prod(_shape(head.weight)))
+
+
+def _share_of_tokens(name: str, shape: torch.Size, config: PreTrainedConfig) -> float:
+    """Part of the tokens that a weight applies to: less than 1 for those of experts."""
+    experts, active = _first(config, NUM_EXPERTS), _first(config, NUM_ACTIVE)
+    stacked = len(shape) == 3 and shape[0] == experts
+    if experts and active and (stacked or ".experts." in name):
+        return active / experts
+    return 1.0
+
+
+def _attention(block: nn.Module, config: PreTrainedConfig, number: int) -> int:
+    """Multiply-adds per (token, token that it attends to) in a block."""
+    names = [type(module).__name__.lower() for module in block.modules()]
+    if not any("attention" in name and not name.startswith(LINEAR) for name in names):
+        return 0
+    layers = getattr(config, "per_layer_config", None)
+    own = config if layers is None else layers[number]
+    heads = int(getattr(own, "num_attention_heads", None) or 0)
+    width = getattr(own, "head_dim", None) or (own.hidden_size // heads if heads else 0)
+    keys, values = getattr(own, "qk_head_dim", None) or width, getattr(own, "v_head_dim", None) or width
+    return int(heads * (keys + values))
+
+
+def _first(config: PreTrainedConfig, keys: Sequence[str]) -> int | None:
+    """The first of these keys that a config has as a number."""
+    values = (getattr(config, key, None) for key in keys)
+    return next((value for value in values if isinstance(value, int) and value), None)
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

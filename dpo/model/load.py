@@ -22,12 +22,14 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.model.authors import remember, remove_noise
-from dpo.model.files import adapter_config, ask_hub, base_of, check_model_path, first_line
+from dpo.model.files import adapter_config, ask_hub, base_of, check_model_path, first_line, raw_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
@@ -66,6 +68,29 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_class(model: ModelConfig) -> None:
+    """Raises UserError if transformers has no causal class for the model, or lacks a package for its weights.
+
+    Reads its config.json only.
+    """
+    raw = raw_config(base_of(model))
+    family = raw.get("model_type")
+    if "auto_map" not in raw and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path} is a {family}, of which transformers has no causal "
+            "language model; expected a decoder such as llama, qwen3 or gpt2"
+        )
+    if quantized := raw.get("quantization_config"):
+        try:
+            AutoHfQuantizer.from_config(quantized, pre_quantized=True).validate_environment()
+        except ImportError as error:
+            raise UserError(
+                f"model.name_or_path: {model.name_or_path} has quantized weights: {first_line(error)}"
+            ) from error
+        except (RuntimeError, ValueError):
+            pass  # of this machine, such as no GPU: loading says it where it matters
 
 
 def load_config(model: ModelConfig) -> PreTrainedConfig:
@@ -132,7 +157,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"model.name_or_path: cannot load {model.name_or_path}: {first_line(error)}"
         ) from error

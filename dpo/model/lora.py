@@ -6,6 +6,7 @@ dependency and imported only here.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,15 +18,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from dpo import terminal
 from dpo.config import LoraConfig, ModelConfig
 from dpo.errors import UserError
 from dpo.model.export import export_model, exported_folder
 from dpo.model.files import ADAPTER_WEIGHTS, adapter_files
-from dpo.model.load import DTYPES, empty_model, load_config, load_model
+from dpo.model.load import DTYPES, check_class, empty_model, load_config, load_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 NAME = "default"
 """Name of the adapter; peft's own default."""
+PARTS_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
 WRAPPED = "base_model.model."
 """Prefix of the weights' names in peft's files."""
 
@@ -45,6 +48,8 @@ def load_policy(model: ModelConfig, *, dtype: torch.dtype, seed: int) -> PreTrai
         return load_model(model, dtype=dtype)
     base = load_model(model)
     add_adapter(base, model, dtype=dtype, seed=seed)
+    if model.lora.target_modules == "all-linear" and (note := _left_out(base)):
+        terminal.warning(note)
     return base
 
 
@@ -85,6 +90,7 @@ def check_policy(model: ModelConfig, *, local: bool = False) -> None:
             f"model.name_or_path: {model.name_or_path} is a PEFT adapter, which cannot be trained further; "
             "merge it into its base and give the merged model"
         )
+    check_class(model)
     if local and model.lora is not None:
         num_adapter_parameters(model)  # raises if the model lacks the layers
 
@@ -220,11 +226,44 @@ def _peft_options(model: PreTrainedModel, config: ModelConfig) -> Any:
     return PeftOptions(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides it by the rank without rounding
-        target_modules=lora.target_modules,
+        target_modules=_all_linear(model) if lora.target_modules == "all-linear" else lora.target_modules,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         base_model_name_or_path=str(base.resolve()) if base.is_dir() else config.name_or_path,
+    )
+
+
+def _all_linear(model: PreTrainedModel) -> list[str]:
+    """Names of every linear layer but the output layer: their last parts, unless other modules share them."""
+    head = model.get_output_embeddings()
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in linear}
+    last = {name: name.rpartition(".")[2] for name in linear}
+    if _num_stacked(model):  # peft takes these names for parts of the experts
+        last = {name: end for name, end in last.items() if end not in PARTS_OF_EXPERTS}
+    return sorted({name if end in others or end.isdigit() else end for name, end in last.items()})
+
+
+def _num_stacked(model: PreTrainedModel) -> int:
+    """Number of weights of experts that are one tensor per block."""
+    shapes = [getattr(p, "ds_shape", p.shape) for p in model.parameters()]
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 3 and shape[1] > 1)
+
+
+def _left_out(model: PreTrainedModel) -> str | None:
+    """What an adapter of all linear layers does not reach, for people; None where that is nothing."""
+    experts = _num_stacked(model)
+    if not experts:
+        return None
+    whole = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in model.parameters())
+    return (
+        "model.lora: all-linear leaves out the experts, which are one tensor per block, and layers whose "
+        f"names they share: the experts' {experts / whole:.0%} of the weights stay as they are"
     )
 
 

@@ -79,6 +79,7 @@ class Comparison:
         self._expected: Tensor | None = None
         self.limit = 0.0
         """Nats by which a layout may differ, if `exact`; known after `refusal`."""
+        self._rounding = 0.0
 
     def refusal(self) -> str | None:
         """Why the model cannot be used in any layout, or None; to be asked first."""
@@ -100,8 +101,8 @@ class Comparison:
                 f"it is not causal: another last token moves log-probs before it by {moved:.2g} nats; "
                 "expected a decoder that predicts each token from those before it"
             )
-        rounding = _largest(seen, expected[longest][:kept])
-        self.limit = min(max(TOLERANCE, ROUNDING_FACTOR * rounding), MOST_TOLERANCE)
+        self._rounding = _largest(seen, expected[longest][:kept])
+        self.limit = min(max(TOLERANCE, ROUNDING_FACTOR * self._rounding), MOST_TOLERANCE)
         return None
 
     def problem_of_projection(self) -> str | None:
@@ -117,6 +118,10 @@ class Comparison:
     def problem(self, layout: Layout, *, own: bool, one_at_a_time: bool) -> str | None:
         """Why a layout is not used, or None."""
         assert self._expected is not None
+        if self.exact and not one_at_a_time and self._rounding > LOOKS_AHEAD:
+            return (  # as where keys of equal score are selected: it can differ on data that is not probed
+                f"the model's own log-probs move by {self._rounding:.2g} nats when a sequence is cut short"
+            )
         found = self._in_layout(layout, own=own, one_at_a_time=one_at_a_time)
         if self.exact:
             difference = _largest(found, self._expected)

@@ -31,17 +31,20 @@ class ProbeTrees:
     their completions the longest."""
 
 
-def probe_trees(datasets: Sequence[TokenizedDataset]) -> ProbeTrees:
+def probe_trees(datasets: Sequence[TokenizedDataset], *, at_least: int = 0) -> ProbeTrees:
     """Chooses the trees from all data that the model will score.
 
     Args:
         datasets: At least one group in all.
+        at_least: Tokens of the longest sequence that it will score, where samples are longer than the data.
     """
     largest = max(datasets, key=lambda data: int(data.tree_tokens.max(initial=0)))
     longest = max(datasets, key=lambda data: int(data.longest.max(initial=0)))
-    return trees_of(
-        _tree(largest, int(largest.tree_tokens.argmax())), _tree(longest, int(longest.longest.argmax()))
-    )
+    prompt, completions = _tree(longest, int(longest.longest.argmax()))
+    missing = at_least - len(prompt) - max(map(len, completions))
+    if missing > 0:
+        completions = [np.resize(completions[0], len(completions[0]) + missing), *completions[1:]]
+    return trees_of(_tree(largest, int(largest.tree_tokens.argmax())), (prompt, completions))
 
 
 def trees_of(largest: Tree, longest: Tree | None = None) -> ProbeTrees:

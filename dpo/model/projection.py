@@ -37,7 +37,8 @@ class TokenLogProbs(nn.Module):
         config = config.get_text_config()
         self._scale = float(getattr(config, "logit_scale", None) or 1.0)
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+        self._cap: float | None = cap
         self.slice_elements: int | None = None
         """Number of logits in one slice; None: as in `SLICE_ELEMENTS`."""
 

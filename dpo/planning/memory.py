@@ -42,6 +42,8 @@ class Shape:
     """Those of them with a gradient."""
     largest: int
     """Elements of the largest trainable parameter."""
+    module: int
+    """Parameters of the module that has most of its own, such as the experts of a block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +79,7 @@ def shape_of(model: nn.Module) -> Shape:
         block=max(blocks_of(model), default=0),
         trained_block=max(blocks_of(model, trained=True), default=0),
         largest=max(trainable, default=0),
+        module=max(sum(p.numel() for p in each.parameters(recurse=False)) for each in model.modules()),
     )
 
 
@@ -234,8 +237,10 @@ def _own_weights(rank: _Rank) -> int:
 
 
 def _gathered(rank: _Rank) -> int:
-    """Bytes of weights of other ranks that ZeRO-3 holds in a pass."""
-    return rank.width * min(rank.shape.parameters, GATHERED_ELEMENTS) if rank.world_size > 1 else 0
+    """Bytes of weights of other ranks that ZeRO-3 holds in a pass: a module's always, however many."""
+    if rank.world_size == 1:
+        return 0
+    return rank.width * min(rank.shape.parameters, max(GATHERED_ELEMENTS, rank.shape.module))
 
 
 def _zero_3_buckets(rank: _Rank) -> int:

@@ -1,34 +1,32 @@
 """Rehearses a training step without memory: the model's own code on FakeTensors: sizes without data.
 
 The memory of a step of a 70B model is known in seconds, on a machine that could not hold one layer of it. The
-model is cut to one and to two blocks: the difference is what each further block keeps for the backward pass;
-everything else is the same at any depth.
+model is cut to one block of each kind, and one more of a kind: the difference is what each further block of
+that kind keeps for the backward pass; everything else is the same at any depth.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo.config import ModelConfig
 from dpo.data.key_blocks import FLEX_BLOCK
-from dpo.data.trees import Tree, TreeBatch, tree_batch
+from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
+from dpo.errors import UserError
+from dpo.model.files import first_line
 from dpo.model.lora import empty_policy
 from dpo.model.projection import SLICE_ELEMENTS
 from dpo.model.scorer import SequenceScorer
+from dpo.planning.cut import Blocks
 from dpo.planning.live_bytes import LiveBytes
-
-ONE_KERNEL = "rehearsed_one_kernel"
-"""Attention of a whole row by one kernel, like FlexAttention on GPUs: it keeps its inputs, its output and one
-number per row and head."""
+from dpo.planning.stand_ins import ONE_KERNEL, experts_of_any_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,51 +85,79 @@ def rehearse(
         dtype: Type of the trained weights.
         autocast: Products are in bfloat16 and weights are not, as without DeepSpeed.
         gpu: With FlexAttention and a GPU's slices of the vocabulary; otherwise as on a CPU.
+
+    Raises:
+        UserError: The model's code needs values, not only sizes.
     """
-    layers = int(config.get_text_config().num_hidden_layers)
-    passes = [
-        _rehearse_blocks(_cut(config, number), model, trees, dtype, autocast=autocast, gpu=gpu)
-        for number in range(1, min(layers, 2) + 1)
-    ]
-    last = passes[-1]
-    of_a_block = last.saved - passes[0].saved if layers > 1 else last.in_blocks
-    more = max(0, layers - 2) * of_a_block
+    with torch.device("meta"):
+        blocks = Blocks(empty_policy(config, model, dtype=dtype))
+    run = partial(_in_a_layout, blocks, model, trees, autocast=autocast, gpu=gpu)
+    firsts = [kind[0] for kind in blocks.kinds]
+    most = max(blocks.kinds, key=len)
+    base = run(firsts)
+    if len(most) == 1:
+        last, of_kinds = base, [base.in_blocks // len(firsts)] * len(firsts)
+        more = operations = 0
+    else:
+        doubled = [run(sorted([*firsts, kind[1]])) if len(kind) > 1 else base for kind in blocks.kinds]
+        last = doubled[blocks.kinds.index(most)]
+        of_kinds = [each.saved - base.saved for each in doubled]
+        counts = [len(kind) - 1 - (kind is most) for kind in blocks.kinds]
+        more = sum(count * bytes_ for count, bytes_ in zip(counts, of_kinds, strict=True))
+        operations = sum(
+            count * (each.operations - base.operations) for count, each in zip(counts, doubled, strict=True)
+        )
     activations = last.in_blocks + more
     return Rehearsal(
         activations=activations,
-        of_a_block=of_a_block,
+        of_a_block=of_kinds[blocks.last] or max(of_kinds),
         projection=max(last.late + more, last.peak) - activations,
-        operations=last.operations + max(0, layers - 2) * (last.operations - passes[0].operations),
+        operations=last.operations + operations,
     )
 
 
-def _cut(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    shallow = deepcopy(config)
-    text = shallow.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
-    return shallow
-
-
-def _rehearse_blocks(
-    config: PreTrainedConfig,
+def _in_a_layout(
+    blocks: Blocks,
     model: ModelConfig,
     trees: Sequence[Tree],
-    dtype: torch.dtype,
+    numbers: Sequence[int],
     *,
     autocast: bool,
     gpu: bool,
 ) -> _Pass:
-    with torch.device("meta"):
-        bare = empty_policy(config, model, dtype=dtype)
+    """A pass through these blocks in the first layout that the model can be called with."""
+    layouts: list[Layout] = ["rows"]
+    if model.share_prompts and not blocks.recur:
+        layouts = SequenceScorer(blocks.keeping(numbers)).layouts
+    problem: Exception | None = None
+    for layout in layouts:
+        try:
+            return _rehearse_blocks(blocks.keeping(numbers), model, trees, layout, autocast=autocast, gpu=gpu)
+        except Exception as error:  # a model's code may raise anything for inputs that it does not expect
+            problem = error
+    assert problem is not None
+    raise UserError(
+        f"model.name_or_path: a step of {blocks.name} cannot be rehearsed without memory "
+        f"({type(problem).__name__}: {first_line(problem)}), so nothing is planned; train a few steps with "
+        "train.max_steps and look at perf/peak_memory_gb"
+    ) from problem
+
+
+def _rehearse_blocks(
+    bare: PreTrainedModel,
+    model: ModelConfig,
+    trees: Sequence[Tree],
+    layout: Layout,
+    *,
+    autocast: bool,
+    gpu: bool,
+) -> _Pass:
     with FakeTensorMode() as fake:
         _to_fake(bare)
         if model.gradient_checkpointing:
             bare.activation_checkpointing_enable({"use_reentrant": False})
         bare.train()
         scorer = SequenceScorer(bare)
-        layout = scorer.layout if model.share_prompts else "rows"
         if gpu:
             if scorer.projection is not None:
                 scorer.projection.slice_elements = SLICE_ELEMENTS["cuda"]
@@ -145,7 +171,7 @@ def _rehearse_blocks(
         known = [*bare.parameters(), *bare.buffers(), *_tensors(batch).values()]
         live = LiveBytes(known)
         moments: dict[str, int] = {}
-        with _recorded(scorer, bare, live, moments), live:
+        with experts_of_any_dtype(), _recorded(scorer, bare, live, moments), live:
             masks = _block_masks(laid_out, scorer.windows) if layout == "flex" else []
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 logps = scorer(batch)
@@ -218,22 +244,3 @@ def _block_masks(batch: TreeBatch, windows: Sequence[int | None]) -> list[Tensor
     """The indices of FlexAttention's blocks, by queries and by keys, which live through the whole pass."""
     blocks = batch.input_ids.shape[1] // FLEX_BLOCK
     return [torch.empty(4, blocks, blocks + 1, dtype=torch.int32) for _ in {*windows}]
-
-
-def _one_kernel(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    attended: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, None, scaling=scaling, is_causal=True
-    )
-    return attended
-
-
-AttentionInterface.register(ONE_KERNEL, _one_kernel)
-AttentionMaskInterface.register(ONE_KERNEL, sdpa_mask)

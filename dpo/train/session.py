@@ -25,6 +25,7 @@ from dpo.engine.engine import Engine
 from dpo.engine.reshard import universal_form
 from dpo.errors import UserError
 from dpo.guards.guard import Guard
+from dpo.model.files import first_line
 from dpo.model.flops import forward_flops, known_peak, work_of
 from dpo.model.load import DTYPES
 from dpo.model.lora import export_trained
@@ -251,7 +252,8 @@ class Session:
     def _flops(self) -> tuple[npt.NDArray[np.float64] | None, float | None]:
         try:
             work = work_of(self.engine.model)
-        except ValueError:
+        except Exception as error:  # a config may raise anything, and a metric stops no run
+            terminal.note(f"perf/mfu is not recorded: {type(error).__name__}: {first_line(error)}")
             return None, None
         passes = 2 if self.engine.num_frozen else 3  # the backward pass is two, one less for frozen weights
         peak = self.options.peak_tflops and self.options.peak_tflops * 1e12

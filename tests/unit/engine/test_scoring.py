@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from benchmarks.tiny_models import tiny_model
 from dpo.config import ModelConfig
 from dpo.data.trees import Tree
 from dpo.engine.scoring import (
@@ -18,6 +19,7 @@ from dpo.engine.scoring import (
     PROBE_WORK,
     bare_scorer,
     make_scorer,
+    not_of_text,
     settle_layout,
     token_budget,
 )
@@ -149,3 +151,13 @@ def test_a_large_model_is_compared_in_parts(
 
 def tokens(trees: Sequence[Tree]) -> int:
     return sum(len(part) for prompt, completions in trees for part in (prompt, *completions))
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma3_text", "mixtral"])
+def test_weights_that_no_text_reaches_are_those_of_other_towers(family: str) -> None:
+    scorer = SequenceScorer(tiny_model(family))
+    names = not_of_text(scorer)
+    assert {name.split(".")[2] for name in names} == (
+        {"vision_tower", "multi_modal_projector"} if family == "gemma3" else set()
+    )
+    assert all(weight.grad is None for weight in scorer.parameters())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from benchmarks.tiny_models import tiny_model
 from dpo.data.records import TokenIds
 from dpo.errors import UserError
 from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
@@ -78,6 +79,12 @@ def test_batch_size_and_padding_change_no_sample(model: PreTrainedModel) -> None
     together = as_lists(draw(model, texts, batch_size=64))
     assert as_lists(draw(model, texts, batch_size=1)) == together
     assert as_lists(draw(model, texts, batch_size=4)) == together
+
+
+@pytest.mark.parametrize("family", ["rwkv", "mamba", "lfm2", "deepseek_v4", "llama"])
+def test_models_that_take_padding_for_text_are_given_equal_lengths(family: str) -> None:
+    model, texts = tiny_model(family), prompts(1, 5, 9, 5, 2)
+    assert as_lists(draw(model, texts)) == as_lists(draw(model, texts, batch_size=1))
 
 
 def test_a_sample_depends_only_on_its_own_indices(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -15,6 +16,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from benchmarks.tiny_models import tiny_config
 from dpo.data.dataset import map_dataset, write_dataset
 from dpo.data.records import Pair, TokenizedGroup
 from dpo.model.flops import forward_flops, known_peak, work_of
@@ -83,3 +85,29 @@ def test_a_model_without_a_list_of_blocks_cannot_be_counted() -> None:
 def test_common_gpus_have_a_peak(name: str, tflops: float) -> None:
     assert known_peak(name) == tflops * 1e12
     assert known_peak("A chip of next year") is None
+
+
+@pytest.mark.parametrize(
+    ("family", "widths"),
+    [("mamba", []), ("lfm2", [8]), ("jamba", []), ("gemma4_text", [8, 512]), ("llama", [8, 8])],
+)
+def test_attention_is_counted_in_the_blocks_that_have_it(family: str, widths: list[int]) -> None:
+    config = tiny_config(family)
+    with torch.device("meta"):
+        work = work_of(AutoModelForCausalLM.from_config(config))
+    assert work.token > 0
+    assert work.seen == 2 * 4 * sum(widths)  # of four heads
+
+
+def test_active_experts_are_read_by_any_of_their_names() -> None:
+    for family in ("aria_text", "gemma4_text", "deepseek_v3"):
+        config = tiny_config(family)
+        if family == "gemma4_text":
+            config.enable_moe_block, config.num_experts, config.top_k_experts = True, 4, 2
+            config.moe_intermediate_size = 32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        whole = sum(p.numel() for b in model.model.layers for p in b.parameters() if p.ndim > 1)
+        experts = sum(p.numel() for b in model.model.layers for p in b.parameters() if p.ndim == 3)
+        assert experts > 0
+        assert work_of(model).token == whole - experts // 2

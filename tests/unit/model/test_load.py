@@ -18,6 +18,7 @@ from dpo.model import load as load_module
 from dpo.model.authors import remove_noise
 from dpo.model.files import adapter_files, base_of, num_parameters, raw_config
 from dpo.model.load import load_model, load_tokenizer
+from dpo.model.lora import check_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft calls it by an old name
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -150,3 +151,24 @@ def test_without_peft_an_adapter_is_refused(adapter: Path, monkeypatch: pytest.M
     monkeypatch.setattr(load_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install peft"):
         load_model(ModelConfig(name_or_path=str(adapter)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model_type": "t5"}, "is a t5, of which transformers has no causal language model"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "has quantized weights: .*pip install",
+        ),
+    ],
+)
+def test_what_has_no_causal_class_or_lacks_a_package_is_refused_by_its_config(
+    edited: Edited, change: dict[str, Any], said: str
+) -> None:
+    def rewrite(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+    with pytest.raises(UserError, match=rf"model\.name_or_path: .*edited {said}"):
+        check_policy(edited(rewrite), local=True)

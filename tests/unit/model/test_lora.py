@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from benchmarks.tiny_models import tiny_model
 from dpo.cli.main import run
 from dpo.cli.parse import parse
 from dpo.config import Config, LoraConfig, ModelConfig, OptimizationConfig
@@ -365,3 +366,23 @@ def test_a_model_that_is_an_adapter_is_not_trained(
     arguments = ["--model.name_or_path", str(adapter), "--data.train", str(pairs_file)]
     assert run(["check", "train", *arguments, "--run_dir", str(tmp_path / "run")]) == 2
     assert f"model.name_or_path: {adapter}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen3_moe", "gpt_oss", "phi3"])
+def test_all_linear_adapts_every_linear_layer_and_names_the_experts_that_it_leaves_out(
+    family: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = tiny_model(family)
+    plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = ModelConfig(name_or_path=str(tmp_path), dtype="float32", lora=LoraConfig())
+    policy = load_policy(config, dtype=torch.float32, seed=0)
+    adapted = {
+        name.partition(".lora_")[0] for name, weight in policy.named_parameters() if weight.requires_grad
+    }
+    linear = {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
+    has_experts = family != "phi3"
+    shared = {name for name in linear if name.endswith(("gate_proj", "up_proj", "down_proj")) and has_experts}
+    assert adapted == linear - {"lm_head"} - shared
+    said = "".join(capsys.readouterr())
+    assert ("leaves out the experts, which are one tensor per block" in said) == has_experts

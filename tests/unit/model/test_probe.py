@@ -1,6 +1,8 @@
 """The probe: families that share prompts exactly do, others get rows, and what cannot be exact is refused."""
 
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from families import ROWS, TREES, naive_logps, random_ids, random_tree, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpo.data.dataset import map_dataset, write_dataset
+from dpo.data.records import TokenizedGroup
 from dpo.data.trees import Tree, TreeBatch, tree_batch
 from dpo.model.probe import LOOKS_AHEAD, MOST_TOLERANCE, TOLERANCE, Comparison, Probed, Score, probe
-from dpo.model.probe_trees import trees_of
+from dpo.model.probe_trees import probe_trees, trees_of
 from dpo.model.scorer import SequenceScorer
 
 LONGEST = random_tree(np.random.default_rng(0), 3)
@@ -221,6 +225,19 @@ def test_the_trees_are_those_of_the_longest_sequence_and_the_largest_group() -> 
     alone = trees_of(long, long)
     assert len(alone.long) == 1
     assert len(alone.short) == 2
+
+
+def test_samples_that_are_longer_than_the_data_are_probed_at_their_length(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    group = TokenizedGroup(
+        prompt=random_ids(rng, 4), completions=(random_ids(rng, 6), random_ids(rng, 3)), pairs=()
+    )
+    write_dataset([group], tmp_path / "data", Counter())
+    data = map_dataset(tmp_path / "data", "")
+    for at_least, longest in ((0, 10), (10, 10), (25, 25)):
+        trees = probe_trees([data], at_least=at_least)
+        assert max(len(p) + max(map(len, c)) for p, c in trees.long) == longest
+        assert [len(trees.long[0][0]), len(trees.long[0][1][1])] == [4, 3]
 
 
 class Halved(torch.nn.Module):

@@ -18,6 +18,7 @@ KINDS = {
     "scaled": {"logit_scale": 0.25},
     "divided": {"logits_scaling": 3.0},
     "capped": {"final_logit_softcapping": 2.0},
+    "capped, as RecurrentGemma names it": {"logits_soft_cap": 2.0},
     "all": {"logit_scale": 0.5, "logits_scaling": 2.0, "final_logit_softcapping": 1.5},
 }
 
@@ -43,7 +44,7 @@ def inputs(*, bias: bool = False) -> tuple[nn.Linear, Tensor, Tensor]:
 
 def expected(head: nn.Linear, hidden: Tensor, targets: Tensor, values: dict[str, float]) -> Tensor:
     logits = head(hidden).double() * values.get("logit_scale", 1) / values.get("logits_scaling", 1)
-    if cap := values.get("final_logit_softcapping"):
+    if cap := values.get("final_logit_softcapping", values.get("logits_soft_cap")):
         logits = cap * torch.tanh(logits / cap)
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 

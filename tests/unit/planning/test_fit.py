@@ -15,7 +15,7 @@ from dpo.planning.fit import USABLE, Advice, Fit, Machine
 from dpo.planning.memory import Memory, Name, Shape
 from dpo.planning.rehearsal import Rehearsal
 
-SHAPE = Shape(parameters=1, trainable=1, block=1, trained_block=1, largest=1)
+SHAPE = Shape(parameters=1, trainable=1, block=1, trained_block=1, largest=1, module=1)
 KEPT: dict[Name, int] = {"no DeepSpeed": 500, "ZeRO-2": 300, "ZeRO-3": 100, "ZeRO-3 offload": 0}
 """Bytes that each sharding keeps here; a token adds 1 byte, or 1/10 if activations are recomputed."""
 

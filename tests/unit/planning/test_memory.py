@@ -15,6 +15,7 @@ SHAPE = Shape(
     block=218_000_000,
     trained_block=218_000_000,
     largest=525_000_000,
+    module=525_000_000,
 )
 STEP = Rehearsal(activations=10 * BILLION, of_a_block=300_000_000, projection=2 * BILLION, operations=0)
 WITHOUT = Rehearsal(activations=0, of_a_block=0, projection=0, operations=0)
@@ -59,6 +60,12 @@ def test_frozen_weights_need_neither_gradients_nor_moments(sharding: Name) -> No
     assert found.gradients * 99 <= full.gradients
     assert found.optimizer * 99 <= full.optimizer
     assert found.total + found.host < full.total + full.host
+
+
+def test_zero_3_gathers_the_experts_of_a_block_however_many_they_are() -> None:
+    large = replace(SHAPE, parameters=100 * BILLION, trainable=100 * BILLION)
+    experts = replace(large, module=11 * BILLION)
+    assert of("ZeRO-3", 8, shape=experts).weights - of("ZeRO-3", 8, shape=large).weights == 2 * 10 * BILLION
 
 
 def test_without_activations_the_update_is_the_peak() -> None:

@@ -15,8 +15,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from benchmarks.tiny_models import tiny_config
 from dpo.config import ModelConfig
 from dpo.data.trees import Tree, tree_batch
+from dpo.errors import UserError
 from dpo.model.authors import remove_noise
 from dpo.model.load import empty_model
 from dpo.model.scorer import SequenceScorer
@@ -24,6 +26,7 @@ from dpo.planning.live_bytes import LiveBytes
 from dpo.planning.rehearsal import rehearse
 
 MODEL = ModelConfig(name_or_path="", dtype="float32")
+GPU = {"dtype": torch.bfloat16, "gpu": True}
 SIZES = {"vocab_size": 600, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "gpt2, tied": GPT2Config(vocab_size=600, n_embd=64, n_head=4, n_layer=5, n_positions=128),
@@ -31,6 +34,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "gemma, two kinds of layers": Gemma3TextConfig(
         **SIZES, num_key_value_heads=2, num_hidden_layers=6, head_dim=16, sliding_window=32
     ),
+    "deepseek, dense and experts": tiny_config("deepseek_v3", num_hidden_layers=6, first_k_dense_replace=3),
     "bloom, in rows": BloomConfig(vocab_size=600, hidden_size=64, n_head=4, n_layer=5),
 }
 for described in FAMILIES.values():
@@ -84,6 +88,35 @@ def test_autocast_adds_the_weights_in_bfloat16() -> None:
 def test_routed_experts_can_be_rehearsed() -> None:
     config = MixtralConfig(**SIZES, num_key_value_heads=2, num_hidden_layers=4, num_local_experts=4)
     assert rehearse(config, MODEL, trees(4), dtype=torch.bfloat16, gpu=True).peak > 0
+
+
+def test_latent_attention_needs_no_scores_of_all_pairs_on_a_gpu() -> None:
+    """Its values are narrower than its keys, for which SDPA on a CPU has no kernel."""
+    config = tiny_config("deepseek_v3", v_head_dim=4, max_position_embeddings=4096)
+    short, long = (
+        rehearse(config, MODEL, [(np.zeros(n, dtype=np.int32), [np.zeros(10, dtype=np.int32)] * 2)], **GPU)
+        for n in (500, 4000)
+    )
+    assert long.activations < 9 * short.activations
+
+
+REHEARSED = ("jamba", "bamba", "falcon_h1", "recurrent_gemma", "gemma3n_text", "nemotron_h", "qwen3_next")
+OTHERS = ("prophetnet", "zamba", "openai-gpt", "mamba", "gemma4_text", "gpt_oss")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("family", [*REHEARSED, *OTHERS])
+def test_every_family_is_rehearsed(family: str, dtype: torch.dtype) -> None:
+    config = tiny_config(family)
+    remove_noise(config)
+    found = rehearse(config, MODEL, trees(2), dtype=dtype, autocast=dtype == torch.float32, gpu=True)
+    assert 0 < found.activations < found.peak
+
+
+@pytest.mark.parametrize("family", ["jetmoe", "longcat_flash"])
+def test_code_that_needs_values_is_refused_in_one_line(family: str) -> None:
+    with pytest.raises(UserError, match=r"ForCausalLM cannot be rehearsed without memory \(\w+: aten"):
+        rehearse(tiny_config(family), MODEL, trees(1), **GPU)
 
 
 def test_operations_grow_with_the_blocks_and_not_with_the_tokens() -> None:

@@ -6,8 +6,10 @@ import torch
 from dpo.planning.memory import Name, Shape
 from dpo.planning.traffic import sent, traffic
 
-SHAPE = Shape(parameters=1000, trainable=1000, block=100, trained_block=100, largest=100)
-BIG = Shape(parameters=4 * 10**9, trainable=4 * 10**9, block=10**8, trained_block=10**8, largest=10**8)
+SHAPE = Shape(parameters=1000, trainable=1000, block=100, trained_block=100, largest=100, module=100)
+BIG = Shape(
+    parameters=4 * 10**9, trainable=4 * 10**9, block=10**8, trained_block=10**8, largest=10**8, module=10**8
+)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,32 @@ def store(tmp_path: Path) -> ReferenceStore:
     return ReferenceStore(tmp_path / "cache", IDENTITY)
 
 
+@pytest.mark.parametrize(
+    ("moves", "error", "passes"),
+    [(0.0, 0.3, False), (0.3, 0.8, True), (0.3, 2.5, False), (9.0, 1.5, True), (9.0, 2.5, False)],
+)
+def test_in_bfloat16_the_tolerance_follows_from_how_rows_move_in_other_batches(
+    datasets: list[TokenizedDataset],
+    references: list[Float64s],
+    tmp_path: Path,
+    moves: float,
+    error: float,
+    passes: bool,
+) -> None:
+    """`moves` and `error` in nats per root of a row's tokens; a mixture of experts moves by more."""
+    store = ReferenceStore(tmp_path / "cache", replace(IDENTITY, dtype="bfloat16"))
+
+    def score(batch: TreeBatch) -> Tensor:
+        root = batch.num_tokens.double().sqrt()
+        return -batch.num_tokens.double() + error * root + moves * root * (len(root) > 1)
+
+    if passes:
+        assert audit(score, datasets, references, store, num_rows=6).share <= 1
+    else:
+        with pytest.raises(UserError, match="audit failed"):
+            audit(score, datasets, references, store, num_rows=6)
+
+
 def test_a_correct_cache_passes_with_a_real_model(
     experiment: Callable[[Rows], tuple[Config, TokenizedDataset]], preference_rows: Callable[..., Rows]
 ) -> None:
