@@ -30,7 +30,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers already share the cores
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Registers the marker of tests that need a card."""
+    """Registers the marker of tests that need a card, and how the threads of child processes wait.
+
+    By default a thread of OpenMP that waits for the others spins, and takes a core from ranks that compute:
+    where ranks outnumber cores, a training on one rank with two threads takes several times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config.addinivalue_line("markers", "gpu: needs a GPU; python -m benchmarks.gpu.right runs these")
 
 

@@ -15,6 +15,10 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [f"dpo.commands.{name}" for name in ("train", "sft", "evaluate", "precompute_ref")]
     + ["dpo.cli.main", "ranks", "deepspeed"]
+    # What is imported late, when an engine or a model starts, and costs every rank a second or more.
+    + ["deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops", "pyarrow.compute"]
+    + ["setuptools", "torch.utils.cpp_extension"]
+    + [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama")]
 )
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed searches for accelerators when imported
 

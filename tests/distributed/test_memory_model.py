@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from ranks import output_of, start_ranks, wait
@@ -17,10 +17,13 @@ TREES = 3
 MEASURE = """
 import os, sys
 from benchmarks.rank_memory import main
-main({arguments!r})
+for variables, arguments in {cases!r}:
+    os.environ.update(variables)
+    main(arguments)
 sys.stdout.flush()
 os._exit(0)
 """
+"""Measures every case of one number of ranks; rank_memory resets what Accelerate keeps between models."""
 
 
 @pytest.fixture(scope="module")
@@ -38,30 +41,51 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 Dtype = Literal["float32", "bfloat16"]
-CASES: list[tuple[int, int, Dtype, int | None]]
+Case = tuple[int, int, Dtype, int | None]
+"""Number of ranks, ZeRO stage, compute type, and the rank of an adapter or None."""
+CASES: list[Case]
 CASES = [(ranks, stage, "float32", None) for ranks in (1, 2, 4) for stage in (0, 2, 3)]
 CASES += [(2, stage, "bfloat16", lora_rank) for stage in (2, 3) for lora_rank in (None, 8)]
 
 
-@pytest.mark.parametrize(("ranks", "stage", "dtype", "lora_rank"), CASES)
-def test_ranks_allocate_and_send_what_was_planned(
-    models: list[Path], tmp_path: Path, ranks: int, stage: int, dtype: Dtype, lora_rank: int | None
-) -> None:
-    output = tmp_path / "measured.json"
-    arguments = ["--models", *map(str, models), "--dtype", dtype, "--trees", str(TREES)]
-    arguments += ["--lora_rank", str(lora_rank)] if lora_rank else []
-    code = MEASURE.format(arguments=[*arguments, "--output", str(output)])
-    variables = deepspeed_variables(tmp_path, stage)
-    statuses = wait(start_ranks(ranks, [], tmp_path / "logs", variables=variables, before=code))
-    assert statuses == [0] * ranks, output_of(tmp_path / "logs")[-3000:]
+Measured = dict[str, dict[str, Any]]
+"""Folder of a model -> what `rank_memory.measure` counted."""
+
+
+@pytest.fixture(scope="module")
+def measured(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Measured]:
+    """What real ranks allocated and sent, case by case: one start for each number of ranks."""
+    folder = tmp_path_factory.mktemp("measured")
+    for ranks in {case[0] for case in CASES}:
+        cases = []
+        for number, (_, stage, dtype, lora_rank) in own_cases(ranks):
+            arguments = ["--models", *map(str, models), "--dtype", dtype, "--trees", str(TREES)]
+            arguments += ["--lora_rank", str(lora_rank)] if lora_rank else []
+            output = folder / f"{number}.json"
+            cases.append((deepspeed_variables(folder, stage), [*arguments, "--output", str(output)]))
+        code, logs = MEASURE.format(cases=cases), folder / f"logs{ranks}"
+        statuses = wait(start_ranks(ranks, [], logs, variables=cases[0][0], before=code))
+        assert statuses == [0] * ranks, output_of(logs)[-3000:]
+    return {case: json.loads((folder / f"{number}.json").read_text()) for number, case in enumerate(CASES)}
+
+
+def own_cases(ranks: int) -> list[tuple[int, Case]]:
+    """The cases of this number of ranks, with their numbers; those that shard weights come last."""
+    mine = [(number, case) for number, case in enumerate(CASES) if case[0] == ranks]
+    return sorted(mine, key=lambda entry: entry[1][1])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_ranks_allocate_and_send_what_was_planned(measured: dict[Case, Measured], case: Case) -> None:
+    ranks, stage, dtype, lora_rank = case
     names: dict[int, Name] = {0: "ZeRO-0", 2: "ZeRO-2", 3: "ZeRO-3"}
-    for model, measured in json.loads(output.read_text()).items():
+    for model, found in measured[case].items():
         lora = LoraConfig(rank=lora_rank) if lora_rank else None
         config = ModelConfig(name_or_path=model, dtype=dtype, lora=lora)
         expected = predict(config, some_trees(TREES), names[stage], ranks)
-        assert expected["total"] == pytest.approx(measured["peak"], rel=0.1), (measured, expected)
+        assert expected["total"] == pytest.approx(found["peak"], rel=0.1), (found, expected)
         if ranks > 1:
             messages = predict_traffic(config, names[stage], ranks)
-            others = sum(size for kind, size in measured["sent"].items() if kind not in messages)
+            others = sum(size for kind, size in found["sent"].items() if kind not in messages)
             assert others < 0.01 * sum(messages.values())
-            assert {kind: measured["sent"][kind] for kind in messages} == pytest.approx(messages, rel=0.02)
+            assert {kind: found["sent"][kind] for kind in messages} == pytest.approx(messages, rel=0.02)

@@ -1,19 +1,13 @@
-"""Samples and scores are the same on one rank and on two, and every rank has all of them.
-
-Under pytest, this file starts itself with torchrun; under torchrun, it is one rank, which writes its results.
-"""
+"""Samples and scores are the same on one rank and on two, and every rank has all of them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+from ranks import output_of, start_ranks, wait
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dpo import distributed
 from dpo.evaluate.sampling import sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
 
@@ -42,17 +36,24 @@ def samples_and_scores() -> dict[str, list[object]]:
     }
 
 
+IN_A_RANK = """
+import importlib.util, json, os, pathlib, sys
+from dpo import distributed
+found = importlib.util.spec_from_file_location("test_sampling", {file!r})
+module = importlib.util.module_from_spec(found)
+found.loader.exec_module(module)
+distributed.start()
+held = {{"world_size": distributed.world_size(), **module.samples_and_scores()}}
+pathlib.Path({folder!r}, f"rank{{distributed.rank()}}.json").write_text(json.dumps(held))
+distributed.barrier()
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
 def test_two_ranks_have_the_results_of_one_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    subprocess.run([*command, __file__, str(tmp_path)], check=True, env=environment, timeout=120)
+    code = IN_A_RANK.format(file=__file__, folder=str(tmp_path))
+    assert wait(start_ranks(2, [], tmp_path / "logs", before=code)) == [0, 0], output_of(tmp_path / "logs")
     alone = json.loads(json.dumps(samples_and_scores()))
     for rank in range(2):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == {"world_size": 2, **alone}
-
-
-if __name__ == "__main__":
-    distributed.start()
-    held = {"world_size": distributed.world_size(), **samples_and_scores()}
-    Path(sys.argv[1], f"rank{distributed.rank()}.json").write_text(json.dumps(held))
-    torch.distributed.destroy_process_group()

@@ -1,6 +1,7 @@
 """Training on two real ranks (accelerate, DeepSpeed ZeRO-2, cache) compared with a textbook loop.
 
-A launch takes about 15 seconds, so several tests share one run on 2 ranks.
+A launch takes about 15 seconds, so the tests share one run on 2 ranks, which also counts the models it loads;
+what needs no launcher is forked.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 import yaml
+from ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
-RUN = [str(ROOT / "launch" / "run")]
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "ACCELERATE_CONFIG": str(ROOT / "launch" / "cpu.yaml")}
 BETA, RATE, PAIRS_PER_STEP = 0.1, 1e-3, 8
 
@@ -46,11 +48,6 @@ def write_config(folder: Path, model: Path, data: Path) -> Path:
     return path
 
 
-def launch(command: str, config: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    arguments = [*RUN, command, "--config", str(config), *more]
-    return subprocess.run(arguments, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
@@ -58,74 +55,6 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def training(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if "train/loss" in line]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_file: Path) -> Path:
-    """A filled cache and a finished run on two ranks: the folder with config.yaml and run/."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    config = write_config(folder, tiny_model, pairs_file)
-    for command in ("precompute-ref", "train"):
-        result = launch(command, config)
-        assert result.returncode == 0, result.stderr[-3000:]
-    return folder
-
-
-def test_the_first_loss_is_ln_2_and_the_first_rewards_are_0(trained: Path) -> None:
-    first = training(metrics(trained / "run"))[0]
-    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["train/rewards/chosen"] == pytest.approx(0, abs=1e-6)
-    assert first["train/rewards/rejected"] == pytest.approx(0, abs=1e-6)
-
-
-def test_training_from_the_cache_equals_a_textbook_loop_with_the_live_reference(trained: Path) -> None:
-    settings = yaml.safe_load((trained / "config.yaml").read_text())
-    folder = settings["model"]["name_or_path"]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-    rows = [json.loads(line) for line in Path(settings["data"]["train"]).read_text().splitlines()]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=0.0)
-
-    def log_prob(model: torch.nn.Module, prompt: str, completion: str) -> torch.Tensor:
-        start = tokenizer(prompt).input_ids
-        ids = torch.tensor([start + tokenizer(completion).input_ids + [tokenizer.eos_token_id]])
-        logps = torch.log_softmax(model(input_ids=ids).logits[0, :-1], dim=-1)
-        return logps.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum()
-
-    from dpo.data.plan import plan_steps
-
-    recorded = training(metrics(trained / "run"))
-    for epoch in range(2):
-        plan = plan_steps(
-            torch.ones(len(rows), dtype=torch.int64).numpy(),
-            seed=0,
-            epoch=epoch,
-            pairs_per_step=PAIRS_PER_STEP,
-        )
-        for start, stop in zip(plan.offsets[:-1], plan.offsets[1:], strict=True):
-            losses = []
-            for index in plan.order[start:stop]:
-                row = rows[index]
-                chosen, rejected = (
-                    log_prob(policy, row["prompt"], row[side]) for side in ("chosen", "rejected")
-                )
-                with torch.no_grad():
-                    ref_chosen = log_prob(reference, row["prompt"], row["chosen"])
-                    ref_rejected = log_prob(reference, row["prompt"], row["rejected"])
-                losses.append(-F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))))
-            loss = torch.stack(losses).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            optimizer.step()
-            step = recorded.pop(0)
-            assert step["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
-            assert step["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
-    assert recorded == []
-    exported = AutoModelForCausalLM.from_pretrained(trained / "run" / "model", dtype=torch.float32)
-    # Compares logits, not weights: the gradient of a key bias is only rounding error, which Adam amplifies.
-    ids = tokenizer(rows[0]["prompt"] + rows[0]["chosen"], return_tensors="pt").input_ids
-    torch.testing.assert_close(exported(ids).logits, policy(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 def launch_script(script: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -165,23 +94,101 @@ def after(status):
 """
 
 
-def test_every_rank_loads_exactly_one_model(trained: Path) -> None:
-    arguments = ["train", "--config", str(trained / "config.yaml"), "--run_dir", str(trained / "counted")]
-    result = launch_script(trained / "count_loads.py", COUNT_LOADS, *arguments, "--train.max_steps", "1")
+@dataclass(frozen=True)
+class Trained:
+    """A filled cache and a finished run on two ranks."""
+
+    folder: Path
+    """With config.yaml and run/."""
+    output: str
+
+    @property
+    def run(self) -> Path:
+        """The run folder."""
+        return self.folder / "run"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_file: Path) -> Trained:
+    """The one run that is started by the launcher."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    config = write_config(folder, tiny_model, pairs_file)
+    statuses, text = run_ranks(2, ["precompute-ref", "--config", str(config)], folder / "logs")
+    assert statuses == [0, 0], text
+    result = launch_script(folder / "count_loads.py", COUNT_LOADS, "train", "--config", str(config))
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("LOADED 1\n") == 2
+    return Trained(folder, result.stdout)
+
+
+def test_the_first_loss_is_ln_2_and_the_first_rewards_are_0(trained: Trained) -> None:
+    first = training(metrics(trained.run))[0]
+    assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["train/rewards/chosen"] == pytest.approx(0, abs=1e-6)
+    assert first["train/rewards/rejected"] == pytest.approx(0, abs=1e-6)
+
+
+def test_training_from_the_cache_equals_a_textbook_loop_with_the_live_reference(trained: Trained) -> None:
+    settings = yaml.safe_load((trained.folder / "config.yaml").read_text())
+    folder = settings["model"]["name_or_path"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    rows = [json.loads(line) for line in Path(settings["data"]["train"]).read_text().splitlines()]
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, weight_decay=0.0)
+
+    def log_prob(model: torch.nn.Module, prompt: str, completion: str) -> torch.Tensor:
+        start = tokenizer(prompt).input_ids
+        ids = torch.tensor([start + tokenizer(completion).input_ids + [tokenizer.eos_token_id]])
+        logps = torch.log_softmax(model(input_ids=ids).logits[0, :-1], dim=-1)
+        return logps.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum()
+
+    from dpo.data.plan import plan_steps
+
+    recorded = training(metrics(trained.run))
+    for epoch in range(2):
+        plan = plan_steps(
+            torch.ones(len(rows), dtype=torch.int64).numpy(),
+            seed=0,
+            epoch=epoch,
+            pairs_per_step=PAIRS_PER_STEP,
+        )
+        for start, stop in zip(plan.offsets[:-1], plan.offsets[1:], strict=True):
+            losses = []
+            for index in plan.order[start:stop]:
+                row = rows[index]
+                chosen, rejected = (
+                    log_prob(policy, row["prompt"], row[side]) for side in ("chosen", "rejected")
+                )
+                with torch.no_grad():
+                    ref_chosen = log_prob(reference, row["prompt"], row["chosen"])
+                    ref_rejected = log_prob(reference, row["prompt"], row["rejected"])
+                losses.append(-F.logsigmoid(BETA * ((chosen - ref_chosen) - (rejected - ref_rejected))))
+            loss = torch.stack(losses).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            optimizer.step()
+            step = recorded.pop(0)
+            assert step["train/loss"] == pytest.approx(loss.item(), abs=1e-5)
+            assert step["train/grad_norm"] == pytest.approx(float(norm), rel=1e-3)
+    assert recorded == []
+    exported = AutoModelForCausalLM.from_pretrained(trained.run / "model", dtype=torch.float32)
+    # Compares logits, not weights: the gradient of a key bias is only rounding error, which Adam amplifies.
+    ids = tokenizer(rows[0]["prompt"] + rows[0]["chosen"], return_tensors="pt").input_ids
+    torch.testing.assert_close(exported(ids).logits, policy(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_every_rank_loads_exactly_one_model(trained: Trained) -> None:
+    assert trained.output.count("LOADED 1\n") == 2
 
 
 def test_missing_cache_rows_stop_training_with_status_2_and_name_the_command(
-    trained: Path, tmp_path: Path
+    trained: Trained, tmp_path: Path
 ) -> None:
-    result = launch(
-        "train",
-        trained / "config.yaml",
-        "--run_dir",
-        str(tmp_path / "run"),
-        "--reference.cache_dir",
-        str(tmp_path / "empty"),
+    keys = ["--run_dir", str(tmp_path / "run"), "--reference.cache_dir", str(tmp_path / "empty")]
+    statuses, text = run_ranks(
+        2, ["train", "--config", str(trained.folder / "config.yaml"), *keys], tmp_path / "logs"
     )
-    assert result.returncode == 2
-    assert "precompute-ref" in result.stderr.strip().splitlines()[-1]
+    assert statuses == [2, 2], text
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())  # what launch/run ends with
+    assert record["status"] == 2
+    assert "precompute-ref" in record["message"]

@@ -113,6 +113,29 @@ esac
 """
 
 
+PYTHON_THAT_FAILS = """#!/usr/bin/env bash
+case "$*" in
+    *"-m dpo check"*) mkdir -p RUN_DIR && echo RUN_DIR ;;
+    *supervise.py*)
+        echo '{"status": 2, "message": "the cache lacks rows; run: make precompute-ref"}' >RUN_DIR/exit.json
+        exit 1
+        ;;
+    *) exec PYTHON "$@" ;;
+esac
+"""
+
+
+def test_the_status_is_the_stages_own_and_its_reason_is_the_last_line(tmp_path: Path) -> None:
+    """The launcher turns a stage's status 2 into 1."""
+    code = PYTHON_THAT_FAILS.replace("RUN_DIR", str(tmp_path / "run")).replace("PYTHON", sys.executable)
+    python = script(tmp_path / "python", code)
+    ended = shell("launch/run", "train", "--config", "x.yaml", PYTHON=str(python), NPROC="2")
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1] == (
+        "dpo train: stopped with status 2: the cache lacks rows; run: make precompute-ref"
+    )
+
+
 def test_an_unreachable_machine_0_is_named(tmp_path: Path) -> None:
     python = script(tmp_path / "python", PYTHON_THAT_WAITS.replace("PYTHON", sys.executable))
     place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "NPROC": "1", "MASTER_WAIT": "1"}
