@@ -165,7 +165,7 @@ def compare(family: str, folder: Path) -> Row:
 def _compare(folder: Path) -> Iterator[tuple[str, Any]]:
     """Name and value of a row's columns, as they are found."""
     config = configuration(folder)
-    check("train", config)
+    check("train", config, exact=False)
     data = open_data(config.data, config.model)[0]
     yield "layout", layouts(config, data)
     precompute_ref(config)
