@@ -123,7 +123,7 @@ def test_the_report_is_one_page_and_tensorboard_has_samples_of_each_evaluation(
     folder, _ = pipeline
     report = folder / "run" / "report"
     page = (report / "report.html").read_text()
-    assert page.count("<svg ") == 5
+    assert page.count("<svg ") == 7  # five of the run, two of its data
     assert {path.stem for path in (report / "figures").iterdir()} == {
         "training",
         "rewards",
