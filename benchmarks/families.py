@@ -57,14 +57,14 @@ Tiny random models of the {classes} causal classes of transformers {version}, ea
 own model and a textbook DPO step on them, in float32 on a CPU. Made by
 `python -m benchmarks.families WORK --table docs/models.md`.
 
-{exact} agree, {refused} are refused, {faults} fail.
+{exact} agree, {refused} are refused, {faults} fail; of {unmade} no tiny model could be made.
 
 - layout: as the probe finds it ([how-it-works.md](how-it-works.md)), and in bfloat16 where that is another.
 - reference: largest difference of a token's log-prob in the cache from the plain forward pass, in nats.
 - gradient: relative difference of the first step's gradient norm from the textbook's.
 - export: largest difference of a token's log-prob of the reloaded model from the one of the textbook,
   in nats. AdamW's first steps divide small gradients by themselves, so that their rounding grows.
-- plan: whether `dpo plan` answers.
+- plan: whether `dpo plan` answers, or refuses in one line: the model's code looks at values.
 
 | family | model | layout | reference | gradient | export | plan |
 |---|---|---|---|---|---|---|"""
@@ -198,8 +198,9 @@ def layouts(config: Config, data: TokenizedDataset) -> str:
 
 def planned(config: Config) -> str:
     """What `dpo plan` says of the model at its size."""
+    train = replace(config.train, max_tokens_per_micro_batch=512)  # recurrences in Python take their time
     try:
-        make_plan(config.model, config.data, config.reference, config.train, GPU, exact=True)
+        make_plan(config.model, config.data, config.reference, train, GPU, exact=True)
     except UserError:
         return "refused"
     return "yes"
@@ -275,19 +276,23 @@ def _quiet() -> Any:
 def table(rows: Sequence[Row]) -> str:
     """docs/models.md."""
     exact = [row for row in rows if not row.refused and not row.fault]
-    refused, faults = [row for row in rows if row.refused], [row for row in rows if row.fault]
+    refused, faults = [row for row in rows if row.refused and row.model], [row for row in rows if row.fault]
+    unmade = [row for row in rows if not row.model]
     lines = HEAD.format(
         classes=len(rows),
         version=transformers.__version__,
         exact=len(exact),
         refused=len(refused),
         faults=len(faults),
+        unmade=len(unmade),
     ).splitlines()
     for row in exact:
         numbers = " | ".join(f"{value:.0e}" for value in (row.reference, row.gradient, row.export))
         lines.append(f"| {row.family} | {row.model} | {row.layout} | {numbers} | {row.plan} |")
     lines += ["", "## Refused", "", "| family | model | with this line |", "|---|---|---|"]
     lines += [f"| {row.family} | {row.model} | {row.refused} |" for row in refused]
+    lines += ["", "## Not compared", "", "| family | why |", "|---|---|"]
+    lines += [f"| {row.family} | {row.refused} |" for row in unmade]
     if faults:
         lines += ["", "## Faults", "", "| family | model | fault |", "|---|---|---|"]
         lines += [f"| {row.family} | {row.model} | {row.fault} |" for row in faults]

@@ -72,6 +72,7 @@ class Engine:
             )
         self._accelerator = accelerator
         self._dtype = DTYPES[config.dtype]
+        self._has_adapter = config.lora is not None  # authors freeze weights, too
         self._max_grad_norm = options.max_grad_norm
         if config.gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
@@ -203,9 +204,9 @@ class Engine:
 
         What its authors keep in float32 stays that.
 
-        Of a partly frozen policy only the trained weights, in float32.
+        Of a frozen base with an adapter only the adapter, in float32.
         """
-        if self._frozen:
+        if self._has_adapter:
             return self._trained_weights()
         weights = self._accelerator.get_state_dict(self._scorer)
         if not distributed.is_main():

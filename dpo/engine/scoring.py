@@ -156,25 +156,20 @@ def not_of_text(scorer: SequenceScorer) -> list[str]:
     """Names of weights that no text reaches, such as a vision tower's: DDP would wait for their gradient.
 
     Args:
-        scorer: On any device, not wrapped; its gradients are lost.
+        scorer: On any device, not wrapped.
     """
-    model = scorer.model
-    if model.config.get_text_config() is model.config:
+    model, reached = scorer.model, set[nn.Module]()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if decoder is None or model.config.get_text_config() is model.config:
         return []
-    ids = torch.arange(1, 5, device=model.device)[None]
-    with torch.enable_grad():
-        model(input_ids=ids, use_cache=False).logits.sum().backward()
-    decoder = model.get_decoder()
-    of_text = (
-        set() if decoder is None else set(decoder.parameters())
-    )  # experts may be reached by other tokens
-    unreached = [
-        name
-        for name, weight in scorer.named_parameters()
-        if weight.requires_grad and weight.grad is None and weight not in of_text
-    ]
-    model.zero_grad()
-    return unreached
+    hooks = [part.register_forward_pre_hook(lambda part, _: reached.add(part)) for part in model.modules()]
+    with torch.no_grad():
+        model(input_ids=torch.arange(1, 5, device=model.device)[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    of_text = {*reached, *decoder.modules(), head}  # its experts may be reached by other tokens
+    used = {weight for part in of_text if part is not None for weight in part.parameters(recurse=False)}
+    return [name for name, weight in scorer.named_parameters() if weight not in used]
 
 
 def register_head(scorer: SequenceScorer) -> None:

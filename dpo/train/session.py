@@ -246,7 +246,7 @@ class Session:
 
     def _parameters(self) -> str:
         whole, frozen = self.engine.num_parameters, self.engine.num_frozen
-        adapter = f", {(whole - frozen) / 1e6:.2f}M of them trained, in an adapter" if frozen else ""
+        adapter = f", {(whole - frozen) / 1e6:.2f}M of them trained, in an adapter" if self.model.lora else ""
         return f"{whole / 1e6:.1f}M parameters{adapter}"
 
     def _flops(self) -> tuple[npt.NDArray[np.float64] | None, float | None]:
@@ -255,7 +255,7 @@ class Session:
         except Exception as error:  # a config may raise anything, and a metric stops no run
             terminal.note(f"perf/mfu is not recorded: {type(error).__name__}: {first_line(error)}")
             return None, None
-        passes = 2 if self.engine.num_frozen else 3  # the backward pass is two, one less for frozen weights
+        passes = 2 if self.model.lora else 3  # the backward pass is two, one less for frozen weights
         peak = self.options.peak_tflops and self.options.peak_tflops * 1e12
         if peak is None and self.engine.device.type == "cuda" and self.model.dtype == "bfloat16":
             peak = known_peak(torch.cuda.get_device_name())

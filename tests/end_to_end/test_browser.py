@@ -51,7 +51,7 @@ def test_the_report_shows_figures_and_table_and_runs_no_script(tmp_path: Path) -
     file.write_text(html_page(nasty_report(), "runs/nasty"))
     dom, console, requested = browse(file.as_uri(), tmp_path)
     assert "<title>runs/nasty</title>" in dom  # a script in a sample would have changed it
-    assert len(re.findall(r"<svg ", dom)) == 4
+    assert len(re.findall(r"<svg ", dom)) == 5
     assert "DPO-trained policy" in dom
     assert console == ""
     assert [url for url in requested if url.startswith(("http:", "https:")) and "google" not in url] == []

@@ -130,6 +130,8 @@ def test_the_report_is_one_page_and_tensorboard_has_samples_of_each_evaluation(
         "margins",
         "scores",
         "score_kl",
+        "prompt_tokens",
+        "completion_tokens",
     }
     for text in ("identity ", "torch ", "deepspeed ", "git commit", "DeepSpeed ZeRO-2, 2 rank(s)"):
         assert text in page

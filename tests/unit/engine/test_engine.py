@@ -107,6 +107,18 @@ def test_exported_weights_have_the_models_own_names_and_the_compute_type(tiny_mo
     assert all(torch.equal(found[name], bare[name]) for name in bare)
 
 
+def test_weights_that_authors_freeze_are_exported_too(tiny_model: Path) -> None:
+    model = ModelConfig(name_or_path=str(tiny_model), dtype="float32")
+    loaded = load_model(model)
+    loaded.transformer.wpe.weight.requires_grad_(False)  # as HRM-Text's first state
+    engine = Engine(world.start(model), loaded, model, OptimizationConfig())
+    engine.accumulate(-engine.score(sequence_batch(SEQUENCES)).sum(), last=True)
+    engine.update(0.01)
+    found = engine.weights()
+    assert found.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(found[name], weight) for name, weight in loaded.state_dict().items())
+
+
 def test_what_authors_keep_in_float32_is_exported_in_it(tiny_model: Path) -> None:
     engine = tiny_engine(tiny_model)
     engine._dtype = torch.bfloat16  # a process has one compute type

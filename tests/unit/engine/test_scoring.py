@@ -106,6 +106,19 @@ def test_a_model_that_is_not_causal_is_refused_with_its_class_and_number(config:
         settle_layout(make_scorer(model, config), TREES, torch.float32)
 
 
+def test_rows_that_need_a_pass_each_are_refused_under_zero_3(config: ModelConfig) -> None:
+    """Ranks with other numbers of rows would wait for each other's weights."""
+    model = load_model(config)
+    scorer = make_scorer(model, replace(config, share_prompts=False))
+    last = model.transformer.h[-1]
+    mlp = last.mlp.forward
+    last.mlp.forward = lambda hidden: mlp(hidden) * (1 + 0.1 * (len(hidden) > 1))
+    assert settle_layout(scorer, TREES, torch.float32).one_at_a_time
+    next(model.parameters()).ds_id = 0  # as DeepSpeed marks weights that it shards
+    with pytest.raises(UserError, match="under ZeRO-3 its rows cannot be computed one at a time"):
+        settle_layout(scorer, TREES, torch.float32)
+
+
 def test_a_model_of_which_no_part_can_be_copied_is_compared_with_its_noise_and_a_note(
     config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
