@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 
 import torch
@@ -55,7 +56,8 @@ class Watchdog:
         self._ended, self._ending = threading.Event(), False
         self._hearts: Hearts | None = None
         self._first_end: End | None = None
-        self._store_is_gone = False
+        self._store_is_gone = self._suspects = False
+        self._heard_at = 0.0
         self._trouble_since: float | None = None
         self._looked_at, self._work = time.monotonic(), _work_done()
 
@@ -64,7 +66,8 @@ class Watchdog:
         if distributed.is_distributed():
             hearts_of_all = Hearts()
             hearts_of_all.beat()
-            self._hearts = hearts_of_all
+            self._hearts, self._heard_at = hearts_of_all, time.monotonic()
+            Thread(target=self._hear, args=(hearts_of_all,), name="heartbeats", daemon=True).start()
 
     def explain(self, error: Exception) -> Exception:
         """The reason for an error of this rank: a rank that is gone, one that failed first, or itself.
@@ -117,16 +120,27 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.is_set():
             self._look_at_this_rank()
-            if self._hearts is not None and not self._store_is_gone:
-                try:
-                    trouble = self._look_at_others(self._hearts)
-                except dist.DistError:
-                    self._store_is_gone = trouble = True
-            else:
-                trouble = self._store_is_gone and os.getppid() == self._parent  # else the launcher has died
-            self._end_after_others(trouble)
+            # a store that went with the launcher is no trouble: the kernel has signalled this rank
+            unheard = self._hearts is not None and self._others() is None and os.getppid() == self._parent
+            self._end_after_others(self._suspects or unheard)
             self._end_if_stuck()
             self._ended.wait(hearts.HEARTBEAT_SECONDS)
+
+    def _hear(self, others: Hearts) -> None:
+        """Beats and listens in a thread of its own, which a store that does not answer stops."""
+        while not self._ended.is_set():
+            try:
+                self._suspects = self._look_at_others(others)
+            except dist.DistError:
+                self._store_is_gone = True
+                return
+            self._heard_at = time.monotonic()
+            self._ended.wait(hearts.HEARTBEAT_SECONDS)
+
+    def _others(self) -> Hearts | None:
+        """Those of the other ranks, as long as the store answers."""
+        late = time.monotonic() - self._heard_at > hearts.SILENT_AFTER_SECONDS
+        return None if self._store_is_gone or late else self._hearts
 
     def _look_at_this_rank(self) -> None:
         now, work = time.monotonic(), _work_done()
@@ -134,7 +148,7 @@ class Watchdog:
         seconds, moved = (new - old for new, old in zip(work, self._work, strict=True))
         if passed > PAUSED_SECONDS + hearts.HEARTBEAT_SECONDS:
             alive.advanced()
-            self._trouble_since = None
+            self._trouble_since, self._heard_at = None, now
             if self._hearts is not None:
                 self._hearts.forget()
         elif alive.life.loading and (seconds > BUSY * passed or moved > BUSY_BYTES * passed):
@@ -156,10 +170,11 @@ class Watchdog:
         if time.monotonic() - self._trouble_since < GRACE_SECONDS:
             return
         missing: dict[int, hearts.Heartbeat] = {}
+        others = self._others()
         try:
             reason = self._first_end.as_error() if self._first_end else None
-            if reason is None and self._hearts is not None:
-                missing = gone(self._hearts.silent())
+            if reason is None and others is not None:
+                missing = gone(others.silent())
                 if not missing:
                     self._trouble_since = None
                     return
@@ -174,7 +189,7 @@ class Watchdog:
         last, idle = life.advanced_at, time.monotonic() - life.advanced_at
         if idle <= self._stuck_after:
             return
-        others = None if self._store_is_gone else self._hearts
+        others = self._others()
         missing: dict[int, hearts.Heartbeat] = {}
         try:
             if others and (life.waits or life.loading) and others.others_get_on(self._stuck_after):
@@ -194,7 +209,7 @@ class Watchdog:
         if others is not None:
             return others.silent() or behind(others.read())
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched > 1 and not self._store_is_gone:
+        if launched > 1 and self._hearts is None:
             return {}
         return {distributed.rank(): hearts.own_heartbeat()}
 
@@ -211,9 +226,9 @@ class Watchdog:
         status = STATUS.get(type(reason), 1)
         try:
             rank = os.environ.get("RANK", "0")
-            if self._hearts is not None and not self._store_is_gone:
+            if (others := self._others()) is not None:
                 with suppress(dist.DistError):
-                    self._hearts.publish_end(reason, of=None)
+                    others.publish_end(reason, of=None)
             self._write_stacks()
             self._report(missing, reason)
             print(f"dpo: [rank {rank}] failed: {reason}", file=sys.stderr, flush=True)

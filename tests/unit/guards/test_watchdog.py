@@ -275,6 +275,29 @@ def test_a_store_that_is_gone_ends_a_main_thread_that_cannot_notice_unless_the_l
     assert "rank 0, which holds the store" in record(tmp_path)["message"]
 
 
+def test_a_store_that_does_not_answer_ends_the_run_too(
+    others: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    answers = threading.Event()
+
+    class Frozen:
+        """The store of a rank that was stopped, or of a machine that has vanished."""
+
+        def __getattr__(self, name: str) -> Any:
+            answers.wait(60)
+            raise dist.DistNetworkError("too late")
+
+    dog = Watchdog(RunFolder(tmp_path), "train", 60)
+    with watched(dog, monkeypatch) as ended:
+        assert dog._hearts is not None
+        dog._hearts._store = Frozen()
+        assert wait_for_end(ended) == [1]
+        answers.set()
+    assert "rank 0, which holds the store" in record(tmp_path)["message"]
+
+
 def test_a_rank_without_progress_ends_and_says_who_is_behind(
     others: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
