@@ -1,6 +1,8 @@
 """LoRA on real ranks: the laws hold for an adapter too, sharded, in replicas and on one rank."""
 
 import math
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,29 @@ WORLDS = [("tied", 1, 2), ("tied", 2, 0), ("tied", 2, 2), ("tied", 2, 3), ("tied
 SHARDED = [("tied", 2), ("tied", 3), ("untied", 3)]
 
 
-@pytest.fixture(scope="module", params=["tied"])
-def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rig:
-    """An experiment whose cache is filled without LoRA."""
-    base = request.getfixturevalue("tiny_model" if request.param == "tied" else "untied")
-    options: dict[str, Any] = {"max_steps": STEPS, "weight_decay": 0.1, "max_grad_norm": 0.5}
-    return make_rig(tmp_path_factory.mktemp("lora"), base, learning_rate=1e-2, **options)
+Runs = Callable[[str, int, int | None], Path]
 
 
 @pytest.fixture(scope="module")
-def alone(rig: Rig) -> Path:
-    return rig.completed("alone", *LORA, **ALONE)
+def rigs(tiny_model: Path, untied: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Rig]:
+    """For each output layer an experiment whose cache is filled without LoRA; all tests share their runs."""
+    options: dict[str, Any] = {"max_steps": STEPS, "weight_decay": 0.1, "max_grad_norm": 0.5}
+    folder = tmp_path_factory.mktemp("lora")
+    bases = {"tied": tiny_model, "untied": untied}
+    return {
+        head: make_rig(folder / head, base, learning_rate=1e-2, **options) for head, base in bases.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def run_of(rigs: dict[str, Rig]) -> Runs:
+    """A run of all steps with this output layer, number of ranks and ZeRO stage, made once."""
+
+    @cache
+    def made(head: str, ranks: int, stage: int | None) -> Path:
+        return rigs[head].completed(f"{ranks}_{stage}", *LORA, world_size=ranks, stage=stage)
+
+    return made
 
 
 def model_of(run_dir: Path) -> torch.nn.Module:
@@ -43,8 +57,11 @@ def assert_same_policy(found: Path, expected: Path) -> None:
     torch.testing.assert_close(*logits, rtol=2e-3, atol=2e-3)
 
 
-def test_the_first_loss_is_ln_2_from_the_cache_of_full_fine_tuning(rig: Rig, alone: Path) -> None:
-    first = next(line for line in metrics(alone) if "train/loss" in line)
+def test_the_first_loss_is_ln_2_from_the_cache_of_full_fine_tuning(
+    rigs: dict[str, Rig], run_of: Runs
+) -> None:
+    rig = rigs["tied"]
+    first = next(line for line in metrics(run_of("tied", 1, None)) if "train/loss" in line)
     assert first["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["train/grad_norm"] > 0
     ended = rig.run("cached", *LORA, command="precompute-ref", **ALONE)
@@ -53,17 +70,9 @@ def test_the_first_loss_is_ln_2_from_the_cache_of_full_fine_tuning(rig: Rig, alo
     assert metrics(full)[1]["train/loss"] == first["train/loss"]
 
 
-def run_of(rig: Rig, ranks: int, stage: int | None) -> Path:
-    """A run of all steps on this many ranks with this ZeRO stage, made once."""
-    name = f"{ranks}_{stage}"
-    if (rig.folder / name).exists():
-        return rig.folder / name
-    return rig.completed(name, *LORA, world_size=ranks, stage=stage)
-
-
-@pytest.mark.parametrize(("rig", "ranks", "stage"), WORLDS, indirect=["rig"])
-def test_results_do_not_depend_on_the_world(rig: Rig, alone: Path, ranks: int, stage: int | None) -> None:
-    run_dir = run_of(rig, ranks, stage)
+@pytest.mark.parametrize(("head", "ranks", "stage"), WORLDS)
+def test_results_do_not_depend_on_the_world(run_of: Runs, head: str, ranks: int, stage: int | None) -> None:
+    run_dir, alone = run_of(head, ranks, stage), run_of(head, 1, None)
     found, expected = metrics(run_dir), metrics(alone)
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for ours, theirs in zip(found, expected, strict=True):
@@ -72,9 +81,11 @@ def test_results_do_not_depend_on_the_world(rig: Rig, alone: Path, ranks: int, s
     assert_same_policy(run_dir, alone)
 
 
-@pytest.mark.parametrize(("rig", "stage"), [("tied", 2), ("untied", 3)], indirect=["rig"])
-def test_a_run_resumes_bit_for_bit_and_on_a_different_number_of_ranks(rig: Rig, stage: int) -> None:
-    whole = run_of(rig, 2, stage)
+@pytest.mark.parametrize(("head", "stage"), [("tied", 2), ("untied", 3)])
+def test_a_run_resumes_bit_for_bit_and_on_a_different_number_of_ranks(
+    rigs: dict[str, Rig], run_of: Runs, head: str, stage: int
+) -> None:
+    rig, whole = rigs[head], run_of(head, 2, stage)
     more = (*LORA, "--train.resume", str(whole / "checkpoints" / "step_00000002"))
     same = rig.completed(f"resumed_{stage}", *more, world_size=2, stage=stage)
     files = [folder / "model" / "model.safetensors" for folder in (same, whole)]
@@ -82,9 +93,9 @@ def test_a_run_resumes_bit_for_bit_and_on_a_different_number_of_ranks(rig: Rig, 
     assert_same_policy(rig.completed(f"on_one_{stage}", *more, world_size=1, stage=stage), whole)
 
 
-@pytest.mark.parametrize(("rig", "stage"), SHARDED, indirect=["rig"])
-def test_a_checkpoint_has_no_frozen_weights(rig: Rig, stage: int) -> None:
-    files = [*(run_of(rig, 2, stage) / "checkpoints" / "step_00000002").rglob("*.pt")]
+@pytest.mark.parametrize(("head", "stage"), SHARDED)
+def test_a_checkpoint_has_no_frozen_weights(run_of: Runs, head: str, stage: int) -> None:
+    files = [*(run_of(head, 2, stage) / "checkpoints" / "step_00000002").rglob("*.pt")]
     assert files
     names = []
     for file in files:
@@ -95,10 +106,12 @@ def test_a_checkpoint_has_no_frozen_weights(rig: Rig, stage: int) -> None:
     assert sum(file.stat().st_size for file in files) < 400_000
 
 
-@pytest.mark.parametrize(("rig", "stage"), [("tied", None), ("tied", 2), ("untied", 3)], indirect=["rig"])
-def test_an_exported_adapter_equals_the_merged_model(rig: Rig, alone: Path, stage: int | None) -> None:
+@pytest.mark.parametrize(("head", "stage"), [("tied", None), ("tied", 2), ("untied", 3)])
+def test_an_exported_adapter_equals_the_merged_model(
+    rigs: dict[str, Rig], run_of: Runs, head: str, stage: int | None
+) -> None:
     more = (*LORA, "--model.lora.export", "adapter")
-    run_dir = rig.completed(f"adapter_{stage}", *more, world_size=2 if stage else 1, stage=stage)
+    run_dir = rigs[head].completed(f"adapter_{stage}", *more, world_size=2 if stage else 1, stage=stage)
     assert not (run_dir / "model" / "model.safetensors").exists()
     assert all(".lora_" in name for name in load_file(run_dir / "model" / "adapter_model.safetensors"))
-    assert_same_policy(run_dir, alone)
+    assert_same_policy(run_dir, run_of(head, 1, None))
