@@ -25,6 +25,9 @@ State = TypeVar("State")
 FEWEST_ITEMS = 4
 """With fewer the start of the processes, which takes seconds, would not pay."""
 
+GRACE_SECONDS = 5.0
+"""How long a process goes on after SIGTERM, for its parent to end first."""
+
 _work: Callable[[Any], Any]
 
 
@@ -72,7 +75,9 @@ def _start(work: Callable[[State, Item], Result], state: State) -> None:
     global _work
     _work = lambda item: work(state, item)  # noqa: E731
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are as many as the cores
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the work
+    # Signals reach the whole group. The parent ends the work, and must not take a worker for killed before.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(GRACE_SECONDS, os._exit, (1,)).start())
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

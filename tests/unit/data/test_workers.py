@@ -29,6 +29,13 @@ def process(_: None, number: int) -> int:
     return os.getpid()
 
 
+def terminated(_: None, number: int) -> int:
+    if number == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    return number
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_results_and_errors_come_in_the_order_of_the_items(num_workers: int) -> None:
     items = [0, 1, 2, 3, 4, 7, 8, 9, 5, 5]
@@ -41,6 +48,11 @@ def test_results_and_errors_come_in_the_order_of_the_items(num_workers: int) -> 
 def test_few_items_are_worked_on_here_and_many_are_not() -> None:
     assert {*map_in_order(process, None, range(3), num_workers=2)} == {os.getpid()}
     assert os.getpid() not in {*map_in_order(process, None, range(8), num_workers=2)}
+
+
+def test_a_signal_to_the_group_is_the_parents_to_handle() -> None:
+    results = map_in_order(terminated, None, range(20), num_workers=2)
+    assert [*results] == [*range(20)]
 
 
 def test_items_are_not_all_read_ahead() -> None:
