@@ -258,6 +258,7 @@ def make_rig(folder: Path, model: Path, **train: Any) -> Rig:
             "num_epochs": 2,
             "max_tokens_per_micro_batch": 96,  # 1 to 3 micro-batches per rank and step
             "checkpoint_every": 2,
+            "checkpoint_async": False,  # a run that is killed at a step has its checkpoints by then
             "evaluate_every": 3,
             "keep_last": 9,
             **train,

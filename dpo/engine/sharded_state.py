@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dpo.engine.snapshot import snapshot
@@ -68,3 +69,26 @@ def load_sharded(
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()
+    if hasattr(optimizer, "ds_opt_adam"):
+        _replay_powers(optimizer)
+
+
+def _replay_powers(optimizer: Any) -> None:
+    """Brings DeepSpeed's Adam for CPUs to the step that its state has.
+
+    It multiplies the powers of its decay rates step by step, outside its state. A new one would compute the
+    power of the next step at once, which rounds otherwise: the run would not end with the same bits.
+    """
+    steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
+    group, nothing = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
+    for step in range(1, max(steps, default=0) + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id,
+            step,
+            0.0,
+            *group["betas"],
+            group["eps"],
+            0.0,
+            group["bias_correction"],
+            *nothing,
+        )

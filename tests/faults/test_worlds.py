@@ -80,7 +80,9 @@ def test_an_optimizer_that_cannot_be_offloaded_is_refused(rig: Rig) -> None:
 )
 def test_an_offloaded_run_resumes(rig: Rig) -> None:
     straight = rig.completed("offload_straight", stage=OFFLOAD)
-    rig.run("offload", before=at_step(5, KILL, 0, 1), stage=OFFLOAD)
+    rig.run("offload", before=at_step(3, KILL, 0, 1), stage=OFFLOAD)
+    # whichever step has the newest checkpoint by then
+    rig.run("offload", "--train.checkpoint_async", "true", before=at_step(7, KILL, 0, 1), stage=OFFLOAD)
     resumed = rig.completed("offload", stage=OFFLOAD)
     assert metrics(resumed) == metrics(straight)
     assert weights(resumed) == weights(straight)

@@ -105,6 +105,7 @@ class World:
         rig_module.LAUNCHER = self.seed.launcher
         more = ["--train.stuck_after_seconds", str(STUCK_AFTER), "--evaluate.num_prompts", "2"]
         more += ["--evaluate.completion_tokens", "4", "--reference.flush_every_seconds", "0.05"]
+        more += ["--train.checkpoint_async", "true"]
         if self.seed.own_data:
             more += ["--data.cache_dir", str(self.folder / "tokenized")]
         if self.seed.stage == "precompute-ref":
