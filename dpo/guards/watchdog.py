@@ -203,7 +203,7 @@ class Watchdog:
         if life.advanced_at == last and not self._ended.is_set():
             stuck = f"no progress for {idle:.0f} s (train.stuck_after_seconds: {self._stuck_after:g}); {said}"
             where = f"The stacks of all threads are in {self._folder.stacks}"
-            self._end(RunFailed(f"{stuck}. {where}"), missing)
+            self._end(RunFailed(f"{stuck}. {where}"), missing, after=2 * hearts.HEARTBEAT_SECONDS)
 
     def _culprits(self, others: Hearts | None) -> dict[int, hearts.Heartbeat]:
         if others is not None:
@@ -221,8 +221,8 @@ class Watchdog:
         self._report({0: hearts.own_heartbeat()}, reason)
         return reason
 
-    def _end(self, reason: Exception, missing: dict[int, hearts.Heartbeat]) -> None:
-        """Ends the process, whatever its main thread does."""
+    def _end(self, reason: Exception, missing: dict[int, hearts.Heartbeat], *, after: float = 0.0) -> None:
+        """Ends the process, whatever its main thread does; `after` seconds, in which others write stacks."""
         status = STATUS.get(type(reason), 1)
         try:
             rank = os.environ.get("RANK", "0")
@@ -232,6 +232,7 @@ class Watchdog:
             self._write_stacks()
             self._report(missing, reason)
             print(f"dpo: [rank {rank}] failed: {reason}", file=sys.stderr, flush=True)
+            time.sleep(after)
         finally:
             os._exit(status)
 
