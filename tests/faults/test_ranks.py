@@ -51,7 +51,7 @@ def test_a_dead_rank_is_named(rig: Rig, rank: int) -> None:
 )
 def test_a_hung_rank_ends_the_run(rig: Rig) -> None:
     before = at_step(4, "time.sleep(600)", 1)
-    ended = rig.run("asleep", "--train.stuck_after_seconds", "4", before=before, seconds=70)
+    ended = rig.run("asleep", "--train.stuck_after_seconds", "10", before=before, seconds=70)
     assert not ended.hanging
     assert not ended.left
     assert "no progress for" in ended.message
