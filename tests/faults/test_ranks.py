@@ -50,6 +50,7 @@ def test_a_dead_rank_is_named(rig: Rig, rank: int) -> None:
     "the run ends with status 1, names the rank, and writes the stacks of all threads",
 )
 def test_a_hung_rank_ends_the_run(rig: Rig) -> None:
+    rig.completed("awake", "--train.max_steps", "1")  # builds DeepSpeed's extension, longer than the limit
     before = at_step(4, "time.sleep(600)", 1)
     ended = rig.run("asleep", "--train.stuck_after_seconds", "10", before=before, seconds=70)
     assert not ended.hanging
