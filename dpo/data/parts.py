@@ -36,6 +36,7 @@ from dpo.data.rows import read_groups
 from dpo.data.sources import PreferenceSource, blocks
 from dpo.data.tokenize import TokenizeOptions, tokenize_groups
 from dpo.data.workers import map_in_order
+from dpo.errors import UserError
 
 WEIGHT_SEED = 0  # weight 0.5 takes the same half of a source in every run
 _NOTES = "notes.json"
@@ -75,7 +76,7 @@ def build_dataset(recipe: Recipe, split: str) -> None:
     """Tokenizes what is not there yet and joins it. All ranks must call it.
 
     Raises:
-        UserError: A damaged file or, with `strict`, a faulty row.
+        UserError: A damaged file, a full disk or, with `strict`, a faulty row.
     """
     num_parts = distributed.on_each_node(lambda node, nodes: _write_parts(recipe, split, node, nodes))
     distributed.on_main(lambda: _join(recipe, num_parts))
@@ -178,9 +179,9 @@ def _write_part(recipe: Recipe, part: Part) -> int:
         with new_dataset(_folder_of(part, recipe)) as building:
             write_arrays(tokenize_groups(groups, recipe.tokenizer, options, counts, notes), building, counts)
             (building / _NOTES).write_text(json.dumps(notes.plain()))
-    except OSError:
+    except OSError as error:
         if not is_written(recipe.folder):  # another job has finished, and removed the parts
-            raise
+            raise _not_written(recipe, error) from error
     return part.block.num_bytes
 
 
@@ -197,10 +198,17 @@ def _join(recipe: Recipe, num_parts: int) -> None:
                 else:
                     write_arrays([], building, Counter())
                 _describe(recipe, parts, building)
-        except OSError:
+        except OSError as error:
             if not is_written(recipe.folder):  # as above
-                raise
+                raise _not_written(recipe, error) from error
     shutil.rmtree(recipe.parts, ignore_errors=True)
+
+
+def _not_written(recipe: Recipe, error: OSError) -> UserError:
+    return UserError(
+        f"data.cache_dir: cannot write the token ids to {recipe.folder} ({error.strerror or error}); make "
+        "room, or choose another folder. The same command goes on from the parts that are finished"
+    )
 
 
 def _describe(recipe: Recipe, parts: Sequence[Path], building: Path) -> None:

@@ -1,5 +1,6 @@
 """A data set that is built in parts is the same for any number of processes and nodes, killed or not."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_a_part_that_is_missing_is_never_left_out(
     recipe = Recipe(sources=sources, data=data, max_length=64, tokenizer=tokenizer, folder=tmp_path / "data")
     parts_module._write_parts(recipe, "train", 0, 1)
     shutil.rmtree(next(recipe.parts.glob("000004-*")))
-    with pytest.raises(FileNotFoundError, match="11 of 12 parts"):
+    with pytest.raises(UserError, match=r"data\.cache_dir: .*11 of 12 parts .*The same command goes on"):
         parts_module._join(recipe, 12)
     assert not recipe.folder.exists()
 
@@ -182,6 +183,23 @@ def test_of_two_jobs_that_tokenize_the_same_data_the_second_uses_what_the_first_
     build_dataset(recipe, "train")
     assert len(map_dataset(recipe.folder, "")) > NUM_ROWS
     assert [path.name for path in tmp_path.glob("*data*")] == ["data"]
+
+
+def test_a_full_disk_is_an_error_that_says_how_to_go_on(
+    files: list[DataSource],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place in ("write_arrays", "_join_arrays"):
+        with monkeypatch.context() as patch:
+            patch.setattr(parts_module, place, full)
+            with pytest.raises(UserError, match=r"data\.cache_dir: .*No space left on device.*goes on"):
+                built(files, tokenizer, tmp_path, num_workers=1)
+    assert len(built(files, tokenizer, tmp_path, num_workers=1)) > NUM_ROWS
 
 
 def test_strict_stops_at_the_first_faulty_row_also_in_processes(
