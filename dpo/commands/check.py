@@ -54,6 +54,8 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         check_start(folder, settings_of(config), config.train)
     if isinstance(config, SftConfig):
         if is_text(config.data.train):
+            if exact:
+                raise UserError("--exact: data.train is text, which has no rows to check: leave it out")
             check_text(config.data)
         else:
             check_data(config.data, config.model, exact=exact)
@@ -77,13 +79,16 @@ def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
     Raises:
         UserError: What training would refuse, of tokenizer, weights, lengths and these rows.
     """
-    train, test = train_sources_of(data), test_sources_of(data)
+    if exact and not model.name_or_path:
+        raise UserError("--exact: model.scratch has no tokenizer yet, so some rows are read: leave it out")
+    train, test = train_sources_of(data), test_sources_of(data)  # before anything of a model is looked for
     tokenizer = positions = None
     if model.name_or_path:
         tokenizer, positions = load_tokenizer(model), max_positions(model)
         if Path(model.name_or_path).is_dir():
             num_parameters(model)  # reads the headers of the weights
-    if exact and tokenizer is not None:
+    if exact:
+        assert tokenizer is not None
         found = open_datasets(data, tokenizer, positions)
         largest = max(data_set.largest_id for data_set in found if data_set is not None)
     else:

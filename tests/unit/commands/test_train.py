@@ -45,8 +45,13 @@ def test_two_steps_on_every_layout_and_on_completions_of_several_messages(
             }
         )
     )
-    for command in ("check", "precompute-ref", "train"):
+    assert run(["check", "--config", str(config)]) == 0
+    assert not (tmp_path / "tokenized").exists() or not [*(tmp_path / "tokenized").glob("*/counts.json")]
+    assert run(["check", "--exact", "--config", str(config)]) == 0
+    (tokenized,) = (tmp_path / "tokenized").glob("*/counts.json")  # training finds it
+    for command in ("precompute-ref", "train"):
         assert run([command, "--config", str(config)]) == 0
+    assert [*(tmp_path / "tokenized").glob("*/counts.json")] == [tokenized]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "train/loss" in line]
     assert len(steps) == 2
