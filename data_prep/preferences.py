@@ -9,6 +9,7 @@ from functools import partial
 from data_prep.files import PreferenceWriter, describe_arguments
 from data_prep.relabel import LABELS, relabel
 from data_prep.splits import open_inputs, prompt_key, read_inputs
+from dpo.config import FIELDS
 from dpo.data.pairing import PAIRING_RULES
 from dpo.data.rows import group_from_row
 from dpo.errors import UserError
@@ -17,8 +18,6 @@ SUMMARY = (
     "Any preference data: rows of prompt, chosen, rejected, or of prompt, completions and pairs or scores."
 )
 
-_FIELDS = ("prompt", "chosen", "rejected", "completions", "pairs", "scores", "id")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this source."""
@@ -26,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "input",
         nargs="+",
         metavar="INPUT",
-        help=".jsonl, .jsonl.gz or .parquet files, folders, or hub names",
+        help="files, folders, patterns, URLs or hub names as in data.train (docs/data.md), with options too: "
+        "'{path: ORG/DATA, split: train_prefs}'",
     )
     parser.add_argument(
         "--test",
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FIELD=COLUMN",
-        help=f"columns with other names, such as prompt=question; fields are {', '.join(_FIELDS)}",
+        help=f"columns with other names, such as prompt=question; fields are {', '.join(FIELDS)}",
     )
     parser.add_argument(
         "--pairing", choices=PAIRING_RULES, default="best-vs-rest", help="how scores become pairs"
@@ -100,9 +100,9 @@ def _columns(mappings: list[str]) -> dict[str, str]:
     columns = {}
     for mapping in mappings:
         field, equals, column = mapping.partition("=")
-        if field not in _FIELDS or not equals or not column:
+        if field not in FIELDS or not equals or not column:
             raise UserError(
-                f"--columns: {mapping!r}; expected FIELD=COLUMN with a field of {', '.join(_FIELDS)}"
+                f"--columns: {mapping!r}; expected FIELD=COLUMN with a field of {', '.join(FIELDS)}"
             )
         columns[field] = column
     return columns

@@ -69,7 +69,7 @@ def source_of(text: str) -> DataSource:
     """An input: a path, a hub name, or a source with options as in data.train, {path: ..., split: ...}.
 
     Raises:
-        UserError: Options that a source does not have, or a weight.
+        UserError: Options that a source does not have, or that data_prep does not use.
     """
     if not text.startswith("{"):
         return DataSource(path=text)
@@ -78,6 +78,8 @@ def source_of(text: str) -> DataSource:
     except (yaml.YAMLError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"input: {text}: {reason}; expected {{path: ..., split: ...}}") from error
+    if source.columns:
+        raise UserError(f"input: columns: {source.columns}; give --columns of the source preferences instead")
     if source.weight != 1:
         raise UserError(f"input: weight: {source.weight}; training takes weights, data_prep keeps every row")
     return source

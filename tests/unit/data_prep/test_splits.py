@@ -1,11 +1,15 @@
 import argparse
 from typing import Any
 
+import pytest
+
 from data_prep.files import Split
-from data_prep.splits import Fold, prompt_key, split_groups, split_of
+from data_prep.splits import Fold, prompt_key, source_of, split_groups, split_of
+from dpo.config import DataSource
 from dpo.data.notes import RowNotes
 from dpo.data.records import Message, Pair, PreferenceGroup
 from dpo.data.rows import group_from_row
+from dpo.errors import UserError
 
 
 def _rows(*prompts: str) -> list[tuple[str, Any]]:
@@ -99,3 +103,24 @@ def test_equal_chats_have_equal_keys() -> None:
         return PreferenceGroup(prompt=prompt, completions=("a", "b"), pairs=(Pair(0, 1),))
 
     assert prompt_key(group("x")) == prompt_key(group("x")) != prompt_key(group("y"))
+
+
+def test_an_input_may_have_the_options_of_a_source() -> None:
+    assert source_of("a.jsonl") == DataSource(path="a.jsonl")
+    assert source_of("{path: org/data, split: train_prefs, rows: 9}") == DataSource(
+        path="org/data", split="train_prefs", rows=9
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{path: a, splt: x}", "splt"),
+        ("{path: a", "expected"),
+        ("{path: a, weight: 2}", "input: weight: 2; training takes weights"),
+        ("{path: a, columns: {prompt: q}}", "input: columns: .*give --columns"),
+    ],
+)
+def test_an_option_that_an_input_does_not_have_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        source_of(text)
