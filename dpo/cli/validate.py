@@ -67,7 +67,11 @@ def _lora_problems(model: ModelConfig) -> Iterator[str]:
         return
     if not lora.target_modules or not all(lora.target_modules):
         yield f"model.lora.target_modules: {lora.target_modules}; expected all-linear, or names of layers"
-    if model.revision is not None and lora.export == "adapter":  # peft loads a base's main branch
+    if lora.start == "merge" and lora.export == "adapter":
+        yield "model.lora.export: adapter; a merged start is in no folder that it could name: set merged"
+    elif (
+        model.revision is not None and lora.export == "adapter" and lora.start == "new"
+    ):  # peft loads a base's main branch
         yield f"model.lora.export: adapter; it cannot name revision {model.revision} of its base: set merged"
     if isinstance(model, SftModelConfig) and model.scratch is not None:
         yield "model.lora: an adapter needs a base, and model.scratch has random weights: leave one out"

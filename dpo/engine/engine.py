@@ -21,7 +21,7 @@ from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, TreeBatch
 from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, set_ours, without_waiting
-from dpo.engine.optimizer import OPTIMIZERS, make_optimizer
+from dpo.engine.optimizer import OPTIMIZERS, make_optimizer, set_learning_rate
 from dpo.engine.scoring import gathered, make_scorer, not_of_text, register_head, settle_layout
 from dpo.engine.sharded_state import load_sharded, save_sharded
 from dpo.engine.snapshot import snapshot
@@ -84,7 +84,8 @@ class Engine:
         )
         named = scorer.named_parameters(remove_duplicate=False)  # tied weights have two names
         self._frozen = {name for name, parameter in named if not parameter.requires_grad}
-        optimizer = make_optimizer(scorer, options)
+        ratio = config.lora.learning_rate_ratio if config.lora is not None else 1.0
+        optimizer = make_optimizer(scorer, options, zero_half_ratio=ratio)
         if self._zero:
             settings = accelerator.deepspeed_plugin.deepspeed_config
             fit_buckets(settings, model)
@@ -180,8 +181,7 @@ class Engine:
         Returns:
             The global gradient norm before clipping. If it is not finite, nothing is changed.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._optimizer, learning_rate)
         if self._zero and self._stage > 0:
             self._scorer.step()  # skips the update itself, and reports an infinite norm or -1
             reported = float(self._scorer.get_global_grad_norm())

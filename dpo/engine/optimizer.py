@@ -11,6 +11,10 @@ from torch import nn
 from dpo.config import OptimizationConfig
 
 RMSPROP_SMOOTHING = 0.99
+ZERO_HALF = ".lora_B."
+"""In peft's names of the half of an adapter that starts at zero."""
+RATIO = "learning_rate_ratio"
+"""Key of a parameter group that has another learning rate than the run: by this factor."""
 Groups = list[dict[str, Any]]
 """Parameter groups in torch's format."""
 
@@ -41,16 +45,33 @@ OPTIMIZERS = {
 """Name -> kind, for every value of `train.optimizer`."""
 
 
-def make_optimizer(module: nn.Module, options: OptimizationConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over the parameters that need a gradient; weight decay on matrices only."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) < 2]
+def make_optimizer(
+    module: nn.Module, options: OptimizationConfig, *, zero_half_ratio: float = 1.0
+) -> torch.optim.Optimizer:
+    """The configured optimizer over the parameters that need a gradient; weight decay on matrices only.
+
+    Args:
+        module: What is trained.
+        options: The optimizer.
+        zero_half_ratio: Learning rate of the halves of adapters that start at zero, over that of the rest.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    fast = [p for name, p in named if zero_half_ratio != 1 and ZERO_HALF in name]
+    rest = [p for name, p in named if zero_half_ratio == 1 or ZERO_HALF not in name]
+    matrices = [p for p in rest if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    others = [p for p in rest if len(getattr(p, "ds_shape", p.shape)) < 2]
     groups: Groups = [
         {"params": matrices, "weight_decay": options.weight_decay},
         {"params": others, "weight_decay": 0.0},
+        {"params": fast, "weight_decay": options.weight_decay, RATIO: zero_half_ratio},
     ]
     return OPTIMIZERS[options.optimizer].make([group for group in groups if group["params"]], options)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of every parameter group for the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(RATIO, 1.0)
 
 
 def learning_rate(step: int, num_steps: int, options: OptimizationConfig) -> float:

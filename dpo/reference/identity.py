@@ -96,13 +96,10 @@ def reference_model(model: ModelConfig, reference: ReferenceConfig) -> ModelConf
     Args:
         model: The policy.
         reference: `reference.model` names the reference. Default: the model that the policy starts from, or
-            its base if that model is an adapter, and always without the adapter that is trained.
-
-    Raises:
-        UserError: The policy is an adapter that names no base model.
+            an adapter with its base where that is its start, and always as it was before training.
     """
     if reference.model is None:
-        return replace(base_of(model), lora=None)
+        return replace(model, lora=None)
     return replace(model, name_or_path=reference.model, revision=None, lora=None)
 
 
