@@ -18,6 +18,7 @@ from dpo.config import EvaluateConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.records import TokenIds
 from dpo.data.trees import Layout, sequence_batch
+from dpo.errors import UserError
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
 from dpo.evaluate.statistics import distinct_n, mean_interval, repetition, win_rate
@@ -67,16 +68,29 @@ def held_out_prompts(
         number: Most prompts to return.
         completion_tokens: Longest continuation.
         positions: Positions of the model, or None if it has no limit.
+
+    Raises:
+        UserError: A continuation leaves no room for a prompt.
     """
+    check_room(completion_tokens, positions)
     room = positions - completion_tokens if positions is not None else None
     found: dict[bytes, TokenIds] = {}
     for index in range(len(data)):
         prompt = np.asarray(data[index].prompt)
-        prompt = prompt[-room:] if room is not None and room > 0 else prompt
+        prompt = prompt[-room:] if room is not None else prompt
         found.setdefault(prompt.tobytes(), prompt)
         if len(found) == number:
             break
     return list(found.values())
+
+
+def check_room(completion_tokens: int, positions: int | None) -> None:
+    """Raises UserError if the longest continuation leaves no room for a prompt."""
+    if positions is not None and completion_tokens >= positions:
+        raise UserError(
+            f"evaluate.completion_tokens: {completion_tokens}; the model has {positions} positions, and "
+            "the prompt needs some: lower it"
+        )
 
 
 def continue_prompts(
@@ -160,7 +174,8 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
     """
     drawn = {"reference": samples.reference, "policy": samples.policy}
     both = {name: texts_of([one.ids for one in several], tokenizer) for name, several in drawn.items()}
-    scores, summary = _scored(both, scorer) if scorer is not None else ({}, {})
+    prompts = texts_of(samples.prompts, tokenizer)
+    scores, summary = _scored(prompts, both, scorer) if scorer is not None else ({}, {})
     summary |= samples.kl
     for name, texts in both.items():
         words = [text.split() for text in texts]
@@ -171,7 +186,7 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
         summary[f"repetition/{name}"] = repetition(words, 2)
     return ComparedSamples(
         seed=samples.seed,
-        prompts=texts_of(samples.prompts, tokenizer),
+        prompts=prompts,
         reference=both["reference"],
         policy=both["policy"],
         reference_scores=scores.get("reference"),
@@ -185,10 +200,12 @@ def texts_of(sequences: Sequence[TokenIds], tokenizer: PreTrainedTokenizerBase) 
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
 
 
-def _scored(both: dict[str, list[str]], name: str) -> tuple[dict[str, list[float]], dict[str, float]]:
+def _scored(
+    prompts: Sequence[str], both: dict[str, list[str]], name: str
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Model -> scores of its texts, and the metrics that follow from them."""
     scorer = load_scorer(name)
-    scores = {model: score_over_ranks(scorer, texts) for model, texts in both.items()}
+    scores = {model: score_over_ranks(scorer, prompts, texts) for model, texts in both.items()}
     clusters = np.arange(len(both["policy"]))
     summary: dict[str, float] = {}
     for model, values in scores.items():
