@@ -62,10 +62,12 @@ class ModelConfig:
     """sdpa (PyTorch's), flex (FlexAttention), eager (the model's code); auto: flex on GPUs, sdpa on CPUs."""
     share_prompts: bool = True
     """Compute each prompt once for all of its completions; false: one row a completion."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    gradient_checkpointing: bool | Literal["full", "selective"] = False
+    """Recompute activations: full (or true), a third more time; selective, all but those of attention."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
+    quantization: Literal["nf4"] | None = None
+    """Keep an adapter's frozen base in 4 bits (QLoRA), reference too; needs bitsandbytes. Default: no."""
     lora: LoraConfig | None = None
     """Train an adapter and leave the weights as they are. Default: all weights are trained."""
 

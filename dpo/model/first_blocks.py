@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from dpo.model.adapter import ADAPTED
 from dpo.model.attention import restore_attention
 from dpo.model.load import ready
+from dpo.model.quantized import plain
 from dpo.model.scorer import SequenceScorer
 
 LEAST_BLOCKS = 2
@@ -51,7 +52,7 @@ def in_float32(
     named = [(name, sources[name]) for name, _ in _weights(copy)]
     tensors = {f"model.{name}": _widened(buffer) for name, buffer in model.named_buffers()}
     with gathered([weight for _, weight in named]), torch.no_grad():
-        widened = {weight: weight.detach().float() for _, weight in named}  # tied weights once
+        widened = {weight: plain(weight).detach().float() for _, weight in named}  # tied weights once
     tensors |= {f"model.{name}": widened[weight] for name, weight in named}
     short = SequenceScorer(copy, flex="flex" in scorer.layouts)
     learning = {name for name, module in model.named_modules() if module.training}

@@ -30,6 +30,7 @@ from dpo.errors import UserError
 from dpo.model.adapter import attach, stored_options
 from dpo.model.authors import remember, remove_noise
 from dpo.model.files import ask_hub, base_of, check_model_path, first_line, raw_config, tokenizer_home
+from dpo.model.quantized import compute_plainly, loading_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
@@ -86,6 +87,11 @@ def check_class(model: ModelConfig) -> None:
             "language model; expected a decoder such as llama, qwen3 or gpt2"
         )
     if quantized := raw.get("quantization_config"):
+        if model.quantization is not None:
+            raise UserError(
+                f"model.quantization: {model.quantization}; {model.name_or_path} has quantized weights "
+                "already: leave it out"
+            )
         try:
             AutoHfQuantizer.from_config(quantized, pre_quantized=True).validate_environment()
         except ImportError as error:
@@ -160,6 +166,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             use_safetensors=True,
             output_loading_info=True,
             **options,
+            **loading_options(model, dtype or DTYPES[model.dtype]),
         )
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise UserError(
@@ -172,6 +179,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             f"{type(loaded).__name__}, such as {missing[0]}; expected a complete causal language model"
         )
     remember(loaded, settings)
+    compute_plainly(loaded)
     return ready(loaded)
 
 

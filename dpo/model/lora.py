@@ -21,6 +21,7 @@ from dpo.model.adapter import NAME, attach, other_options, stored_dropout, store
 from dpo.model.files import adapter_files, base_of
 from dpo.model.load import DTYPES, check_class, empty_model, load_config, load_model
 from dpo.model.lora_layers import cannot_adapt, cannot_stack, left_out, new_options, refuse_other_layers
+from dpo.model.quantized import check_quantization
 
 
 def load_policy(model: ModelConfig, *, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -91,6 +92,7 @@ def check_policy(model: ModelConfig, *, local: bool = False) -> None:
             'model.lora: adapters need peft, which is not installed: pip install "cached-dpo[lora]", or '
             "leave model.lora out to train all weights"
         )
+    check_quantization(model)
     if not model.name_or_path or (local and not Path(model.name_or_path).is_dir()):
         return
     _check_start(model)

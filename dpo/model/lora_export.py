@@ -48,6 +48,8 @@ def export_trained(
 def merged_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """The base with an adapter merged into its weights, in the compute dtype; each sum is rounded once.
 
+    Of a base in 4 bits the values that these stand for.
+
     Args:
         config: Base and adapter.
         weights: The adapter's weights in float32, by the policy's names.
@@ -56,6 +58,8 @@ def merged_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> PreTrain
         RuntimeError: The weights are not those of this adapter.
     """
     base = load_start(config)
+    if config.quantization is not None:
+        base.dequantize()
     tuner = add_adapter(base, config, dtype=torch.float32, seed=0)
     adapter = {name for name, parameter in base.named_parameters() if parameter.requires_grad}
     if different := adapter ^ weights.keys():

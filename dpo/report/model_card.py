@@ -128,7 +128,7 @@ def _settings(model: ModelConfig, train: OptimizationConfig, batch: dict[str, st
         "optimizer": f"{train.optimizer}, gradient norm clipped to {train.max_grad_norm}",
         **batch,
         "length": f"{train.num_epochs} epoch(s){steps}",
-        "compute type": model.dtype,
+        "compute type": f"{model.dtype}, base in {model.quantization}" if model.quantization else model.dtype,
         "seed": str(train.seed),
         **({"LoRA": _adapter_settings(lora)} if lora is not None else {}),
     }

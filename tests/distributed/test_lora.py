@@ -117,15 +117,33 @@ def test_a_checkpoint_has_no_frozen_weights(run_of: Runs, head: str, stage: int)
 
 
 def test_the_other_kinds_of_adapters_do_not_depend_on_the_world_either(rigs: dict[str, Rig]) -> None:
-    """DoRA reads the weights of its layer, and whole modules are copies of them, where ZeRO-3 shards them."""
-    rig = rigs["untied"]
-    alone, sharded = (
-        rig.completed(f"kinds_{stage}", *KINDS, world_size=ranks, stage=stage)
-        for ranks, stage in ((1, None), (2, 3))
-    )
+    """DoRA reads the weights of its layer, and whole modules are copies of them where ZeRO-3 shards them; it
+    gathers them again where activations are recomputed.
+    """
+    rig, recomputed = rigs["untied"], ("--model.gradient_checkpointing", "selective")
+    alone = rig.completed("kinds_alone", *KINDS, **ALONE)
+    sharded = rig.completed("kinds_sharded", *KINDS, *recomputed, world_size=2, stage=3)
     assert metrics(alone)[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert_same_metrics(sharded, alone)
     assert_same_policy(sharded, alone)
+
+
+@pytest.mark.parametrize("stage", [2, None])
+def test_a_base_in_4_bits_is_trained_in_replicas_and_with_a_sharded_optimizer(
+    rigs: dict[str, Rig], stage: int | None
+) -> None:
+    rig, more = rigs["untied"], (*LORA, "--model.quantization", "nf4")
+    assert rig.run("cached", *more, command="precompute-ref", **ALONE).statuses == [0]
+    alone = rig.folder / "nf4_alone"
+    if not alone.is_dir():
+        rig.completed("nf4_alone", *more, **ALONE)
+    assert metrics(alone)[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    run_dir = rig.completed(f"nf4_{stage}", *more, world_size=2, stage=stage)
+    assert_same_metrics(run_dir, alone)
+    assert_same_policy(run_dir, alone)
+    for file in (run_dir / "checkpoints" / "step_00000002").rglob("*.pt"):
+        names = torch.load(file, map_location="cpu", weights_only=False).get("module") or {}
+        assert all(".lora_" in name for name in names)
 
 
 @pytest.mark.parametrize(("head", "stage"), [("tied", None), ("tied", 2), ("untied", 3)])
