@@ -129,6 +129,19 @@ def test_float32_offers_stage_0_and_rmsprop_does_not_offer_offload(plan: Planned
     assert set(found["memory"]) == {"ZeRO-0", "ZeRO-2", "ZeRO-3"}
 
 
+def test_the_optimizers_memory_is_planned(plan: Planned, tiny_model: Path) -> None:
+    kept = {}
+    for name in ("adamw", "rmsprop", "lion", "adafactor", "muon"):
+        found = plan(tiny_model, "--model.dtype", "float32", "--train.optimizer", name, gpus=1)
+        kept[name] = found["memory"]["no DeepSpeed"]["optimizer"]
+    size = found["model"]["parameters"]
+    assert (kept["adamw"], kept["rmsprop"], kept["lion"]) == (8 * size, 4 * size, 4 * size)
+    assert 0 < kept["adafactor"] < kept["lion"] < kept["muon"] < kept["adamw"]
+    several = plan(tiny_model, "--model.dtype", "bfloat16", "--train.optimizer", "muon", gpus=2)
+    assert set(several["memory"]) == {"no DeepSpeed"}
+    assert "muon orthogonalizes the updates of whole matrices" in several["notes"][0]
+
+
 def test_a_full_cache_needs_no_reference_work(
     plan: Planned, tiny_model: Path, tmp_path: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
