@@ -1,6 +1,5 @@
 """`dpo plan` from the command line: real configurations, small models, notes and wrong usage."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import save_file
+from unit.planning.conftest import Planned
 
 from dpo.cli.main import run
 from dpo.planning.fit import LAUNCHERS, MOST_TOKENS
@@ -49,22 +49,6 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
     "hh_llama_3.1_70b": ({**LLAMA, **LLAMA_70B, "tie_word_embeddings": False}, 70554e6),
 }  # fmt: skip
 """Name in configs/ -> the model's config.json and its published size."""
-
-Planned = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def plan(tmp_path: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]) -> Planned:
-    def make(model: Path, *more: str, gpus: int = 8, memory: str = "80GB") -> dict[str, Any]:
-        arguments = ["plan", "--num_gpus", str(gpus), "--gpu_memory", memory, "--json", *more]
-        arguments += ["--model.name_or_path", str(model), "--data.train", str(pairs_file)]
-        arguments += ["--data.cache_dir", str(tmp_path / "tokenized")]
-        status = run([*arguments, "--reference.cache_dir", str(tmp_path / "reference")])
-        printed = capsys.readouterr()
-        assert status == 0, printed.err
-        return dict(json.loads(printed.out))
-
-    return make
 
 
 @pytest.mark.parametrize("name", MODELS)
