@@ -6,6 +6,7 @@ Training calls it with the policy's log-probs of a micro-batch and the cached on
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
@@ -42,10 +43,10 @@ def preference_loss(
 ) -> PairLosses:
     """The loss that a configuration asks for.
 
-        sum over i of weight_i * loss_i  +  sft_weight * (-log pi(y_w|x) / |y_w|)
+        w * (sum over i of weight_i * loss_i)  +  sft_weight * (-log pi(y_w|x) / |y_w|)
 
     The second term is the negative log-likelihood that iterative RPO adds (arXiv 2404.19733, Eq. 1), a mean
-    over the tokens of each chosen completion.
+    over the tokens of each chosen completion. w is 1, or with `pair_weights` wpo that of `wpo_weights`.
 
     Args:
         policy: Log-probs of B pairs under the policy, each (B,), with gradient; groups are whole.
@@ -64,6 +65,8 @@ def preference_loss(
     losses = weights[0] * parts[0].losses
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         losses = losses + weight * part.losses
+    if loss.pair_weights == "wpo":
+        losses = losses * wpo_weights(pairs)
     if loss.sft_weight:
         losses = losses - loss.sft_weight * pairs.chosen_means
     chosen, rejected = _rewards(pairs, names[0])
@@ -73,6 +76,20 @@ def preference_loss(
         rejected_rewards=loss.beta * rejected.detach(),
         sums={name: value for part in parts for name, value in part.sums.items()},
     )
+
+
+def wpo_weights(pairs: Pairs) -> Tensor:
+    """How likely the policy is to write both completions, which brings its own distribution closer.
+
+        exp(m_w) exp(m_l),   m = log pi(y|x) / |y|
+
+    The length-normalised weight of WPO (arXiv 2406.11827), without the weight alignment that the paper adds:
+    it divides each token's probability by the one that a sample of the policy has there on average.
+
+    Returns:
+        (B,) weights in (0, 1], without gradient.
+    """
+    return torch.exp(pairs.chosen_means + pairs.rejected_means).detach()
 
 
 def _values(result: Tensor | LossValues) -> LossValues:
