@@ -83,9 +83,8 @@ def along(name: str, margins: Tensor) -> tuple[Tensor, Tensor]:
         )
 
     base = torch.full_like(margins, -20.0)
-    losses = preference_loss(
-        pairs(base + margins / 2, base - margins / 2), pairs(base, base), options(name)
-    ).losses
+    policy = pairs(base + margins / 2, base - margins / 2)
+    losses = preference_loss(policy, pairs(base, base), options(name), so_far={}).losses
     (gradient,) = torch.autograd.grad(losses.sum(), margins)
     return losses.detach(), gradient
 
@@ -95,7 +94,7 @@ def draw() -> Figure:
     panels = [
         ("Logistic and similar", ["sigmoid", "robust", "exo_pair", "sigmoid_norm", "discopop"]),
         ("Targets and hinges", ["ipo", "ipo_norm", "sppo_hard", "hinge"]),
-        ("Each completion separately", ["nca_pair", "apo_zero", "apo_down"]),
+        ("Each completion separately", ["nca_pair", "apo_zero", "apo_down", "bco_pair"]),
         ("Rankings, and no reference", ["plackett_luce", "simpo", "orpo"]),
     ]
     margins = torch.linspace(-8, 8, 321, dtype=torch.float64)
@@ -159,7 +158,7 @@ def compare(peer: str) -> None:
     for name, (options_of_ours, _) in SAME.items():
         smoothing: dict[str, Any] = {"label_smoothing": SMOOTHING} if name in SMOOTHED_BY_PEERS else {}
         loss = LossConfig(beta=BETA, **smoothing, **options_of_ours)
-        ours = preference_loss(policy, reference, loss).losses.mean().item()
+        ours = preference_loss(policy, reference, loss, so_far={}).losses.mean().item()
         difference = abs(ours - theirs[name]) / max(1.0, abs(theirs[name]))
         worst = max(worst, difference)
         print(f"{name:<14} ours {ours:14.8f}   TRL {theirs[name]:14.8f}   difference {difference:.1e}")

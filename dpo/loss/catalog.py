@@ -27,6 +27,12 @@ class LossKind:
     """Whether it divides log-probs by the completion's length; `ld_alpha` then makes no sense."""
     whole_step: bool = False
     """Whether its value depends on all pairs of the optimizer step together, over all ranks."""
+    running: bool = False
+    """Whether its value depends on sums over all steps before."""
+    takes_labels: bool = False
+    """Whether each completion adds to it by itself, so that data with labels instead of pairs will do."""
+    mismatched: bool = False
+    """Whether it needs log-probs of completions of other prompts."""
 
 
 LOSSES = {
@@ -35,9 +41,9 @@ LOSSES = {
     "exo_pair": LossKind(uses=SMOOTHED | DIVERGENCE),
     "ipo": LossKind(uses=frozenset({"beta"}) | DIVERGENCE),
     "hinge": LossKind(uses=frozenset({"beta"}) | DIVERGENCE),
-    "nca_pair": LossKind(),
+    "nca_pair": LossKind(takes_labels=True),
     "sppo_hard": LossKind(),
-    "apo_zero": LossKind(),
+    "apo_zero": LossKind(takes_labels=True),
     "apo_down": LossKind(),
     "discopop": LossKind(uses=frozenset({"beta", "discopop_tau"}) | DIVERGENCE),
     "sigmoid_norm": LossKind(uses=SMOOTHED, per_token=True),
@@ -47,7 +53,8 @@ LOSSES = {
     "plackett_luce": LossKind(averaged_over="groups"),
     "simpo": LossKind(uses=frozenset({"beta", "simpo_gamma"}), needs_reference=False, per_token=True),
     "orpo": LossKind(needs_reference=False, per_token=True),
-    "sft": LossKind(uses=frozenset(), needs_reference=False, per_token=True),
+    "sft": LossKind(uses=frozenset(), needs_reference=False, per_token=True, takes_labels=True),
+    "bco_pair": LossKind(running=True, takes_labels=True),
 }
 """Name -> what it needs."""
 
@@ -76,6 +83,11 @@ def averaged_over_groups(loss: LossConfig) -> bool:
 def needs_whole_step(loss: LossConfig) -> bool:
     """Whether the loss of a pair depends on the other pairs of the optimizer step."""
     return any(name in LOSSES and LOSSES[name].whole_step for name in names_of(loss))
+
+
+def compares_pairs(loss: LossConfig) -> bool:
+    """Whether the loss of a pair depends on others, of its step or of steps before."""
+    return any(LOSSES[name].whole_step or LOSSES[name].running for name in names_of(loss))
 
 
 def title_of(loss: LossConfig) -> str:

@@ -94,7 +94,8 @@ def nca_pair(pairs: Pairs, loss: LossConfig) -> Tensor:
     completion must not fall, such as reasoning. 2 ln 2 where policy = reference.
     """
     chosen, rejected = loss.beta * pairs.chosen_logratios, loss.beta * pairs.rejected_logratios
-    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    of_chosen = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen)
+    return pairs.by_side(of_chosen, -0.5 * F.logsigmoid(-rejected))
 
 
 def sppo_hard(pairs: Pairs, loss: LossConfig) -> Tensor:
@@ -118,7 +119,7 @@ def apo_zero(pairs: Pairs, loss: LossConfig) -> Tensor:
     reference.
     """
     chosen, rejected = loss.beta * pairs.chosen_logratios, loss.beta * pairs.rejected_logratios
-    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+    return pairs.by_side(torch.sigmoid(-chosen), torch.sigmoid(rejected))
 
 
 def apo_down(pairs: Pairs, loss: LossConfig) -> Tensor:

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.loss import functions
+from dpo.loss import functions, labelled
 from dpo.loss.catalog import LOSSES, names_of
 from dpo.loss.pairs import LossValues, PairLogProbs, Pairs
 
 LossFunction = Callable[[Pairs, LossConfig], Tensor | LossValues]
-FUNCTIONS: dict[str, LossFunction] = {name: getattr(functions, name) for name in LOSSES}
+FUNCTIONS: dict[str, LossFunction] = {
+    name: getattr(labelled if hasattr(labelled, name) else functions, name) for name in LOSSES
+}
 """Name -> function, for every loss in the catalog."""
 
 
@@ -31,7 +33,7 @@ class PairLosses:
     rejected_rewards: Tensor
     """(B,) the same for the rejected completion, detached."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """Named sums over these pairs, which the loop adds up over the step; see `LossValues`."""
+    """Named sums over these pairs, which the loop adds up over the run; see `LossValues`."""
 
 
 def preference_loss(
@@ -39,7 +41,7 @@ def preference_loss(
     reference: PairLogProbs | None,
     loss: LossConfig,
     *,
-    last_step: Mapping[str, float] | None = None,
+    so_far: Mapping[str, float] | None = None,
 ) -> PairLosses:
     """The loss that a configuration asks for.
 
@@ -53,12 +55,13 @@ def preference_loss(
         reference: Log-probs of the same pairs under the reference, without gradient; None for losses that
             need none.
         loss: Types, weights and options without `loss_problems`.
-        last_step: The losses' named sums over the whole step before; None or empty before the first.
+        so_far: The losses' named sums over all steps before, empty before the first; None outside training,
+            where losses that need them take those of the given pairs.
 
     Returns:
         (B,) losses and rewards, in the dtype of `policy`; the rewards are those of the first type.
     """
-    pairs = Pairs(policy=policy, reference=reference, last_step=last_step or {})
+    pairs = Pairs(policy=policy, reference=reference, so_far=so_far)
     names = names_of(loss)
     parts = [_values(FUNCTIONS[name](pairs, loss)) for name in names]
     weights = loss.weights or [1.0] * len(names)

@@ -109,6 +109,8 @@ def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_write_it() -> None:
 
 def test_mpo_is_a_mixture() -> None:
     policy, reference = pair_logps([-8.0], [-9.0]), pair_logps([-10.0], [-6.0])
-    mixed = preference_loss(policy, reference, LossConfig(type=["sigmoid", "sft"], weights=[0.8, 1.0]))
-    assert close(mixed.losses, 0.8 * math.log(1 + math.exp(-0.5)) + 8)
+    mpo = LossConfig(type=["sigmoid", "bco_pair", "sft"], weights=[0.8, 0.2, 1.0])
+    mixed = preference_loss(policy, reference, mpo, so_far={})
+    bco = math.log(1 + math.exp(-0.2)) + math.log(1 + math.exp(-0.3))
+    assert close(mixed.losses, 0.8 * math.log(1 + math.exp(-0.5)) + 0.2 * bco + 8)
     assert close(mixed.chosen_rewards, 0.2)
