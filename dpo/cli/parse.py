@@ -42,6 +42,8 @@ def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
     parser = ArgumentParser(prog=f"dpo {command}", description=CONFIGURED[command], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(kind)
+    if files := [value for key, value in _words(arguments) if key == "config"]:
+        parser.set_defaults(run_dir=f"runs/{Path(files[-1]).stem}")
     if any(word in ("-h", "--help") for word in arguments):
         parser.print_help()
         raise SystemExit(0)
@@ -127,19 +129,21 @@ def _problems_of_values(kind: type, arguments: Sequence[str]) -> Iterator[str]:
 
 def _given(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
     """(place, dotted key, value) of everything the user gave: config files flattened, then arguments."""
-    words = iter(arguments)
     legal = set(_leaves(kind))
-    for word in words:
-        if not word.startswith("--"):
-            continue
-        key, separator, value = word[2:].partition("=")
-        if key in ("help", "print_config"):
-            continue
-        value = value if separator else next(words, "")
+    for key, value in _words(arguments):
         if key == "config":
             yield from ((f"{value}: ", *entry) for entry in _flat(_read_yaml(value), "", legal))
         else:
             yield "", key, value
+
+
+def _words(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(key, value) of the arguments, in their order."""
+    words = iter(arguments)
+    for word in words:
+        key, separator, value = word[2:].partition("=")
+        if word.startswith("--") and key not in ("help", "print_config"):
+            yield key, value if separator else next(words, "")
 
 
 def _read_yaml(name: str) -> dict[str, Any]:

@@ -57,7 +57,10 @@ def test_a_launch_configuration_sets_no_number_of_the_experiment(path: Path) -> 
         ),
         ({"NNODES": "two"}, "NNODES: two;"),
         ({"NPROC": "-1"}, "NPROC: -1;"),
-        ({"ACCELERATE_CONFIG": "launch/multi_node.yaml"}, "NNODES is missing; launch/multi_node.yaml is for 2"),
+        (
+            {"ACCELERATE_CONFIG": "launch/multi_node.yaml"},
+            "NNODES is missing; launch/multi_node.yaml is for 2",
+        ),
         ({"ACCELERATE_CONFIG": "launch/multi_node.yaml", "NNODES": "1"}, "NPROC is missing"),
         ({"PYTHON": "nothing"}, "PYTHON: nothing is not the environment of make setup"),
     ],

@@ -12,7 +12,7 @@ from end_to_end.shells import PYTHON_THAT_CHECKS, ROOT, script, shell
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Path:
-    """A fake SLURM: srun runs a task on each of SLURM_NNODES machines in turn, and scontrol logs its calls."""
+    """A fake SLURM: srun runs a task on each of SLURM_NNODES machines in turn; scontrol logs its calls."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "launch").mkdir()
     script(
@@ -34,6 +34,7 @@ def submit(cluster: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ("bash", str(ROOT / "launch" / "slurm.sbatch"), "--config", "x.yaml")
     path = f"{cluster / 'bin'}:{os.environ['PATH']}"
     variables = {"SLURM_JOB_ID": "41", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "12"} | variables
+    variables.setdefault("PYTHON", "true")
     return shell(*command, folder=cluster, PATH=path, **variables)
 
 
@@ -77,6 +78,13 @@ def test_a_job_that_gains_no_step_gives_up_with_the_reason(
     assert (said in ended.stderr) is not requeued
 
 
+def test_a_job_whose_training_would_be_refused_computes_no_reference(cluster: Path) -> None:
+    script(cluster / "launch" / "run", RECORDS.replace("STATUS", "0"))
+    refuses = script(cluster / "python", '#!/usr/bin/env bash\n[ "$3 $4" != "check train" ] || exit 2\n')
+    assert submit(cluster, PYTHON=str(refuses)).returncode == 2
+    assert not (cluster / "run.log").exists()
+
+
 def test_a_failed_stage_ends_the_job(cluster: Path) -> None:
     script(cluster / "launch" / "run", '#!/usr/bin/env bash\necho "$1" >>run.log\nexit 2\n')
     ended = submit(cluster)
@@ -109,7 +117,8 @@ def test_stages_and_the_count_of_attempts_run_in_the_container(cluster: Path) ->
     submit(cluster, CONTAINER="box --nv", SRUN_OPTIONS="--mem=0", SLURM_NNODES="1", PYTHON=str(python))
     assert all(line.endswith(" in a box") for line in (cluster / "how.log").read_text().splitlines())
     assert "python in a box" in (cluster / "how.log").read_text()
-    assert (cluster / "srun.log").read_text().count("--mem=0 box --nv ") == 4  # two stages; the count takes two
+    tasks = (cluster / "srun.log").read_text().count("--mem=0 box --nv ")
+    assert tasks == 5  # the check, two stages, and the count, which takes two
 
 
 @pytest.mark.parametrize(("machines", "launcher"), [("1", "one_node"), ("3", "multi_node")])

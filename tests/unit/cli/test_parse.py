@@ -196,3 +196,17 @@ def test_what_a_merge_key_brings_may_be_overridden(tmp_path: Path) -> None:
     )
     config = parse("train", ["--config", yaml_file(tmp_path, text)])
     assert config.data.train == [DataSource(path="a"), DataSource(path="a", weight=2.0)]
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_run_without_a_folder_of_its_own_is_named_after_its_configuration(
+    tmp_path: Path, command: str
+) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "mine.yaml"
+    first.write_text("model: {name_or_path: m}\ndata: {train: a}\n")
+    second.write_text("train: {seed: 3}\n")
+    assert parse(command, ["--config", str(first)]).run_dir == "runs/first"
+    assert parse(command, ["--config", str(first), f"--config={second}"]).run_dir == "runs/mine"
+    assert parse(command, ["--config", str(first), "--run_dir", "runs/x"]).run_dir == "runs/x"
+    second.write_text("run_dir: elsewhere\n")
+    assert parse(command, ["--config", str(second), "--config", str(first)]).run_dir == "elsewhere"
