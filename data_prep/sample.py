@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="compute dtype of the policy (default: bfloat16)",
     )
-    add("--scorer", required=True, help="vader, or hf:MODEL, a text-classification model")
+    add("--scorer", required=True, help="as evaluate.scorer: vader, hf:MODEL, ...")
     add(
         "--num_prompts",
         type=int,
@@ -86,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Samples and scores on every rank; rank 0 writes the preference files. Raises UserError."""
     from dpo import distributed
+    from dpo.evaluate.samples import texts_of
     from dpo.evaluate.scoring import load_scorer, score_over_ranks
     from dpo.model.files import check_model_path
     from dpo.model.load import load_tokenizer
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(model)
     prepared = distributed.from_main([] if writer is None else _prepare(args, model, tokenizer, writer))
     texts = _continue(prepared, model, tokenizer, args)
-    flat = score_over_ranks(scorer, [text for samples in texts for text in samples])
+    asked = texts_of([ids for _, ids in prepared for _ in range(args.num_samples)], tokenizer)
+    flat = score_over_ranks(scorer, asked, [text for samples in texts for text in samples])
     if writer is None:
         return
     scores = [flat[start : start + args.num_samples] for start in range(0, len(flat), args.num_samples)]

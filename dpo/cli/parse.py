@@ -6,7 +6,7 @@ All problems are found at once, each with its place and, for an unknown key, the
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -61,9 +61,41 @@ def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
         found = problems(config)
         if not found:
             return config
+    raise _refusal(found)
+
+
+def checked(config: Config) -> Config:
+    """A configuration that was made in Python, after the checks that one in a file goes through.
+
+    Returns:
+        The same options; numbers that were given as text are numbers.
+
+    Raises:
+        UserError: Everything that is wrong, one problem a line.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    kind, given = type(config), asdict(config)
+    leaves = _leaves(kind)
+    wrong = {
+        key: (value, _problem_of_type(leaves[key].type, value, as_text=False))
+        for key, value in _flat(given, "", set(leaves))
+        if key in leaves  # not an optional section that is left out
+    }
+    found = [f"{key}: {value!r}: {problem}" for key, (value, problem) in wrong.items() if problem]
+    if not found:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(kind)
+        config = kind(**_built(parser, parser.parse_object(given)))
+        found = problems(config)
+    if found:
+        raise _refusal(found)
+    return config
+
+
+def _refusal(found: Sequence[str]) -> UserError:
     noun = "problem" if len(found) == 1 else "problems"
     listed = "".join(f"\n  {problem}" for problem in found)
-    raise UserError(f"{len(found)} {noun} in the configuration:{listed}")
+    return UserError(f"{len(found)} {noun} in the configuration:{listed}")
 
 
 def _built(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
@@ -113,18 +145,23 @@ def _problems_of_values(kind: type, arguments: Sequence[str]) -> Iterator[str]:
     given: set[str] = set()
     for place, key, value in _given(kind, arguments):
         given.add(key)
-        if key not in leaves:
-            continue
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--value", type=leaves[key].type)
-        try:
-            parser.parse_object({"value": value}) if place else parser.parse_args([f"--value={value}"])
-        except (ArgumentError, TypeError, ValueError) as error:
-            yield f"{place}{key}: {value!r}: {_short(str(error))}"
+        if key in leaves and (problem := _problem_of_type(leaves[key].type, value, as_text=not place)):
+            yield f"{place}{key}: {value!r}: {problem}"
     for key, leaf in leaves.items():
         branch_given = any(name.startswith(leaf.needed_with) for name in given)
         if leaf.required and key not in given and branch_given | (leaf.needed_with == ""):
             yield f"{key}: required"
+
+
+def _problem_of_type(expected: Any, value: Any, *, as_text: bool) -> str:
+    """What is wrong with the type of a value, which is text on the command line; nothing if it is right."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=expected)
+    try:
+        parser.parse_args([f"--value={value}"]) if as_text else parser.parse_object({"value": value})
+    except (ArgumentError, TypeError, ValueError) as error:
+        return _short(str(error))
+    return ""
 
 
 def _given(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:

@@ -14,6 +14,8 @@ TOOLS = {
     "frontier": "several betas and the SFT baseline on one cache: score against KL",
     "compare": "runs side by side: settings, numbers, curves",
     "cache": "info, verify or prune: look after the reference cache",
+    "chat": "talk to the reference and the trained policy, side by side",
+    "init": "copy the ready-made configurations and launch scripts into a folder",
 }
 """Commands with options of their own; see `dpo.cli.tools`."""
 CHECK = {

@@ -1,4 +1,4 @@
-"""Commands with options of their own beside the configuration's: cache, data, plan, compare, frontier."""
+"""Commands with options of their own: their table, and cache, data, plan, compare and frontier."""
 
 import argparse
 import re
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
+from dpo.cli import chat, init
 from dpo.cli.parse import parse
 from dpo.config import Config
 from dpo.errors import UserError
@@ -260,4 +261,6 @@ _TOOLS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "frontier": (FRONTIER_USAGE, _frontier),
     "compare": (COMPARE_USAGE, _compare),
     "cache": (CACHE_USAGE, _cache),
+    "chat": (chat.USAGE, chat.run_chat),
+    "init": (init.USAGE, init.run_init),
 }

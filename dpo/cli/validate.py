@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from dpo.config import (
     FIELDS,
+    SCORER_KINDS,
     Config,
     DataConfig,
     DataSource,
@@ -136,5 +137,8 @@ def _preference_problems(config: Config) -> Iterator[str]:
         "reference.max_tokens_per_batch", config.reference.max_tokens_per_batch, config.data.max_length
     )
     scorer = config.evaluate.scorer
-    if scorer is not None and scorer != "vader" and not scorer.startswith("hf:"):
-        yield f"evaluate.scorer: {scorer}; expected vader, hf:MODEL, or nothing"
+    if scorer not in (None, "vader") and not any(
+        scorer.startswith(f"{kind}:") and scorer[len(kind) + 1 :] for kind in SCORER_KINDS
+    ):
+        expected = "vader, hf:MODEL, python:module.function, command:PROGRAM, or nothing"
+        yield f"evaluate.scorer: {scorer}; expected {expected}"

@@ -90,7 +90,7 @@ def best_of_reference(
             sharded=sharded,
         )
         scorer = load_scorer(options.scorer)
-        samples = _scored(continuations, scorer, tokenizer)
+        samples = _scored(texts_of(prompts, tokenizer), continuations, scorer, tokenizer)
         picks = {n: samples.best_of(n).tolist() for n in values_of_n(options.reference_samples)}
         picked = sorted({(row, pick) for of_n in picks.values() for row, pick in enumerate(of_n)})
         sequences: list[PromptAndCompletion] = [
@@ -107,11 +107,15 @@ def best_of_reference(
 
 
 def _scored(
-    continuations: Sequence[Sequence[Continuation]], scorer: Scorer, tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[str],
+    continuations: Sequence[Sequence[Continuation]],
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> ReferenceSamples:
     """The samples as text, scored over the ranks."""
     texts = [texts_of([one.ids for one in several], tokenizer) for several in continuations]
-    scores = score_over_ranks(scorer, [text for several in texts for text in several])
+    asked = [prompt for prompt, several in zip(prompts, texts, strict=True) for _ in several]
+    scores = score_over_ranks(scorer, asked, [text for several in texts for text in several])
     tokens = [[len(one.sampled_ids()) for one in several] for several in continuations]
     return ReferenceSamples(
         texts=texts, scores=np.asarray(scores).reshape(len(texts), -1), tokens=np.asarray(tokens, np.int64)

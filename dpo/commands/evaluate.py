@@ -59,15 +59,19 @@ from dpo.tracking.run_folder import RunFolder
 AGAIN = "during evaluate: nothing was changed; run the same command again"
 
 
-def evaluate(config: Config) -> None:
-    """Held-out metrics, samples of reference and policy side by side, and the report."""
+def evaluate(config: Config) -> dict[str, float]:
+    """Held-out metrics, samples of reference and policy side by side, and the report.
+
+    Returns:
+        What summary.json holds; empty on ranks other than the main one.
+    """
     quieten_libraries()
     folder, stuck = RunFolder(Path(config.run_dir)), config.train.stuck_after_seconds
     with Guard(folder, "evaluate", stuck, at_once=AGAIN, exclusive=False):
-        _evaluate(config)
+        return _evaluate(config)
 
 
-def _evaluate(config: Config) -> None:
+def _evaluate(config: Config) -> dict[str, float]:
     policy = finished_model(config)
     train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
     reference = open_reference_model(config)
@@ -99,6 +103,7 @@ def _evaluate(config: Config) -> None:
             train=config.train,
         )
         write_file(Path(policy.name_or_path) / "README.md", card)
+    return summary
 
 
 def evaluate_run(

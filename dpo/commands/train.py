@@ -44,11 +44,16 @@ from dpo.train.setup import base_fingerprint, check_space, needs_resharding, sta
 SHOWN = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 
 
-def train(config: Config) -> None:
-    """Optimizes the policy and exports it to RUN_DIR/model."""
+def train(config: Config) -> dict[str, float]:
+    """Optimizes the policy and exports it to RUN_DIR/model.
+
+    Returns:
+        The last held-out metrics by name; empty without held-out data, or if the run had finished before.
+    """
     session = run_training("train", config, build_session)
     following = f"dpo evaluate --config {session.folder.config}" if session.evaluate is not None else ""
     summarize("train", session, SHOWN, following)
+    return dict(session.evaluated)
 
 
 def build_session(config: Config, guard: Guard) -> Session:

@@ -166,6 +166,10 @@ class TrainConfig(OptimizationConfig):
     """Pairs per optimizer step, over all ranks and micro-batches."""
 
 
+SCORER_KINDS = ("hf", "python", "command")
+"""What stands before the colon in `evaluate.scorer`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Samples and scores of the finished model."""
@@ -177,7 +181,7 @@ class EvaluateConfig:
     temperature: NotNegative = 0.7
     """Of the compared samples; 0 takes the likeliest token. The KL has separate samples at temperature 1."""
     scorer: str | None = None
-    """vader, or hf:MODEL (a text-classification model). Default: no scores."""
+    """vader, hf:MODEL (a text classifier), python:module.function or command:PROGRAM. Default: no scores."""
     seed: CountOrZero = 0
     """Seed of the samples; policy and reference use the same one on the same prompt."""
     batch_size: Count = 64

@@ -160,7 +160,8 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
     """
     drawn = {"reference": samples.reference, "policy": samples.policy}
     both = {name: texts_of([one.ids for one in several], tokenizer) for name, several in drawn.items()}
-    scores, summary = _scored(both, scorer) if scorer is not None else ({}, {})
+    prompts = texts_of(samples.prompts, tokenizer)
+    scores, summary = _scored(prompts, both, scorer) if scorer is not None else ({}, {})
     summary |= samples.kl
     for name, texts in both.items():
         words = [text.split() for text in texts]
@@ -171,7 +172,7 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
         summary[f"repetition/{name}"] = repetition(words, 2)
     return ComparedSamples(
         seed=samples.seed,
-        prompts=texts_of(samples.prompts, tokenizer),
+        prompts=prompts,
         reference=both["reference"],
         policy=both["policy"],
         reference_scores=scores.get("reference"),
@@ -185,10 +186,12 @@ def texts_of(sequences: Sequence[TokenIds], tokenizer: PreTrainedTokenizerBase) 
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
 
 
-def _scored(both: dict[str, list[str]], name: str) -> tuple[dict[str, list[float]], dict[str, float]]:
+def _scored(
+    prompts: Sequence[str], both: dict[str, list[str]], name: str
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Model -> scores of its texts, and the metrics that follow from them."""
     scorer = load_scorer(name)
-    scores = {model: score_over_ranks(scorer, texts) for model, texts in both.items()}
+    scores = {model: score_over_ranks(scorer, prompts, texts) for model, texts in both.items()}
     clusters = np.arange(len(both["policy"]))
     summary: dict[str, float] = {}
     for model, values in scores.items():

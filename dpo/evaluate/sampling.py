@@ -153,8 +153,10 @@ def sample(
     )
     drawn: dict[_Row, Continuation] = {}
     few = GenerationConfig(**{**config.to_dict(), "max_new_tokens": min(COMPARED, max_new_tokens)})
-    with _own_generation_config(model, few):
-        how = from_main(_together(model, prompts, stop_ids[0], sharded=sharded))
+    how: _Together = "padded"
+    if len(rows) > 1:
+        with _own_generation_config(model, few):
+            how = from_main(_together(model, prompts, stop_ids[0], sharded=sharded))
     batches = turns_of(_batches(rows, [len(prompt) for prompt in prompts], batch_size, how))
     with (
         _own_generation_config(model, config),

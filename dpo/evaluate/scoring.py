@@ -4,7 +4,7 @@ A scorer gives one number per text, higher is better, and decides which scores c
 not depend on the number of ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -13,6 +13,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dpo.distributed import device, gather_objects, share_of
 from dpo.errors import UserError
+from dpo.evaluate.own_scorers import CommandScorer, FunctionScorer
 
 CLASSIFIER_BATCH = 64
 
@@ -21,10 +22,10 @@ class Scorer(Protocol):
     """One number per text, higher is better."""
 
     name: str
-    """As in evaluate.scorer: vader, or hf:MODEL."""
+    """As in evaluate.scorer: vader, hf:MODEL, python:module.function or command:PROGRAM."""
 
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """The score of each text."""
+    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """The score of each completion, whose prompt has the same index."""
 
     def is_positive(self, score: float) -> bool:
         """Whether a text with this score counts as positive."""
@@ -38,9 +39,9 @@ class VaderScorer:
     def __init__(self) -> None:
         self._analyzer = SentimentIntensityAnalyzer()
 
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """The compound score of each text, in [-1, 1]."""
-        return [float(self._analyzer.polarity_scores(text)["compound"]) for text in texts]
+    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """The compound score of each completion alone, in [-1, 1]."""
+        return [float(self._analyzer.polarity_scores(text)["compound"]) for text in completions]
 
     def is_positive(self, score: float) -> bool:
         """Whether the compound exceeds 0.05."""
@@ -86,12 +87,12 @@ class ClassifierScorer:
         self._model = loaded.to(device()).eval()
 
     @torch.inference_mode()
-    def score(self, texts: Sequence[str]) -> list[float]:
-        """P(positive) of each text; of a text that is too long for the classifier, only the start is read."""
+    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """P(positive) of each completion alone; of one that is too long, only the start is read."""
         scores: list[float] = []
-        for start in range(0, len(texts), CLASSIFIER_BATCH):
+        for start in range(0, len(completions), CLASSIFIER_BATCH):
             inputs = self._tokenizer(
-                list(texts[start : start + CLASSIFIER_BATCH]),
+                list(completions[start : start + CLASSIFIER_BATCH]),
                 padding=True,
                 truncation=True,
                 max_length=self._max_length,
@@ -107,26 +108,37 @@ class ClassifierScorer:
 
 
 def load_scorer(name: str) -> Scorer:
-    """The scorer named `name`: vader, or hf:MODEL with a folder or a hub name.
+    """The scorer named `name`, as in `evaluate.scorer`.
 
     Raises:
-        UserError: An unknown name, or a classifier that cannot be loaded or has no positive class.
+        UserError: An unknown name, a classifier that cannot be loaded or has no positive class, or a function
+            that does not exist.
     """
+    kind, _, argument = name.partition(":")
     if name == "vader":
         return VaderScorer()
-    if name.startswith("hf:") and len(name) > len("hf:"):
-        return ClassifierScorer(name.removeprefix("hf:"))
-    raise UserError(f"scorer: {name}; expected vader or hf:MODEL")
+    if kind in SCORERS and argument:
+        return SCORERS[kind](argument)
+    raise UserError(f"scorer: {name}; expected vader, hf:MODEL, python:module.function or command:PROGRAM")
 
 
-def score_over_ranks(scorer: Scorer, texts: Sequence[str]) -> list[float]:
-    """Scores of all texts, in order, on every rank; each rank scores its share.
+SCORERS: dict[str, Callable[[str], Scorer]] = {
+    "hf": ClassifierScorer,
+    "python": FunctionScorer,
+    "command": CommandScorer,
+}
+"""What stands before the colon -> the scorer of what stands behind it."""
+
+
+def score_over_ranks(scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """Scores of all completions, in order, on every rank; each rank scores its share.
 
     Batches are formed before they are divided among the ranks, so that a classifier's scores do not depend on
     the world size.
     """
-    starts = range(0, len(texts), CLASSIFIER_BATCH)
-    mine = {start: scorer.score(texts[start : start + CLASSIFIER_BATCH]) for start in share_of(starts)}
+    starts = range(0, len(completions), CLASSIFIER_BATCH)
+    batches = {start: slice(start, start + CLASSIFIER_BATCH) for start in share_of(starts)}
+    mine = {start: scorer.score(prompts[part], completions[part]) for start, part in batches.items()}
     scored = {start: scores for part in gather_objects(mine) for start, scores in part.items()}
     return [score for start in starts for score in scored[start]]
 

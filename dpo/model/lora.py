@@ -80,7 +80,7 @@ def check_policy(model: ModelConfig, *, local: bool = False) -> None:
     """
     if model.lora is not None and find_spec("peft") is None:
         raise UserError(
-            'model.lora: adapters need peft, which is not installed: pip install "dpo[lora]" (or peft), or '
+            'model.lora: adapters need peft, which is not installed: pip install "cached-dpo[lora]", or '
             "leave model.lora out to train all weights"
         )
     if not model.name_or_path or (local and not Path(model.name_or_path).is_dir()):

@@ -1,4 +1,4 @@
-"""Tables for a terminal: texts in three equal columns with wrapped cells, without control characters."""
+"""Tables for a terminal: texts in equal columns with wrapped cells, without control characters."""
 
 import textwrap
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def terminal_table(rows: Sequence[SampleRow], width: int) -> str:
         texts = (prompt_end(row.prompt), row.reference, row.policy)
         heads = (f"#{row.index}", _score(row.reference_score), _score(row.policy_score))
         shown.append((heads if any(heads[1:]) else None, texts))
-    return _three_columns(COLUMNS, shown, width)
+    return side_by_side(COLUMNS, shown, width)
 
 
 def section_text(section: Section, width: int, *, pairs: int) -> str:
@@ -39,7 +39,7 @@ def section_text(section: Section, width: int, *, pairs: int) -> str:
             ((f"{section.measure} {row.measure}", "", ""), (prompt_end(row.prompt), row.chosen, row.rejected))
             for row in shown
         ]
-        parts.append(_three_columns(PAIR_COLUMNS, rows, width))
+        parts.append(side_by_side(PAIR_COLUMNS, rows, width))
     return "\n".join(parts)
 
 
@@ -53,12 +53,18 @@ def _aligned(rows: Sequence[Sequence[str]], width: int) -> str:
     )
 
 
-def _three_columns(
+def side_by_side(
     columns: Sequence[str], rows: Sequence[tuple[Sequence[str] | None, Sequence[str]]], width: int
 ) -> str:
-    """Texts side by side under short heads, or without any."""
-    cell_width = (max(width, 60) - 2 * len(" | ")) // 3
-    rule = "-+-".join(["-" * cell_width] * 3)
+    """Texts in N equal columns.
+
+    Args:
+        columns: N headings.
+        rows: Of each row N short heads, or None, and N texts.
+        width: Columns of the terminal; at least 60 are used.
+    """
+    cell_width = (max(width, 60) - (len(columns) - 1) * len(" | ")) // len(columns)
+    rule = "-+-".join(["-" * cell_width] * len(columns))
     lines = [_line(columns, cell_width), rule]
     for heads, texts in rows:
         cells = [_wrapped(text, cell_width) for text in texts]

@@ -33,6 +33,7 @@ ROOMS = {  # a room -> the rooms it may import, besides itself and the ground
     },
     "dpo.planning": {"dpo.data", "dpo.engine", "dpo.evaluate", "dpo.model", "dpo.reference", "dpo.train"},
     "dpo.commands": {"dpo"},
+    "dpo.__init__": {"dpo.commands"},  # for type checkers: importing dpo imports nothing else
     "dpo.cli": {"dpo.loss.catalog", "dpo.tracking.exit_record", "dpo.tracking.run_folder"},
     "dpo.__main__": {"dpo.cli"},
     "data_prep": {"dpo.data", "dpo.evaluate", "dpo.model"},
@@ -52,7 +53,8 @@ MODULES = [
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name if name == "dpo.__init__" else name.removesuffix(".__init__")  # dpo alone is every room
 
 
 def is_in(module: str, package: str) -> bool:
@@ -106,7 +108,13 @@ def test_a_module_imports_what_the_table_allows(path: Path) -> None:
 
 def test_the_table_has_no_circle() -> None:
     below = {room: {other for other in rooms if other in ROOMS} for room, rooms in ROOMS.items()}
-    below["dpo.commands"] = {*ROOMS} - {"dpo.commands", "dpo.cli", "dpo.__main__", "data_prep"}
+    below["dpo.commands"] = {*ROOMS} - {
+        "dpo.commands",
+        "dpo.cli",
+        "dpo.__init__",
+        "dpo.__main__",
+        "data_prep",
+    }
     done: list[str] = []
     while len(done) < len(below):
         ready = [room for room, others in below.items() if room not in done and others <= {*done}]
@@ -137,7 +145,7 @@ def test_below_the_commands_functions_take_sections_of_the_configuration() -> No
     whole = {"Config", "SftConfig"}
     found = []
     for path in MODULES:
-        if room_of(module_name(path)) in {"dpo.commands", "dpo.cli", "dpo.config"}:
+        if room_of(module_name(path)) in {"dpo.commands", "dpo.cli", "dpo.config", "dpo.__init__"}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "dpo.config":

@@ -100,10 +100,10 @@ def test_scores_win_rate_and_repetition_by_hand(tokenizer: PreTrainedTokenizerFa
     found = compare(samples, "vader", tokenizer)
     assert (found.prompts, found.reference, found.policy) == (["prompt 0", "prompt 1"], reference, policy)
     assert found.seed == 7
-    assert found.reference_scores == VaderScorer().score(reference)
-    assert found.policy_scores == VaderScorer().score(policy)
+    assert found.reference_scores == VaderScorer().score(found.prompts, reference)
+    assert found.policy_scores == VaderScorer().score(found.prompts, policy)
     summary = found.summary
-    assert summary["score/policy"] == pytest.approx(np.mean(VaderScorer().score(policy)))
+    assert summary["score/policy"] == pytest.approx(np.mean(VaderScorer().score(found.prompts, policy)))
     assert (summary["positive_share/reference"], summary["positive_share/policy"]) == (0.0, 0.5)
     assert summary["win_rate"] == 0.75  # one win, one tie
     assert summary["kl/sequence"] == 1.5

@@ -14,9 +14,13 @@ from transformers import (
 )
 
 from dpo.errors import UserError
-from dpo.evaluate.scoring import CLASSIFIER_BATCH, load_scorer, score_over_ranks
+from dpo.evaluate.scoring import CLASSIFIER_BATCH, Scorer, load_scorer, score_over_ranks
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "good", "bad", "film", "a"]
+
+
+def scores_of(scorer: Scorer, texts: list[str]) -> list[float]:
+    return scorer.score(["a prompt"] * len(texts), texts)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -50,7 +54,9 @@ def save_classifier(folder: Path, labels: list[str]) -> RobertaForSequenceClassi
 
 def test_vader_scores_are_compounds_and_positive_above_a_twentieth() -> None:
     scorer = load_scorer("vader")
-    happy, sad, neutral = scorer.score(["What a wonderful day!", "This is horrible.", "The table is brown."])
+    happy, sad, neutral = scores_of(
+        scorer, ["What a wonderful day!", "This is horrible.", "The table is brown."]
+    )
     assert -1 <= sad < -0.05 < neutral == 0 < 0.05 < happy <= 1
     assert scorer.is_positive(0.051)
     assert not scorer.is_positive(0.05)
@@ -63,7 +69,7 @@ def test_a_classifier_gives_the_probability_of_its_positive_class(tmp_path: Path
     scorer = load_scorer(f"hf:{tmp_path}")
     assert scorer.name == f"hf:{tmp_path}"
     # with padding: the other text is longer
-    assert scorer.score(["good film", "a bad film a bad film"])[0] == pytest.approx(expected, abs=1e-6)
+    assert scores_of(scorer, ["good film", "a bad film a bad film"])[0] == pytest.approx(expected, abs=1e-6)
     assert scorer.is_positive(0.501)
     assert not scorer.is_positive(0.5)
 
@@ -73,11 +79,11 @@ def test_the_positive_class_is_found_by_name_at_any_position(tmp_path: Path) -> 
     model = save_classifier(tmp_path / "three", ["neg", "neutral", "Pos"])
     ids = torch.tensor([[WORDS.index("good")]])
     expected = model(ids).logits.softmax(-1)[0, 2].item()
-    assert load_scorer(f"hf:{tmp_path / 'three'}").score(texts)[0] == pytest.approx(expected, abs=1e-6)
+    assert scores_of(load_scorer(f"hf:{tmp_path / 'three'}"), texts)[0] == pytest.approx(expected, abs=1e-6)
     save_classifier(tmp_path / "named", ["negative", "positive"])
     save_classifier(tmp_path / "numbered", ["LABEL_0", "LABEL_1"])
-    named = load_scorer(f"hf:{tmp_path / 'named'}").score(texts)
-    assert load_scorer(f"hf:{tmp_path / 'numbered'}").score(texts) == named
+    named = scores_of(load_scorer(f"hf:{tmp_path / 'named'}"), texts)
+    assert scores_of(load_scorer(f"hf:{tmp_path / 'numbered'}"), texts) == named
 
 
 @pytest.mark.parametrize("labels", [["joy", "grief"], ["LABEL_0", "LABEL_1", "LABEL_2"], ["pos", "positive"]])
@@ -90,7 +96,7 @@ def test_labels_without_a_single_positive_class_are_listed(tmp_path: Path, label
 def test_only_the_start_of_a_text_that_is_too_long_is_scored(tmp_path: Path) -> None:
     save_classifier(tmp_path, ["negative", "positive"])
     start = " ".join(["good"] * 16)
-    cut, whole = load_scorer(f"hf:{tmp_path}").score([start + " bad" * 50, start])
+    cut, whole = scores_of(load_scorer(f"hf:{tmp_path}"), [start + " bad" * 50, start])
     assert cut == pytest.approx(whole, abs=1e-6)
 
 
@@ -117,5 +123,5 @@ def test_missing_models_pickled_weights_and_unknown_names_are_errors(tmp_path: P
 
 def test_all_texts_are_scored_in_order() -> None:
     texts = ["wonderful" if number % 3 == 0 else "horrible" for number in range(2 * CLASSIFIER_BATCH + 5)]
-    scores = score_over_ranks(load_scorer("vader"), texts)
+    scores = score_over_ranks(load_scorer("vader"), texts, texts)
     assert [score > 0 for score in scores] == [text == "wonderful" for text in texts]
