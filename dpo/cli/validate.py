@@ -22,6 +22,7 @@ from dpo.config import (
     Within,
     sources_of,
 )
+from dpo.config.foreign import meant
 from dpo.loss.catalog import loss_problems, names_of, needs_whole_step
 
 
@@ -97,7 +98,8 @@ def _train_problems(train: OptimizationConfig, data: DataConfig) -> Iterator[str
         "train.max_tokens_per_micro_batch", train.max_tokens_per_micro_batch, data.max_length
     )
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
-        yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint"
+        hint = meant("train.resume", train.resume, ("auto", "never"))
+        yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint{hint}"
 
 
 def _budget_problems(key: str, budget: int | None, max_length: int | None) -> Iterator[str]:
