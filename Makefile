@@ -21,7 +21,7 @@ slowest := --durations=10
 
 .PHONY: help setup demo data data-report sft plan precompute-ref train eval frontier compare sentiment tensorboard
 .PHONY: study study-harmless
-.PHONY: test test-unit test-distributed test-e2e test-faults torture bench bench-peers bench-cache lint format clean
+.PHONY: test test-unit test-distributed test-e2e test-faults torture bench bench-peers bench-cache lint docs format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  \1\t/' | expand -t 20
@@ -124,9 +124,13 @@ lint: $(ready) ## check formatting, lint and types
 	$(py) -m ruff check .
 	$(py) -m mypy
 
+docs: $(ready) ## build the documentation as a site in site/ (its search needs a server); dead links are errors
+	$(py) -m benchmarks.options docs/options.md
+	NO_MKDOCS_2_WARNING=1 $(py) -m mkdocs build --quiet --strict
+
 format: $(ready) ## format the code
 	$(py) -m ruff format .
 	$(py) -m ruff check --fix .
 
 clean: ## remove caches, runs and prepared data; keeps .venv
-	rm -rf runs cache data .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf runs cache data site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

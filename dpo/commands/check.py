@@ -14,6 +14,7 @@ from dpo.data.preview import preview_data
 from dpo.data.text import check_text, is_text
 from dpo.engine.launcher import check_launcher
 from dpo.errors import UserError
+from dpo.evaluate.samples import check_room
 from dpo.model.files import check_model_path, check_token_ids, max_positions, num_parameters
 from dpo.model.load import load_tokenizer
 from dpo.model.lora import check_policy
@@ -69,6 +70,8 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
             finished_model(config)
         if command == "best-of":
             check_best_of(config.evaluate)
+        if command in ("evaluate", "best-of") and config.evaluate.num_prompts:
+            check_room(config.evaluate.completion_tokens, max_positions(config.model))
     if command in ("train", "sft"):
         distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
 
