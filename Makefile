@@ -54,7 +54,9 @@ plan: $(ready) ## estimate memory, time and disk for CONFIG: make plan CONFIG=..
 precompute-ref: $(ready) ## fill the cache of reference log-probabilities for CONFIG; takes seconds if it is full
 	$(launch) precompute-ref --config $(CONFIG) $(model_key) $(ARGS)
 
-train: precompute-ref ## train the policy with CONFIG, after precompute-ref
+train: $(ready) ## train the policy with CONFIG, after precompute-ref; starts neither where training would be refused
+	@ACCELERATE_CONFIG="$${ACCELERATE_CONFIG:-}" $(py) -m dpo check train --quiet --config $(CONFIG) $(model_key) $(ARGS) >/dev/null
+	$(launch) precompute-ref --config $(CONFIG) $(model_key) $(ARGS)
 	$(launch) train --config $(CONFIG) $(model_key) $(ARGS)
 
 eval: $(ready) ## evaluate CONFIG's run: held-out metrics, samples side by side, report

@@ -22,6 +22,7 @@ from dpo.config import (
     Within,
     sources_of,
 )
+from dpo.config.foreign import meant
 from dpo.loss.catalog import loss_problems, names_of, needs_whole_step
 
 
@@ -98,7 +99,8 @@ def _train_problems(train: OptimizationConfig, data: DataConfig) -> Iterator[str
     )
     yield from _schedule_problems(train)
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
-        yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint"
+        hint = meant("train.resume", train.resume, ("auto", "never"))
+        yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint{hint}"
 
 
 def _schedule_problems(train: OptimizationConfig) -> Iterator[str]:

@@ -190,7 +190,9 @@ class Config:
     """One experiment: precompute-ref, train and evaluate read the same file."""
 
     run_dir: str = "runs/default"
-    """Where a run writes everything."""
+    """Where a run writes everything. Default with --config FILE: runs/ and FILE's name, so that all commands
+    agree; a second run of the same FILE needs another.
+    """
     model: ModelConfig
     data: DataConfig
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -238,7 +240,7 @@ class SftConfig:
     """One supervised fine-tuning run."""
 
     run_dir: str = "runs/sft"
-    """Where the run writes everything; the model is in RUN_DIR/model."""
+    """Where the run writes everything; the model is in RUN_DIR/model. Default: as for train."""
     model: SftModelConfig = field(default_factory=SftModelConfig)
     data: DataConfig
     train: SftTrainConfig = field(default_factory=SftTrainConfig)
