@@ -37,7 +37,9 @@ def test_the_minimum_is_what_the_project_declares() -> None:
 
 
 def test_the_lock_satisfies_the_project() -> None:
-    locked = {name.lower().replace("_", "-"): version for name, version in map(split, lines_of("requirements.lock"))}
+    locked = {
+        name.lower().replace("_", "-"): version for name, version in map(split, lines_of("requirements.lock"))
+    }
     for extra in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
         for requirement in extra:
             if not requirement.startswith(PROJECT["name"]):
