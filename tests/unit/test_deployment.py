@@ -41,7 +41,7 @@ def lost(given: Any, kept: Any, place: str = "") -> list[str]:
 
 
 def test_the_train_job_is_one_that_kubeflow_reads_whole() -> None:
-    job = yaml.safe_load((ROOT / "launch" / "kubernetes.yaml").read_text())
+    job = yaml.safe_load((ROOT / "launch" / "cloud" / "kubernetes.yaml").read_text())
     assert lost(job, TrainerV1alpha1TrainJob.from_dict(job).to_dict()) == []
     job["spec"]["trainer"]["numNode"] = 2
     assert lost(job, TrainerV1alpha1TrainJob.from_dict(job).to_dict()) == [".spec.trainer.numNode"]
