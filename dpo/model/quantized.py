@@ -28,7 +28,7 @@ def check_quantization(model: ModelConfig) -> None:
     if model.quantization is not None and find_spec(LIBRARY) is None:
         raise UserError(
             f"model.quantization: {model.quantization}; weights in 4 bits need {LIBRARY}, which is not "
-            'installed: pip install "cached-dpo[quantized]", or leave model.quantization out'
+            'installed: pip install "cached-dpo[lora,bitsandbytes]", or leave model.quantization out'
         )
 
 
