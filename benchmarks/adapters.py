@@ -29,10 +29,12 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 """Name of a run -> its options. The learning rates are usual ones, not tuned."""
 NAMES = {"full": "all weights", "lora": "LoRA", "dora": "DoRA", "qlora": "QLoRA (nf4)"}
+PAIRS = 16
+"""Of an optimizer step."""
 SHARED = (
-    *("--train.pairs_per_step", "12", "--train.warmup_steps", "0", "--train.evaluate_every", "0"),
+    *("--train.pairs_per_step", str(PAIRS), "--train.warmup_steps", "0", "--train.evaluate_every", "0"),
     *("--train.max_tokens_per_micro_batch", "1024", "--evaluate.watched_prompts", "0"),
-    *("--evaluate.num_prompts", "24", "--evaluate.completion_tokens", "24"),
+    *("--evaluate.num_prompts", "24", "--evaluate.completion_tokens", "16"),
 )
 
 
@@ -42,9 +44,11 @@ def main() -> None:
     parser.add_argument("--model", help="the base: a folder or a hub name")
     parser.add_argument("--hh", help="dialogues of HH-RLHF: a file or a hub name")
     parser.add_argument("--rows", default=",".join(ROWS), help="some of " + ",".join(ROWS))
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of 12 pairs (default: 8)")
-    parser.add_argument("--max_rows", default="600", help="dialogues that are read (default: 600)")
-    parser.add_argument("--max_length", default="128", help="longer dialogues are dropped (default: 128)")
+    parser.add_argument(
+        "--steps", type=int, default=12, help=f"optimizer steps of {PAIRS} pairs (default: 12)"
+    )
+    parser.add_argument("--max_rows", default="1400", help="dialogues that are read (default: 1400)")
+    parser.add_argument("--max_length", default="80", help="longer dialogues are dropped (default: 80)")
     parser.add_argument("--table", action="store_true", help="print the table")
     args = parser.parse_args()
     if args.table:
@@ -53,9 +57,9 @@ def main() -> None:
     if args.model is None or args.hh is None:
         parser.error("--model and --hh are needed to run")
     study = Study(model=args.model, config=CONFIG, runs=RUNS)
-    prepare = ["hh", args.hh, "--fold", "1/5", "--max_rows", args.max_rows, "--output", str(DATA)]
+    prepare = ["hh", args.hh, "--fold", "1/3", "--max_rows", args.max_rows, "--output", str(DATA)]
     study.once("hh", [sys.executable, "-m", "data_prep", *prepare], DATA / "manifest.json")
-    steps = ("--train.max_steps", str(args.steps), "--train.checkpoint_every", str(args.steps))
+    steps = ("--train.max_steps", str(args.steps), "--train.checkpoint_every", "4")
     for name in args.rows.split(","):
         keys = ["--data.train", str(DATA), "--data.max_length", args.max_length, *SHARED, *steps, *ROWS[name]]
         folder = RunFolder(RUNS / name)
@@ -111,7 +115,7 @@ def _seconds(folder: RunFolder) -> float:
     rates = [
         line["perf/pairs_per_second"] for line in read_history(folder) if "perf/pairs_per_second" in line
     ]
-    return statistics.median(12 / rate for rate in rates[1:])
+    return statistics.median(PAIRS / rate for rate in rates[1:])
 
 
 def _megabytes(folder: Path) -> float:
