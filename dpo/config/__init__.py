@@ -22,6 +22,10 @@ from dpo.config.ranges import Positive as Positive
 from dpo.config.ranges import Tokens as Tokens
 from dpo.config.ranges import Within as Within
 
+Optimizers = Literal[
+    "adamw", "rmsprop", "lion", "adafactor", "muon", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
@@ -86,15 +90,21 @@ class OptimizationConfig:
     learning_rate: Positive = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: constant, or a decay that reaches 0 one step after the last."""
+    """After the warm-up: constant, or a decay that ends one step after the last."""
+    min_learning_rate: NotNegative = 0.0
+    """Where a decay ends."""
     warmup_steps: CountOrZero = 150
     """Linear warm-up, in optimizer steps, at most a tenth of the run."""
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    """adamw, or rmsprop as in the paper."""
+    warmup_ratio: Annotated[float, Within("[0, 1)")] | None = None
+    """The warm-up as a share of the run, instead of warmup_steps."""
+    optimizer: Optimizers = "adamw"
+    """docs/optimizers.md says what each keeps in memory, and under which sharding it runs."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of AdamW's second moment."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay (AdamW) or L2 penalty (RMSprop) of matrices, not of biases and norms."""
+    """Decoupled weight decay (RMSprop: an L2 penalty) of matrices, not of biases and norms."""
     max_grad_norm: NotNegative = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
     num_epochs: Count = 1
@@ -180,7 +190,9 @@ class Config:
     """One experiment: precompute-ref, train and evaluate read the same file."""
 
     run_dir: str = "runs/default"
-    """Where a run writes everything."""
+    """Where a run writes everything. Default with --config FILE: runs/ and FILE's name, so that all commands
+    agree; a second run of the same FILE needs another.
+    """
     model: ModelConfig
     data: DataConfig
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -228,7 +240,7 @@ class SftConfig:
     """One supervised fine-tuning run."""
 
     run_dir: str = "runs/sft"
-    """Where the run writes everything; the model is in RUN_DIR/model."""
+    """Where the run writes everything; the model is in RUN_DIR/model. Default: as for train."""
     model: SftModelConfig = field(default_factory=SftModelConfig)
     data: DataConfig
     train: SftTrainConfig = field(default_factory=SftTrainConfig)

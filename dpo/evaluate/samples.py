@@ -18,6 +18,7 @@ from dpo.config import EvaluateConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.records import TokenIds
 from dpo.data.trees import Layout, sequence_batch
+from dpo.errors import UserError
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
 from dpo.evaluate.statistics import distinct_n, mean_interval, repetition, win_rate
@@ -67,16 +68,29 @@ def held_out_prompts(
         number: Most prompts to return.
         completion_tokens: Longest continuation.
         positions: Positions of the model, or None if it has no limit.
+
+    Raises:
+        UserError: A continuation leaves no room for a prompt.
     """
+    check_room(completion_tokens, positions)
     room = positions - completion_tokens if positions is not None else None
     found: dict[bytes, TokenIds] = {}
     for index in range(len(data)):
         prompt = np.asarray(data[index].prompt)
-        prompt = prompt[-room:] if room is not None and room > 0 else prompt
+        prompt = prompt[-room:] if room is not None else prompt
         found.setdefault(prompt.tobytes(), prompt)
         if len(found) == number:
             break
     return list(found.values())
+
+
+def check_room(completion_tokens: int, positions: int | None) -> None:
+    """Raises UserError if the longest continuation leaves no room for a prompt."""
+    if positions is not None and completion_tokens >= positions:
+        raise UserError(
+            f"evaluate.completion_tokens: {completion_tokens}; the model has {positions} positions, and "
+            "the prompt needs some: lower it"
+        )
 
 
 def continue_prompts(

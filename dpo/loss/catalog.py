@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from dpo.config import LossConfig
+from dpo.config.foreign import meant
 
 SMOOTHED = frozenset({"beta", "label_smoothing"})
 DIVERGENCE = frozenset({"f_divergence", "f_alpha"})
@@ -127,7 +128,8 @@ def loss_problems(loss: LossConfig) -> Iterator[str]:
     names = names_of(loss)
     unknown = [name for name in names if name not in LOSSES]
     for name in unknown:
-        yield f"loss.type: {name}; expected one of {', '.join(LOSSES)}, or a list of them"
+        hint = meant("loss.type", name, LOSSES)
+        yield f"loss.type: {name}; expected one of {', '.join(LOSSES)}, or a list of them{hint}"
     if not names:
         yield "loss.type: an empty list; expected at least one loss"
     if len({*names}) < len(names):

@@ -1,5 +1,7 @@
-"""The Python interface: the commands as functions, with the checks of the command line."""
+"""The Python interface, as the README shows it, and the checks of a configuration that is made in Python."""
 
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,26 +10,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
+from unit.data.test_conversations import TEMPLATE
 
 import dpo
 from dpo.cli.main import run
 
-PYTHON = """
-import dpo
+README = (Path(__file__).parents[3] / "README.md").read_text()
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
-config = dpo.Config(
-    run_dir="runs/mine",
-    model=dpo.ModelConfig(name_or_path="base", dtype="float32"),
-    data=dpo.DataConfig(train="pairs.jsonl", test="held_out.jsonl"),
-    train=dpo.TrainConfig(learning_rate=1e-3, pairs_per_step=4, checkpoint_every=3),
-    evaluate=dpo.EvaluateConfig(num_prompts=4, completion_tokens=6, scorer="python:my_scores.length"),
-)
-experiment = dpo.Experiment(config)
-data = experiment.open_data()
-experiment.precompute_ref()
-held_out = experiment.train()
-summary = experiment.evaluate()
-"""
+
+def shown(language: str) -> str:
+    """The one block of the README in a language."""
+    (block,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return str(block)
+
+
+@pytest.fixture
+def reader_folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the README's example needs: a chat model of that name, rows like its row, mine.yaml."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shutil.copytree(tiny_model, MODEL)
+    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(MODEL)
+    for file, words in {
+        "pairs.jsonl": ("sky", "sea", "sun", "day"),
+        "held_out.jsonl": ("cat", "mat"),
+    }.items():
+        Path(file).write_text("".join(shown("json").replace("sky", word) for word in words))
+    Path("mine.yaml").write_text(shown("yaml"))
+    Path("my_scores.py").write_text(
+        "def length(prompts, completions):\n    return [*map(len, completions)]\n"
+    )
+    return tmp_path
 
 
 def test_names_load_no_torch() -> None:
@@ -39,31 +56,33 @@ def test_names_load_no_torch() -> None:
         dpo.Trainer  # noqa: B018
 
 
-def test_ten_lines_train_and_evaluate(
-    tiny_model: Path,
-    write_jsonl: Callable[..., str],
-    preference_rows: Callable[..., list[dict[str, Any]]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    Path("base").symlink_to(tiny_model)
-    write_jsonl(preference_rows(8), "pairs.jsonl")
-    write_jsonl(preference_rows(6, seed=1), "held_out.jsonl")
-    Path("my_scores.py").write_text(
-        "def length(prompts, completions):\n    return [*map(len, completions)]\n"
-    )
+@pytest.mark.usefixtures("reader_folder")
+def test_the_lines_of_the_readme_train_and_evaluate() -> None:
     names: dict[str, Any] = {}
-    exec(PYTHON, names)
-    assert len(names["data"].train) == 8
-    assert names["held_out"]["eval/rewards/accuracies"] == names["summary"]["eval/rewards/accuracies"]
+    with pytest.raises(dpo.UserError, match=r"evaluate\.completion_tokens: 64; the model has 64 positions"):
+        exec(shown("python"), names)  # trains; our tiny model has no room for 64 tokens
+    names["config"] = replace(
+        names["config"], evaluate=replace(names["config"].evaluate, completion_tokens=8)
+    )
+    names["experiment"] = dpo.Experiment(names["config"])
+    names["summary"] = names["experiment"].evaluate()
+    accuracy = "eval/rewards/accuracies"
+    assert names["metrics"][accuracy] == names["summary"][accuracy]
     assert names["summary"]["score/policy"] > 0
-    command = ["--config", "runs/mine/config.yaml", "--run_dir", "runs/again"]
-    assert run(["train", *command]) == 0  # the same run by the command line
+    data = names["experiment"].open_data()
+    assert (len(data.train), len(data.test)) == (4, 2)
+    assert run(["train", "--config", "runs/mine/config.yaml", "--run_dir", "runs/again"]) == 0
     weights = [Path(f"runs/{name}/model/model.safetensors").read_bytes() for name in ("mine", "again")]
-    assert weights[0] == weights[1]
-    assert names["experiment"].train() == {}  # it had finished
+    assert weights[0] == weights[1]  # the command line does the same
+
+
+@pytest.mark.usefixtures("reader_folder")
+def test_the_configuration_of_the_readme_is_read_with_overrides() -> None:
+    config = dpo.Experiment.read("mine.yaml", {"train.learning_rate": 5e-7}).config
+    assert (config.model.name_or_path, config.train.learning_rate) == (MODEL, 5e-7)
+    assert run(["check", "--config", "mine.yaml"]) == 0
+    with pytest.raises(dpo.UserError, match=r"train\.learning_rat: unknown key; did you mean"):
+        dpo.Experiment.read("mine.yaml", {"train.learning_rat": 1})
 
 
 def test_a_configuration_made_in_python_is_checked_like_a_file(
@@ -81,12 +100,3 @@ def test_a_configuration_made_in_python_is_checked_like_a_file(
             dpo.Experiment(config)
     as_text = replace(good, train=replace(good.train, learning_rate="1e-6"))  # type: ignore[arg-type]
     assert dpo.Experiment(as_text).config == replace(good, train=replace(good.train, learning_rate=1e-6))
-
-
-def test_a_file_is_read_with_overrides(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text("model: {name_or_path: base}\ndata: {train: pairs.jsonl}\n")
-    config = dpo.Experiment.read(file, {"train.learning_rate": 5e-7, "loss.type": ["sigmoid", "ipo"]}).config
-    assert (config.train.learning_rate, config.loss.type) == (5e-7, ["sigmoid", "ipo"])
-    with pytest.raises(dpo.UserError, match=r"train\.learning_rat: unknown key; did you mean"):
-        dpo.Experiment.read(file, {"train.learning_rat": 1})
