@@ -146,6 +146,8 @@ def data_facts(dataset: TokenizedDataset, numbered: Numbered) -> DataFacts:
     longer, prompts_of_rivals = (tokens[:, 0] - tokens[:, 1])[has_rivals], prompts[has_rivals]
     differs = longer != 0
     _, first = np.unique(numbered.pairs, return_index=True)
+    named = np.zeros(len(dataset.keys), dtype=bool)  # those of other prompts, for a loss, are in no pair
+    named[pair_sequences(dataset)[dataset.pairs != NO_RIVAL]] = True
     repeated = np.ones(len(tokens), dtype=bool)
     repeated[first] = False
     return DataFacts(
@@ -161,9 +163,9 @@ def data_facts(dataset: TokenizedDataset, numbered: Numbered) -> DataFacts:
         prompt_tokens=np.diff(dataset.segment_offsets)[dataset.group_segments[:-1]],
         chosen_tokens=tokens[tokens[:, 0] > 0, 0],
         rejected_tokens=tokens[tokens[:, 1] > 0, 1],
-        tree_tokens=int(dataset.tree_tokens.sum()),
-        row_tokens=int(dataset.sequence_tokens.sum()),
-        sequences=len(dataset.keys),
+        tree_tokens=int(dataset.tree_tokens.sum() - dataset.completion_lengths[~named].sum()),
+        row_tokens=int(dataset.sequence_tokens[named].sum()),
+        sequences=int(named.sum()),
         sharing=pairs_of_prompt[prompts] > 1,
         repeated=repeated,
         contradicted=np.isin(numbered.pairs, numbered.reversed_pairs),

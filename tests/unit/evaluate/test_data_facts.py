@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.mismatched import with_mismatched
 from dpo.data.records import NO_RIVAL, Pair, TokenizedGroup
 from dpo.evaluate.data_facts import data_facts, number_alike, overlap, pair_groups, pair_sequences, pair_trees
 from dpo.evaluate.described_data import TRAINING, describe
@@ -72,6 +73,11 @@ def test_labels_are_described_without_lengths_of_rivals(tmp_path: Path) -> None:
         [GOOD.tolist(), []],
         [[], GOOD.tolist()],
     ]
+    others = with_mismatched(data, "data.train")
+    assert len(others.keys) == len(data.keys) + 3
+    of_others = data_facts(others, number_alike([others])[0])
+    for name in ("sequences", "tree_tokens", "row_tokens", "pairs", "labels"):
+        assert getattr(of_others, name) == getattr(facts, name), name
     described = describe({TRAINING: data}, {TRAINING: np.zeros(len(data.keys))})
     assert described.splits[TRAINING].ranking is None
     assert described.summary()["training/labels/undesirable"] == 3
