@@ -18,6 +18,8 @@ A_TENTH = 1_000_000
 """`train.warmup_steps` is a tenth of the run at most: with this it is a tenth."""
 BATCH, EPOCHS, SCHEDULE, SEED, RANK = 8, 3, "linear", 42, 16
 """TRL's defaults, where ours differ or its file may leave them out."""
+OTHERWISE = {"ipo": "ipo_norm"}
+"""Losses of TRL that have another name here, because theirs stands for another definition."""
 BY_STEPS = "ours counts optimizer steps: dpo plan shows how many there are"
 
 
@@ -218,9 +220,10 @@ def _resuming(theirs: Given, given: Given) -> Lines:
 
 def _loss(theirs: Given, given: Given) -> Lines:
     named = given.get("loss_type") or "sigmoid"
-    names = [VALUES["loss.type"].get(name, name) for name in (named if isinstance(named, list) else [named])]
+    ours_of = VALUES["loss.type"] | OTHERWISE
+    names = [ours_of.get(name, name) for name in (named if isinstance(named, list) else [named])]
     weights = dict(zip(names, given.get("loss_weights") or [1.0] * len(names), strict=False))
-    sft = weights.pop("sft", 0) + (given.get("rpo_alpha") or 0)
+    sft = (weights.pop("sft", 0) if len(weights) > 1 else 0) + (given.get("rpo_alpha") or 0)
     smoothing = given.get("label_smoothing") or 0.0
     kept = {name: weight for name, weight in weights.items() if name in LOSSES}
     ours: dict[str, Any] = {}
@@ -248,9 +251,26 @@ def _ld_alpha(theirs: Given, given: Given) -> Lines:
 
 
 def _divergence(theirs: Given, given: Given) -> Lines:
-    if theirs:
-        ours = str(given.get("f_divergence_type", "reverse_kl")).lower().endswith("reverse_kl")
-        yield not_needed(theirs, "always") if ours else not_mapped(theirs, "expected reverse_kl")
+    if not theirs:
+        return
+    named = str(given.get("f_divergence_type", "reverse_kl")).lower().rpartition(".")[2]
+    alpha = 1 - float(given.get("f_alpha_divergence_coef", 0.5))
+    name = named.removesuffix("_divergence")
+    if name == "reverse_kl":
+        yield not_needed(theirs, "the default")
+    elif name == "alpha" and 0 < alpha < 1:
+        yield mapped(theirs, {"loss.f_divergence": name, "loss.f_alpha": alpha}, "ours is 1 minus theirs")
+    elif name in ("forward_kl", "js"):
+        yield mapped(theirs, {"loss.f_divergence": name})
+    else:
+        yield not_mapped(theirs, "expected reverse_kl, forward_kl, js, or alpha with a number in (0, 1)")
+
+
+def _weighting(theirs: Given, given: Given) -> Lines:
+    if given.get("use_weighting"):
+        yield mapped(theirs, {"loss.pair_weights": "wpo"}, "ours are WPO's weights without their alignment")
+    elif theirs:
+        yield not_needed(theirs, "off")
 
 
 def _epsilon(theirs: Given, given: Given) -> Lines:
@@ -268,6 +288,7 @@ _RULES: dict[tuple[str, ...], Callable[[Given, Given], Lines]] = {
     ("loss_type", "loss_weights", "rpo_alpha", "label_smoothing"): _loss,
     ("ld_alpha",): _ld_alpha,
     ("f_divergence_type", "f_alpha_divergence_coef"): _divergence,
+    ("use_weighting",): _weighting,
     ("lr_scheduler_type",): _schedule,
     ("warmup_ratio", "warmup_steps"): _warmup,
     ("optim",): _optimizer,
