@@ -169,7 +169,7 @@ class PreferenceWriter:
             "dropped": dropped,
             "unused_columns": dict(self.notes.ignored.most_common()),
             "completions_are_complete": self._complete,
-            "created_with": version("dpo"),
+            "created_with": version("cached-dpo"),
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (self.folder / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
