@@ -170,6 +170,8 @@ def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
             yield f"loss.ld_alpha: {loss.ld_alpha}; kto takes whole completions: leave it out"
     if needs_whole_step(loss) and loss.pair_weights != "equal":
         yield f"loss.pair_weights: {loss.pair_weights}; {losses} compares the whole step: leave it out"
+    elif needs_aligned(loss) and compares_pairs(loss):
+        yield f"loss.pair_weights: wpo; {losses} compares pairs with those of other steps: leave it out"
     if averaged_over_groups(loss):
         if len(names) > 1:
             yield f"loss.type: {names}; a loss over rankings does not mix with losses over pairs"
