@@ -13,7 +13,7 @@ from dpo.report.content import COLUMNS, PAIR_COLUMNS, WORST_PAIRS, WORST_SAMPLES
 from dpo.report.escape import prompt_end, visible
 from dpo.report.figures import Captioned, inline_svg
 from dpo.report.headline import headline_cards
-from dpo.report.labels import measures
+from dpo.report.labels import MEASURE_COLUMNS, measures
 
 
 def html_page(report: Report, title: str) -> str:
@@ -29,6 +29,7 @@ def html_page(report: Report, title: str) -> str:
         report=report,
         cards=headline_cards(report.summary),
         columns=COLUMNS,
+        measure_columns=MEASURE_COLUMNS,
         numbers=measures(report.summary),
         worst_samples=WORST_SAMPLES,
         worst_pairs=WORST_PAIRS,

@@ -22,7 +22,7 @@ from dpo.config import (
 )
 from dpo.loss.catalog import needs_reference, title_of
 from dpo.report.escape import markdown_cell
-from dpo.report.labels import full, measures
+from dpo.report.labels import COUNTS, MEASURE_COLUMNS, full, measures
 from dpo.report.markdown import table
 
 SHOWN = (
@@ -142,13 +142,13 @@ def _written(card: _Card, results: dict[str, float]) -> str:
     shown = {
         name: value
         for name, value in results.items()
-        if name.removesuffix("/low").removesuffix("/high") in SHOWN
+        if name.removesuffix("/low").removesuffix("/high") in (*SHOWN, *COUNTS)
     }
-    rows = [(markdown_cell(row.label), f"{row.value:.3f}", row.interval) for row in measures(shown)]
+    rows = [(markdown_cell(label), f"{value:.3f}", *rest) for label, value, *rest in measures(shown)]
     metadata = yaml.safe_dump(_metadata(card, results), sort_keys=False, allow_unicode=True)
     sections = [f"---\n{metadata}---", f"# {card.title}", method]
     if rows:
-        sections.append("## Results\n\n" + table(("measure", "value", "95 % interval"), rows))
+        sections.append("## Results\n\n" + table(MEASURE_COLUMNS, rows))
     sections += [
         "## Training\n\n" + table(("setting", "value"), card.settings.items()),
         f"## Intended use\n\n{card.use}",

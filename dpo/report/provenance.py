@@ -51,7 +51,7 @@ def provenance_of(
         "samples": f"{evaluate.num_prompts} prompts, temperature {evaluate.temperature}, up to "
         f"{evaluate.completion_tokens} tokens, seed {evaluate.seed}, scorer {evaluate.scorer or 'none'}",
         "KL": "estimated from separate samples at temperature 1, without top-k or top-p",
-        "intervals": "95 %, bootstrapped by prompt",
+        "intervals": "95 %: of shares Wilson's, of the rest bootstrapped; both by prompt, not by pair",
     }
     return Provenance(
         essentials=essentials, commands=_commands(folder), versions=digests | _environment(folder)
