@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed
+from dpo.commands.amount import warn_of_amount
 from dpo.commands.inputs import settings_of
 from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import ModelConfig, SftConfig
@@ -61,6 +62,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         pairs_per_step=config.train.sequences_per_step,
         max_steps=config.train.max_steps,
     )
+    warn_of_amount(plan.num_steps, config.model, config.train)
     alive.loading("loading the model")
     dtype, scratch = weight_dtype(accelerator, config.model), config.model.scratch
     model = None

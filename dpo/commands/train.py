@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed
+from dpo.commands.amount import preference_plan, warn_of_amount
 from dpo.commands.inputs import (
     described,
     open_data,
@@ -21,7 +22,6 @@ from dpo.commands.inputs import (
 from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import Config, EvaluateConfig, LossConfig
 from dpo.data.dataset import TokenizedDataset
-from dpo.data.plan import BatchPlan
 from dpo.data.preference_data import PreferenceData
 from dpo.engine.engine import Engine
 from dpo.engine.scoring import token_budget
@@ -83,13 +83,8 @@ def build_session(config: Config, guard: Guard) -> Session:
         f"{config.run_dir})",
     )
     parts = with_reference(config.loss, datasets, reference)
-    plan = BatchPlan(
-        train_data.pairs_per_group,
-        seed=config.train.seed,
-        num_epochs=config.train.num_epochs,
-        pairs_per_step=config.train.pairs_per_step,
-        max_steps=config.train.max_steps,
-    )
+    plan = preference_plan(train_data, config.train)
+    warn_of_amount(plan.num_steps, config.model, config.train)
     check_space(
         folder,
         config.model,
@@ -168,7 +163,7 @@ def evaluate_policy(
         budget=token_budget(session.options.max_tokens_per_micro_batch),
         device=policy.device,
     )
-    return Evaluation(values=scores.means(), margins=scores.margins, samples=samples)
+    return Evaluation(values=scores.means(), counts=scores.counts(), margins=scores.margins, samples=samples)
 
 
 def watch(

@@ -20,14 +20,10 @@ def pair_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[st
         scores: P pairs, numbered by group.
         sources: Sources of these groups, in their order.
     """
-    found = scores.means()
+    found = scores.means() | scores.counts()
     found |= ratio_interval(scores.losses, scores.units, scores.groups).under("eval/loss")
     found |= share_by_cluster(scores.correct, scores.groups).under("eval/rewards/accuracies")
     found |= mean_interval(scores.margins, scores.groups).under("eval/rewards/margins")
-    found |= {
-        "eval/num_pairs": float(len(scores.groups)),
-        "eval/num_prompts": float(len({*scores.groups.tolist()})),
-    }
     return found | length_summary(scores) | source_summary(scores, sources)
 
 

@@ -71,6 +71,11 @@ class PairScores:
         """(P,) chosen minus rejected reward."""
         return self.chosen_rewards - self.rejected_rewards
 
+    def counts(self) -> dict[str, float]:
+        """How much the means are over: pairs, and prompts."""
+        prompts = np.unique(self.groups)
+        return {"eval/num_pairs": float(len(self.groups)), "eval/num_prompts": float(len(prompts))}
+
     def means(self) -> dict[str, float]:
         """The metrics under the names that training logs."""
         return {
