@@ -97,7 +97,7 @@ def predict(config: ModelConfig, trees: list[Tree], sharding: Name, world_size: 
     described, dtype, shape = load_config(config), DTYPES[config.dtype], _shape(config)
     weights = weight_dtype(sharding, dtype)
     step = rehearse(described, config, trees, dtype=weights, autocast=weights != dtype, gpu=False)
-    memory = rank_memory(sharding, shape, step, world_size=world_size, dtype=dtype, moments=2)
+    memory = rank_memory(sharding, shape, step, world_size=world_size, dtype=dtype, state_bytes=8)
     return {**asdict(memory), "total": memory.total + memory.host, "parameters": shape.parameters}
 
 

@@ -147,7 +147,9 @@ def modelled() -> Iterator[Row]:
         step = rehearse(config, model, trees * (BUDGET // 512), dtype=torch.bfloat16, gpu=True)
         for sharding in SHARDINGS:
             for ranks in MODELLED_RANKS:
-                memory = rank_memory(sharding, shape, step, world_size=ranks, dtype=torch.bfloat16, moments=2)
+                memory = rank_memory(
+                    sharding, shape, step, world_size=ranks, dtype=torch.bfloat16, state_bytes=8
+                )
                 yield {
                     "model": name,
                     "sharding": sharding,

@@ -39,6 +39,11 @@ SWEEP: dict[str, dict[str, Any]] = {
     "lengths": {"ld_alpha": 0.5},
     "lengths and likelihood": {"type": "ipo", "ld_alpha": 0.0, "sft_weight": 1.0},
     "by scores": {"pair_weights": "score_margin"},
+    "MPO": {"type": ["sigmoid", "bco_pair", "sft"], "weights": [0.8, 0.2, 1.0]},
+    "wpo": {"type": "ipo", "beta": 1e-3, "pair_weights": "wpo"},  # random weights: likelihoods near 0
+    "forward KL": {"f_divergence": "forward_kl"},
+    "JS": {"f_divergence": "js"},
+    "alpha": {"f_divergence": "alpha", "f_alpha": 0.3},
     "cached": {"type": "sigmoid", "beta": 0.3},
     "cached tokens": {"ld_alpha": 0.25},
 }

@@ -79,7 +79,7 @@ def train(report: Report, config: PreTrainedConfig) -> None:
         autocast=True,
         gpu=True,
     )
-    memory = rank_memory("no DeepSpeed", shape, rehearsed, world_size=1, dtype=torch.bfloat16, moments=2)
+    memory = rank_memory("no DeepSpeed", shape, rehearsed, world_size=1, dtype=torch.bfloat16, state_bytes=8)
     if torch.cuda.is_available():
         used = float(torch.cuda.max_memory_allocated())
         report.number("peak memory over what plan counts", used / memory.total, "x", low=0.9, high=1.1)

@@ -97,9 +97,20 @@ def _train_problems(train: OptimizationConfig, data: DataConfig) -> Iterator[str
     yield from _budget_problems(
         "train.max_tokens_per_micro_batch", train.max_tokens_per_micro_batch, data.max_length
     )
+    yield from _schedule_problems(train)
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
         hint = meant("train.resume", train.resume, ("auto", "never"))
         yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint{hint}"
+
+
+def _schedule_problems(train: OptimizationConfig) -> Iterator[str]:
+    least, peak = train.min_learning_rate, train.learning_rate
+    if least > 0 and train.schedule == "constant":
+        yield f"train.min_learning_rate: {least}; expected 0: the schedule is constant, without a decay"
+    if least > peak > 0:
+        yield f"train.min_learning_rate: {least}; expected at most train.learning_rate, {peak}"
+    if train.warmup_ratio is not None and train.warmup_steps != type(train)().warmup_steps:
+        yield f"train.warmup_ratio: {train.warmup_ratio}; train.warmup_steps is given too: leave one out"
 
 
 def _budget_problems(key: str, budget: int | None, max_length: int | None) -> Iterator[str]:

@@ -12,7 +12,8 @@ from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftC
 from dpo.data.build import open_datasets, test_sources_of, train_sources_of
 from dpo.data.preview import preview_data
 from dpo.data.text import check_text, is_text
-from dpo.engine.launcher import check_launcher
+from dpo.engine.launcher import check_launcher, deepspeed_settings
+from dpo.engine.optimizer import check_optimizer
 from dpo.errors import UserError
 from dpo.evaluate.samples import check_room
 from dpo.model.files import check_model_path, check_token_ids, max_positions, num_parameters
@@ -50,6 +51,8 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         check_model_path(config.model.name_or_path, "model.name_or_path")
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
+        deepspeed = deepspeed_settings(os.environ, file=Path(launcher) if launcher else None)
+        check_optimizer(config.train, config.model, deepspeed)
         check_trackers(config.train.trackers)
         refuse_if_in_use(folder, patient=False)
         check_start(folder, settings_of(config), config.train)

@@ -13,6 +13,7 @@ from dpo.config.data import DataConfig as DataConfig
 from dpo.config.data import DataSource as DataSource
 from dpo.config.data import Sources as Sources
 from dpo.config.data import sources_of as sources_of
+from dpo.config.loss import LossConfig as LossConfig
 from dpo.config.ranges import Count as Count
 from dpo.config.ranges import CountOrZero as CountOrZero
 from dpo.config.ranges import Decay as Decay
@@ -20,6 +21,10 @@ from dpo.config.ranges import NotNegative as NotNegative
 from dpo.config.ranges import Positive as Positive
 from dpo.config.ranges import Tokens as Tokens
 from dpo.config.ranges import Within as Within
+
+Optimizers = Literal[
+    "adamw", "rmsprop", "lion", "adafactor", "muon", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,45 +84,27 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The preference loss."""
-
-    type: list[str] | str = "sigmoid"
-    """sigmoid (DPO), ipo, simpo, ...: docs/losses.md has all, with equations; or a list, which is added."""
-    weights: list[Positive] | None = None
-    """Weight of each loss of a list. Default: 1 for each."""
-    beta: Positive = 0.1
-    """How strongly the policy is held to the reference. Some papers call it tau, lambda or 1 / eta."""
-    label_smoothing: Annotated[float, Within("[0, 0.5)")] = 0.0
-    """Assumed share of flipped labels, for sigmoid (conservative DPO), robust, exo_pair and sigmoid_norm."""
-    discopop_tau: Annotated[float, Within("(0, 1)")] = 0.05
-    """Temperature of discopop's mixing."""
-    simpo_gamma: NotNegative = 0.5
-    """Target margin of simpo."""
-    sft_weight: NotNegative = 0.0
-    """Weight of the chosen completion's negative log-likelihood per token, added to any loss over pairs."""
-    ld_alpha: Annotated[float, Within("[0, 1]")] | None = None
-    """LD-DPO's weight of tokens beyond the other completion's length; needs reference.store_token_logps."""
-    pair_weights: Literal["equal", "score_margin"] = "equal"
-    """score_margin: each pair counts by how far the scores of its completions are apart."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
     """What `train` and `sft` share: the optimizer, its schedule, the batches, and what is recorded."""
 
     learning_rate: Positive = 1e-6
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: constant, or a decay that reaches 0 one step after the last."""
+    """After the warm-up: constant, or a decay that ends one step after the last."""
+    min_learning_rate: NotNegative = 0.0
+    """Where a decay ends."""
     warmup_steps: CountOrZero = 150
     """Linear warm-up, in optimizer steps, at most a tenth of the run."""
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    """adamw, or rmsprop as in the paper."""
+    warmup_ratio: Annotated[float, Within("[0, 1)")] | None = None
+    """The warm-up as a share of the run, instead of warmup_steps."""
+    optimizer: Optimizers = "adamw"
+    """docs/optimizers.md says what each keeps in memory, and under which sharding it runs."""
     adam_betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates of the first and second moment."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of AdamW's second moment."""
     weight_decay: NotNegative = 0.0
-    """Decoupled weight decay (AdamW) or L2 penalty (RMSprop) of matrices, not of biases and norms."""
+    """Decoupled weight decay (RMSprop: an L2 penalty) of matrices, not of biases and norms."""
     max_grad_norm: NotNegative = 1.0
     """Global gradient norm is clipped to this; 0 turns clipping off."""
     num_epochs: Count = 1

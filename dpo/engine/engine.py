@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, TreeBatch
-from dpo.engine.deepspeed_config import fit_buckets, offloads_optimizer, set_ours, without_waiting
-from dpo.engine.optimizer import OPTIMIZERS, make_optimizer
+from dpo.engine.deepspeed_config import fit_buckets, set_ours, without_waiting
+from dpo.engine.optimizer import check_optimizer, load_state, make_optimizer
 from dpo.engine.scoring import gathered, make_scorer, not_of_text, register_head, settle_layout
 from dpo.engine.sharded_state import load_sharded, save_sharded
 from dpo.engine.snapshot import snapshot
@@ -56,20 +56,13 @@ class Engine:
             universal: `load` will be given the universal form of a state from another number of ranks.
 
         Raises:
-            UserError: FlexAttention on a CPU, or an optimizer that cannot be offloaded.
+            UserError: FlexAttention on a CPU, or an optimizer that cannot run here.
         """
         if config.attention == "flex" and not torch.cuda.is_available():
             raise UserError("model.attention: flex; it has no backward pass on CPUs: set auto or sdpa")
         self._zero = accelerator.distributed_type == DistributedType.DEEPSPEED
-        if (
-            self._zero
-            and offloads_optimizer(accelerator.deepspeed_plugin.deepspeed_config)
-            and not OPTIMIZERS[options.optimizer].may_be_offloaded
-        ):
-            raise UserError(  # Accelerate would silently use another optimizer
-                f"train.optimizer: {options.optimizer}; DeepSpeed cannot run it on the host: set adamw, or "
-                "use a DeepSpeed configuration without offload_optimizer"
-            )
+        settings = accelerator.deepspeed_plugin.deepspeed_config if self._zero else None
+        check_optimizer(options, config, settings)
         self._accelerator = accelerator
         self._dtype = DTYPES[config.dtype]
         self._has_adapter = config.lora is not None  # authors freeze weights, too
@@ -85,8 +78,7 @@ class Engine:
         named = scorer.named_parameters(remove_duplicate=False)  # tied weights have two names
         self._frozen = {name for name, parameter in named if not parameter.requires_grad}
         optimizer = make_optimizer(scorer, options)
-        if self._zero:
-            settings = accelerator.deepspeed_plugin.deepspeed_config
+        if settings is not None:
             fit_buckets(settings, model)
             set_ours(settings, max_grad_norm=options.max_grad_norm, universal=universal)
             without_waiting(settings)
@@ -290,7 +282,7 @@ class Engine:
             return
         state = torch.load(folder / "engine.pt", map_location="cpu", weights_only=True)
         self._load_trained(state["model"], self._accelerator.unwrap_model(self._scorer))
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_state(self._optimizer, state["optimizer"])
 
     def _without_frozen(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: weight for name, weight in weights.items() if name not in self._frozen}

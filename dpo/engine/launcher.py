@@ -61,6 +61,21 @@ def check_launcher(environment: Mapping[str, str], *, file: Path | None = None) 
             read_settings(Path(settings))
 
 
+def deepspeed_settings(environment: Mapping[str, str], *, file: Path | None = None) -> dict[str, Any] | None:
+    """DeepSpeed's configuration under a launcher that `check_launcher` lets pass; None without DeepSpeed.
+
+    Args:
+        environment: As for `check_launcher`.
+        file: As for `check_launcher`.
+    """
+    if file is not None:
+        environment = {**environment, **variables_of(file)}
+    if not _uses(environment, "ACCELERATE_USE_DEEPSPEED"):
+        return None
+    settings = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return _inline_settings(environment) if settings == "none" else read_settings(Path(settings))
+
+
 def overridden(environment: Mapping[str, str], model: ModelConfig) -> list[str]:
     """What the launcher says of numbers that the configuration owns, one line each; it is not used."""
     ours = "bf16" if model.dtype == "bfloat16" else "no"
@@ -129,13 +144,16 @@ def _problems(environment: Mapping[str, str]) -> Iterator[str]:
 
 def _inline_problems(environment: Mapping[str, str]) -> Iterator[str]:
     """Of DeepSpeed's settings in Accelerate's own file, where no JSON is named."""
-    if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
-        return
+    if environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") == "none":
+        yield from problems(_inline_settings(environment))
+
+
+def _inline_settings(environment: Mapping[str, str]) -> dict[str, Any]:
     stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     zero: dict[str, Any] = {"stage": int(stage) if stage.isdigit() else stage}
     for key in ("offload_optimizer", "offload_param"):
         zero[key] = {"device": environment.get(f"ACCELERATE_DEEPSPEED_{key.upper()}_DEVICE", "none")}
-    yield from problems({"zero_optimization": zero})
+    return {"zero_optimization": zero}
 
 
 def _uses(environment: Mapping[str, str], name: str) -> bool:

@@ -20,7 +20,7 @@ from dpo.data.preference_data import PreferenceData
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
 from dpo.loss.accuracy import accuracies
-from dpo.loss.catalog import needs_whole_step
+from dpo.loss.catalog import compares_pairs
 from dpo.loss.pairs import PairLogProbs, pair_logps
 from dpo.loss.preference_loss import preference_loss
 
@@ -127,7 +127,9 @@ def score_pairs(
             records.append(_records(_pairs_of(data.dataset, groups), batch, logps, loss, dtype))
     everything = np.concatenate(distributed.gather_objects(np.concatenate(records)))
     scores = _in_order(everything, data)
-    return replace(scores, losses=_losses_together(scores, loss)) if needs_whole_step(loss) else scores
+    if not compares_pairs(loss):
+        return scores
+    return replace(scores, losses=data.weights * _losses_together(scores, loss))
 
 
 def _records(

@@ -37,12 +37,13 @@ MOST_TOKENS = 262_144
 ROUNDED = 1024
 """Advised micro-batches are a multiple of this many tokens."""
 LAUNCHERS = {
-    "no DeepSpeed": "launch/one_process.yaml",
+    "no DeepSpeed": "launch/{place}_ddp.yaml",
     "ZeRO-2": "launch/{place}.yaml",
     "ZeRO-3": "launch/{place}_zero3.yaml",
     "ZeRO-3 offload": "launch/{place}_zero3.yaml with configs/ds_zero3_offload.json",
 }
-"""Configuration files of each sharding."""
+"""Configuration files of each sharding on several GPUs."""
+ONE_PROCESS = "launch/one_process.yaml"
 GPUS_PER_NODE = 8
 
 
@@ -108,6 +109,8 @@ class Fit:
         shape: Shape,
         data: SampledData,
         machine: Machine,
+        *,
+        state_bytes: float,
     ) -> None:
         """Does not rehearse yet.
 
@@ -118,10 +121,11 @@ class Fit:
             shape: Of the model.
             data: The training data.
             machine: Where the run is to take place.
+            state_bytes: What the optimizer keeps per trained parameter.
         """
         self._model, self._described, self._shape = model, described, shape
         self._data, self._machine = data, machine
-        self._optimizer = OPTIMIZERS[train.optimizer]
+        self._optimizer, self._state_bytes = OPTIMIZERS[train.optimizer], state_bytes
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
         self._done: dict[tuple[int, torch.dtype, bool], Rehearsal] = {}
@@ -130,9 +134,12 @@ class Fit:
 
     def ways(self, *, checkpointing: bool) -> list[Way]:
         """Every sharding that is possible with this number of GPUs, compute type and optimizer."""
+        whole = bool(self._optimizer.not_sharded)
         impossible = {
-            "no DeepSpeed": self._machine.num_gpus > 1,
+            "no DeepSpeed": self._machine.num_gpus > 1 and not whole,
             "ZeRO-0": not is_offered("ZeRO-0", self._dtype),
+            "ZeRO-2": whole,
+            "ZeRO-3": whole,
             "ZeRO-3 offload": not self._optimizer.may_be_offloaded,
         }
         return [
@@ -168,7 +175,8 @@ class Fit:
 
     def _in_order(self, *, checkpointing: bool) -> list[Way]:
         alone: tuple[Name, ...] = ("no DeepSpeed", "ZeRO-3 offload")
-        order = alone if self._machine.num_gpus == 1 else ("ZeRO-2", "ZeRO-3", "ZeRO-3 offload")
+        several: tuple[Name, ...] = ("no DeepSpeed", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload")
+        order = alone if self._machine.num_gpus == 1 else several
         by_name = {way.sharding: way for way in self.ways(checkpointing=checkpointing)}
         return [by_name[name] for name in order if name in by_name]
 
@@ -190,11 +198,14 @@ class Fit:
         else:
             kind = "it fits, and no weights are sent during a pass"
         place = "one_node" if self._machine.num_gpus <= GPUS_PER_NODE else "multi_node"
+        launcher = LAUNCHERS[way.sharding].format(place=place)
+        if way.sharding == "no DeepSpeed" and self._machine.num_gpus == 1:
+            launcher = ONE_PROCESS
         return Advice(
             sharding=way.sharding,
             max_tokens_per_micro_batch=budget,
             gradient_checkpointing=checkpointing,
-            launcher=LAUNCHERS[way.sharding].format(place=place),
+            launcher=launcher,
             reason="; ".join([*reason, kind]),
         )
 
@@ -206,7 +217,7 @@ class Fit:
                 self._rehearsed(tokens, sharding, checkpointing=checkpointing),
                 world_size=self._machine.num_gpus,
                 dtype=self._dtype,
-                moments=self._optimizer.moments,
+                state_bytes=self._state_bytes,
             )
 
         requested, longest = memory(self.requested), self._data.longest

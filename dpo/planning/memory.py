@@ -54,7 +54,7 @@ class Memory:
     """The rank's share of the weights, and gathered weights of other ranks."""
     gradients: int
     optimizer: int
-    """Moments, and float32 masters if they are separate from the weights."""
+    """Its state, and float32 masters if they are separate from the weights."""
     activations: int
     projection: int
     """Output projection and backward pass of a block, or the update, whichever is larger."""
@@ -100,7 +100,7 @@ def rank_memory(
     *,
     world_size: int,
     dtype: torch.dtype,
-    moments: int,
+    state_bytes: float,
 ) -> Memory:
     """What one of `world_size` ranks needs in a step of several micro-batches.
 
@@ -110,7 +110,7 @@ def rank_memory(
         step: The rehearsed micro-batch, with weights in the type that `sharding` keeps (`weight_dtype`).
         world_size: Number of ranks.
         dtype: The compute type.
-        moments: Float32 numbers that the optimizer keeps per parameter: 2 for AdamW, 1 for RMSprop.
+        state_bytes: Bytes that the optimizer keeps per trained parameter: 8 for AdamW, 4 for RMSprop.
     """
     rank = _Rank(
         shape=shape,
@@ -118,7 +118,7 @@ def rank_memory(
         world_size=world_size,
         width=weight_dtype(sharding, dtype).itemsize,
         frozen_width=dtype.itemsize,
-        moments=moments,
+        state_bytes=state_bytes,
     )
     return _BY_SHARDING[sharding](rank)
 
@@ -134,7 +134,7 @@ class _Rank:
     """Bytes of a trained weight."""
     frozen_width: int
     """Bytes of a frozen weight, which never has a master."""
-    moments: int
+    state_bytes: float
 
     @property
     def all_weights(self) -> int:
@@ -149,8 +149,8 @@ class _Rank:
 
     @property
     def part_states(self) -> int:
-        """Bytes of that part's masters and moments."""
-        return FLOAT32 * (1 + self.moments) * self.part
+        """Bytes of that part's masters and optimizer state."""
+        return round((FLOAT32 + self.state_bytes) * self.part)
 
     @property
     def bucket(self) -> int:
@@ -227,7 +227,7 @@ def _unsharded(rank: _Rank) -> _Kept:
     return _Kept(
         weights=rank.all_weights,
         gradients=FLOAT32 * trained,
-        optimizer=FLOAT32 * rank.moments * trained,  # the weights are the masters
+        optimizer=round(rank.state_bytes * trained),  # the weights are the masters
     )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from dpo.config import DataConfig, ModelConfig, ReferenceConfig, TrainConfig
 from dpo.data.plan import BatchPlan, share
+from dpo.engine.optimizer import OPTIMIZERS, state_bytes
 from dpo.errors import UserError
 from dpo.model.files import base_of, check_model_path, max_positions, num_parameters, weights_at_hand
 from dpo.model.flops import Work, forward_flops, work_of
@@ -119,7 +120,8 @@ def make_plan(
         pairs_per_step=train.pairs_per_step,
         max_steps=train.max_steps,
     )
-    fit = Fit(model, train, described, shape, splits["train"], machine)
+    of_optimizer = state_bytes(bare, train.optimizer) / shape.trainable
+    fit = Fit(model, train, described, shape, splits["train"], machine, state_bytes=of_optimizer)
     advice = fit.advice()
     balance = _balance(batches, splits["train"], machine.num_gpus, advice.max_tokens_per_micro_batch)
     messages = traffic(
@@ -181,6 +183,8 @@ def _notes(model: ModelConfig, train: TrainConfig, shape: Shape, machine: Machin
             f"the weight files hold {held:,} parameters and the configuration describes "
             f"{expected:,}: an incomplete download?"
         )
+    if machine.num_gpus > 1 and (reason := OPTIMIZERS[train.optimizer].not_sharded):
+        notes.append(f"{train.optimizer} {reason}: every GPU holds all of it, without DeepSpeed")
     if train.pairs_per_step < machine.num_gpus:
         notes.append(
             f"train.pairs_per_step is {train.pairs_per_step}: at most that many of {machine.num_gpus} GPUs "

@@ -121,9 +121,13 @@ def sft_card(
 
 def _settings(model: ModelConfig, train: OptimizationConfig, batch: dict[str, str]) -> dict[str, str]:
     steps = f", {train.max_steps} steps" if train.max_steps else ""
-    lora = model.lora
+    lora, ratio = model.lora, train.warmup_ratio
+    least = f" to {train.min_learning_rate}" if train.min_learning_rate else ""
+    warmup = (
+        f"{train.warmup_steps} warm-up steps" if ratio is None else f"warm-up over {ratio:.0%} of the run"
+    )
     return {
-        "learning rate": f"{train.learning_rate}, {train.schedule}, {train.warmup_steps} warm-up steps",
+        "learning rate": f"{train.learning_rate}, {train.schedule}{least}, {warmup}",
         "optimizer": f"{train.optimizer}, gradient norm clipped to {train.max_grad_norm}",
         **batch,
         "length": f"{train.num_epochs} epoch(s){steps}",

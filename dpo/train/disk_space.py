@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dpo.config import ModelConfig, OptimizationConfig
-from dpo.engine.optimizer import OPTIMIZERS
+from dpo.engine.optimizer import typical_state_bytes
 from dpo.errors import UserError
 from dpo.model.load import DTYPES
 
@@ -17,7 +17,7 @@ MASTER_BYTES = 4
 def checkpoint_bytes(
     num_parameters: int, dtype: torch.dtype, options: OptimizationConfig, *, sharded: bool
 ) -> int:
-    """Size of one checkpoint in bytes: weights in the compute type, float32 moments, and DeepSpeed's masters.
+    """Size of one checkpoint in bytes: weights in the compute type, optimizer state, and DeepSpeed's masters.
 
     Args:
         num_parameters: Trained parameters; others are not saved.
@@ -27,7 +27,7 @@ def checkpoint_bytes(
     """
     weights = dtype.itemsize if sharded else MASTER_BYTES
     masters = MASTER_BYTES if sharded else 0
-    return num_parameters * (weights + masters + MASTER_BYTES * OPTIMIZERS[options.optimizer].moments)
+    return round(num_parameters * (weights + masters + typical_state_bytes(options.optimizer)))
 
 
 def fits_memory(num_bytes: float) -> bool:

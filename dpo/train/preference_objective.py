@@ -1,5 +1,6 @@
 """Preference optimization as an objective: pairs, their reference log-probs from the cache, and the loss."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +32,7 @@ class PreferenceObjective:
     """Compute type of the log-probs, which says how far they are rounded."""
     unit: str = "pairs"
     loss_sums: dict[str, float] = field(default_factory=dict)
-    """The loss's named sums over the last step and all ranks; empty before the first step."""
+    """The loss's named sums over all steps so far and all ranks; empty before the first step."""
 
     @property
     def dataset(self) -> TokenizedDataset:
@@ -79,7 +80,7 @@ class PreferenceObjective:
         if self.needs_whole_step:
             policy, first = over_ranks(policy)
             reference = None if reference is None else over_ranks(reference)[0]
-        result = preference_loss(policy, reference, self.loss_config, last_step=self.loss_sums)
+        result = preference_loss(policy, reference, self.loss_config, so_far=self.loss_sums)
         mine = slice(first, first + len(batch.pairs))
         chosen, rejected = result.chosen_rewards[mine], result.rejected_rewards[mine]
         losses = result.losses if self.needs_whole_step else batch.pair_weights * result.losses
@@ -98,14 +99,16 @@ class PreferenceObjective:
         return losses.sum() + 0.0 * logps.sum()
 
     def observe(self, totals: dict[str, float]) -> dict[str, float]:
-        """Keeps the loss's sums for the next step; see `Objective.observe`."""
-        self.loss_sums = {
+        """Adds the loss's sums to those of the steps before; see `Objective.observe`."""
+        found = {
             name.removeprefix(LOSS_SUM): value for name, value in totals.items() if name.startswith(LOSS_SUM)
         }
+        if all(map(math.isfinite, found.values())):  # or every later step would be spoiled too
+            self.loss_sums = {name: self.loss_sums.get(name, 0.0) + value for name, value in found.items()}
         return self.loss_sums
 
     def restore(self, loss_sums: dict[str, float]) -> None:
-        """Continues with the sums of the last step; see `Objective.restore`."""
+        """Continues with the sums of the steps before; see `Objective.restore`."""
         self.loss_sums = loss_sums
 
 

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 
 from dpo import distributed, terminal
 from dpo.config import ModelConfig, OptimizationConfig
+from dpo.engine.optimizer import OPTIMIZERS
 from dpo.engine.reshard import needs_universal_form
 from dpo.engine.world import kind_here, unsharded
 from dpo.errors import UserError
@@ -45,7 +46,13 @@ def needs_resharding(
         return False
     distributed.on_main(lambda: check_fingerprints(checkpoint, fingerprints, options))
     written = read_manifest(checkpoint)
-    return needs_universal_form(checkpoint, written.engine, written.world_size, kind_here())
+    resharded = needs_universal_form(checkpoint, written.engine, written.world_size, kind_here())
+    if resharded and not OPTIMIZERS[options.optimizer].reshards:
+        raise UserError(
+            f"{checkpoint}: written by {written.world_size} rank(s), and DeepSpeed can convert the state of "
+            f"adamw alone for another number of ranks, not that of {options.optimizer}: start it with as many"
+        )
+    return resharded
 
 
 def base_fingerprint(model: ModelConfig, memory: Path) -> dict[str, str]:

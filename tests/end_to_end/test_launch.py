@@ -33,8 +33,10 @@ def test_shellcheck_finds_nothing(path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)
 def test_a_launch_configuration_sets_no_number_of_the_experiment(path: Path) -> None:
     launcher = yaml.safe_load(path.read_text())
-    assert (launcher["distributed_type"] == "NO") == (path.name == "one_process.yaml")
-    if launcher["distributed_type"] == "NO":
+    without_deepspeed = {"one_process.yaml": "NO", "one_node_ddp.yaml": "MULTI_GPU"}
+    without_deepspeed["multi_node_ddp.yaml"] = "MULTI_GPU"
+    assert launcher["distributed_type"] == without_deepspeed.get(path.name, "DEEPSPEED")
+    if path.name in without_deepspeed:
         assert "deepspeed_config" not in launcher
         return
     engine = launcher["deepspeed_config"]

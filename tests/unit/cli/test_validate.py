@@ -56,6 +56,10 @@ def test_defaults_are_the_papers() -> None:
         ("train.learning_rate", 0.0),
         ("train.learning_rate", float("nan")),
         ("train.warmup_steps", -1),
+        ("train.warmup_ratio", 1.0),
+        ("train.min_learning_rate", -1e-7),
+        ("train.min_learning_rate", 1e-7),  # of a constant schedule
+        ("train.adam_epsilon", 0.0),
         ("train.weight_decay", -0.1),
         ("train.max_grad_norm", -1.0),
         ("train.max_grad_norm", float("nan")),
@@ -85,6 +89,17 @@ def test_defaults_are_the_papers() -> None:
 def test_an_illegal_value_is_named_with_its_key(key: str, value: Any) -> None:
     (problem,) = problems(with_value(CONFIG, key, value))
     assert problem.startswith(f"{key}: ")
+
+
+def test_a_schedule_that_makes_no_sense_is_refused() -> None:
+    decaying = with_value(CONFIG, "train.schedule", "cosine")
+    assert problems(with_value(decaying, "train.min_learning_rate", 1e-6)) == []
+    (problem,) = problems(with_value(decaying, "train.min_learning_rate", 2e-6))
+    assert problem == "train.min_learning_rate: 2e-06; expected at most train.learning_rate, 1e-06"
+    by_ratio = with_value(CONFIG, "train.warmup_ratio", 0.1)
+    assert problems(by_ratio) == []
+    (problem,) = problems(with_value(by_ratio, "train.warmup_steps", 10))
+    assert problem == "train.warmup_ratio: 0.1; train.warmup_steps is given too: leave one out"
 
 
 @pytest.mark.parametrize(

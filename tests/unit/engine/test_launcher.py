@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from dpo.config import ModelConfig
-from dpo.engine.launcher import check_launcher, overridden, variables_of
+from dpo.engine.launcher import check_launcher, deepspeed_settings, overridden, variables_of
 from dpo.errors import UserError
 
 LAUNCH = Path(__file__).parents[3] / "launch"
@@ -48,6 +48,26 @@ def test_inline_numbers_are_named_as_not_used(tmp_path: Path) -> None:
         "the launcher's gradient_accumulation_steps",
         "the launcher's gradient_clipping",
     ]
+
+
+def test_what_shards_is_known_before_the_launcher_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(LAUNCH.parent)
+    stages = {}
+    for path in LAUNCH.glob("*.yaml"):
+        settings = deepspeed_settings({}, file=path)
+        stages[path.name] = settings and settings["zero_optimization"]["stage"]
+    several = {
+        f"{place}{end}.yaml": stage
+        for place in ("one_node", "multi_node")
+        for end, stage in (("", 2), ("_zero3", 3), ("_ddp", None))
+    }
+    assert stages == {"cpu.yaml": 2, "one_gpu.yaml": 2, "one_process.yaml": None, **several}
+    inline = deepspeed_settings({}, file=written(tmp_path))
+    assert inline is not None
+    assert inline["zero_optimization"]["stage"] == 2
+    assert deepspeed_settings({}) is None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,11 @@ from typing import Any
 
 import pytest
 
+from dpo.cli.main import run
+
+Planned = Callable[..., dict[str, Any]]
+"""Runs `dpo plan --json`: plan(model, *more, gpus=8, memory="80GB")."""
+
 
 @pytest.fixture
 def described(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
@@ -17,5 +22,19 @@ def described(tiny_model: Path, tmp_path: Path) -> Callable[..., Path]:
         for file in ("tokenizer.json", "tokenizer_config.json"):
             (folder / file).write_bytes((tiny_model / file).read_bytes())
         return folder
+
+    return make
+
+
+@pytest.fixture
+def plan(tmp_path: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]) -> Planned:
+    def make(model: Path, *more: str, gpus: int = 8, memory: str = "80GB") -> dict[str, Any]:
+        arguments = ["plan", "--num_gpus", str(gpus), "--gpu_memory", memory, "--json", *more]
+        arguments += ["--model.name_or_path", str(model), "--data.train", str(pairs_file)]
+        arguments += ["--data.cache_dir", str(tmp_path / "tokenized")]
+        status = run([*arguments, "--reference.cache_dir", str(tmp_path / "reference")])
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        return dict(json.loads(printed.out))
 
     return make

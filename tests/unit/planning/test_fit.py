@@ -35,16 +35,25 @@ def linear_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROUNDED", 1)
 
 
-def fit(room: int, *, gpus: int = 8, requested: int = 1000, longest: int = 10, **model: Any) -> Fit:
+def fit(
+    room: int,
+    *,
+    gpus: int = 8,
+    requested: int = 1000,
+    longest: int = 10,
+    optimizer: Any = "adamw",
+    **model: Any,
+) -> Fit:
     """A policy on GPUs with `room` usable bytes."""
     data = cast(SampledData, SimpleNamespace(longest=longest, trees=lambda tokens: tokens))
     return Fit(
         ModelConfig(name_or_path="m", **model),
-        TrainConfig(max_tokens_per_micro_batch=requested),
+        TrainConfig(max_tokens_per_micro_batch=requested, optimizer=optimizer),
         cast(Any, None),
         SHAPE,
         data,
         Machine(num_gpus=gpus, gpu_memory=-int(-room // USABLE), gpu_flops=1.0, mfu=0.5),
+        state_bytes=8,
     )
 
 
@@ -96,3 +105,13 @@ def test_the_reason_names_what_does_not_fit() -> None:
 
 def test_a_micro_batch_holds_at_least_the_longest_group() -> None:
     assert fit(9000, requested=100, longest=5000).requested == 5000
+
+
+def test_an_optimizer_that_cannot_be_sharded_is_whole_on_every_gpu() -> None:
+    found = fit(2000, optimizer="muon").advice()
+    assert (found.sharding, found.launcher) == ("no DeepSpeed", "launch/one_node_ddp.yaml")
+    assert fit(2000, gpus=16, optimizer="muon").advice().launcher == "launch/multi_node_ddp.yaml"
+    assert fit(2000, gpus=1, optimizer="muon").advice().launcher == "launch/one_process.yaml"
+    assert fit(400, optimizer="muon").advice().sharding is None
+    for optimizer, names in (("lion", {"ZeRO-2", "ZeRO-3"}), ("muon", {"no DeepSpeed"})):
+        assert {way.sharding for way in fit(2000, optimizer=optimizer).ways(checkpointing=False)} == names

@@ -22,7 +22,7 @@ WITHOUT = Rehearsal(activations=0, of_a_block=0, projection=0, operations=0)
 
 
 def of(sharding: Name, world_size: int, step: Rehearsal = STEP, shape: Shape = SHAPE) -> Memory:
-    return rank_memory(sharding, shape, step, world_size=world_size, dtype=torch.bfloat16, moments=2)
+    return rank_memory(sharding, shape, step, world_size=world_size, dtype=torch.bfloat16, state_bytes=8)
 
 
 def test_zero2_by_hand() -> None:

@@ -1,6 +1,5 @@
 """`dpo plan` from the command line: real configurations, small models, notes and wrong usage."""
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import save_file
+from unit.planning.conftest import Planned
 
 from dpo.cli.main import run
 from dpo.planning.fit import LAUNCHERS, MOST_TOKENS
@@ -49,22 +49,6 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
     "hh_llama_3.1_70b": ({**LLAMA, **LLAMA_70B, "tie_word_embeddings": False}, 70554e6),
 }  # fmt: skip
 """Name in configs/ -> the model's config.json and its published size."""
-
-Planned = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def plan(tmp_path: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]) -> Planned:
-    def make(model: Path, *more: str, gpus: int = 8, memory: str = "80GB") -> dict[str, Any]:
-        arguments = ["plan", "--num_gpus", str(gpus), "--gpu_memory", memory, "--json", *more]
-        arguments += ["--model.name_or_path", str(model), "--data.train", str(pairs_file)]
-        arguments += ["--data.cache_dir", str(tmp_path / "tokenized")]
-        status = run([*arguments, "--reference.cache_dir", str(tmp_path / "reference")])
-        printed = capsys.readouterr()
-        assert status == 0, printed.err
-        return dict(json.loads(printed.out))
-
-    return make
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -127,6 +111,19 @@ def test_float32_offers_stage_0_and_rmsprop_does_not_offer_offload(plan: Planned
     options = ("--model.dtype", "float32", "--train.optimizer", "rmsprop")
     found = plan(tiny_model, *options, gpus=2)
     assert set(found["memory"]) == {"ZeRO-0", "ZeRO-2", "ZeRO-3"}
+
+
+def test_the_optimizers_memory_is_planned(plan: Planned, tiny_model: Path) -> None:
+    kept = {}
+    for name in ("adamw", "rmsprop", "lion", "adafactor", "muon"):
+        found = plan(tiny_model, "--model.dtype", "float32", "--train.optimizer", name, gpus=1)
+        kept[name] = found["memory"]["no DeepSpeed"]["optimizer"]
+    size = found["model"]["parameters"]
+    assert (kept["adamw"], kept["rmsprop"], kept["lion"]) == (8 * size, 4 * size, 4 * size)
+    assert 0 < kept["adafactor"] < kept["lion"] < kept["muon"] < kept["adamw"]
+    several = plan(tiny_model, "--model.dtype", "bfloat16", "--train.optimizer", "muon", gpus=2)
+    assert set(several["memory"]) == {"no DeepSpeed"}
+    assert "muon orthogonalizes the updates of whole matrices" in several["notes"][0]
 
 
 def test_a_full_cache_needs_no_reference_work(

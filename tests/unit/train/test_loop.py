@@ -19,6 +19,7 @@ from dpo.config import Config, LossConfig, OptimizationConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import preference_data
 from dpo.data.trees import sequence_batch
+from dpo.engine.optimizer import OPTIMIZERS
 from dpo.errors import RunFailed, StoppedBySignal, UserError
 from dpo.loss.pairs import LossValues, Pairs
 from dpo.loss.preference_loss import FUNCTIONS
@@ -79,12 +80,15 @@ def test_the_cache_trains_as_a_live_reference_does(
     assert from_cache.curve("train/grad_norm") == pytest.approx(from_live.curve("train/grad_norm"), rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-@pytest.mark.parametrize("die_at", [3, 4])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning")
+@pytest.mark.parametrize(
+    ("optimizer", "die_at"), [("adamw", 3), *((optimizer, 4) for optimizer in OPTIMIZERS)]
+)
 def test_a_killed_and_resumed_run_ends_as_one_that_never_was(
     experiment: Config, run: Trained, optimizer: str, die_at: int
 ) -> None:
     options = {"checkpoint_every": 2, "evaluate_every": 1, "optimizer": optimizer, "schedule": "cosine"}
+    options |= {"min_learning_rate": 1e-4, "warmup_ratio": 0.3}
     whole = run(changed(experiment, "whole", **options), evaluation=lambda step: 1 / (step + 1))
     config = changed(experiment, "killed", **options)
     with pytest.raises(KilledError):  # after a checkpoint, and at 4 just before the next one
@@ -350,9 +354,9 @@ def test_rows_and_trees_train_alike_and_trees_compute_less(experiment: Config, r
         assert step["perf/rank_imbalance"] == 0
 
 
-def relative_to_the_last_step(pairs: Pairs, loss: LossConfig) -> LossValues:
-    """A loss of the whole step: DPO on margins relative to the mean margin of the step before."""
-    last = pairs.last_step
+def relative_to_the_mean(pairs: Pairs, loss: LossConfig) -> LossValues:
+    """DPO on margins relative to their mean over all steps before."""
+    last = pairs.so_far
     mean = last["margins"] / last["pairs"] if last else 0.0
     losses = -torch.nn.functional.logsigmoid(loss.beta * (pairs.margins - mean))
     return LossValues(
@@ -360,10 +364,10 @@ def relative_to_the_last_step(pairs: Pairs, loss: LossConfig) -> LossValues:
     )
 
 
-def test_a_loss_may_look_at_the_whole_step_before_and_is_resumed_with_it(
+def test_a_loss_may_look_at_the_steps_before_and_is_resumed_with_them(
     experiment: Config, run: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(FUNCTIONS, "sigmoid", relative_to_the_last_step)
+    monkeypatch.setitem(FUNCTIONS, "sigmoid", relative_to_the_mean)
     options = {"checkpoint_every": 2, "evaluate_every": 1}
     whole = run(changed(experiment, "whole", **options), evaluation=float)
     small = run(changed(experiment, "small", max_tokens_per_micro_batch=40, **options), evaluation=float)
@@ -374,6 +378,26 @@ def test_a_loss_may_look_at_the_whole_step_before_and_is_resumed_with_it(
         changed(replace(experiment, loss=LossConfig(type="hinge")), "plain", **options), evaluation=float
     )
     assert plain.curve("train/loss") != whole.curve("train/loss")
+
+
+def test_the_shift_of_bco_is_resumed_and_does_not_depend_on_micro_batches(
+    experiment: Config, run: Trained
+) -> None:
+    experiment = replace(experiment, loss=LossConfig(type="bco_pair", beta=0.5))
+    options = {"checkpoint_every": 2, "evaluate_every": 1}
+    whole = run(changed(experiment, "whole", **options), evaluation=float)
+    small = run(changed(experiment, "small", max_tokens_per_micro_batch=40, **options), evaluation=float)
+    assert small.curve("train/loss") == pytest.approx(whole.curve("train/loss"), rel=1e-5)
+    assert_resumed_alike(run, changed(experiment, "killed", **options), whole)
+
+
+def test_a_step_that_is_skipped_does_not_spoil_the_shift_of_bco(
+    experiment: Config, run: Trained, spoil: Callable[..., None]
+) -> None:
+    spoil({2}, math.nan)
+    trained = run(changed(replace(experiment, loss=LossConfig(type="bco_pair")), "spoiled"))
+    assert [line["step"] for line in trained.lines() if "train/skipped_steps" in line] == [2]
+    assert [math.isfinite(line.get("train/loss", math.nan)) for line in trained.lines()][2:4] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""Losses of completions by themselves: desirable or undesirable, with or without a rival of the same prompt.
+
+The notation is that of `dpo.loss.functions`. The chosen completion of a pair is desirable, the rejected one
+undesirable. A completion with a label is a pair with one side; the other adds nothing.
+"""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F  # noqa: N812  (the field's name for it)
+from torch import Tensor
+
+from dpo.config import LossConfig
+from dpo.loss.pairs import LossValues, Pairs
+
+NUM_CHOSEN, CHOSEN = "num_chosen", "chosen_rewards"
+NUM_REJECTED, REJECTED = "num_rejected", "rejected_rewards"
+
+
+def bco_pair(pairs: Pairs, loss: LossConfig) -> LossValues:
+    """BCO: a classifier of completions whose logit is the reward, shifted to lie between the two kinds.
+
+        -log sigma(beta h_w - delta) - log sigma(delta - beta h_l)
+
+    arXiv 2404.04656: delta = (E[beta h_w] + E[beta h_l]) / 2, without gradient. The means run over all steps
+    before, each with the rewards of its time, and so delta is 0 in the first step; outside training they are
+    over the given pairs. 2 ln 2 for a pair where policy = reference.
+    """
+    chosen, rejected = loss.beta * pairs.chosen_logratios, loss.beta * pairs.rejected_logratios
+    sums = {
+        NUM_CHOSEN: pairs.has_chosen.sum(),
+        CHOSEN: chosen.detach().sum(),  # a side that is missing adds 0
+        NUM_REJECTED: pairs.has_rejected.sum(),
+        REJECTED: rejected.detach().sum(),
+    }
+    so_far = sums if pairs.so_far is None else pairs.so_far
+    shift = (_mean(so_far, CHOSEN, NUM_CHOSEN) + _mean(so_far, REJECTED, NUM_REJECTED)) / 2
+    losses = pairs.by_side(-F.logsigmoid(chosen - shift), -F.logsigmoid(shift - rejected))
+    return LossValues(losses=losses, sums=sums)
+
+
+def _mean(sums: Mapping[str, float] | Mapping[str, Tensor], total: str, number: str) -> float | Tensor:
+    """The mean of a kind's rewards, 0 before there are any."""
+    return sums[total] / max(sums[number], 1) if number in sums else 0.0

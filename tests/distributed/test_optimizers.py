@@ -1,0 +1,85 @@
+"""Laws 4 and 5 for every optimizer: the same steps on one rank, under DDP and under ZeRO, resumed or not.
+
+What an optimizer cannot do under ZeRO is refused. Two ranks start twice: without DeepSpeed, and with it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optimizer_ranks import STEPS, measure, on_ranks
+from ranks import FORKS, free_port, rank_environment, wait
+from rig import deepspeed_variables
+
+from dpo.engine.optimizer import OPTIMIZERS
+
+PAGES_ON_A_GPU = "ignore:Paged optimizers are not supported on CPU:UserWarning"
+SHARDED = ("adamw", "rmsprop", "lion")
+ALLOWED = {"ZeRO-2": SHARDED, "ZeRO-3": SHARDED, "DDP": tuple(OPTIMIZERS)}
+Measured = dict[str, Any]
+
+
+def started(folder: Path, model: Path, stages: list[int | None]) -> list[Measured]:
+    """What two ranks measured under these ZeRO stages, one after the other."""
+    folder.mkdir()
+    environments, port, processes = [deepspeed_variables(folder, stage) for stage in stages], free_port(), []
+    for rank in range(2):
+        mine = [{**rank_environment(rank, 2, port), **environment} for environment in environments]
+        processes.append(FORKS.Process(target=on_ranks, args=(mine, model, folder)))
+        processes[-1].start()
+    assert wait(processes, 240) == [0, 0]
+    return [json.loads((folder / f"{number}.json").read_text()) for number in range(len(stages))]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Measured]:
+    folder = tmp_path_factory.mktemp("optimizers")
+    (ddp,) = started(folder / "ddp", tiny_model, [None])
+    two, three = started(folder / "zero", tiny_model, [2, 3])
+    return {"DDP": ddp, "ZeRO-2": two, "ZeRO-3": three}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Measured:
+    return measure(tiny_model, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.mark.filterwarnings(PAGES_ON_A_GPU)
+@pytest.mark.parametrize(
+    ("sharding", "name"), [(where, name) for where in ALLOWED for name in ALLOWED[where]]
+)
+def test_ranks_and_sharding_change_no_step(
+    measured: dict[str, Measured], alone: Measured, sharding: str, name: str
+) -> None:
+    found, expected = measured[sharding][name]["straight"], alone[name]["straight"]
+    assert len(expected) == STEPS
+    assert expected[-1][0] < expected[0][0] - 0.01  # it learns
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.filterwarnings(PAGES_ON_A_GPU)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_takes_the_same_steps(
+    measured: dict[str, Measured], alone: Measured, name: str
+) -> None:
+    for where in [alone, *(measured[sharding] for sharding in ALLOWED if name in ALLOWED[sharding])]:
+        assert where[name]["resumed"] == where[name]["straight"]
+
+
+def test_the_optimizers_differ(alone: Measured) -> None:
+    same_arithmetic = {"paged_adamw", "paged_adamw_8bit"}  # as adamw and adamw_8bit
+    last = {
+        name: round(alone[name]["straight"][-1][0], 6) for name in OPTIMIZERS if name not in same_arithmetic
+    }
+    assert len(set(last.values())) == len(last), last
+
+
+@pytest.mark.parametrize("sharding", ["ZeRO-2", "ZeRO-3"])
+def test_what_zero_cannot_shard_is_refused(measured: dict[str, Measured], sharding: str) -> None:
+    refused = {name: said for name, said in measured[sharding].items() if isinstance(said, str)}
+    assert refused.keys() == OPTIMIZERS.keys() - set(SHARDED)
+    for name, said in refused.items():
+        assert said.startswith(f"train.optimizer: {name}; it ")
+        assert f"DeepSpeed {sharding} cannot shard it" in said

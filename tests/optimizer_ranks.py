@@ -1,0 +1,79 @@
+"""Three steps with every optimizer that a sharding allows; test_optimizers.py compares them."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+
+from dpo import distributed
+from dpo.config import ModelConfig, OptimizationConfig
+from dpo.data.trees import tree_batch
+from dpo.engine import world
+from dpo.engine.engine import Engine
+from dpo.engine.optimizer import OPTIMIZERS
+from dpo.errors import UserError
+from dpo.model.load import load_model
+
+STEPS, RATE = 3, 1e-3
+
+
+def options_of(name: str) -> OptimizationConfig:
+    """The optimizer, with what is not its default."""
+    return OptimizationConfig(optimizer=name, learning_rate=RATE, weight_decay=0.1, max_grad_norm=0.5)  # type: ignore[arg-type]
+
+
+def measure(model: Path, folder: Path) -> dict[str, Any]:
+    """Optimizer -> loss and gradient norm of each step, the same after a resume, or why it is refused."""
+    found: dict[str, Any] = {}
+    for name in OPTIMIZERS:
+        try:
+            found[name] = {"straight": _steps(_engine(model, name), 0)}
+        except UserError as refused:
+            found[name] = str(refused)
+            continue
+        stopped, resumed = _engine(model, name), _engine(model, name)
+        first = _steps(stopped, 0, until=STEPS - 1)
+        place = folder / name
+        if distributed.is_main():
+            place.mkdir(parents=True)
+        distributed.barrier()
+        stopped.save(place)()
+        distributed.barrier()
+        resumed.load(place)
+        found[name]["resumed"] = first + _steps(resumed, STEPS - 1)
+    return found
+
+
+def on_ranks(environments: list[Mapping[str, str]], model: Path, folder: Path) -> None:
+    """One rank's work: `measure` under each sharding; rank 0 writes the results."""
+    for number, environment in enumerate(environments):
+        os.environ.update(environment)
+        AcceleratorState._reset_state()
+        found = measure(model, folder / str(number))
+        if distributed.is_main():
+            (folder / f"{number}.json").write_text(json.dumps(found))
+
+
+def _engine(folder: Path, name: str) -> Engine:
+    model = ModelConfig(name_or_path=str(folder), dtype="float32")
+    accelerator = world.start(model)
+    return Engine(accelerator, load_model(model, dtype=torch.float32), model, options_of(name))
+
+
+def _steps(engine: Engine, first: int, *, until: int = STEPS) -> list[list[float]]:
+    """Loss and norm of steps over the same four sequences, shared by the ranks."""
+    found = []
+    for _ in range(first, until):
+        ids = np.arange(40, dtype=np.int32).reshape(4, 10)
+        own = [ids[number] for number in distributed.share_of(range(4))]
+        loss = -engine.score(tree_batch([(row[:3], [row[3:]]) for row in own], engine.layout)).sum() / 4
+        engine.accumulate(loss, last=True)
+        norm = engine.update(RATE)
+        total = distributed.sum_over_ranks(np.array([float(loss.detach())]))
+        found.append([float(total[0]), norm])
+    return found
