@@ -8,15 +8,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
-from dpo.config import ModelConfig, OptimizationConfig
+from dpo.config import LossConfig, ModelConfig, OptimizationConfig
 from dpo.config.foreign import BUILT_IN, KEYS, MISSING, VALUES
 from dpo.convert import data
 from dpo.convert.lines import Given, Line, Lines, mapped, not_mapped, not_needed
 from dpo.loss.catalog import LOSSES
 
-A_TENTH = 1_000_000
-"""`train.warmup_steps` is a tenth of the run at most: with this it is a tenth."""
-BATCH, EPOCHS, SCHEDULE, SEED, RANK = 8, 3, "linear", 42, 16
+BATCH, EPOCHS, SCHEDULE, RATE, SEED, RANK, ALPHA = 8, 3, "linear", 1e-6, 42, 16, 0.5
 """TRL's defaults, where ours differ or its file may leave them out."""
 BY_STEPS = "ours counts optimizer steps: dpo plan shows how many there are"
 
@@ -89,21 +87,24 @@ def _batch(given: Given, num_gpus: int) -> Lines:
 
 
 def _schedule(theirs: Given, given: Given) -> Lines:
-    yield _choice(OptimizationConfig, theirs, "train.schedule", given.get("lr_scheduler_type", SCHEDULE))
+    name, more = given.get("lr_scheduler_type", SCHEDULE), given.get("lr_scheduler_kwargs") or {}
+    if str(name).startswith("cosine_with_min_lr") and more.keys() <= {"min_lr", "min_lr_rate"}:
+        least = more.get("min_lr") or more.get("min_lr_rate", 0.0) * float(given.get("learning_rate", RATE))
+        yield mapped(theirs, {"train.schedule": "cosine", "train.min_learning_rate": float(least)})
+        return
+    if "lr_scheduler_kwargs" in theirs:
+        yield _plain("lr_scheduler_kwargs", more or None)
+    shown = {key: value for key, value in theirs.items() if key == "lr_scheduler_type"}
+    yield _choice(OptimizationConfig, shown, "train.schedule", name)
 
 
 def _warmup(theirs: Given, given: Given) -> Lines:
-    steps, num_steps = float(given.get("warmup_steps") or 0), int(given.get("max_steps") or -1)
-    ratio = float(given.get("warmup_ratio") or 0) if steps == 0 else steps if steps < 1 else 0.0
-    if ratio == 0:
-        yield mapped(theirs, {"train.warmup_steps": int(steps)})
-    elif num_steps > 0:
-        yield mapped(theirs, {"train.warmup_steps": round(ratio * num_steps)})
-    elif ratio >= 0.1:
-        said = "a tenth of the run" if ratio == 0.1 else "a tenth of the run, which is the longest"
-        yield mapped(theirs, {"train.warmup_steps": A_TENTH}, said)
+    steps = float(given.get("warmup_steps") or 0)
+    share = steps if steps < 1 else 0.0  # as transformers 5 reads it
+    if share := share or (float(given.get("warmup_ratio") or 0) if steps == 0 else 0.0):
+        yield mapped(theirs, {"train.warmup_ratio": share})
     else:
-        yield not_mapped(theirs, f"set train.warmup_steps to {ratio:g} of the run; {BY_STEPS}")
+        yield mapped(theirs, {"train.warmup_steps": int(steps)})
 
 
 def _epochs(theirs: Given, given: Given) -> Lines:
@@ -220,18 +221,18 @@ def _loss(theirs: Given, given: Given) -> Lines:
     named = given.get("loss_type") or "sigmoid"
     names = [VALUES["loss.type"].get(name, name) for name in (named if isinstance(named, list) else [named])]
     weights = dict(zip(names, given.get("loss_weights") or [1.0] * len(names), strict=False))
-    sft = weights.pop("sft", 0) + (given.get("rpo_alpha") or 0)
-    smoothing = given.get("label_smoothing") or 0.0
     kept = {name: weight for name, weight in weights.items() if name in LOSSES}
     ours: dict[str, Any] = {}
     if "loss_type" in theirs and kept:
         ours["loss.type"] = next(iter(kept)) if len(kept) == 1 else [*kept]
     if {*kept.values()} - {1}:
         ours["loss.weights"] = [*kept.values()]
-    if sft:
-        ours["loss.sft_weight"] = sft
-    if smoothing or "exo_pair" in kept:
+    if given.get("rpo_alpha"):
+        ours["loss.sft_weight"] = given["rpo_alpha"]
+    if (smoothing := given.get("label_smoothing")) or "exo_pair" in kept:
         ours["loss.label_smoothing"] = smoothing or 0.001  # TRL's own for exo_pair
+    if given.get("use_weighting"):
+        ours["loss.pair_weights"] = "wpo"
     if ours:
         yield mapped(theirs, ours)
     elif theirs and kept:
@@ -248,15 +249,12 @@ def _ld_alpha(theirs: Given, given: Given) -> Lines:
 
 
 def _divergence(theirs: Given, given: Given) -> Lines:
-    if theirs:
-        ours = str(given.get("f_divergence_type", "reverse_kl")).lower().endswith("reverse_kl")
-        yield not_needed(theirs, "always") if ours else not_mapped(theirs, "expected reverse_kl")
-
-
-def _epsilon(theirs: Given, given: Given) -> Lines:
-    if theirs:
-        same = float(given["adam_epsilon"]) == 1e-8
-        yield not_needed(theirs, "always") if same else not_mapped(theirs, "it is 1e-8 here")
+    if not theirs:
+        return
+    kind = str(given.get("f_divergence_type", "reverse_kl")).lower().rpartition(".")[2]
+    line = _choice(LossConfig, theirs, "loss.f_divergence", kind)
+    alpha = given.get("f_alpha_divergence_coef", ALPHA)
+    yield mapped(theirs, line.ours | {"loss.f_alpha": alpha}) if "alpha" in line.ours.values() else line
 
 
 _LORA = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "lora_modules_to_save")
@@ -265,14 +263,13 @@ _RULES: dict[tuple[str, ...], Callable[[Given, Given], Lines]] = {
     ("attn_implementation", "use_flash_attention_2"): _attention,
     (*_LORA, "lora_target_parameters", "lora_task_type", "use_rslora", "use_dora"): _lora,
     data.KEYS: data.data_lines,
-    ("loss_type", "loss_weights", "rpo_alpha", "label_smoothing"): _loss,
+    ("loss_type", "loss_weights", "rpo_alpha", "label_smoothing", "use_weighting"): _loss,
     ("ld_alpha",): _ld_alpha,
     ("f_divergence_type", "f_alpha_divergence_coef"): _divergence,
-    ("lr_scheduler_type",): _schedule,
+    ("lr_scheduler_type", "lr_scheduler_kwargs"): _schedule,
     ("warmup_ratio", "warmup_steps"): _warmup,
     ("optim",): _optimizer,
     ("adam_beta1", "adam_beta2"): _adam,
-    ("adam_epsilon",): _epsilon,
     ("num_train_epochs",): _epochs,
     ("max_steps",): _max_steps,
     ("seed",): _seed,
