@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from dpo import distributed, terminal
+from dpo.commands.amount import unusual_rate
 from dpo.commands.best_of import check_best_of
 from dpo.commands.inputs import settings_of
 from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig
@@ -49,6 +50,8 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     check_launcher(os.environ, file=Path(launcher) if launcher else None)
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
+    if (said := unusual_rate(config.train)) and not _stage_follows():
+        terminal.warning(said)
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
         deepspeed = deepspeed_settings(os.environ, file=Path(launcher) if launcher else None)
@@ -99,11 +102,16 @@ def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
         largest = max(data_set.largest_id for data_set in found if data_set is not None)
     else:
         notes, warnings, largest = preview_data(train, test, data, tokenizer, positions)
-        if "ACCELERATE_CONFIG" not in os.environ:  # where a stage follows, it will say this itself
+        if not _stage_follows():
             terminal.note(*notes)
             terminal.warning(*warnings)
     if model.name_or_path:
         check_token_ids(model, largest, "model.name_or_path")
+
+
+def _stage_follows() -> bool:
+    """Whether launch/run checks for a stage, which will say notes and warnings itself."""
+    return "ACCELERATE_CONFIG" in os.environ
 
 
 def check_start(folder: RunFolder, settings: Settings, options: OptimizationConfig) -> None:

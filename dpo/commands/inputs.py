@@ -104,10 +104,13 @@ def with_reference(
 
 
 def described(split: str, data: TokenizedDataset | None) -> str:
-    """Pairs, prompts, and what was dropped or truncated, in one line."""
-    if data is None:
-        return f"{split}: none"
+    """The split with `counted`, in one line."""
+    return f"{split}: none" if data is None else f"{split}: {counted(data)}"
+
+
+def counted(data: TokenizedDataset) -> str:
+    """Pairs, prompts, and what was dropped or truncated."""
     counts = data.counts
     lost = [f"{n} {name}" for name, n in counts.items() if n and name.startswith(("dropped/", "truncated/"))]
-    said = f"{split}: {counts['pairs']} pairs of {counts['groups']} prompts"
+    said = f"{counts['pairs']} pairs of {counts['groups']} prompts"
     return f"{said} ({', '.join(lost)})" if lost else said

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed
-from dpo.commands.amount import warn_of_amount
+from dpo.commands.amount import ran, warn_of_amount
 from dpo.commands.inputs import settings_of
 from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import ModelConfig, SftConfig
@@ -85,6 +85,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
     alive.loading("preparing the engine")
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, [data for data in (train_data, test_data) if data is not None])
+    described = f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens"
     return Session(
         folder=folder,
         settings=settings,
@@ -94,7 +95,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         objective=NextTokenObjective(dataset=train_data),
         plan=plan,
         tokenizer=tokenizer,
-        description=f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens",
+        description=described,
         guard=guard,
         evaluate=partial(evaluate_policy, held_out=test_data) if test_data is not None else None,
         card=partial(
@@ -103,6 +104,12 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
             model=config.model,
             data=config.data,
             train=config.train,
+            ran=ran(
+                plan.num_steps,
+                config.train,
+                described,
+                f"{len(test_data)} sequences" if test_data is not None else "",
+            ),
         ),
         fingerprints=fingerprints,
         checkpoint=checkpoint,

@@ -11,8 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed
-from dpo.commands.amount import preference_plan, warn_of_amount
+from dpo.commands.amount import preference_plan, ran, warn_of_amount
 from dpo.commands.inputs import (
+    counted,
     described,
     open_data,
     open_reference_model,
@@ -132,6 +133,12 @@ def build_session(config: Config, guard: Guard) -> Session:
             reference=config.reference,
             loss=config.loss,
             train=config.train,
+            ran=ran(
+                plan.num_steps,
+                config.train,
+                counted(train_data),
+                counted(test_data) if test_data is not None else "",
+            ),
         ),
         fingerprints=fingerprints,
         checkpoint=checkpoint,

@@ -197,8 +197,20 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
 
 
 def texts_of(sequences: Sequence[TokenIds], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Token ids as text, without special tokens."""
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
+    """Token ids as text, without special tokens; what they part, such as the turns of a chat, has lines."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+    return [_text_of(np.asarray(ids), special, tokenizer) for ids in sequences]
+
+
+def _text_of(ids: TokenIds, special: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    is_text = np.array([number not in special for number in ids.tolist()], dtype=bool)
+    edges = np.flatnonzero(np.diff(is_text)) + 1
+    parts = [part for part in np.split(np.arange(len(ids)), edges) if len(part) and is_text[part[0]]]
+    texts = [str(tokenizer.decode(ids[part])) for part in parts]
+    if len(texts) < 2:
+        return "".join(texts)
+    return "\n".join(text.strip("\n") for text in texts if text.strip())
 
 
 def _scored(

@@ -18,11 +18,14 @@ from dpo.report.content import (
 from dpo.report.escape import markdown_cell, prompt_end
 from dpo.report.figures import Captioned
 from dpo.report.labels import MEASURE_COLUMNS, measures
+from dpo.report.reading import reading
 
 
 def markdown(report: Report) -> str:
     """The whole of report.md."""
     sections = ["# What changed", _numbers(report.summary)]
+    if (guide := reading(report.summary)).rows:
+        sections.append(section_markdown(guide, "##"))
     if report.figures:
         sections.append("## Figures")
     sections += _figures(report.figures)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo.cli.main import run
-from dpo.commands.amount import FEW_STEPS, hardly_any
+from dpo.commands.amount import FEW_STEPS, hardly_any, unusual_rate
 from dpo.config import SftTrainConfig, TrainConfig
 
 
@@ -22,6 +22,11 @@ def test_a_handful_of_steps_is_named_with_what_would_make_more() -> None:
 def test_enough_steps_or_a_number_that_was_asked_for_are_no_doubt() -> None:
     assert hardly_any(FEW_STEPS, TrainConfig()) == ""
     assert hardly_any(1, TrainConfig(max_steps=1)) == ""
+
+
+def test_a_learning_rate_without_its_exponent_is_questioned() -> None:
+    assert "as in 5e-7?" in unusual_rate(TrainConfig(learning_rate=5))
+    assert unusual_rate(TrainConfig(learning_rate=0.02)) == ""  # of Muon
 
 
 def test_the_first_hour_is_told_how_little_it_is(
