@@ -35,7 +35,7 @@ def _precompute_ref(config: Config) -> None:
         terminal.warning(f"after this, dpo train would not start: {start.reason}")
     cache_dir = Path(config.reference.cache_dir)
     distributed.require_shared(cache_dir, "reference.cache_dir")
-    train_data, test_data, _ = open_data(config.data, config.model)
+    train_data, test_data, _ = open_data(config.data, config.model, config.loss)
     datasets = [data for data in (train_data, test_data) if data is not None]
     num_steps = preference_plan(train_data, config.train).num_steps
     warn_of_amount(num_steps, config.model, config.train)

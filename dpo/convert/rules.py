@@ -8,14 +8,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
-from dpo.config import LossConfig, ModelConfig, OptimizationConfig
+from dpo.config import ModelConfig, OptimizationConfig
 from dpo.config.foreign import BUILT_IN, KEYS, MISSING, VALUES
 from dpo.convert import data
 from dpo.convert.lines import Given, Line, Lines, mapped, not_mapped, not_needed
 from dpo.loss.catalog import LOSSES
 
-BATCH, EPOCHS, SCHEDULE, RATE, SEED, RANK, ALPHA = 8, 3, "linear", 1e-6, 42, 16, 0.5
+BATCH, EPOCHS, SCHEDULE, RATE, SEED, RANK = 8, 3, "linear", 1e-6, 42, 16
 """TRL's defaults, where ours differ or its file may leave them out."""
+OTHERWISE = {"ipo": "ipo_norm"}
+"""Losses of TRL that have another name here, because theirs stands for another definition."""
 BY_STEPS = "ours counts optimizer steps: dpo plan shows how many there are"
 
 
@@ -219,20 +221,21 @@ def _resuming(theirs: Given, given: Given) -> Lines:
 
 def _loss(theirs: Given, given: Given) -> Lines:
     named = given.get("loss_type") or "sigmoid"
-    names = [VALUES["loss.type"].get(name, name) for name in (named if isinstance(named, list) else [named])]
+    ours_of = VALUES["loss.type"] | OTHERWISE
+    names = [ours_of.get(name, name) for name in (named if isinstance(named, list) else [named])]
     weights = dict(zip(names, given.get("loss_weights") or [1.0] * len(names), strict=False))
+    sft = (weights.pop("sft", 0) if len(weights) > 1 else 0) + (given.get("rpo_alpha") or 0)
+    smoothing = given.get("label_smoothing") or 0.0
     kept = {name: weight for name, weight in weights.items() if name in LOSSES}
     ours: dict[str, Any] = {}
     if "loss_type" in theirs and kept:
         ours["loss.type"] = next(iter(kept)) if len(kept) == 1 else [*kept]
     if {*kept.values()} - {1}:
         ours["loss.weights"] = [*kept.values()]
-    if given.get("rpo_alpha"):
-        ours["loss.sft_weight"] = given["rpo_alpha"]
-    if (smoothing := given.get("label_smoothing")) or "exo_pair" in kept:
+    if sft:
+        ours["loss.sft_weight"] = sft
+    if smoothing or "exo_pair" in kept:
         ours["loss.label_smoothing"] = smoothing or 0.001  # TRL's own for exo_pair
-    if given.get("use_weighting"):
-        ours["loss.pair_weights"] = "wpo"
     if ours:
         yield mapped(theirs, ours)
     elif theirs and kept:
@@ -251,10 +254,24 @@ def _ld_alpha(theirs: Given, given: Given) -> Lines:
 def _divergence(theirs: Given, given: Given) -> Lines:
     if not theirs:
         return
-    kind = str(given.get("f_divergence_type", "reverse_kl")).lower().rpartition(".")[2]
-    line = _choice(LossConfig, theirs, "loss.f_divergence", kind)
-    alpha = given.get("f_alpha_divergence_coef", ALPHA)
-    yield mapped(theirs, line.ours | {"loss.f_alpha": alpha}) if "alpha" in line.ours.values() else line
+    named = str(given.get("f_divergence_type", "reverse_kl")).lower().rpartition(".")[2]
+    alpha = 1 - float(given.get("f_alpha_divergence_coef", 0.5))
+    name = named.removesuffix("_divergence")
+    if name == "reverse_kl":
+        yield not_needed(theirs, "the default")
+    elif name == "alpha" and 0 < alpha < 1:
+        yield mapped(theirs, {"loss.f_divergence": name, "loss.f_alpha": alpha}, "ours is 1 minus theirs")
+    elif name in ("forward_kl", "js"):
+        yield mapped(theirs, {"loss.f_divergence": name})
+    else:
+        yield not_mapped(theirs, "expected reverse_kl, forward_kl, js, or alpha with a number in (0, 1)")
+
+
+def _weighting(theirs: Given, given: Given) -> Lines:
+    if given.get("use_weighting"):
+        yield mapped(theirs, {"loss.pair_weights": "wpo"}, "ours are WPO's weights without their alignment")
+    elif theirs:
+        yield not_needed(theirs, "off")
 
 
 _LORA = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "lora_modules_to_save")
@@ -263,9 +280,10 @@ _RULES: dict[tuple[str, ...], Callable[[Given, Given], Lines]] = {
     ("attn_implementation", "use_flash_attention_2"): _attention,
     (*_LORA, "lora_target_parameters", "lora_task_type", "use_rslora", "use_dora"): _lora,
     data.KEYS: data.data_lines,
-    ("loss_type", "loss_weights", "rpo_alpha", "label_smoothing", "use_weighting"): _loss,
+    ("loss_type", "loss_weights", "rpo_alpha", "label_smoothing"): _loss,
     ("ld_alpha",): _ld_alpha,
     ("f_divergence_type", "f_alpha_divergence_coef"): _divergence,
+    ("use_weighting",): _weighting,
     ("lr_scheduler_type", "lr_scheduler_kwargs"): _schedule,
     ("warmup_ratio", "warmup_steps"): _warmup,
     ("optim",): _optimizer,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo.data.dataset import SourceGroups
-from dpo.evaluate.rewards import PairScores
+from dpo.evaluate.rewards import Float64s, PairScores
 from dpo.evaluate.statistics import mean_interval, ratio_interval, share_by_cluster
 
 
@@ -23,8 +23,23 @@ def pair_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[st
     found = scores.means() | scores.counts()
     found |= ratio_interval(scores.losses, scores.units, scores.groups).under("eval/loss")
     found |= share_by_cluster(scores.correct, scores.groups).under("eval/rewards/accuracies")
-    found |= mean_interval(scores.margins, scores.groups).under("eval/rewards/margins")
+    found |= mean_interval(margin_parts(scores), scores.groups).under("eval/rewards/margins")
     return found | length_summary(scores) | source_summary(scores, sources)
+
+
+def margin_parts(scores: PairScores) -> Float64s:
+    """(P,) values whose mean is that of the margins, and whose spread is that of their estimate.
+
+    Without rivals the margin is a difference of two means over different completions, and each adds its
+    distance from the mean of its label, times P over the number of its label.
+    """
+    if scores.has_rivals.any():
+        return scores.margins
+    chosen, rejected = scores.has_chosen, scores.has_rejected
+    of_label = np.where(chosen, scores.chosen_rewards, scores.rejected_rewards)
+    means = np.where(chosen, of_label[chosen].mean(), of_label[rejected].mean())
+    spread = np.where(chosen, 1 / chosen.sum(), -1 / rejected.sum()) * len(chosen) * (of_label - means)
+    return np.asarray(of_label[chosen].mean() - of_label[rejected].mean() + spread)
 
 
 def length_summary(scores: PairScores) -> dict[str, float]:
@@ -43,7 +58,7 @@ def length_summary(scores: PairScores) -> dict[str, float]:
         `length/accuracy/<name>/pairs`. Metrics without any pair are left out.
     """
     difference = scores.chosen_tokens - scores.rejected_tokens
-    differ = difference != 0
+    differ = (difference != 0) & scores.has_rivals
     found: dict[str, float] = {}
     if differ.any():
         longer_wins = np.where(difference > 0, scores.correct, 1 - scores.correct)
@@ -51,7 +66,8 @@ def length_summary(scores: PairScores) -> dict[str, float]:
         for name, values in shares.items():
             found |= share_by_cluster(values[differ], scores.groups[differ]).under(f"length/{name}")
         found["length/pairs"] = float(differ.sum())
-    for name, chosen in {"longer_chosen": difference > 0, "shorter_chosen": difference < 0}.items():
+    sides = {"longer_chosen": differ & (difference > 0), "shorter_chosen": differ & (difference < 0)}
+    for name, chosen in sides.items():
         if chosen.any():
             accuracy = share_by_cluster(scores.correct[chosen], scores.groups[chosen])
             found |= accuracy.under(f"length/accuracy/{name}")

@@ -17,7 +17,16 @@ import yaml
 from dpo.errors import UserError
 from dpo.files import UNIVERSAL, leftovers_of, remove, write_file
 
-PACKAGES = ("dpo", "torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "numpy")
+PACKAGES = (
+    "cached-dpo",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "tokenizers",
+    "datasets",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from end_to_end.shells import PYTHON_THAT_CHECKS, ROOT, script, shell
 
-SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.read_text().startswith("#!"))
+FILES = [path for path in (ROOT / "launch").iterdir() if path.is_file()]
+SCRIPTS = sorted(path for path in FILES if path.read_text().startswith("#!"))
 
 
 @pytest.fixture

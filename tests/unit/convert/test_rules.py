@@ -84,7 +84,7 @@ def test_the_compute_type(tmp_path: Path, given: dict[str, Any], dtype: str) -> 
 def test_a_mixed_loss_keeps_its_weights_and_what_is_unknown_of_it_is_named(tmp_path: Path) -> None:
     given = {"loss_type": ["dpo", "no_such", "ipo", "sft"], "loss_weights": [0.8, 0.2, 0.5, 2.0]}
     loss = parsed(tmp_path, given).loss
-    assert (loss.type, loss.weights) == (["sigmoid", "ipo", "sft"], [0.8, 0.5, 2.0])
+    assert (loss.type, loss.weights, loss.sft_weight) == (["sigmoid", "ipo_norm"], [0.8, 0.5], 2.0)
     (lost,) = [line for line in convert(given, 1) if line.became is Became.NOT_MAPPED]
     assert lost.theirs == "loss_type: no_such"
 
@@ -97,9 +97,14 @@ def test_a_mixed_loss_keeps_its_weights_and_what_is_unknown_of_it_is_named(tmp_p
         ({"loss_type": "exo_pair"}, "label_smoothing", 0.001),
         ({"loss_type": "robust", "label_smoothing": 0.2}, "label_smoothing", 0.2),
         ({"beta": 0.01}, "beta", 0.01),
-        ({"use_weighting": True}, "pair_weights", "wpo"),
+        ({"loss_type": "ipo"}, "type", "ipo_norm"),  # TRL's divides by the length
+        ({"loss_type": "sft"}, "type", "sft"),
+        ({"loss_type": "apo_zero_unpaired"}, "type", "apo_zero"),
+        ({"loss_type": "kto", "desirable_weight": 1.5}, "desirable_weight", 1.5),
         ({"f_divergence_type": "js_divergence"}, "f_divergence", "js"),
-        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}, "f_alpha", 0.3),
+        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.25}, "f_alpha", 0.75),
+        ({"f_divergence_type": "reverse_kl"}, "f_divergence", "reverse_kl"),
+        ({"use_weighting": True}, "pair_weights", "wpo"),
     ],
 )
 def test_options_of_the_loss(tmp_path: Path, given: dict[str, Any], key: str, value: Any) -> None:
