@@ -108,6 +108,11 @@ class PairScores:
         above = np.where(self.has_chosen, self.chosen_rewards - middle, middle - self.rejected_rewards)
         return np.where(self.has_rivals, margins, 2 * above)
 
+    def counts(self) -> dict[str, float]:
+        """How much the means are over: pairs, and prompts."""
+        prompts = np.unique(self.groups)
+        return {"eval/num_pairs": float(len(self.groups)), "eval/num_prompts": float(len(prompts))}
+
     def means(self) -> dict[str, float]:
         """The metrics under the names that training logs."""
         return {
