@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ BETA, SMOOTHING = 0.5, 0.1
 SMOOTHED_BY_PEERS = ("robust", "exo_pair", "aot", "aot_unpaired")
 """Types for which TRL uses label_smoothing too."""
 ALPHA = 0.3
+SIDES = ("chosen", "rejected", "mismatched")
 SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{
         name: ({"type": name}, {"loss_types": [{"ipo_norm": "ipo"}.get(name, name)]})
         for name, kind in LOSSES.items()
-        if kind.needs_reference and name not in ("plackett_luce", "ipo")
+        if kind.needs_reference and name not in ("plackett_luce", "ipo", "kto")
     },
     "forward KL": ({"f_divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
     "JS": ({"f_divergence": "js"}, {"f_divergence_type": "js_divergence"}),
@@ -46,8 +48,12 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"loss_types": ["hinge"], "f_divergence_type": "js_divergence"},
     ),
     "wpo": ({"pair_weights": "wpo"}, {"use_weighting": True}),
+    "kto": (
+        {"type": "kto", "desirable_weight": 1.2, "undesirable_weight": 0.8},
+        {"loss_type": "kto", "desirable_weight": 1.2, "undesirable_weight": 0.8},
+    ),
 }
-"""What is compared -> our options and those of TRL's DPOTrainer that mean the same."""
+"""What is compared -> our options and those of TRL's DPOTrainer, or KTOTrainer, that mean the same."""
 
 
 def options(name: str, *, smoothed: bool = True) -> LossConfig:
@@ -73,13 +79,14 @@ def along(name: str, margins: Tensor) -> tuple[Tensor, Tensor]:
     margins = margins.clone().requires_grad_()
     tokens = torch.full_like(margins, 10, dtype=torch.int64)
 
-    def pairs(chosen: Tensor, rejected: Tensor) -> PairLogProbs:
+    def pairs(chosen: Tensor, rejected: Tensor) -> PairLogProbs:  # with a KL of 0, for kto
         return PairLogProbs(
             chosen=chosen,
             rejected=rejected,
             chosen_tokens=tokens,
             rejected_tokens=tokens,
             chosen_sequences=torch.arange(len(margins)),
+            mismatched=torch.zeros(1),
         )
 
     base = torch.full_like(margins, -20.0)
@@ -94,7 +101,7 @@ def draw() -> Figure:
     panels = [
         ("Logistic and similar", ["sigmoid", "robust", "exo_pair", "sigmoid_norm", "discopop"]),
         ("Targets and hinges", ["ipo", "ipo_norm", "sppo_hard", "hinge"]),
-        ("Each completion separately", ["nca_pair", "apo_zero", "apo_down", "bco_pair"]),
+        ("Each completion separately", ["nca_pair", "apo_zero", "apo_down", "bco_pair", "kto"]),
         ("Rankings, and no reference", ["plackett_luce", "simpo", "orpo"]),
     ]
     margins = torch.linspace(-8, 8, 321, dtype=torch.float64)
@@ -130,15 +137,17 @@ def compare(peer: str) -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = {
         name: (-30 * torch.rand(64, dtype=torch.float64, generator=generator) - 1).tolist()
-        for name in ("chosen", "rejected", "reference_chosen", "reference_rejected")
+        for name in (*SIDES, *(f"reference_{side}" for side in SIDES))
     }
+    drawn["reference_mismatched"] = [logp - 2 for logp in drawn["reference_mismatched"]]  # a KL above 0
     tokens = {
         name: torch.randint(1, 30, (64,), generator=generator).tolist() for name in ("chosen", "rejected")
     }
+    aligned_to = (-3 * torch.rand(128, dtype=torch.float64, generator=generator)).tolist()  # per token
     cases = {
         name: {"beta": BETA, "label_smoothing": SMOOTHING, **theirs} for name, (_, theirs) in SAME.items()
     }
-    given = {"logps": drawn, "tokens": tokens, "cases": cases}
+    given = {"logps": drawn, "tokens": tokens, "aligned_to": aligned_to, "cases": cases}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "given.json"
         file.write_text(json.dumps(given))
@@ -147,13 +156,15 @@ def compare(peer: str) -> None:
     theirs = json.loads(found.stdout.splitlines()[-1])
     policy, reference = (
         PairLogProbs(
-            chosen=torch.tensor(drawn[f"{which}chosen"], dtype=torch.float64),
-            rejected=torch.tensor(drawn[f"{which}rejected"], dtype=torch.float64),
+            **{side: torch.tensor(drawn[f"{which}{side}"], dtype=torch.float64) for side in SIDES},
             chosen_tokens=torch.tensor(tokens["chosen"]),
             rejected_tokens=torch.tensor(tokens["rejected"]),
         )
         for which in ("", "reference_")
     )
+    per_token = policy.chosen / policy.chosen_tokens + policy.rejected / policy.rejected_tokens
+    aligned = per_token - torch.tensor(aligned_to, dtype=torch.float64).reshape(2, 64).sum(0)
+    policy = replace(policy, aligned=aligned)
     worst = 0.0
     for name, (options_of_ours, _) in SAME.items():
         smoothing: dict[str, Any] = {"label_smoothing": SMOOTHING} if name in SMOOTHED_BY_PEERS else {}

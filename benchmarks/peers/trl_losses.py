@@ -1,4 +1,4 @@
-"""TRL's losses on log-probs that are given, by its own DPOTrainer._compute_loss; run by benchmarks.losses.
+"""TRL's losses on log-probs that are given, by its own trainers' _compute_loss; run by benchmarks.losses.
 
 The trainer is a stand-in that has what that method reads, and the model gives the log-probs as they are,
 spread evenly over the tokens of each completion. Prints case -> mean loss as JSON.
@@ -10,7 +10,7 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import torch
-from trl import DPOTrainer  # type: ignore[import-not-found]
+from trl import DPOTrainer, KTOTrainer  # type: ignore[import-not-found]
 
 given = json.load(open(sys.argv[1]))  # noqa: SIM115, PTH123
 logps = {name: torch.tensor(values, dtype=torch.float64) for name, values in given["logps"].items()}
@@ -19,6 +19,7 @@ width = int(tokens.max())
 mask = (torch.arange(width) < tokens[:, None]).long()
 summed = torch.cat([logps["chosen"], logps["rejected"]])
 per_token = (summed / tokens)[:, None] * mask
+aligned_to = torch.tensor(given["aligned_to"], dtype=torch.float64)[:, None] * mask
 
 
 class Model:
@@ -38,7 +39,7 @@ class Model:
             entropy=nothing,
             mean_logits=nothing,
             is_top1=torch.zeros_like(mask, dtype=torch.bool),
-            log_sum_sq_probs=nothing,  # of WPO's alignment, which is left out
+            log_sum_sq_probs=aligned_to.to(self.log_probs.dtype),
             loss=None,
         )
 
@@ -68,6 +69,8 @@ for name, options in given["cases"].items():
             "_metrics": {"train": defaultdict(list)},
             "_total_train_tokens": 0,
             "_tp_size": 1,
+            "calculate_KL": True,
+            "_compute_kl_logps": lambda *_: logps["mismatched"],
             **options,
         }
     )
@@ -79,5 +82,10 @@ for name, options in given["cases"].items():
         "ref_chosen_logps": logps["reference_chosen"].to(dtype),
         "ref_rejected_logps": logps["reference_rejected"].to(dtype),
     }
-    found[name] = float(DPOTrainer._compute_loss(trainer, trainer.model, inputs, False))
+    if name == "kto":  # each completion with its label
+        inputs["label"] = torch.arange(len(tokens)) < len(tokens) // 2
+        inputs["ref_logps"] = torch.cat([inputs.pop("ref_chosen_logps"), inputs.pop("ref_rejected_logps")])
+        inputs["ref_KL_logps"] = logps["reference_mismatched"]
+    kind = KTOTrainer if name == "kto" else DPOTrainer
+    found[name] = float(kind._compute_loss(trainer, trainer.model, inputs, False))
 print(json.dumps(found))

@@ -152,6 +152,12 @@ def _preference_problems(config: Config) -> Iterator[str]:
     yield from loss_problems(config.loss)
     if needs_whole_step(config.loss) and config.train.backward == "direct":
         yield f"train.backward: direct; {config.loss.type} needs the whole step: set auto or cached"
+    if needs_whole_step(config.loss) and config.train.pairs_per_step < 2:
+        losses = ", ".join(names_of(config.loss))
+        yield (
+            f"train.pairs_per_step: {config.train.pairs_per_step}; {losses} compares the pairs of a step: "
+            "expected at least 2, and far more"
+        )
     if "plackett_luce" in names_of(config.loss) and not config.data.group_pairs:
         yield "data.group_pairs: false; plackett_luce ranks the completions of a group: set true"
     yield from _budget_problems(

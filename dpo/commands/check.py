@@ -6,9 +6,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from dpo import distributed, terminal
+from dpo.commands.amount import unusual_rate
 from dpo.commands.best_of import check_best_of
-from dpo.commands.inputs import settings_of
-from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig
+from dpo.commands.inputs import check_labels, refuse_labels, settings_of
+from dpo.config import Config, DataConfig, LossConfig, ModelConfig, OptimizationConfig, SftConfig
 from dpo.data.build import open_datasets, test_sources_of, train_sources_of
 from dpo.data.preview import preview_data
 from dpo.data.text import check_text, is_text
@@ -50,6 +51,8 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     check_launcher(os.environ, file=Path(launcher) if launcher else None, trained=trained)
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
+    if (said := unusual_rate(config.train)) and not _stage_follows():
+        terminal.warning(said)
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
         deepspeed = deepspeed_settings(os.environ, file=Path(launcher) if launcher else None)
@@ -69,7 +72,7 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
             check_model_path(config.reference.model, "reference.model")
             if Path(config.model.name_or_path).is_dir() and Path(config.reference.model).is_dir():
                 check_vocabulary(config.model, config.reference)
-        check_data(config.data, config.model, exact=exact)
+        check_data(config.data, config.model, exact=exact, loss=config.loss)
         if command == "evaluate":
             finished_model(config)
         if command == "best-of":
@@ -80,8 +83,10 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
 
 
-def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
+def check_data(data: DataConfig, model: ModelConfig, *, exact: bool, loss: LossConfig | None = None) -> None:
     """Reads and tokenizes some rows of every source, or all; says so, and what of them is not used.
+
+    With a loss, also whether the rows are such as it needs.
 
     Raises:
         UserError: What training would refuse, of tokenizer, weights, lengths and these rows.
@@ -98,13 +103,22 @@ def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
         assert tokenizer is not None
         found = open_datasets(data, tokenizer, positions)
         largest = max(data_set.largest_id for data_set in found if data_set is not None)
+        if loss is not None:
+            check_labels(loss, *found)
     else:
-        notes, warnings, largest = preview_data(train, test, data, tokenizer, positions)
-        if "ACCELERATE_CONFIG" not in os.environ:  # where a stage follows, it will say this itself
+        notes, warnings, largest, labelled = preview_data(train, test, data, tokenizer, positions)
+        if loss is not None and labelled:
+            refuse_labels(loss, labelled, "labels")
+        if not _stage_follows():
             terminal.note(*notes)
             terminal.warning(*warnings)
     if model.name_or_path:
         check_token_ids(model, largest, "model.name_or_path")
+
+
+def _stage_follows() -> bool:
+    """Whether launch/run checks for a stage, which will say notes and warnings itself."""
+    return "ACCELERATE_CONFIG" in os.environ
 
 
 def check_start(folder: RunFolder, settings: Settings, options: OptimizationConfig) -> None:

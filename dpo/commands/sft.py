@@ -3,14 +3,17 @@
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed
+from dpo.commands.amount import ran, warn_of_amount
 from dpo.commands.inputs import settings_of
 from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
+from dpo.data.records import NO_RIVAL
 from dpo.data.text import is_text, open_text_or_preferences, read_lines
 from dpo.engine.engine import Engine
 from dpo.engine.scoring import token_budget
@@ -47,6 +50,8 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
     tokenizer, positions = open_tokenizer(config, folder)
     train_data, test_data = open_text_or_preferences(config.data, tokenizer, positions)
     for data in (train_data, test_data):
+        if data is not None:
+            refuse_undesirable(data)
         if data is not None and config.model.scratch is None:
             check_token_ids(config.model, data.largest_id, "model.name_or_path")
     fingerprints = {"data.train": train_data.content_digest()}
@@ -62,6 +67,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         pairs_per_step=config.train.sequences_per_step,
         max_steps=config.train.max_steps,
     )
+    warn_of_amount(plan.num_steps, config.model, config.train)
     alive.loading("loading the model")
     dtype, scratch = weight_dtype(accelerator, config.model), config.model.scratch
     model = None
@@ -84,6 +90,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
     alive.loading("preparing the engine")
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, [data for data in (train_data, test_data) if data is not None])
+    described = f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens"
     return Session(
         folder=folder,
         settings=settings,
@@ -93,7 +100,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         objective=NextTokenObjective(dataset=train_data),
         plan=plan,
         tokenizer=tokenizer,
-        description=f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens",
+        description=described,
         guard=guard,
         evaluate=partial(evaluate_policy, held_out=test_data) if test_data is not None else None,
         card=partial(
@@ -102,6 +109,12 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
             model=config.model,
             data=config.data,
             train=config.train,
+            ran=ran(
+                plan.num_steps,
+                config.train,
+                described,
+                f"{len(test_data)} sequences" if test_data is not None else "",
+            ),
         ),
         fingerprints=fingerprints,
         checkpoint=checkpoint,
@@ -142,3 +155,14 @@ def open_tokenizer(config: SftConfig, folder: RunFolder) -> tuple[PreTrainedToke
 
     distributed.on_main(make)
     return load_tokenizer(ModelConfig(name_or_path=str(folder.tokenizer))), scratch_positions(scratch)
+
+
+def refuse_undesirable(data: TokenizedDataset) -> None:
+    """Raises UserError where a prompt has no completion to learn, since all are labelled undesirable."""
+    groups = np.repeat(np.arange(len(data)), data.pairs_per_group)
+    bad = np.setdiff1d(groups, groups[data.pairs[:, 0] != NO_RIVAL])
+    if len(bad):
+        raise UserError(
+            f"data.train: {len(bad)} of {len(data)} prompts have completions with the label false alone; sft "
+            "learns those with the label true: leave the other rows out"
+        )

@@ -26,6 +26,10 @@ class LossConfig:
     """Temperature of discopop's mixing."""
     simpo_gamma: NotNegative = 0.5
     """Target margin of simpo."""
+    desirable_weight: Positive = 1.0
+    """Weight of desirable completions in kto: raise it where there are fewer of them."""
+    undesirable_weight: Positive = 1.0
+    """Weight of undesirable completions in kto."""
     sft_weight: NotNegative = 0.0
     """Weight of the chosen completion's negative log-likelihood per token, added to any loss over pairs."""
     ld_alpha: Annotated[float, Within("[0, 1]")] | None = None

@@ -6,6 +6,7 @@ undesirable. A completion with a label is a pair with one side; the other adds n
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor
 
@@ -36,6 +37,22 @@ def bco_pair(pairs: Pairs, loss: LossConfig) -> LossValues:
     shift = (_mean(so_far, CHOSEN, NUM_CHOSEN) + _mean(so_far, REJECTED, NUM_REJECTED)) / 2
     losses = pairs.by_side(-F.logsigmoid(chosen - shift), -F.logsigmoid(shift - rejected))
     return LossValues(losses=losses, sums=sums)
+
+
+def kto(pairs: Pairs, loss: LossConfig) -> Tensor:
+    """KTO: the utility that prospect theory gives to a reward, against what the policy gains on average.
+
+        [l_w (1 - sigma(beta (h_w - z))) + l_l (1 - sigma(beta (z - h_l)))] / (number of sides)
+
+    arXiv 2402.01306: z = max(0, E[log pi(y'|x) - log ref(y'|x)]) without gradient, the KL to the
+    reference as the paper estimates it, over all prompts x of the optimizer step with a completion y' of
+    another prompt; l_w = `loss.desirable_weight` and l_l = `loss.undesirable_weight`, both > 0. For labels
+    such as thumbs up and down. (l_w + l_l) / 4 for a pair where policy = reference.
+    """
+    assert pairs.kl is not None
+    desirable = loss.desirable_weight * torch.sigmoid(loss.beta * (pairs.kl - pairs.chosen_logratios))
+    undesirable = loss.undesirable_weight * torch.sigmoid(loss.beta * (pairs.rejected_logratios - pairs.kl))
+    return pairs.by_side(desirable, undesirable) / (pairs.has_chosen.long() + pairs.has_rejected.long())
 
 
 def _mean(sums: Mapping[str, float] | Mapping[str, Tensor], total: str, number: str) -> float | Tensor:

@@ -112,6 +112,7 @@ class Fit:
         machine: Machine,
         *,
         state_bytes: float,
+        most_tokens: int,
     ) -> None:
         """Does not rehearse yet.
 
@@ -123,6 +124,7 @@ class Fit:
             data: The training data.
             machine: Where the run is to take place.
             state_bytes: What the optimizer keeps per trained parameter.
+            most_tokens: What a rank gets of a step at most: no micro-batch is larger.
         """
         self._model, self._described, self._shape = model, described, shape
         self._data, self._machine = data, machine
@@ -130,8 +132,11 @@ class Fit:
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
         self._done: dict[tuple[int, torch.dtype, Recomputed], Rehearsal] = {}
-        self.requested = max(train.max_tokens_per_micro_batch or GPU_TOKENS, data.longest)
-        """Tokens of a micro-batch: those of the configuration, or of the longest group if it is larger."""
+        budget = train.max_tokens_per_micro_batch or GPU_TOKENS
+        self.requested = max(min(budget, most_tokens), data.longest)
+        """Tokens of a micro-batch: those of the configuration, or fewer where the data makes no larger one,
+        or of the longest group if it is larger.
+        """
 
     def ways(self, *, recomputed: Recomputed) -> list[Way]:
         """Every sharding that is possible with this number of GPUs, compute type and optimizer."""

@@ -92,6 +92,7 @@ def make_plan(
     machine: Machine,
     *,
     exact: bool,
+    mismatched: bool = False,
 ) -> Plan:
     """Plans a training run.
 
@@ -102,6 +103,7 @@ def make_plan(
         train: The optimizer, the batches and the length of the run.
         machine: What it is to run on.
         exact: Tokenize all data instead of a sample.
+        mismatched: Whether the loss needs completions of other prompts; see `dpo.data.mismatched`.
 
     Raises:
         UserError: The model or the data does not exist, or the policy cannot be trained.
@@ -113,7 +115,9 @@ def make_plan(
         bare = empty_policy(described, model, dtype=DTYPES[model.dtype])
     shape, work = shape_of(bare, quantized=model.quantization is not None), work_of(bare)
     machine = machine.running(shape.parameters)
-    splits = sample_data(data, load_tokenizer(model), max_positions(model), exact=exact)
+    splits = sample_data(
+        data, load_tokenizer(model), max_positions(model), exact=exact, mismatched=mismatched
+    )
     batches = BatchPlan(
         splits["train"].pairs_per_group,
         seed=train.seed,
@@ -122,7 +126,16 @@ def make_plan(
         max_steps=train.max_steps,
     )
     of_optimizer = state_bytes(bare, train.optimizer) / shape.trainable
-    fit = Fit(model, train, described, shape, splits["train"], machine, state_bytes=of_optimizer)
+    fit = Fit(
+        model,
+        train,
+        described,
+        shape,
+        splits["train"],
+        machine,
+        state_bytes=of_optimizer,
+        most_tokens=_most_tokens(batches, splits["train"], machine.num_gpus),
+    )
     advice = fit.advice()
     balance = _balance(batches, splits["train"], machine.num_gpus, advice.max_tokens_per_micro_batch)
     messages = traffic(
@@ -212,6 +225,14 @@ def _balance(batches: BatchPlan, train: SampledData, ranks: int, budget: int) ->
         slowest, mean = slowest + float(np.max(loads)), mean + float(np.mean(loads))
         micro_batches.append(len(shares[0]))
     return Balance(rank_excess=slowest / mean - 1, micro_batches=float(np.mean(micro_batches)))
+
+
+def _most_tokens(batches: BatchPlan, train: SampledData, ranks: int) -> int:
+    """Tokens that the most loaded rank gets of a step, over `SAMPLED_STEPS` steps of the run."""
+    numbers = np.unique(np.linspace(1, batches.num_steps, SAMPLED_STEPS).astype(int))
+    steps = (train.stand_in[batches.step(int(number)).groups] for number in numbers)
+    work = [train.sample.sizes(groups, "packed").work for groups in steps]
+    return max(int(of.sum()) // ranks + int(of.max()) for of in work)
 
 
 def _forward_flops_of_run(batches: BatchPlan, train: SampledData, work: Work) -> float:

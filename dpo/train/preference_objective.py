@@ -13,8 +13,8 @@ from dpo.data.plan import Int64s
 from dpo.data.preference_data import PreferenceData
 from dpo.data.trees import Layout, Tree, TreeBatch
 from dpo.loss.accuracy import accuracies
-from dpo.loss.catalog import needs_whole_step
-from dpo.loss.pairs import PairLogProbs, pair_logps
+from dpo.loss.catalog import needs_aligned, needs_whole_step
+from dpo.loss.pairs import PairLogProbs, aligned_pair_logps, pair_logps
 from dpo.loss.preference_loss import preference_loss
 from dpo.tracking.metrics import MetricSums
 
@@ -44,6 +44,11 @@ class PreferenceObjective:
         """Whether the loss weighs tokens."""
         return self.loss_config.ld_alpha is not None
 
+    @property
+    def aligned(self) -> bool:
+        """Whether pairs are weighted by how likely the policy is to write them."""
+        return needs_aligned(self.loss_config)
+
     def count(self, groups: Int64s) -> float:
         """Pairs of these groups, by their weights; or how many groups, where the loss is one of groups."""
         return self.data.count(groups)
@@ -70,12 +75,9 @@ class PreferenceObjective:
         """Sum of the pairs' losses; over all ranks where the loss needs the whole step. See `Objective`."""
         alpha = self.loss_config.ld_alpha
         assert batch.pair_weights is not None
-        policy = pair_logps(logps, batch.pairs, batch.num_tokens, alpha)
-        reference = (
-            None
-            if batch.reference is None
-            else pair_logps(batch.reference, batch.pairs, batch.num_tokens, alpha)
-        )
+        named = (batch.pairs, batch.num_tokens, alpha, batch.mismatched)
+        policy = aligned_pair_logps(logps, *named) if self.aligned else pair_logps(logps, *named)
+        reference = None if batch.reference is None else pair_logps(batch.reference, *named)
         first = 0
         if self.needs_whole_step:
             policy, first = over_ranks(policy)
@@ -84,17 +86,21 @@ class PreferenceObjective:
         mine = slice(first, first + len(batch.pairs))
         chosen, rejected = result.chosen_rewards[mine], result.rejected_rewards[mine]
         losses = result.losses if self.needs_whole_step else batch.pair_weights * result.losses
-        recorded = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "rewards/accuracies": accuracies(result, policy, self.loss_config, self.dtype)[mine],
-            "logps/chosen": policy.chosen[mine].detach(),
-            "logps/rejected": policy.rejected[mine].detach(),
-        }
-        sums.add_values({name: values.sum() for name, values in recorded.items()}, len(chosen))
+        # A side that a label does not have adds 0, and is not counted.
+        num_both = batch.num_chosen + batch.num_rejected - len(chosen)
+        both = (batch.pairs >= 0).all(1)
+        correct = accuracies(result, policy, self.loss_config, self.dtype)[mine]
+        for name, (rewards, logps_of), number in (
+            ("chosen", (chosen, policy.chosen), batch.num_chosen),
+            ("rejected", (rejected, policy.rejected), batch.num_rejected),
+        ):
+            of_side = {f"rewards/{name}": rewards.sum(), f"logps/{name}": logps_of[mine].detach().sum()}
+            sums.add_values(of_side, number)
+        of_pairs = {"rewards/margins": chosen - rejected, "rewards/accuracies": correct}
+        sums.add_values({name: (both * values).sum() for name, values in of_pairs.items()}, num_both)
         sums.add_values({"loss": losses[mine].detach().sum()}, batch.loss_count)
-        sums.add_totals({f"{LOSS_SUM}{name}": value.detach() for name, value in result.sums.items()})
+        counted = not self.needs_whole_step or distributed.is_main()  # or every rank would add all pairs
+        sums.add_totals({f"{LOSS_SUM}{name}": counted * value for name, value in result.sums.items()})
         # A batch without pairs still depends on the policy, so that its backward pass runs on every rank.
         return losses.sum() + 0.0 * logps.sum()
 
@@ -115,7 +121,8 @@ class PreferenceObjective:
 def over_ranks(own: PairLogProbs) -> tuple[PairLogProbs, int]:
     """The pairs of all ranks in rank order, with gradient to this rank's, and where this rank's begin."""
     values = torch.stack([own.chosen, own.rejected, own.chosen_tokens, own.rejected_tokens]).detach().cpu()
-    gathered = distributed.gather_objects(values.double().numpy())
+    others = None if own.mismatched is None else own.mismatched.detach().cpu().double().numpy()
+    gathered = distributed.gather_objects((values.double().numpy(), others))
     device = own.chosen.device
     parts = [
         PairLogProbs(
@@ -123,8 +130,9 @@ def over_ranks(own: PairLogProbs) -> tuple[PairLogProbs, int]:
             rejected=torch.from_numpy(part[1]).to(device),
             chosen_tokens=torch.from_numpy(part[2]).long().to(device),
             rejected_tokens=torch.from_numpy(part[3]).long().to(device),
+            mismatched=None if mismatched is None else torch.from_numpy(mismatched).to(device),
         )
-        for part in gathered
+        for part, mismatched in gathered
     ]
     rank = distributed.rank()
     return own.joined(parts, rank), sum(len(part.chosen) for part in parts[:rank])

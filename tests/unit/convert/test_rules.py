@@ -46,23 +46,26 @@ def test_a_batch_counts_on_every_gpu_and_accumulated_pass(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "steps"),
+    ("given", "steps", "share"),
     [
-        ({"warmup_steps": 30}, 30),
-        ({"warmup_ratio": 0.0}, 0),
-        ({"warmup_ratio": 0.05, "max_steps": 400}, 20),
-        ({"warmup_steps": 0.05, "max_steps": 400}, 20),  # a share, in transformers 5
-        ({"warmup_ratio": 0.1}, 1_000_000),  # of which training takes a tenth of the run
+        ({"warmup_steps": 30}, 30, None),
+        ({"warmup_ratio": 0.0}, 0, None),
+        ({"warmup_ratio": 0.05}, 150, 0.05),
+        ({"warmup_steps": 0.05}, 150, 0.05),  # in transformers 5
     ],
 )
-def test_a_warm_up_is_a_number_of_steps(tmp_path: Path, given: dict[str, Any], steps: int) -> None:
-    assert parsed(tmp_path, given).train.warmup_steps == steps
+def test_a_warm_up_is_a_number_of_steps_or_a_share(
+    tmp_path: Path, given: dict[str, Any], steps: int, share: float | None
+) -> None:
+    train = parsed(tmp_path, given).train
+    assert (train.warmup_steps, train.warmup_ratio) == (steps, share)
 
 
-def test_a_share_of_an_unknown_number_of_steps_is_named() -> None:
-    found = line_of("warmup_ratio", {"warmup_ratio": 0.03})
-    assert (found.became, found.ours) == (Became.NOT_MAPPED, {})
-    assert "0.03 of the run" in found.said
+@pytest.mark.parametrize(("more", "least"), [({"min_lr_rate": 0.1}, 5e-8), ({"min_lr": 2e-8}, 2e-8)])
+def test_a_decay_that_ends_above_0(tmp_path: Path, more: dict[str, float], least: float) -> None:
+    given = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": more, "learning_rate": 5e-7}
+    train = parsed(tmp_path, given).train
+    assert (train.schedule, train.min_learning_rate) == ("cosine", pytest.approx(least))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ def test_the_compute_type(tmp_path: Path, given: dict[str, Any], dtype: str) -> 
 def test_a_mixed_loss_keeps_its_weights_and_what_is_unknown_of_it_is_named(tmp_path: Path) -> None:
     given = {"loss_type": ["dpo", "no_such", "ipo", "sft"], "loss_weights": [0.8, 0.2, 0.5, 2.0]}
     loss = parsed(tmp_path, given).loss
-    assert (loss.type, loss.weights, loss.sft_weight) == (["sigmoid", "ipo"], [0.8, 0.5], 2.0)
+    assert (loss.type, loss.weights, loss.sft_weight) == (["sigmoid", "ipo_norm"], [0.8, 0.5], 2.0)
     (lost,) = [line for line in convert(given, 1) if line.became is Became.NOT_MAPPED]
     assert lost.theirs == "loss_type: no_such"
 
@@ -94,10 +97,26 @@ def test_a_mixed_loss_keeps_its_weights_and_what_is_unknown_of_it_is_named(tmp_p
         ({"loss_type": "exo_pair"}, "label_smoothing", 0.001),
         ({"loss_type": "robust", "label_smoothing": 0.2}, "label_smoothing", 0.2),
         ({"beta": 0.01}, "beta", 0.01),
+        ({"loss_type": "ipo"}, "type", "ipo_norm"),  # TRL's divides by the length
+        ({"loss_type": "sft"}, "type", "sft"),
+        ({"loss_type": "apo_zero_unpaired"}, "type", "apo_zero"),
+        ({"loss_type": "kto", "desirable_weight": 1.5}, "desirable_weight", 1.5),
+        ({"f_divergence_type": "js_divergence"}, "f_divergence", "js"),
+        ({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.25}, "f_alpha", 0.75),
+        ({"f_divergence_type": "reverse_kl"}, "f_divergence", "reverse_kl"),
+        ({"use_weighting": True}, "pair_weights", "wpo"),
     ],
 )
 def test_options_of_the_loss(tmp_path: Path, given: dict[str, Any], key: str, value: Any) -> None:
     assert getattr(parsed(tmp_path, given).loss, key) == value
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("adamw_torch_fused", "adamw"), ("adamw_bnb_8bit", "adamw_8bit"), ("paged_adamw_32bit", "paged_adamw")],
+)
+def test_optimizers(tmp_path: Path, theirs: str, ours: str) -> None:
+    assert parsed(tmp_path, {"optim": theirs, "adam_epsilon": 1e-6}).train.optimizer == ours
 
 
 def test_token_weights_need_token_log_probs(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def logps(chosen: list[float], rejected: list[float], dtype: torch.dtype = torch
         chosen_tokens=torch.full((len(chosen),), 4),
         rejected_tokens=torch.full((len(chosen),), 2),
         chosen_sequences=torch.arange(len(chosen)),
+        mismatched=torch.tensor([-5.0, -7.0], dtype=dtype),  # equal in policy and reference: a KL of 0
     )
 
 
@@ -82,6 +83,7 @@ BY_HAND = {
     "simpo": -log_sigmoid(0.5 * (-1.75 + 3.3) - 0.75),
     "orpo": 1.75 - 0.5 * log_sigmoid(odds(-1.75) - odds(-3.3)),
     "sft": 1.75,
+    "kto": (s(-0.5) + s(-0.3)) / 2,
     "bco_pair": -2 * log_sigmoid(0.4),  # rewards 0.5 and -0.3 around their mean 0.1
 }
 AT_REFERENCE = {
@@ -104,6 +106,7 @@ AT_REFERENCE = {
     "orpo": 2.0 - 0.5 * log_sigmoid(odds(-2.0) - odds(-3.0)),
     "sft": 2.0,
     "bco_pair": 2 * LN2,
+    "kto": 0.5,
 }
 
 
@@ -135,6 +138,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
             chosen_tokens=reference.chosen_tokens,
             rejected_tokens=reference.rejected_tokens,
             chosen_sequences=reference.chosen_sequences,
+            mismatched=reference.mismatched,
         )
         return preference_loss(policy, reference, config(name), so_far=SO_FAR).losses
 
@@ -299,7 +303,8 @@ def test_a_pair_is_the_sum_of_its_two_completions_with_labels(name: str) -> None
         return preference_loss(*given, config(name), so_far=SO_FAR).losses.item()
 
     sides = [loss_of(only(policy, side), only(reference, side)) for side in ("chosen", "rejected")]
-    assert loss_of(policy, reference) == pytest.approx(sum(sides), rel=1e-12)
+    both = sum(sides) / 2 if name == "kto" else sum(sides)  # a mean over completions
+    assert loss_of(policy, reference) == pytest.approx(both, rel=1e-12)
     desirable = only(policy, "chosen")
     desirable.rejected.requires_grad_()
     desirable.chosen.requires_grad_()
@@ -308,3 +313,18 @@ def test_a_pair_is_the_sum_of_its_two_completions_with_labels(name: str) -> None
     slopes = torch.autograd.grad(losses.sum(), ends, materialize_grads=True)
     assert slopes[0].item() != 0
     assert slopes[1].item() == 0
+
+
+def test_kto_measures_rewards_from_the_kl_of_mismatched_completions() -> None:
+    """h_w = 1, h_l = -0.6; mismatched log-ratios 3, -1 and 1: a KL of 1 nat, which has no gradient."""
+    policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
+    mismatched = torch.tensor([-2.0, -6.0, -4.0], dtype=torch.float64, requires_grad=True)
+    policy = replace(policy, mismatched=mismatched)
+    reference = replace(reference, mismatched=torch.full((3,), -5.0, dtype=torch.float64))
+    loss = config("kto", desirable_weight=2.0, undesirable_weight=0.5)
+    found = preference_loss(policy, reference, loss).losses
+    assert found.item() == pytest.approx((2 * (1 - s(0.5 * 0)) + 0.5 * (1 - s(0.5 * 1.6))) / 2, rel=1e-12)
+    assert not found.requires_grad
+    below = replace(policy, mismatched=torch.tensor([-9.0, -9.0, -9.0], dtype=torch.float64))
+    found = preference_loss(below, reference, loss).losses  # an estimate below 0 counts as 0
+    assert found.item() == pytest.approx((2 * (1 - s(0.5)) + 0.5 * (1 - s(0.3))) / 2, rel=1e-12)

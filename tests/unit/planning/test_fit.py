@@ -44,6 +44,7 @@ def fit(
     requested: int = 1000,
     longest: int = 10,
     optimizer: Any = "adamw",
+    most_tokens: int = 10**9,
     **model: Any,
 ) -> Fit:
     """A policy on GPUs with `room` usable bytes."""
@@ -56,7 +57,14 @@ def fit(
         data,
         Machine(num_gpus=gpus, gpu_memory=-int(-room // USABLE), gpu_flops=1.0, mfu=0.5),
         state_bytes=8,
+        most_tokens=most_tokens,
     )
+
+
+def test_a_micro_batch_is_no_larger_than_a_ranks_part_of_a_step() -> None:
+    assert fit(1400, requested=1000, most_tokens=300).requested == 300
+    assert fit(1400, requested=1000, most_tokens=3000).requested == 1000
+    assert fit(1400, requested=1000, longest=400, most_tokens=300).requested == 400
 
 
 def chosen(advice: Advice) -> tuple[Name | None, int, Any]:
