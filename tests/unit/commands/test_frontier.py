@@ -197,6 +197,7 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
             stuck_after_seconds=11.0,
             peak_tflops=12.0,
             trackers=["wandb"],
+            push_to_hub="user/name",
             pairs_per_step=13,
         ),
     )
