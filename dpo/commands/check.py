@@ -48,7 +48,8 @@ def check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
 def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     folder = RunFolder(Path(config.run_dir))
     launcher = os.environ.get("ACCELERATE_CONFIG")
-    check_launcher(os.environ, file=Path(launcher) if launcher else None)
+    trained = config.model if command in ("train", "sft") else None
+    check_launcher(os.environ, file=Path(launcher) if launcher else None, trained=trained)
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
     if (said := unusual_rate(config.train)) and not _stage_follows():
@@ -142,8 +143,10 @@ def finished_model(config: Config) -> ModelConfig:
                 + (", ".join(kept) or "none")
             )
         raise UserError(f"run_dir: no trained model in {folder}; run train first")
+    is_adapter = (folder / "adapter_config.json").is_file()
     return ModelConfig(
         name_or_path=str(folder),
+        quantization=config.model.quantization if is_adapter else None,
         dtype=config.model.dtype,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,

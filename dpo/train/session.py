@@ -28,7 +28,7 @@ from dpo.guards.guard import Guard
 from dpo.model.files import first_line
 from dpo.model.flops import forward_flops, known_peak, work_of
 from dpo.model.load import DTYPES
-from dpo.model.lora import export_trained
+from dpo.model.lora_export import export_trained
 from dpo.tracking.metrics import Evaluation, MetricSums
 from dpo.tracking.monitor import Monitor
 from dpo.tracking.run_folder import RunFolder, settings_text
