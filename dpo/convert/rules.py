@@ -269,7 +269,7 @@ def _divergence(theirs: Given, given: Given) -> Lines:
 
 def _weighting(theirs: Given, given: Given) -> Lines:
     if given.get("use_weighting"):
-        yield mapped(theirs, {"loss.pair_weights": "wpo"}, "ours are WPO's weights without their alignment")
+        yield mapped(theirs, {"loss.pair_weights": "wpo"})
     elif theirs:
         yield not_needed(theirs, "off")
 

@@ -60,7 +60,9 @@ def direct_passes(
     engine, objective, done = session.engine, session.objective, list[Done]()
     for micro in _step(session, batches, timed):
         with timed.forward.running():
-            logps = engine.score(micro.batch, last=micro.last, per_token=objective.per_token)
+            logps = engine.score(
+                micro.batch, last=micro.last, per_token=objective.per_token, aligned=objective.aligned
+            )
         loss = objective.loss(logps, micro.batch, sums)
         engine.accumulate(loss / micro.count, last=micro.last)
         done.append(Done(micro=micro, loss=loss.detach()))
@@ -79,7 +81,10 @@ def cached_passes(
     whole, count = pieces[0].whole, pieces[0].count
     assert whole is not None
     with timed.forward.running():
-        scored = [engine.score_only(piece.batch, per_token=objective.per_token) for piece in pieces]
+        scored = [
+            engine.score_only(piece.batch, per_token=objective.per_token, aligned=objective.aligned)
+            for piece in pieces
+        ]
     lengths = [_num_values(piece, per_token=objective.per_token) for piece in pieces]
     if sum(lengths):
         values = torch.cat([part[:length] for part, length in zip(scored, lengths, strict=True)])
@@ -95,7 +100,9 @@ def cached_passes(
         first += length
         alive.step(f"step {piece.step.number}, backward pass {piece.index + 1} of {piece.of}")
         with timed.forward.running():
-            again = engine.score(piece.batch, last=piece.last, per_token=objective.per_token)
+            again = engine.score(
+                piece.batch, last=piece.last, per_token=objective.per_token, aligned=objective.aligned
+            )
         surrogate = (again[:length] * own).sum() * valid + 0.0 * again.sum()
         engine.accumulate(surrogate, last=piece.last)
         done.append(Done(micro=piece, loss=own.sum()))
