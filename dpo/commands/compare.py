@@ -102,11 +102,11 @@ def compare_runs(folders: Sequence[Path], output: Path) -> None:
     write_file(output / "comparison.json", json.dumps(numbers, indent=2))
     width = shutil.get_terminal_size((80, 24)).columns
     terminal.warning(*differ)
-    terminal.note(table(runs, sections, width))
+    shown = [table(runs, sections, width)]
     if samples:
         columns = ("query", *(run.label for run in runs))
-        terminal.note("", side_by_side(columns, [(None, row) for row in samples], width))
-    terminal.event("comparison", numbers)
+        shown += ["", side_by_side(columns, [(None, row) for row in samples], width)]
+    terminal.answer("comparison", "\n".join(shown), {"runs": numbers, "differ": differ})
     terminal.summary("compare", {"written": f"{output / 'comparison.md'}\nfigures and numbers are beside it"})
 
 

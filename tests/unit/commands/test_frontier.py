@@ -174,8 +174,11 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
         ),
         train=TrainConfig(
             schedule="cosine",
+            min_learning_rate=1e-9,
             warmup_steps=3,
+            warmup_ratio=0.2,
             optimizer="rmsprop",
+            adam_epsilon=1e-6,
             adam_betas=(0.5, 0.6),
             weight_decay=0.1,
             max_grad_norm=10.0,
