@@ -42,7 +42,7 @@ def check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         _check(command, config, exact=exact)
     if terminal.mode() == "plain":
         print(f"{command}: configuration, model files and data are in order", file=sys.stderr)
-    print(config.run_dir)
+    terminal.answer("check", config.run_dir, {"command": command, "run_dir": config.run_dir})
 
 
 def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
