@@ -21,6 +21,7 @@ from dpo.model.files import check_model_path, check_token_ids, max_positions, nu
 from dpo.model.load import load_tokenizer
 from dpo.model.lora import check_policy
 from dpo.reference.vocabulary import check_vocabulary
+from dpo.tracking.hub import check_repository
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.run_lock import refuse_if_in_use
 from dpo.tracking.trackers import check_trackers
@@ -41,7 +42,7 @@ def check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         _check(command, config, exact=exact)
     if terminal.mode() == "plain":
         print(f"{command}: configuration, model files and data are in order", file=sys.stderr)
-    print(config.run_dir)
+    terminal.answer("check", config.run_dir, {"command": command, "run_dir": config.run_dir})
 
 
 def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
@@ -58,6 +59,8 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         deepspeed = deepspeed_settings(os.environ, file=Path(launcher) if launcher else None)
         check_optimizer(config.train, config.model, deepspeed)
         check_trackers(config.train.trackers)
+        if config.train.push_to_hub is not None:
+            check_repository(config.train.push_to_hub)
         refuse_if_in_use(folder, patient=False)
         check_start(folder, settings_of(config), config.train)
     if isinstance(config, SftConfig):

@@ -2,7 +2,7 @@
 
 import json
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.commands.inputs import quieten_libraries
 from dpo.config import Config
 from dpo.loss.catalog import needs_mismatched
@@ -34,4 +34,5 @@ def plan(
         exact=exact,
         mismatched=needs_mismatched(config.loss),
     )
-    print(json.dumps(as_json(made), indent=2) if as_numbers else page(made))
+    numbers = as_json(made)
+    terminal.answer("plan", json.dumps(numbers, indent=2) if as_numbers else page(made), numbers)

@@ -155,6 +155,8 @@ class OptimizationConfig:
     """End the run, writing the stacks of all ranks, after this long without progress."""
     peak_tflops: Positive | None = None
     """Of one device in the compute type, for perf/mfu. Default: known for common GPUs in bfloat16."""
+    push_to_hub: str | None = None
+    """Upload the finished model to this hub repository, such as user/name, private if it is new."""
     trackers: list[str] = field(default_factory=list)
     """Accelerate's trackers to use besides TensorBoard, such as wandb or mlflow, installed and logged in."""
 

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from dpo.config import ModelConfig, ReferenceConfig, flat
 from dpo.errors import UserError
 from dpo.files import sha256_of, write_file
@@ -138,6 +140,21 @@ def is_remembered(model: ModelConfig, cache_dir: Path) -> bool:
     known = _read_hashes(cache_dir / HASHES_FILE)
     paths = [path.resolve() for path in weight_files(base_of(model))]
     return all(_is_blob(path) or _known(known, path) is not None for path in paths)
+
+
+def known_names(identity: ReferenceIdentity, cache_dir: Path) -> list[str]:
+    """Folders and hub names under which this machine has the model's weights, as far as it remembers.
+
+    Args:
+        identity: Of the model.
+        cache_dir: Root of the caches, where file hashes are remembered.
+    """
+    wanted = {*identity.weights.values(), *identity.adapter.values()}
+    known = _read_hashes(cache_dir / HASHES_FILE).items()
+    folders = {str(Path(path).parent) for path, entry in known if entry.get("sha256") in wanted}
+    blobs = (path for digest in wanted for path in Path(HF_HUB_CACHE).glob(f"models--*/blobs/{digest}"))
+    hub = {path.parents[1].name.removeprefix("models--").replace("--", "/") for path in blobs}
+    return sorted(folders | hub)
 
 
 def policy_is_reference(policy: ModelConfig, identity: ReferenceIdentity, cache_dir: Path) -> bool:

@@ -153,7 +153,8 @@ class Session:
                 prepare_checkpoints(self.folder, resumed=self.checkpoint is not None)
         self.saves_in_background = self._saves_in_background()
         self.group_flops, self.peak_flops = self._flops()
-        trackers = open_trackers(self.options.trackers, self.folder.path, flat(self.settings.values))
+        settings = flat(self.settings.values)
+        trackers = open_trackers(self.options.trackers, self.folder.path, settings, self.folder.identity)
         self.monitor = Monitor(
             self.folder,
             num_steps=self.plan.num_steps,
