@@ -1,10 +1,9 @@
-"""By how much rounding moves log-probs: rows beside others, in 4 and 8 bits too, and an adapter that is merged.
+"""By how much rounding moves log-probs: rows beside others, in 4 and 8 bits too, and a merged adapter.
 
     python -m benchmarks.rounding path/to/SmolLM2-135M-Instruct        the numbers of docs/adapters.md
 
 The audit of a cache allows a tolerance per row. The same rows are scored alone and in one batch, and the
-largest difference is given as a share of that tolerance. An adapter of rank 8 with random weights is merged and
-not.
+largest difference is given as a share of it. An adapter of rank 8 with random weights is merged and not.
 """
 
 import argparse
