@@ -63,11 +63,22 @@ def check_launcher(
         settings = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if settings != "none":
             stage = read_settings(Path(settings))["zero_optimization"].get("stage", 0)
-        if str(stage) == "3" and trained is not None and trained.quantization is not None:
-            raise UserError(
-                f"model.quantization: {trained.quantization}; ZeRO-3 cannot shard weights in 4 bits: take a "
-                "launch file of ZeRO-2, launch/one_node.yaml, or leave model.quantization out"
-            )
+        if str(stage) == "3" and trained is not None:
+            _check_zero_3(trained)
+
+
+def _check_zero_3(model: ModelConfig) -> None:
+    """Refuses what does not go together with ZeRO-3."""
+    if model.quantization is not None:
+        raise UserError(
+            f"model.quantization: {model.quantization}; ZeRO-3 cannot shard weights in 4 bits: take a "
+            "launch file of ZeRO-2, launch/one_node.yaml, or leave model.quantization out"
+        )
+    if model.gradient_checkpointing == "selective":
+        raise UserError(
+            "model.gradient_checkpointing: selective; it has not been tried under ZeRO-3, which gathers "
+            "weights between what is kept: set full"
+        )
 
 
 def deepspeed_settings(environment: Mapping[str, str], *, file: Path | None = None) -> dict[str, Any] | None:

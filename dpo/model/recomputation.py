@@ -81,8 +81,8 @@ class _Attention:
 class _Keep(TorchDispatchMode):
     """Keeps what attention computes, in order.
 
-    torch's own selective checkpoints follow every operation of a block, and fail where the second pass has
-    others: under ZeRO-3 weights are gathered in both passes, but not always the same ones.
+    torch's own selective checkpoints compare every operation of both passes, so that they fail where the
+    second has others, as where ZeRO-3 gathers weights; and they do not see a change in place through a view.
     """
 
     def __init__(self, attention: _Attention, kept: deque[Any]) -> None:

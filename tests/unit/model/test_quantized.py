@@ -273,6 +273,9 @@ def test_zero_3_is_refused_before_a_model_is_loaded(base: Path) -> None:
     check_launcher(environment | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, trained=configured(base))
     with pytest.raises(UserError, match=r"model\.quantization: nf4; ZeRO-3 cannot shard"):
         check_launcher(environment, trained=configured(base))
+    selective = replace(configured(base), quantization=None, gradient_checkpointing="selective")
+    with pytest.raises(UserError, match=r"gradient_checkpointing: selective; .* under ZeRO-3.*: set full"):
+        check_launcher(environment, trained=selective)
 
 
 def test_the_commands_agree(

@@ -78,7 +78,7 @@ def chosen(advice: Advice) -> tuple[Name | None, int, Any]:
         (1200, ("ZeRO-3", 1000, False)),
         (1050, ("ZeRO-3 offload", 1000, False)),
         (700, ("ZeRO-2", 400, False)),  # smaller micro-batches before recomputation
-        (240, ("ZeRO-3", 280, "selective")),
+        (240, ("ZeRO-3", 1000, "full")),
         (110, ("ZeRO-3 offload", 1000, "full")),
         (60, ("ZeRO-3 offload", 600, "full")),
         (0, (None, 1000, "full")),
@@ -95,6 +95,14 @@ def test_less_memory_changes_the_advice_in_this_order(
 def test_recomputation_that_is_configured_is_kept() -> None:
     for kind, said in ((True, "full"), ("full", "full"), ("selective", "selective")):
         assert chosen(fit(1400, gradient_checkpointing=kind).advice()) == ("ZeRO-2", 1000, said)
+
+
+def test_activations_are_recomputed_but_those_of_attention_where_that_is_enough() -> None:
+    advice = fit(700, gpus=1, optimizer="adafactor").advice()  # which cannot be offloaded
+    assert chosen(advice) == ("no DeepSpeed", 400, "selective")
+    assert "but those of attention are recomputed" in advice.reason
+    sharded = {way.sharding for way in fit(700).ways(recomputed="selective")}
+    assert not any(name.startswith("ZeRO-3") for name in sharded)
 
 
 def test_one_gpu_trains_without_deepspeed() -> None:
