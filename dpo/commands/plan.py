@@ -5,6 +5,7 @@ import json
 from dpo import distributed
 from dpo.commands.inputs import quieten_libraries
 from dpo.config import Config
+from dpo.loss.catalog import needs_whole_step
 from dpo.planning.fit import Machine
 from dpo.planning.plan import make_plan
 from dpo.planning.text import as_json, page
@@ -24,5 +25,13 @@ def plan(
     quieten_libraries()
     distributed.start()
     machine = Machine(num_gpus=num_gpus, gpu_memory=gpu_memory, gpu_flops=gpu_flops, mfu=mfu)
-    made = make_plan(config.model, config.data, config.reference, config.train, machine, exact=exact)
+    made = make_plan(
+        config.model,
+        config.data,
+        config.reference,
+        config.train,
+        machine,
+        exact=exact,
+        whole_step=needs_whole_step(config.loss),
+    )
     print(json.dumps(as_json(made), indent=2) if as_numbers else page(made))

@@ -96,6 +96,8 @@ class Advice:
     gradient_checkpointing: bool
     launcher: str
     reason: str
+    cached: bool
+    """Whether steps compute their gradient the cached way, in which a group may be cut into pieces."""
 
 
 class Fit:
@@ -111,6 +113,7 @@ class Fit:
         machine: Machine,
         *,
         state_bytes: float,
+        cached: bool = False,
     ) -> None:
         """Does not rehearse yet.
 
@@ -122,15 +125,18 @@ class Fit:
             data: The training data.
             machine: Where the run is to take place.
             state_bytes: What the optimizer keeps per trained parameter.
+            cached: With a cached gradient: a micro-batch may be a piece of a group.
         """
         self._model, self._described, self._shape = model, described, shape
-        self._data, self._machine = data, machine
+        self._trees = data.piece if cached else data.trees
+        self._cached, self._machine = cached, machine
+        self._longest = data.longest_sequence if cached else data.longest
         self._optimizer, self._state_bytes = OPTIMIZERS[train.optimizer], state_bytes
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
         self._done: dict[tuple[int, torch.dtype, bool], Rehearsal] = {}
-        self.requested = max(train.max_tokens_per_micro_batch or GPU_TOKENS, data.longest)
-        """Tokens of a micro-batch: those of the configuration, or of the longest group if it is larger."""
+        self.requested = max(train.max_tokens_per_micro_batch or GPU_TOKENS, self._longest)
+        """Tokens of a micro-batch: those of the configuration, or the fewest possible if that is more."""
 
     def ways(self, *, checkpointing: bool) -> list[Way]:
         """Every sharding that is possible with this number of GPUs, compute type and optimizer."""
@@ -159,18 +165,19 @@ class Fit:
             for least in (self.requested, self.requested // LARGEST_CUT):
                 for way in ways:
                     budget = min(self.requested, way.largest_micro_batch)
-                    if budget >= max(least, self._data.longest) and (way.fits or least < self.requested):
+                    if budget >= max(least, self._longest) and (way.fits or least < self.requested):
                         return self._take(way, budget, ways, checkpointing=checkpointing)
         for way in ways:
-            if way.largest_micro_batch >= self._data.longest:
+            if way.largest_micro_batch >= self._longest:
                 return self._take(way, way.largest_micro_batch, ways, checkpointing=True)
         return Advice(
             sharding=None,
             max_tokens_per_micro_batch=self.requested,
             gradient_checkpointing=True,
             launcher="",
-            reason="nothing fits, not even one group at a time with recomputed activations: use more or "
-            "larger GPUs",
+            reason=f"nothing fits, not even one {'completion' if self._cached else 'group'} at a time with "
+            "recomputed activations: use more or larger GPUs",
+            cached=self._cached,
         )
 
     def _in_order(self, *, checkpointing: bool) -> list[Way]:
@@ -207,6 +214,7 @@ class Fit:
             gradient_checkpointing=checkpointing,
             launcher=launcher,
             reason="; ".join([*reason, kind]),
+            cached=self._cached,
         )
 
     def _way(self, sharding: Name, *, checkpointing: bool) -> Way:
@@ -220,9 +228,9 @@ class Fit:
                 state_bytes=self._state_bytes,
             )
 
-        requested, longest = memory(self.requested), self._data.longest
-        # The line starts at the longest group: its slope then includes the projection's peak, and is too
-        # steep rather than too flat.
+        requested, longest = memory(self.requested), self._longest
+        # The line starts at the smallest micro-batch: its slope then includes the projection's peak, and is
+        # too steep rather than too flat.
         sizes = [longest, max(self.requested, 2 * longest)]
         most = largest_fitting([(tokens, memory(tokens).total) for tokens in sizes], self._room)
         rounded = min(most, MOST_TOKENS) // ROUNDED * ROUNDED
@@ -246,7 +254,7 @@ class Fit:
             self._done[key] = rehearse(
                 self._described,
                 replace(self._model, gradient_checkpointing=checkpointing),
-                self._data.trees(tokens),
+                self._trees(tokens),
                 dtype=weights,
                 autocast=weights != self._dtype,
                 gpu=True,

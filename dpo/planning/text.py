@@ -138,6 +138,8 @@ def _advice(plan: Plan) -> Iterator[str]:
     yield f"           --train.max_tokens_per_micro_batch {advice.max_tokens_per_micro_batch}"
     if advice.gradient_checkpointing:
         yield "           --model.gradient_checkpointing true"
+    if advice.cached:
+        yield "           --train.backward cached (pieces of a group, for a further forward pass)"
     yield f"           {advice.reason}"
 
 
