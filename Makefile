@@ -9,6 +9,7 @@ PYTHON3 ?= python3
 CONFIG ?= configs/demo.yaml
 SFT_CONFIG = $(if $(filter command line environment,$(origin CONFIG)),$(CONFIG),configs/demo_sft.yaml)
 NPROC ?=
+VERSIONS ?= requirements.lock
 MODEL ?=
 ARGS ?=
 LABELS ?= sentiment
@@ -26,13 +27,13 @@ slowest := --durations=10
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  \1\t/' | expand -t 20
 
-setup: $(ready) ## create .venv with the exact versions of requirements.lock and install the project
+setup: $(ready) ## create .venv with the exact versions of requirements.lock (VERSIONS=requirements.minimum: the oldest) and install the project
 
-$(ready): requirements.lock pyproject.toml
+$(ready): $(VERSIONS) pyproject.toml
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "setup: $$($(PYTHON3) --version) is too old; expected Python 3.11 or newer (make setup PYTHON3=...)" >&2; exit 2; }
 	$(PYTHON3) -m venv .venv
-	$(py) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(py) -m pip install --quiet --disable-pip-version-check -r $(VERSIONS)
 	$(py) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
@@ -54,7 +55,9 @@ plan: $(ready) ## estimate memory, time and disk for CONFIG: make plan CONFIG=..
 precompute-ref: $(ready) ## fill the cache of reference log-probabilities for CONFIG; takes seconds if it is full
 	$(launch) precompute-ref --config $(CONFIG) $(model_key) $(ARGS)
 
-train: precompute-ref ## train the policy with CONFIG, after precompute-ref
+train: $(ready) ## train the policy with CONFIG, after precompute-ref; starts neither where training would be refused
+	@ACCELERATE_CONFIG="$${ACCELERATE_CONFIG:-}" $(py) -m dpo check train --quiet --config $(CONFIG) $(model_key) $(ARGS) >/dev/null
+	$(launch) precompute-ref --config $(CONFIG) $(model_key) $(ARGS)
 	$(launch) train --config $(CONFIG) $(model_key) $(ARGS)
 
 eval: $(ready) ## evaluate CONFIG's run: held-out metrics, samples side by side, report

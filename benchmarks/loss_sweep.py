@@ -1,10 +1,11 @@
-"""Every loss on the demo, with one reference cache: the last table of docs/losses.md.
+"""Every loss on the demo, with one reference cache: the tables of docs/losses.md.
 
-    make demo && python -m benchmarks.loss_sweep
+    make demo && python -m benchmarks.loss_sweep [NAME ...]
 
 Trains and evaluates the demo's experiment with each loss in runs/losses/NAME (finished runs are skipped),
-checks that no reference log-prob is computed after the demo's own, and prints the table. Each loss has a
-beta of its usual size, without tuning.
+checks that no reference log-prob of a completion is computed after the demo's own, and prints the table. Each
+loss has a beta of its usual size, without tuning. `labels/NAME` trains on completions with labels: of each
+prompt's pair one side alone, by turns the chosen one, labelled true, and the rejected one, labelled false.
 """
 
 import json
@@ -12,6 +13,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 from dpo.loss.catalog import LOSSES
 from dpo.report import labels
@@ -32,6 +35,23 @@ COLUMNS = (
 )
 
 
+LABELLED = [f"labels/{name}" for name in ("kto", "bco_pair", "apo_zero")]
+LABELS = Path("runs/losses/labels.jsonl")
+
+
+def write_labels(pairs: Path, labels: Path) -> None:
+    """Writes one labelled completion of each prompt, by turns a desirable and an undesirable one."""
+    labels.parent.mkdir(parents=True, exist_ok=True)
+    with labels.open("w") as file:
+        for number, row in enumerate(pq.read_table(pairs).to_pylist()):
+            side = ("rejected", "chosen")[number % 2]
+            completion = row["completions"][row["pairs"][0][side]]
+            file.write(
+                json.dumps({"prompt": row["prompt"], "completion": completion, "label": side == "chosen"})
+                + "\n"
+            )
+
+
 def stage(command: str, *keys: str) -> str:
     """Runs a stage on the CPU, like launch/demo; returns its output."""
     environment = {
@@ -48,16 +68,20 @@ def stage(command: str, *keys: str) -> str:
 
 def main() -> None:
     """Runs what is missing, and prints one row per loss."""
+    write_labels(Path("data/demo/train.parquet"), LABELS)
     print("| loss | options | " + " | ".join(map(labels.short, COLUMNS)) + " |")
     print("|---" * (2 + len(COLUMNS)) + "|")
-    for name in LOSSES:
-        run_dir = Path("runs/losses") / name
-        options = OPTIONS.get(name, [])
-        keys = ["--run_dir", str(run_dir), "--loss.type", name, *options]
+    for name in sys.argv[1:] or [*LOSSES, *LABELLED]:
+        run_dir, loss = Path("runs/losses") / name, name.rpartition("/")[2]
+        options = OPTIONS.get(loss, [])
+        keys = ["--run_dir", str(run_dir), "--loss.type", loss, *options]
+        if name in LABELLED:
+            keys += ["--data.train", str(LABELS), "--data.test", "data/demo/test.parquet"]
+            keys += ["--data.append_eos", "false"]
         summary = run_dir / "report" / "summary.json"
         if not summary.is_file():
             output = stage("precompute-ref", *keys)
-            if " 0 computed" not in output and "not needed" not in output:
+            if " 0 computed" not in output and "not needed" not in output and not LOSSES[loss].mismatched:
                 sys.exit(f"{name}: the reference was computed again:\n{output}")
             stage("train", *keys)
             stage("evaluate", *keys)

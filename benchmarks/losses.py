@@ -26,10 +26,33 @@ from dpo.loss.preference_loss import preference_loss
 from dpo.report.figures import PALETTE, save_png
 
 BETA, SMOOTHING = 0.5, 0.1
-PEERS = [name for name, kind in LOSSES.items() if kind.needs_reference and name != "plackett_luce"]
-"""Types that TRL's DPOTrainer has too."""
-SMOOTHED_BY_PEERS = ("robust", "exo_pair")
+SMOOTHED_BY_PEERS = ("robust", "exo_pair", "aot", "aot_unpaired")
 """Types for which TRL uses label_smoothing too."""
+ALPHA = 0.3
+SIDES = ("chosen", "rejected", "mismatched")
+SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{
+        name: ({"type": name}, {"loss_types": [{"ipo_norm": "ipo"}.get(name, name)]})
+        for name, kind in LOSSES.items()
+        if kind.needs_reference and name not in ("plackett_luce", "ipo", "kto")
+    },
+    "forward KL": ({"f_divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
+    "JS": ({"f_divergence": "js"}, {"f_divergence_type": "js_divergence"}),
+    "alpha": (
+        {"f_divergence": "alpha", "f_alpha": ALPHA},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 - ALPHA},
+    ),
+    "hinge, JS": (
+        {"type": "hinge", "f_divergence": "js"},
+        {"loss_types": ["hinge"], "f_divergence_type": "js_divergence"},
+    ),
+    "wpo": ({"pair_weights": "wpo"}, {"use_weighting": True}),
+    "kto": (
+        {"type": "kto", "desirable_weight": 1.2, "undesirable_weight": 0.8},
+        {"loss_type": "kto", "desirable_weight": 1.2, "undesirable_weight": 0.8},
+    ),
+}
+"""What is compared -> our options and those of TRL's DPOTrainer, or KTOTrainer, that mean the same."""
 
 
 def options(name: str, *, smoothed: bool = True) -> LossConfig:
@@ -55,19 +78,19 @@ def along(name: str, margins: Tensor) -> tuple[Tensor, Tensor]:
     margins = margins.clone().requires_grad_()
     tokens = torch.full_like(margins, 10, dtype=torch.int64)
 
-    def pairs(chosen: Tensor, rejected: Tensor) -> PairLogProbs:
+    def pairs(chosen: Tensor, rejected: Tensor) -> PairLogProbs:  # with a KL of 0, for kto
         return PairLogProbs(
             chosen=chosen,
             rejected=rejected,
             chosen_tokens=tokens,
             rejected_tokens=tokens,
             chosen_sequences=torch.arange(len(margins)),
+            mismatched=torch.zeros(1),
         )
 
     base = torch.full_like(margins, -20.0)
-    losses = preference_loss(
-        pairs(base + margins / 2, base - margins / 2), pairs(base, base), options(name)
-    ).losses
+    policy = pairs(base + margins / 2, base - margins / 2)
+    losses = preference_loss(policy, pairs(base, base), options(name), so_far={}).losses
     (gradient,) = torch.autograd.grad(losses.sum(), margins)
     return losses.detach(), gradient
 
@@ -76,8 +99,8 @@ def draw() -> Figure:
     """Each loss and its gradient against the margin, in four panels."""
     panels = [
         ("Logistic and similar", ["sigmoid", "robust", "exo_pair", "sigmoid_norm", "discopop"]),
-        ("Targets and hinges", ["ipo", "sppo_hard", "hinge"]),
-        ("Each completion separately", ["nca_pair", "apo_zero", "apo_down"]),
+        ("Targets and hinges", ["ipo", "ipo_norm", "sppo_hard", "hinge"]),
+        ("Each completion separately", ["nca_pair", "apo_zero", "apo_down", "bco_pair", "kto"]),
         ("Rankings, and no reference", ["plackett_luce", "simpo", "orpo"]),
     ]
     margins = torch.linspace(-8, 8, 321, dtype=torch.float64)
@@ -109,42 +132,42 @@ def draw() -> Figure:
 
 
 def compare(peer: str) -> None:
-    """Prints the difference to TRL for each type; exits with status 1 if one is above 1e-6."""
+    """Prints the difference to TRL for each of `SAME`; exits with status 1 if one is above 1e-6."""
     generator = torch.Generator().manual_seed(0)
     drawn = {
         name: (-30 * torch.rand(64, dtype=torch.float64, generator=generator) - 1).tolist()
-        for name in ("chosen", "rejected", "reference_chosen", "reference_rejected")
+        for name in (*SIDES, *(f"reference_{side}" for side in SIDES))
     }
+    drawn["reference_mismatched"] = [logp - 2 for logp in drawn["reference_mismatched"]]  # a KL above 0
     tokens = {
         name: torch.randint(1, 30, (64,), generator=generator).tolist() for name in ("chosen", "rejected")
     }
-    given = {"logps": drawn, "tokens": tokens, "types": PEERS, "beta": BETA, "label_smoothing": SMOOTHING}
+    cases = {
+        name: {"beta": BETA, "label_smoothing": SMOOTHING, **theirs} for name, (_, theirs) in SAME.items()
+    }
+    given = {"logps": drawn, "tokens": tokens, "cases": cases}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "given.json"
         file.write_text(json.dumps(given))
         script = str(Path(__file__).parent / "peers" / "trl_losses.py")
-        found = subprocess.run([peer, script, str(file)], capture_output=True, text=True, check=True)
+        found = subprocess.run([peer, script, str(file)], stdout=subprocess.PIPE, text=True, check=True)
     theirs = json.loads(found.stdout.splitlines()[-1])
+    policy, reference = (
+        PairLogProbs(
+            **{side: torch.tensor(drawn[f"{which}{side}"], dtype=torch.float64) for side in SIDES},
+            chosen_tokens=torch.tensor(tokens["chosen"]),
+            rejected_tokens=torch.tensor(tokens["rejected"]),
+        )
+        for which in ("", "reference_")
+    )
     worst = 0.0
-    for name in PEERS:
-        policy, reference = (
-            PairLogProbs(
-                chosen=torch.tensor(drawn[f"{which}chosen"], dtype=torch.float64),
-                rejected=torch.tensor(drawn[f"{which}rejected"], dtype=torch.float64),
-                chosen_tokens=torch.tensor(tokens["chosen"]),
-                rejected_tokens=torch.tensor(tokens["rejected"]),
-            )
-            for which in ("", "reference_")
-        )
-        loss = options(name, smoothed=name in SMOOTHED_BY_PEERS)
-        ours = preference_loss(policy, reference, loss).losses.mean().item()
+    for name, (options_of_ours, _) in SAME.items():
+        smoothing: dict[str, Any] = {"label_smoothing": SMOOTHING} if name in SMOOTHED_BY_PEERS else {}
+        loss = LossConfig(beta=BETA, **smoothing, **options_of_ours)
+        ours = preference_loss(policy, reference, loss, so_far={}).losses.mean().item()
         difference = abs(ours - theirs[name]) / max(1.0, abs(theirs[name]))
-        by_definition = name == "ipo"
-        worst = worst if by_definition else max(worst, difference)
-        note = "another definition: TRL divides by the length" if by_definition else ""
-        print(
-            f"{name:<14} ours {ours:12.8f}   TRL {theirs[name]:12.8f}   difference {difference:.1e}  {note}"
-        )
+        worst = max(worst, difference)
+        print(f"{name:<14} ours {ours:14.8f}   TRL {theirs[name]:14.8f}   difference {difference:.1e}")
     if worst > 1e-6:
         sys.exit(f"a loss differs by {worst:.1e}")
 

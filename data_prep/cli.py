@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data_prep.splits import Fold
+from data_prep.splits import part_of
 from dpo.errors import UserError
 
 
@@ -92,7 +92,7 @@ def _add_common_arguments(parser: argparse.ArgumentParser, *, has_input: bool) -
         )
         split.add_argument(
             "--fold",
-            type=_fold,
+            type=part_of,
             metavar="K/N",
             help="hold out the K-th of N equal parts of the prompts instead; 1/5 to 5/5 hold out each once",
         )
@@ -108,15 +108,6 @@ def _fraction(text: str) -> float:
     if not 0 <= (value := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text}; expected at least 0 and less than 1")
     return value
-
-
-def _fold(text: str) -> Fold:
-    number, _, of = text.partition("/")
-    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) and int(of) >= 2):
-        raise argparse.ArgumentTypeError(
-            f"{text}; expected K/N with 1 <= K <= N and N at least 2, such as 1/5"
-        )
-    return Fold(int(number), int(of))
 
 
 def _summary(output: Path) -> str:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from dpo import terminal
 from dpo.data.notes import RowNotes
-from dpo.data.records import PreferenceGroup
+from dpo.data.records import NO_RIVAL, PreferenceGroup
 from dpo.errors import UserError
 from dpo.files import publish_folder, sha256_of, sync_tree, temporary_of
 
@@ -131,7 +131,7 @@ class PreferenceWriter:
             {
                 "prompt": group.prompt,
                 "completions": group.completions,
-                "pairs": [pair._asdict() for pair in group.pairs],
+                **_preferences(group),
                 "scores": group.scores,
                 "id": group.id,
             }
@@ -146,6 +146,7 @@ class PreferenceWriter:
                 ("prompt", _MESSAGES if self._as_messages else pa.string()),
                 ("completions", pa.list_(pa.string())),
                 ("pairs", _PAIRS),
+                ("labels", pa.list_(pa.bool_())),
                 ("scores", pa.list_(pa.float64())),
                 ("id", pa.string()),
             ]
@@ -168,7 +169,7 @@ class PreferenceWriter:
             "dropped": dropped,
             "unused_columns": dict(self.notes.ignored.most_common()),
             "completions_are_complete": self._complete,
-            "created_with": version("dpo"),
+            "created_with": version("cached-dpo"),
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         (self.folder / MANIFEST).write_text(f"{text}\n", encoding="utf-8")
@@ -176,6 +177,14 @@ class PreferenceWriter:
         terminal.warning(*self.notes.warnings("input"))
         sync_tree(self.folder)
         publish_folder(self.folder, self._output)
+
+
+def _preferences(group: PreferenceGroup) -> dict[str, Any]:
+    """Pairs, or the label of each completion where they have no rivals."""
+    if not any(NO_RIVAL in pair for pair in group.pairs):
+        return {"pairs": [pair._asdict() for pair in group.pairs], "labels": None}
+    desirable = {pair.chosen for pair in group.pairs}
+    return {"pairs": None, "labels": [index in desirable for index in range(len(group.completions))]}
 
 
 def describe_arguments(args: argparse.Namespace) -> dict[str, Any]:

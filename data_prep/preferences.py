@@ -15,7 +15,8 @@ from dpo.data.rows import group_from_row
 from dpo.errors import UserError
 
 SUMMARY = (
-    "Any preference data: rows of prompt, chosen, rejected, or of prompt, completions and pairs or scores."
+    "Any preference data: rows of prompt, chosen, rejected, or of prompt, completions and pairs, scores or "
+    "labels."
 )
 
 

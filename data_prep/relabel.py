@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from data_prep.splits import prompt_key
-from dpo.data.records import Pair, PreferenceGroup
+from dpo.data.records import NO_RIVAL, Pair, PreferenceGroup
 
 Labels = Literal["given", "flipped", "shuffled"]
 LABELS: tuple[Labels, ...] = get_args(Labels)
@@ -38,7 +38,7 @@ def relabel(group: PreferenceGroup, labels: Labels, seed: int) -> PreferenceGrou
     stream = random.Random(hashlib.blake2b(content.encode("utf-8", "surrogatepass")).digest())
     order = list(range(len(group.completions)))
     stream.shuffle(order)  # completion i gets the score and rank of completion order[i]
-    place = {was: now for now, was in enumerate(order)}
+    place = {was: now for now, was in enumerate(order)} | {NO_RIVAL: NO_RIVAL}
     return replace(
         group,
         pairs=tuple(Pair(chosen=place[pair.chosen], rejected=place[pair.rejected]) for pair in group.pairs),

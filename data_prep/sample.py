@@ -20,6 +20,7 @@ from data_prep.prompts import (
     ready_prompts,
     text_prompts,
 )
+from data_prep.splits import part_of
 from dpo.config import ModelConfig
 from dpo.data.fields import RowError
 from dpo.data.pairing import PAIRING_RULES, pairs_from_scores
@@ -73,6 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_test_prompts",
         type=int,
         help="held-out prompts (default: test_fraction of num_prompts from text, all of a preference folder)",
+    )
+    add(
+        "--part",
+        type=part_of,
+        metavar="K/N",
+        help="only the K-th of N equal parts of the training prompts: the others are for other rounds",
+    )
+    add(
+        "--only_finished",
+        action="store_true",
+        help="leave out continuations that were cut at their longest length, and let EOS follow the others",
     )
     add("--prompt_tokens", type=int, default=64, help="length of a prompt from text, in tokens (default: 64)")
     add("--num_samples", type=int, default=4, help="continuations of each prompt (default: 4)")
@@ -129,7 +141,7 @@ def _writer(args: argparse.Namespace) -> PreferenceWriter:
     writer = PreferenceWriter(
         args.output,
         overwrite=args.overwrite,
-        completions_are_complete=False,
+        completions_are_complete=args.only_finished,
         source=describe_arguments(args),
     )
     path = Path(args.input)
@@ -163,6 +175,12 @@ def _prepare(
             num_test_prompts=num_test,
             seed=args.seed,
         )
+    if args.part is not None:
+        train = [prompt for prompt in prompts if prompt.split == "train"]
+        own = train[args.part.number - 1 :: args.part.of]
+        if not own:
+            raise UserError(f"--part: {args.part.of} parts of {len(train)} training prompts; expected fewer")
+        prompts = [*own, *(prompt for prompt in prompts if prompt.split == "test")]
     positions = max_positions(model)
     prepared = []
     for prompt in prompts:
@@ -189,7 +207,7 @@ def _continue(
     tokenizer: "PreTrainedTokenizerBase",
     args: argparse.Namespace,
 ) -> list[list[str]]:
-    """`num_samples` continuations of each prompt as text, on every rank."""
+    """`num_samples` continuations of each prompt as text, on every rank; blank is one that is left out."""
     from dpo import distributed
     from dpo.evaluate.sampling import sample, stop_ids_of
     from dpo.model.load import load_model
@@ -208,7 +226,13 @@ def _continue(
         progress="sample",
     )
     return [
-        [str(tokenizer.decode(one.ids, skip_special_tokens=True)) for one in several] for several in samples
+        [
+            str(tokenizer.decode(one.ids, skip_special_tokens=True))
+            if one.finished or not args.only_finished
+            else ""
+            for one in several
+        ]
+        for several in samples
     ]
 
 
@@ -226,7 +250,10 @@ def _groups(
         }
         pairs = pairs_from_scores(list(score_of.values()), args.pairing, args.min_margin) if score_of else ()
         if not pairs:
-            drops["identical_continuations" if len(score_of) < 2 else "no_pair_above_margin"] += 1
+            few = "identical_continuations"
+            if args.only_finished and sum(1 for text in texts[number] if text.strip()) < 2:
+                few = "too_few_finished_continuations"
+            drops[few if len(score_of) < 2 else "no_pair_above_margin"] += 1
             continue
         yield (
             prompt,

@@ -40,6 +40,16 @@ class Fold(NamedTuple):
         return (self.number - 1) / self.of, self.number / self.of
 
 
+def part_of(text: str) -> Fold:
+    """`K/N` of the command line; argparse shows what is wrong with it."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) and int(of) >= 2):
+        raise argparse.ArgumentTypeError(
+            f"{text}; expected K/N with 1 <= K <= N and N at least 2, such as 1/5"
+        )
+    return Fold(int(number), int(of))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """The data that a source reads."""

@@ -19,6 +19,9 @@ def main() -> None:
     status = 1
     try:
         status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has gone, as in `dpo --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         traceback.print_exc()
     if "WORLD_SIZE" not in os.environ:

@@ -16,7 +16,7 @@ from dpo.data.preference_data import preference_data
 from dpo.engine.engine import Engine
 from dpo.engine.world import start
 from dpo.guards.guard import Guard
-from dpo.loss.catalog import LOSSES, averaged_over_groups, needs_reference
+from dpo.loss.catalog import LOSSES, averaged_over_groups, needs_mismatched, needs_reference
 from dpo.model.load import load_model, load_tokenizer
 from dpo.model.probe_trees import trees_of
 from dpo.reference.precompute import precompute
@@ -41,19 +41,29 @@ SWEEP: dict[str, dict[str, Any]] = {
     "lengths": {"ld_alpha": 0.5},
     "lengths and likelihood": {"type": "ipo", "ld_alpha": 0.0, "sft_weight": 1.0},
     "by scores": {"pair_weights": "score_margin"},
+    "labels, kto": {"type": "kto", "beta": 0.5, "undesirable_weight": 0.7},
+    "labels, bco": {"type": ["bco_pair", "sft"], "beta": 0.5},
+    "labels, apo": {"type": "apo_zero", "beta": 0.5},
+    "MPO": {"type": ["sigmoid", "bco_pair", "sft"], "weights": [0.8, 0.2, 1.0]},
+    "wpo": {"type": "ipo", "beta": 1e-3, "pair_weights": "wpo"},  # random weights: likelihoods near 0
+    "forward KL": {"f_divergence": "forward_kl"},
+    "JS": {"f_divergence": "js"},
+    "alpha": {"f_divergence": "alpha", "f_alpha": 0.3},
     "cached": {"type": "sigmoid", "beta": 0.3},
     "cached tokens": {"ld_alpha": 0.25},
     "cached group": {"type": "sigmoid", "beta": 0.4},
 }
 
 
-def experiment(folder: Path, model: Path) -> Config:
-    """Groups of two to four scored completions, which cover rankings, ties and weights."""
+def experiment(folder: Path, model: Path, *, labelled: bool) -> Config:
+    """Groups of two to four completions: scored, which cover rankings, ties and weights, or labelled."""
     return Config(
         run_dir=str(folder / "run"),
         model=ModelConfig(name_or_path=str(model), dtype="float32"),
         data=DataConfig(
-            train=str(folder / "scored.jsonl"), pairing="all", cache_dir=str(folder / "tokenized")
+            train=str(folder / ("labelled.jsonl" if labelled else "scored.jsonl")),
+            pairing="all",
+            cache_dir=str(folder / "tokenized"),
         ),
         reference=ReferenceConfig(cache_dir=str(folder / "reference"), store_token_logps=True),
         train=TrainConfig(learning_rate=1e-3, warmup_steps=0, pairs_per_step=24),
@@ -73,22 +83,30 @@ def write_scored(folder: Path) -> None:
         for n in range(24)
     ]
     (folder / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        row["labels"] = [score > 1 for score in row.pop("scores")]  # type: ignore[attr-defined]
+    (folder / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) -> None:
     """One rank's work: fills the cache, trains with every loss and budget; rank 0 writes the metrics."""
     os.environ.update(environment)
     distributed.start()
-    base = experiment(folder, model)
-    accelerator = start(base.model)
-    tokenizer = load_tokenizer(base.model)
-    data, _ = open_datasets(base.data, tokenizer, 64)
-    store = reference_store(base.model, Path(base.reference.cache_dir))
-    precompute(base.model, base.reference, [data], store)
+    bases = {labelled: experiment(folder, model, labelled=labelled) for labelled in (False, True)}
+    accelerator = start(bases[False].model)
+    tokenizer = load_tokenizer(bases[False].model)
+    datasets = {
+        (labelled, mismatched): open_datasets(base.data, tokenizer, 64, mismatched=mismatched)[0]
+        for labelled, base in bases.items()
+        for mismatched in (False, True)
+    }
+    store = reference_store(bases[False].model, Path(bases[False].reference.cache_dir))
+    precompute(bases[False].model, bases[False].reference, [*datasets.values()], store)
     found: dict[str, list[dict[str, float]]] = {}
     for name, options in SWEEP.items():
         loss = LossConfig(**options)
-        config = replace(base, loss=loss)
+        labelled = name.startswith("labels")
+        config, data = replace(bases[labelled], loss=loss), datasets[labelled, needs_mismatched(loss)]
         again = precompute(config.model, config.reference, [data], store)
         assert again.misses == 0, f"{name}: the reference was computed again"
         needed, per_token = needs_reference(loss), loss.ld_alpha is not None
@@ -101,6 +119,7 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
                 reference.values[0],
                 by_margin=loss.pair_weights == "score_margin",
                 over_groups=averaged_over_groups(loss),
+                mismatched=needs_mismatched(loss),
             ),
             loss_config=loss,
             dtype="float32",

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo import terminal
-from dpo.cli.parse import nearest, parse
+from dpo.cli.parse import parse
 from dpo.cli.table import COMMANDS, CONFIGURED, TOOLS
 from dpo.cli.tools import run_tool
 from dpo.config import Config, SftConfig
+from dpo.config.foreign import nearest
 from dpo.errors import RunFailed, RunInUse, StoppedBySignal, UserError
 from dpo.tracking.exit_record import record_end
 from dpo.tracking.run_folder import RunFolder

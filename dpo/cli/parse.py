@@ -3,7 +3,6 @@
 All problems are found at once, each with its place and, for an unknown key, the nearest legal one.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -13,9 +12,11 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from dpo.cli.expected import choices, in_words
 from dpo.cli.table import CONFIGURED
 from dpo.cli.validate import problems
 from dpo.config import Config, SftConfig
+from dpo.config.foreign import meant, nearest
 from dpo.errors import UserError
 
 
@@ -23,6 +24,8 @@ class _Leaf(NamedTuple):
     """One option of a configuration class."""
 
     type: Any
+    ranged: Any
+    """The same with the ranges of its numbers."""
     required: bool
     needed_with: str
     """The optional branch it lies in, with its dot: a required option in it is, once anything of it is
@@ -42,6 +45,8 @@ def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
     parser = ArgumentParser(prog=f"dpo {command}", description=CONFIGURED[command], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     parser.add_class_arguments(kind)
+    if files := [value for key, value in _words(arguments) if key == "config"]:
+        parser.set_defaults(run_dir=f"runs/{Path(files[-1]).stem}")
     if any(word in ("-h", "--help") for word in arguments):
         parser.print_help()
         raise SystemExit(0)
@@ -74,12 +79,12 @@ def checked(config: Config) -> Config:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     kind, given = type(config), asdict(config)
     leaves = _leaves(kind)
-    wrong = {
-        key: (value, _problem_of_type(leaves[key].type, value, as_text=False))
+    problems_of = (
+        _problem_of_type(key, leaves[key], value, as_text=False)
         for key, value in _flat(given, "", set(leaves))
         if key in leaves  # not an optional section that is left out
-    }
-    found = [f"{key}: {value!r}: {problem}" for key, (value, problem) in wrong.items() if problem]
+    )
+    found = [problem for problem in problems_of if problem]
     if not found:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(kind)
@@ -143,40 +148,42 @@ def _problems_of_values(kind: type, arguments: Sequence[str]) -> Iterator[str]:
     given: set[str] = set()
     for place, key, value in _given(kind, arguments):
         given.add(key)
-        if key in leaves and (problem := _problem_of_type(leaves[key].type, value, as_text=not place)):
-            yield f"{place}{key}: {value!r}: {problem}"
+        if key in leaves and (problem := _problem_of_type(key, leaves[key], value, as_text=not place)):
+            yield f"{place}{problem}"
     for key, leaf in leaves.items():
         branch_given = any(name.startswith(leaf.needed_with) for name in given)
         if leaf.required and key not in given and branch_given | (leaf.needed_with == ""):
             yield f"{key}: required"
 
 
-def _problem_of_type(expected: Any, value: Any, *, as_text: bool) -> str:
+def _problem_of_type(key: str, leaf: _Leaf, value: Any, *, as_text: bool) -> str:
     """What is wrong with the type of a value, which is text on the command line; nothing if it is right."""
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=expected)
+    parser.add_argument("--value", type=leaf.type)
     try:
         parser.parse_args([f"--value={value}"]) if as_text else parser.parse_object({"value": value})
-    except (ArgumentError, TypeError, ValueError) as error:
-        return _short(str(error))
+    except (ArgumentError, TypeError, ValueError):
+        return f"{key}: {value!r}; expected {in_words(leaf.ranged)}{meant(key, value, choices(leaf.type))}"
     return ""
 
 
 def _given(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any]]:
     """(place, dotted key, value) of everything the user gave: config files flattened, then arguments."""
-    words = iter(arguments)
     legal = set(_leaves(kind))
-    for word in words:
-        if not word.startswith("--"):
-            continue
-        key, separator, value = word[2:].partition("=")
-        if key in ("help", "print_config"):
-            continue
-        value = value if separator else next(words, "")
+    for key, value in _words(arguments):
         if key == "config":
             yield from ((f"{value}: ", *entry) for entry in _flat(_read_yaml(value), "", legal))
         else:
             yield "", key, value
+
+
+def _words(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(key, value) of the arguments, in their order."""
+    words = iter(arguments)
+    for word in words:
+        key, separator, value = word[2:].partition("=")
+        if word.startswith("--") and key not in ("help", "print_config"):
+            yield key, value if separator else next(words, "")
 
 
 def _read_yaml(name: str) -> dict[str, Any]:
@@ -233,7 +240,7 @@ def _flat(tree: dict[str, Any], prefix: str, legal: set[str]) -> Iterator[tuple[
 def _leaves(kind: type, prefix: str = "", optional_branch: str = "") -> dict[str, _Leaf]:
     """Dotted key -> option, over all options of a configuration class."""
     found: dict[str, _Leaf] = {}
-    hints = get_type_hints(kind)
+    hints, ranged = get_type_hints(kind), get_type_hints(kind, include_extras=True)
     for field in fields(kind):
         hint, key = hints[field.name], f"{prefix}{field.name}"
         parts = [part for part in get_args(hint) or (hint,) if part is not type(None)]
@@ -241,16 +248,9 @@ def _leaves(kind: type, prefix: str = "", optional_branch: str = "") -> dict[str
             branch = optional_branch if parts[0] is hint else f"{key}."
             found |= _leaves(parts[0], f"{key}.", branch)  # type: ignore[arg-type]
         else:
-            found[key] = _Leaf(hint, field.default is field.default_factory, optional_branch)
+            required = field.default is field.default_factory
+            found[key] = _Leaf(hint, ranged[field.name], required, optional_branch)
     return found
-
-
-def nearest(key: str, legal: Sequence[str] | set[str]) -> str:
-    """`; did you mean X?` where a legal name is close to `key`, else nothing."""
-    close = difflib.get_close_matches(key, sorted(legal), n=1, cutoff=0.5) or [
-        known for known in sorted(legal) if known.rpartition(".")[2] == key.rpartition(".")[2]
-    ]
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _short(message: str) -> str:

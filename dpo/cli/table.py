@@ -16,6 +16,7 @@ TOOLS = {
     "cache": "info, verify or prune: look after the reference cache",
     "chat": "talk to the reference and the trained policy, side by side",
     "init": "copy the ready-made configurations and launch scripts into a folder",
+    "convert": "a YAML configuration of TRL or the alignment-handbook as one of ours",
 }
 """Commands with options of their own; see `dpo.cli.tools`."""
 CHECK = {

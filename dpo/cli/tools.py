@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from dpo.cli import chat, init
+from dpo.cli import chat, convert, init
 from dpo.cli.parse import parse
 from dpo.config import Config
 from dpo.errors import UserError
@@ -263,4 +263,5 @@ _TOOLS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "cache": (CACHE_USAGE, _cache),
     "chat": (chat.USAGE, chat.run_chat),
     "init": (init.USAGE, init.run_init),
+    "convert": (convert.USAGE, convert.run_convert),
 }

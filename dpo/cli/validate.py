@@ -22,6 +22,7 @@ from dpo.config import (
     Within,
     sources_of,
 )
+from dpo.config.foreign import meant
 from dpo.loss.catalog import loss_problems, names_of, needs_whole_step
 
 
@@ -98,7 +99,8 @@ def _train_problems(train: OptimizationConfig, data: DataConfig) -> Iterator[str
     )
     yield from _schedule_problems(train)
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
-        yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint"
+        hint = meant("train.resume", train.resume, ("auto", "never"))
+        yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint{hint}"
 
 
 def _schedule_problems(train: OptimizationConfig) -> Iterator[str]:
@@ -142,6 +144,12 @@ def _preference_problems(config: Config) -> Iterator[str]:
     yield from loss_problems(config.loss)
     if needs_whole_step(config.loss) and config.train.backward == "direct":
         yield f"train.backward: direct; {config.loss.type} needs the whole step: set auto or cached"
+    if needs_whole_step(config.loss) and config.train.pairs_per_step < 2:
+        losses = ", ".join(names_of(config.loss))
+        yield (
+            f"train.pairs_per_step: {config.train.pairs_per_step}; {losses} compares the pairs of a step: "
+            "expected at least 2, and far more"
+        )
     if "plackett_luce" in names_of(config.loss) and not config.data.group_pairs:
         yield "data.group_pairs: false; plackett_luce ranks the completions of a group: set true"
     yield from _budget_problems(

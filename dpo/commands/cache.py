@@ -142,5 +142,5 @@ def _store_of(config: Config) -> ReferenceStore:
 
 
 def _datasets(config: Config) -> dict[str, TokenizedDataset]:
-    train, test, _ = open_data(config.data, config.model)
+    train, test, _ = open_data(config.data, config.model, config.loss)
     return {split: data for split, data in (("train", train), ("test", test)) if data is not None}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dpo import distributed, terminal
 from dpo.commands.best_of import check_best_of
-from dpo.commands.inputs import settings_of
-from dpo.config import Config, DataConfig, ModelConfig, OptimizationConfig, SftConfig
+from dpo.commands.inputs import check_labels, refuse_labels, settings_of
+from dpo.config import Config, DataConfig, LossConfig, ModelConfig, OptimizationConfig, SftConfig
 from dpo.data.build import open_datasets, test_sources_of, train_sources_of
 from dpo.data.preview import preview_data
 from dpo.data.text import check_text, is_text
@@ -68,7 +68,7 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
             check_model_path(config.reference.model, "reference.model")
             if Path(config.model.name_or_path).is_dir() and Path(config.reference.model).is_dir():
                 check_vocabulary(config.model, config.reference)
-        check_data(config.data, config.model, exact=exact)
+        check_data(config.data, config.model, exact=exact, loss=config.loss)
         if command == "evaluate":
             finished_model(config)
         if command == "best-of":
@@ -79,8 +79,10 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
 
 
-def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
+def check_data(data: DataConfig, model: ModelConfig, *, exact: bool, loss: LossConfig | None = None) -> None:
     """Reads and tokenizes some rows of every source, or all; says so, and what of them is not used.
+
+    With a loss, also whether the rows are such as it needs.
 
     Raises:
         UserError: What training would refuse, of tokenizer, weights, lengths and these rows.
@@ -97,8 +99,12 @@ def check_data(data: DataConfig, model: ModelConfig, *, exact: bool) -> None:
         assert tokenizer is not None
         found = open_datasets(data, tokenizer, positions)
         largest = max(data_set.largest_id for data_set in found if data_set is not None)
+        if loss is not None:
+            check_labels(loss, *found)
     else:
-        notes, warnings, largest = preview_data(train, test, data, tokenizer, positions)
+        notes, warnings, largest, labelled = preview_data(train, test, data, tokenizer, positions)
+        if loss is not None and labelled:
+            refuse_labels(loss, labelled, "labels")
         if "ACCELERATE_CONFIG" not in os.environ:  # where a stage follows, it will say this itself
             terminal.note(*notes)
             terminal.warning(*warnings)

@@ -73,7 +73,7 @@ def evaluate(config: Config) -> dict[str, float]:
 
 def _evaluate(config: Config) -> dict[str, float]:
     policy = finished_model(config)
-    train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate")
+    train_data, test_data, tokenizer = open_held_out(config.data, config.model, "evaluate", config.loss)
     reference = open_reference_model(config)
     values = open_reference(
         reference,

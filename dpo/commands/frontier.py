@@ -89,7 +89,8 @@ def run_frontier(sweep: Sweep) -> None:
     """
     _check(sweep)
     sweep.output.mkdir(parents=True, exist_ok=True)
-    start("precompute-ref", [*sweep.launcher, "precompute-ref", *sweep.keys])
+    cached = [*sweep.keys, "--run_dir", str(sweep.output / "reference")]
+    start("precompute-ref", [*sweep.launcher, "precompute-ref", *cached])
     models: list[Evaluated] = []
     for beta in sweep.betas:
         run_dir = sweep.output / f"beta_{beta:g}"

@@ -17,8 +17,9 @@ from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig, f
 from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import PreferenceData, preference_data
+from dpo.data.records import NO_RIVAL
 from dpo.errors import UserError
-from dpo.loss.catalog import averaged_over_groups
+from dpo.loss.catalog import LOSSES, averaged_over_groups, names_of, needs_mismatched, takes_labels
 from dpo.model.files import check_token_ids, max_positions
 from dpo.model.load import load_tokenizer
 from dpo.reference.identity import reference_model
@@ -55,13 +56,22 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 
 def open_data(
-    data: DataConfig, model: ModelConfig
+    data: DataConfig, model: ModelConfig, loss: LossConfig | None = None
 ) -> tuple[TokenizedDataset, TokenizedDataset | None, PreTrainedTokenizerBase]:
-    """Training and held-out data in token ids, and the policy's tokenizer."""
+    """Training and held-out data in token ids, and the policy's tokenizer.
+
+    Args:
+        data: Where the data is.
+        model: The policy.
+        loss: What the data is for: refused if it lacks what the loss needs. Default: nothing in particular.
+    """
     alive.loading("opening the data")
     distributed.require_shared(Path(data.cache_dir), "data.cache_dir")
     tokenizer = load_tokenizer(model)
-    train_data, test_data = open_datasets(data, tokenizer, max_positions(model))
+    mismatched = loss is not None and needs_mismatched(loss)
+    train_data, test_data = open_datasets(data, tokenizer, max_positions(model), mismatched=mismatched)
+    if loss is not None:
+        check_labels(loss, train_data, test_data)
     for data_set in (train_data, test_data):
         if data_set is not None:
             check_token_ids(model, data_set.largest_id, "model.name_or_path")
@@ -75,10 +85,10 @@ def open_reference_model(config: Config) -> ModelConfig:
 
 
 def open_held_out(
-    data: DataConfig, model: ModelConfig, command: str
+    data: DataConfig, model: ModelConfig, command: str, loss: LossConfig | None = None
 ) -> tuple[TokenizedDataset, TokenizedDataset, PreTrainedTokenizerBase]:
     """As `open_data`, for a command that needs held-out data."""
-    train_data, test_data, tokenizer = open_data(data, model)
+    train_data, test_data, tokenizer = open_data(data, model, loss)
     if test_data is None:
         raise UserError(
             f"data.test: none given and none beside data.train; {command} needs held-out preferences"
@@ -93,7 +103,13 @@ def with_reference(
     by_margin, over_groups = loss.pair_weights == "score_margin", averaged_over_groups(loss)
     try:
         return [
-            preference_data(data, values, by_margin=by_margin, over_groups=over_groups)
+            preference_data(
+                data,
+                values,
+                by_margin=by_margin,
+                over_groups=over_groups,
+                mismatched=needs_mismatched(loss),
+            )
             for data, values in zip(datasets, reference.values, strict=True)
         ]
     except ValueError as error:
@@ -103,11 +119,44 @@ def with_reference(
         ) from error
 
 
+def check_labels(loss: LossConfig, train: TokenizedDataset, test: TokenizedDataset | None) -> None:
+    """Raises UserError where data has labels and the loss needs pairs, or all labels are the same."""
+    for key, data in (("data.train", train), ("data.test", test)):
+        if data is None or data.has_rivals.all():
+            continue
+        refuse_labels(loss, key, data.contents)
+        for place, label in ((1, "true"), (0, "false")):
+            if (data.pairs[:, place] == NO_RIVAL).all():
+                raise UserError(
+                    f"{key}: all {len(data.pairs)} labels are {label}; expected desirable and undesirable "
+                    "completions: add rows of the other label"
+                )
+
+
+def refuse_labels(loss: LossConfig, key: str, contents: str) -> None:
+    """Raises UserError where the loss, or an option of it, needs pairs.
+
+    Args:
+        loss: With its options.
+        key: The option that names the data.
+        contents: What the data has, for the message.
+    """
+    if not takes_labels(loss):
+        fitting = ", ".join(name for name, kind in LOSSES.items() if kind.takes_labels)
+        raise UserError(
+            f"loss.type: {', '.join(names_of(loss))}; it needs pairs, and {key} has {contents}: use one of "
+            f"{fitting}, or rows of chosen and rejected"
+        )
+    for name in ("ld_alpha", "pair_weights"):
+        if (value := getattr(loss, name)) != getattr(LossConfig(), name):
+            raise UserError(f"loss.{name}: {value}; it needs pairs, and {key} has {contents}: leave it out")
+
+
 def described(split: str, data: TokenizedDataset | None) -> str:
     """Pairs, prompts, and what was dropped or truncated, in one line."""
     if data is None:
         return f"{split}: none"
     counts = data.counts
     lost = [f"{n} {name}" for name, n in counts.items() if n and name.startswith(("dropped/", "truncated/"))]
-    said = f"{split}: {counts['pairs']} pairs of {counts['groups']} prompts"
+    said = f"{split}: {data.contents}"
     return f"{said} ({', '.join(lost)})" if lost else said

@@ -5,7 +5,7 @@ import json
 from dpo import distributed
 from dpo.commands.inputs import quieten_libraries
 from dpo.config import Config
-from dpo.loss.catalog import needs_whole_step
+from dpo.loss.catalog import needs_mismatched, needs_whole_step
 from dpo.planning.fit import Machine
 from dpo.planning.plan import make_plan
 from dpo.planning.text import as_json, page
@@ -33,5 +33,6 @@ def plan(
         machine,
         exact=exact,
         whole_step=needs_whole_step(config.loss),
+        mismatched=needs_mismatched(config.loss),
     )
     print(json.dumps(as_json(made), indent=2) if as_numbers else page(made))

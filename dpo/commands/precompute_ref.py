@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import described, open_data, open_reference_model, quieten_libraries
+from dpo.commands.inputs import described, open_data, open_reference_model, quieten_libraries, settings_of
 from dpo.config import Config
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference, title_of
@@ -11,6 +11,7 @@ from dpo.model.files import check_token_ids
 from dpo.reference.precompute import precompute
 from dpo.reference.store import reference_store
 from dpo.tracking.run_folder import RunFolder
+from dpo.train.resume import Refuse, find_start
 
 KEPT = "during precompute-ref: what was computed is kept; run the same command again"
 
@@ -28,9 +29,12 @@ def _precompute_ref(config: Config) -> None:
         used = title_of(config.loss)
         terminal.summary("precompute-ref", {"reference": f"not needed: {used}", "next": "dpo train"})
         return
+    start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train, thorough=False)
+    if isinstance(start, Refuse):  # said before the work, which other runs can use
+        terminal.warning(f"after this, dpo train would not start: {start.reason}")
     cache_dir = Path(config.reference.cache_dir)
     distributed.require_shared(cache_dir, "reference.cache_dir")
-    train_data, test_data, _ = open_data(config.data, config.model)
+    train_data, test_data, _ = open_data(config.data, config.model, config.loss)
     datasets = [data for data in (train_data, test_data) if data is not None]
     model = open_reference_model(config)
     for data in datasets:

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed
@@ -11,6 +12,7 @@ from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
+from dpo.data.records import NO_RIVAL
 from dpo.data.text import is_text, open_text_or_preferences, read_lines
 from dpo.engine.engine import Engine
 from dpo.engine.scoring import token_budget
@@ -46,6 +48,8 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
     tokenizer, positions = open_tokenizer(config, folder)
     train_data, test_data = open_text_or_preferences(config.data, tokenizer, positions)
     for data in (train_data, test_data):
+        if data is not None:
+            refuse_undesirable(data)
         if data is not None and config.model.scratch is None:
             check_token_ids(config.model, data.largest_id, "model.name_or_path")
     fingerprints = {"data.train": train_data.content_digest()}
@@ -141,3 +145,14 @@ def open_tokenizer(config: SftConfig, folder: RunFolder) -> tuple[PreTrainedToke
 
     distributed.on_main(make)
     return load_tokenizer(ModelConfig(name_or_path=str(folder.tokenizer))), scratch_positions(scratch)
+
+
+def refuse_undesirable(data: TokenizedDataset) -> None:
+    """Raises UserError where a prompt has no completion to learn, since all are labelled undesirable."""
+    groups = np.repeat(np.arange(len(data)), data.pairs_per_group)
+    bad = np.setdiff1d(groups, groups[data.pairs[:, 0] != NO_RIVAL])
+    if len(bad):
+        raise UserError(
+            f"data.train: {len(bad)} of {len(data)} prompts have completions with the label false alone; sft "
+            "learns those with the label true: leave the other rows out"
+        )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dpo import alive, distributed
+from dpo import alive, distributed, terminal
 from dpo.commands.inputs import (
     described,
     open_data,
@@ -23,13 +23,14 @@ from dpo.config import Config, EvaluateConfig, LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
 from dpo.data.preference_data import PreferenceData
+from dpo.data.records import NO_RIVAL
 from dpo.engine.engine import Engine
 from dpo.engine.scoring import token_budget
 from dpo.engine.world import make_repeatable, start, weight_dtype
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.samples import held_out_prompts
 from dpo.guards.guard import Guard
-from dpo.loss.catalog import needs_reference
+from dpo.loss.catalog import names_of, needs_reference, needs_whole_step
 from dpo.model.files import max_positions, num_parameters
 from dpo.model.lora import check_policy, load_policy
 from dpo.reference.values import open_reference
@@ -41,6 +42,8 @@ from dpo.train.preference_objective import PreferenceObjective
 from dpo.train.session import Session
 from dpo.train.setup import base_fingerprint, check_space, needs_resharding, start_of
 
+FEW_PAIRS = 16
+"""Pairs of a step below which a loss that compares them is warned of."""
 SHOWN = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins")
 
 
@@ -64,7 +67,7 @@ def build_session(config: Config, guard: Guard) -> Session:
     make_repeatable(config.train)
     checkpoint = start_of(folder, settings, config.train)
 
-    train_data, test_data, tokenizer = open_data(config.data, config.model)
+    train_data, test_data, tokenizer = open_data(config.data, config.model, config.loss)
     datasets = [train_data] if test_data is None else [train_data, test_data]
     names = ("data.train", "data.test")
     fingerprints = {name: data.content_digest() for name, data in zip(names, datasets, strict=False)}
@@ -83,6 +86,7 @@ def build_session(config: Config, guard: Guard) -> Session:
         f"{config.run_dir})",
     )
     parts = with_reference(config.loss, datasets, reference)
+    terminal.warning(*cautions(config.loss, config.train.pairs_per_step, train_data))
     plan = BatchPlan(
         train_data.pairs_per_group,
         seed=config.train.seed,
@@ -142,6 +146,32 @@ def build_session(config: Config, guard: Guard) -> Session:
         checkpoint=checkpoint,
         resharded=resharded,
     )
+
+
+def cautions(loss: LossConfig, pairs_per_step: int, data: TokenizedDataset) -> list[str]:
+    """What a loss of the whole step, or of labels, will hardly learn from.
+
+    Args:
+        loss: The training loss.
+        pairs_per_step: Pairs, or labelled completions, of a step.
+        data: Of training.
+    """
+    found, names = [], names_of(loss)
+    if needs_whole_step(loss) and pairs_per_step < FEW_PAIRS:
+        found.append(
+            f"train.pairs_per_step: {pairs_per_step}; {', '.join(names)} compares the pairs of a step, and "
+            f"so few say little about all: take {FEW_PAIRS} or more"
+        )
+    if "kto" in names:
+        desirable, undesirable = (int((data.pairs[:, place] != NO_RIVAL).sum()) for place in (0, 1))
+        ratio = loss.desirable_weight * desirable / (loss.undesirable_weight * undesirable)
+        if not 0.99 < ratio < 1.35:
+            found.append(
+                f"loss.desirable_weight: {loss.desirable_weight:g} x {desirable} desirable completions is "
+                f"{ratio:.2f} times {loss.undesirable_weight:g} x {undesirable} undesirable ones; the paper "
+                "of kto advises 1 to 1.33: set one of the two weights"
+            )
+    return found
 
 
 def evaluate_policy(

@@ -13,6 +13,7 @@ from dpo.config.data import DataConfig as DataConfig
 from dpo.config.data import DataSource as DataSource
 from dpo.config.data import Sources as Sources
 from dpo.config.data import sources_of as sources_of
+from dpo.config.loss import LossConfig as LossConfig
 from dpo.config.ranges import Count as Count
 from dpo.config.ranges import CountOrZero as CountOrZero
 from dpo.config.ranges import Decay as Decay
@@ -80,30 +81,6 @@ class ReferenceConfig:
     """Also store the log-prob of every completion token (4 bytes per token), for losses that weigh tokens."""
     audit_rows: CountOrZero = 16
     """Rows of the cache that training recomputes at start, stopping if they differ; 0: trust the cache."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The preference loss."""
-
-    type: list[str] | str = "sigmoid"
-    """sigmoid (DPO), ipo, simpo, ...: docs/losses.md has all, with equations; or a list, which is added."""
-    weights: list[Positive] | None = None
-    """Weight of each loss of a list. Default: 1 for each."""
-    beta: Positive = 0.1
-    """How strongly the policy is held to the reference. Some papers call it tau, lambda or 1 / eta."""
-    label_smoothing: Annotated[float, Within("[0, 0.5)")] = 0.0
-    """Assumed share of flipped labels, for sigmoid (conservative DPO), robust, exo_pair and sigmoid_norm."""
-    discopop_tau: Annotated[float, Within("(0, 1)")] = 0.05
-    """Temperature of discopop's mixing."""
-    simpo_gamma: NotNegative = 0.5
-    """Target margin of simpo."""
-    sft_weight: NotNegative = 0.0
-    """Weight of the chosen completion's negative log-likelihood per token, added to any loss over pairs."""
-    ld_alpha: Annotated[float, Within("[0, 1]")] | None = None
-    """LD-DPO's weight of tokens beyond the other completion's length; needs reference.store_token_logps."""
-    pair_weights: Literal["equal", "score_margin"] = "equal"
-    """score_margin: each pair counts by how far the scores of its completions are apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +190,9 @@ class Config:
     """One experiment: precompute-ref, train and evaluate read the same file."""
 
     run_dir: str = "runs/default"
-    """Where a run writes everything."""
+    """Where a run writes everything. Default with --config FILE: runs/ and FILE's name, so that all commands
+    agree; a second run of the same FILE needs another.
+    """
     model: ModelConfig
     data: DataConfig
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
@@ -261,7 +240,7 @@ class SftConfig:
     """One supervised fine-tuning run."""
 
     run_dir: str = "runs/sft"
-    """Where the run writes everything; the model is in RUN_DIR/model."""
+    """Where the run writes everything; the model is in RUN_DIR/model. Default: as for train."""
     model: SftModelConfig = field(default_factory=SftModelConfig)
     data: DataConfig
     train: SftTrainConfig = field(default_factory=SftTrainConfig)

@@ -12,6 +12,9 @@ FIELDS = (
     "completions",
     "pairs",
     "scores",
+    "completion",
+    "label",
+    "labels",
     "score_chosen",
     "score_rejected",
     "system",
@@ -70,7 +73,7 @@ class DataConfig:
     """Truncate a group that does not fit, keeping the prompt's end and the completion's start, or drop it."""
     group_pairs: bool = True
     """Train all pairs of one prompt in the same step; false makes every pair a group of its own."""
-    pairing: Literal["best-vs-rest", "best-vs-worst", "all"] = "best-vs-rest"
+    pairing: Literal["best-vs-rest", "best-vs-worst", "mu-2sigma", "all"] = "best-vs-rest"
     """How scored completions become pairs, where the data has scores and no pairs."""
     min_margin: NotNegative = 0.0
     """Pairs whose scores differ by no more than this are left out."""

@@ -15,18 +15,19 @@ from transformers import PreTrainedTokenizerBase
 from dpo import distributed, terminal
 from dpo.config import DataConfig, sources_of
 from dpo.data.dataset import FORMAT_VERSION, TokenizedDataset, is_written, map_dataset
+from dpo.data.mismatched import with_mismatched
 from dpo.data.parts import Recipe, build_dataset
 from dpo.data.sources import PreferenceSource, counterpart, open_source
 from dpo.data.tokenize import tokenizer_digest
 from dpo.errors import UserError
 
 DEFAULT_MAX_LENGTH = 1024
-READER_VERSION = 3
+READER_VERSION = 4
 """Part of the digest of tokenized data: what an earlier version read or encoded otherwise is made again."""
 
 
 def open_datasets(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None, *, mismatched: bool = False
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training and held-out preferences in token ids; what is not there yet is tokenized by all nodes.
 
@@ -34,6 +35,7 @@ def open_datasets(
         data: Where the data is and how it becomes token ids.
         tokenizer: The policy's tokenizer.
         positions: The model's longest sequence in tokens, or None without a limit.
+        mismatched: Give each prompt a completion of another one too; see `dpo.data.mismatched`.
 
     Raises:
         UserError: Missing or malformed data, nothing left after filtering, or lengths beyond the model's.
@@ -44,6 +46,9 @@ def open_datasets(
     terminal.warning(*same_data(train_sources, test_sources))
     train = _open(train_sources, data, max_length, tokenizer, "train")
     test = _open(test_sources, data, max_length, tokenizer, "test") if test_sources else None
+    if mismatched:
+        train = with_mismatched(train, "data.train")
+        test = None if test is None else with_mismatched(test, "data.test")
     return train, test
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo.data.plan import Sizes
-from dpo.data.records import KEY_BYTES, Pair, TokenIds, TokenizedGroup, num_trained, sequence_key
+from dpo.data.records import KEY_BYTES, NO_RIVAL, Pair, TokenIds, TokenizedGroup, num_trained, sequence_key
 from dpo.data.trees import Layout
 from dpo.files import atomic_folder
 
@@ -84,7 +84,7 @@ class TokenizedDataset:
     group_segments: npt.NDArray[np.int64]
     """(G + 1,) first segment of each group."""
     pairs: npt.NDArray[np.int32]
-    """(P, 2) completion indices within the group."""
+    """(P, 2) completion indices within the group, `NO_RIVAL` for the side that a label does not have."""
     group_pairs: npt.NDArray[np.int64]
     """(G + 1,) first pair of each group."""
     margins: npt.NDArray[np.float64]
@@ -121,6 +121,21 @@ class TokenizedDataset:
     def margins_digest(self) -> str:
         """SHA-256 (hex) of the pairs' score margins, for losses that weight pairs by them."""
         return hashlib.sha256(np.ascontiguousarray(self.margins).tobytes()).hexdigest()
+
+    @cached_property
+    def has_rivals(self) -> npt.NDArray[np.bool_]:
+        """(P,) whether both sides are there, instead of a completion with a label."""
+        return np.asarray((self.pairs != NO_RIVAL).all(axis=1))
+
+    @property
+    def contents(self) -> str:
+        """Pairs, labels and prompts, for people."""
+        labelled, of = self.pairs[~self.has_rivals], f"of {len(self)} prompts"
+        parts = [f"{len(self.pairs) - len(labelled)} pairs"] if len(labelled) < len(self.pairs) else []
+        if len(labelled):
+            desirable = int((labelled[:, 0] != NO_RIVAL).sum())
+            parts.append(f"{len(labelled)} labelled completions, {desirable} of them desirable,")
+        return f"{' and '.join(parts) or '0 pairs'} {of}"
 
     @cached_property
     def pairs_per_group(self) -> npt.NDArray[np.int64]:

@@ -46,6 +46,8 @@ class RowNotes:
     """Rows without scores, where a smallest margin between scores is asked for."""
     paired: int = 0
     """Rows that name their pairs, where another rule than the default is asked for."""
+    labelled: int = 0
+    """Rows whose completions have labels instead of rivals."""
     first_fault: str = ""
     """What is wrong with the first row that cannot be read, and where it is."""
 

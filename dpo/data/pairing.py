@@ -4,11 +4,12 @@ Used by training and data_prep where data has scores and no pairs. Ties never ma
 """
 
 from collections.abc import Sequence
+from statistics import fmean, pstdev
 from typing import Literal, get_args
 
 from dpo.data.records import Pair
 
-PairingRule = Literal["best-vs-rest", "best-vs-worst", "all"]
+PairingRule = Literal["best-vs-rest", "best-vs-worst", "mu-2sigma", "all"]
 DEFAULT_PAIRING: PairingRule = "best-vs-rest"
 PAIRING_RULES: tuple[PairingRule, ...] = get_args(PairingRule)
 
@@ -20,9 +21,10 @@ def pairs_from_scores(
 
     Args:
         scores: One finite score per completion, higher is better; at least one.
-        rule: best-vs-rest: the best completion against every other. best-vs-worst: one pair. all: every
-            completion against every one with a lower score. Of completions that tie for best or worst, the
-            first is taken.
+        rule: best-vs-rest: the best completion against every other. best-vs-worst: one pair. mu-2sigma: the
+            best against the one whose score is nearest to the mean less two standard deviations, which is
+            not an outlier as the worst of many may be (arXiv 2502.16825). all: every completion against
+            every one with a lower score. Of completions that tie, the first is taken.
         min_margin: At least 0, in units of the score; a difference of exactly this makes no pair.
 
     Returns:
@@ -31,9 +33,12 @@ def pairs_from_scores(
     indices = range(len(scores))
     best = max(indices, key=scores.__getitem__)
     worst = min(indices, key=scores.__getitem__)
+    aim = fmean(scores) - 2 * pstdev(scores)
+    low = min(indices, key=lambda index: abs(scores[index] - aim))
     candidates = {
         "best-vs-rest": [(best, other) for other in indices],
         "best-vs-worst": [(best, worst)],
+        "mu-2sigma": [(best, low)],
         "all": [(chosen, rejected) for chosen in indices for rejected in indices],
     }[rule]
     return tuple(

@@ -28,6 +28,8 @@ class PreferenceData:
     """(P,) weight of each pair in the loss."""
     units: Float64s
     """(P,) what each pair adds to the denominator of a mean: its weight, or its share of its group."""
+    mismatched: bool = False
+    """Whether the last completion of each group is of another prompt; see `dpo.data.mismatched`."""
 
     def count(self, groups: Int64s) -> float:
         """The denominator of the mean loss over these groups."""
@@ -38,6 +40,9 @@ class PreferenceData:
         batch = group_batch([self.dataset[int(group)] for group in groups], layout)
         weights = torch.from_numpy(self._of_pairs(self.weights, groups))
         batch = replace(batch, pair_weights=weights, loss_count=self.count(groups))
+        if self.mismatched:
+            last = np.cumsum(self.dataset.sequences_per_group[groups]) - 1
+            batch = replace(batch, mismatched=torch.from_numpy(last))
         if self.reference is None:
             return batch
         return replace(batch, reference=torch.from_numpy(self.dataset.values_of(self.reference, groups)))
@@ -54,6 +59,7 @@ def preference_data(
     *,
     by_margin: bool = False,
     over_groups: bool = False,
+    mismatched: bool = False,
 ) -> PreferenceData:
     """Combines a data set with reference values and pair weights.
 
@@ -62,6 +68,7 @@ def preference_data(
         reference: As in `PreferenceData`.
         by_margin: Weight each pair by its score margin.
         over_groups: Means are over groups: the pairs of a group together count as one.
+        mismatched: The data set is one of `dpo.data.mismatched`.
 
     Raises:
         ValueError: `by_margin`, and the data has pairs without scores.
@@ -71,4 +78,6 @@ def preference_data(
     if not np.isfinite(weights).all():
         raise ValueError("pairs without scores")
     units = np.repeat(1 / dataset.pairs_per_group, dataset.pairs_per_group) if over_groups else weights
-    return PreferenceData(dataset=dataset, reference=reference, weights=weights, units=units)
+    return PreferenceData(
+        dataset=dataset, reference=reference, weights=weights, units=units, mismatched=mismatched
+    )

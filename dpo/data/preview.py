@@ -32,7 +32,7 @@ def preview_data(
     data: DataConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     positions: int | None,
-) -> tuple[list[str], list[str], int]:
+) -> tuple[list[str], list[str], int, str]:
     """Reads some rows of all sources, and tokenizes them.
 
     Args:
@@ -43,21 +43,22 @@ def preview_data(
         positions: The model's longest sequence in tokens, or None without a limit.
 
     Returns:
-        Lines for people that say what was looked at and what of it is not used, warnings, and the largest
-        token id, or -1.
+        Lines for people that say what was looked at and what of it is not used, warnings, the largest token
+        id, or -1, and the option that names rows with labels instead of pairs, or nothing.
 
     Raises:
         UserError: Data that training would refuse, as far as these rows tell.
     """
     max_length = resolve_max_length(data.max_length, positions)
     check_prompt_length(data, max_length)
-    notes, warnings, largest = [], same_data(train, test), -1
+    notes, warnings, largest, labelled = [], same_data(train, test), -1, ""
     for source in (*train, *test):
         found = RowNotes()
         largest = max(largest, _read(source, data, max_length, tokenizer, found))
         notes += [f"{source.key}: {source.path}: looked at {found.rows} rows", *found.lines(source.path)]
         warnings += found.warnings(source.path)
-    return notes, warnings, largest
+        labelled = labelled or (source.key if found.labelled else "")
+    return notes, warnings, largest, labelled
 
 
 def _read(

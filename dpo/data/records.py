@@ -32,8 +32,16 @@ class Message(TypedDict):
     tool_call_id: NotRequired[str]
 
 
+NO_RIVAL = -1
+"""In place of the index that a pair does not have."""
+
+
 class Pair(NamedTuple):
-    """Indices into a group's completions."""
+    """Indices into a group's completions.
+
+    A completion with a label instead of a rival is a pair with one index, and `NO_RIVAL`: it is chosen where
+    it is desirable, and rejected where it is undesirable.
+    """
 
     chosen: int
     rejected: int
@@ -41,7 +49,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferenceGroup:
-    """One prompt, its N >= 2 completions and the preferences between them. A plain pair is N = 2."""
+    """One prompt, its N completions, and preferences between them or their labels. A plain pair is N = 2."""
 
     prompt: str | tuple[Message, ...]
     """Text, or the turns of a chat before the completion."""

@@ -1,8 +1,8 @@
 """Raw rows -> preference groups: every common format of preference data, as one stream.
 
-A row is a pair (prompt, chosen, rejected, as text or as messages, the prompt possibly implied) or a group
-(prompt, completions, and pairs or scores). A faulty row is dropped and counted by reason, or is an error. A
-column that is not read is counted by name.
+A row is a pair (prompt, chosen, rejected, as text or as messages, the prompt possibly implied), a group
+(prompt, completions, and pairs, scores or labels), or a labelled completion (prompt, completion, label). A
+faulty row is dropped and counted by reason, or is an error. A column that is not read is counted by name.
 """
 
 import json
@@ -19,8 +19,11 @@ from dpo.data.layouts import in_our_columns
 from dpo.data.messages import list_of_objects, parsed
 from dpo.data.notes import RowNotes
 from dpo.data.pairing import DEFAULT_PAIRING, PairingRule, pairs_from_scores
-from dpo.data.records import Pair, PreferenceGroup
+from dpo.data.records import NO_RIVAL, Pair, PreferenceGroup
 from dpo.errors import UserError
+
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+"""How a label is written -> whether the completion is desirable."""
 
 
 def read_groups(
@@ -93,20 +96,29 @@ def group_from_row(
     scores: tuple[float, ...] | None = None
     if fields.get("completions") is not None:
         values = as_list(fields.needed("completions"), "completions")
-        if len(values) < 2:
+        kinds = (name for name in ("pairs", "scores", "labels") if fields.get(name) is not None)
+        given = next(kinds, "pairs")
+        if len(values) < (1 if given == "labels" else 2):
             raise RowError("too_few_completions", f"completions has {len(values)}; expected at least 2")
         dialogue = read_dialogue(fields, values, notes, may_imply=False)
         if fields.get("scores") is not None:
             scores = _scores(fields.get("scores"), len(values))
-        if fields.get("pairs") is not None or scores is None:
+        if given == "labels":
+            pairs = _labelled(as_list(fields.get("labels"), "labels"), len(values))
+        elif given == "pairs":
             pairs = _pairs(fields.needed("pairs"), len(values))
             notes.paired += pairing != DEFAULT_PAIRING
         else:
+            assert scores is not None
             pairs = pairs_from_scores(scores, pairing, min_margin)
+    elif fields.get("chosen") is None and fields.get("completion") is not None:
+        dialogue = read_dialogue(fields, [fields.needed("completion")], notes, may_imply=False)
+        pairs = _labelled([fields.needed("label")], 1)
     else:
         values = [fields.needed("chosen"), fields.needed("rejected")]
         dialogue = read_dialogue(fields, values, notes, may_imply=True)
         scores, pairs = _scores_of_pair(fields), (Pair(0, 1),)
+    notes.labelled += NO_RIVAL in pairs[0] if pairs else False
     notes.unscored += scores is None and min_margin > 0
     if template_fields and isinstance(dialogue.prompt, str):
         raise RowError(
@@ -210,6 +222,19 @@ def _pairs(value: Any, num_completions: int) -> tuple[Pair, ...]:
     return tuple(pairs)
 
 
+def _labelled(labels: Sequence[Any], num_completions: int) -> tuple[Pair, ...]:
+    """Labels as pairs with one side; RowError for what is neither true nor false."""
+    if len(labels) != num_completions:
+        raise RowError("bad_label", f"labels is {brief(labels)}; expected {num_completions} of them")
+    pairs = []
+    for index, label in enumerate(labels):
+        known = LABELS.get(str(label).strip().lower())
+        if known is None:
+            raise RowError("bad_label", f"a label is {brief(label)}; expected true or false, or 1 or 0")
+        pairs.append(Pair(index, NO_RIVAL) if known else Pair(NO_RIVAL, index))
+    return tuple(pairs)
+
+
 def _check_pairs(pairs: Sequence[Pair], dialogue: Dialogue) -> None:
     if not pairs:
         raise RowError("no_pairs", "the row prefers no completion to another")
@@ -219,7 +244,13 @@ def _check_pairs(pairs: Sequence[Pair], dialogue: Dialogue) -> None:
     elif dialogue.message_fields:  # completions may differ in a call or in their reasoning alone
         both = zip(completions, dialogue.message_fields, strict=True)
         completions = [json.dumps(one, sort_keys=True, default=str) for one in both]
-    preferences = {(completions[pair.chosen], completions[pair.rejected]) for pair in pairs}
+    desirable = {completions[pair.chosen] for pair in pairs if pair.rejected == NO_RIVAL}
+    undesirable = {completions[pair.rejected] for pair in pairs if pair.chosen == NO_RIVAL}
+    for completion in desirable & undesirable:
+        raise RowError("label_both_ways", f"{brief(completion)} is labelled true and false")
+    preferences = {
+        (completions[pair.chosen], completions[pair.rejected]) for pair in pairs if NO_RIVAL not in pair
+    }
     for chosen, rejected in preferences:
         if chosen == rejected:
             raise RowError("identical_completions", f"chosen and rejected are both {brief(chosen)}")

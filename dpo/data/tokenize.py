@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo.data.chat import TODAY, Piece, chat_text, check_template, end_of_turn, knows_field, prompt_text
 from dpo.data.dialogue import ends_with_answer
+from dpo.data.distinct import split_pairs, telling_pairs, without_unused
 from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
-from dpo.data.records import Message, Pair, PreferenceGroup, TokenIds, TokenizedGroup
+from dpo.data.records import Message, PreferenceGroup, TokenizedGroup
 
 GROUPS_PER_CALL = 512  # the fast tokenizers work in parallel inside one call
 
@@ -73,18 +74,6 @@ def tokenize_groups(
                 notes.drop(
                     fault.reason, f"{group.place or 'a row'}: {fault}; the prompt ends {_end_of(group)}"
                 )
-
-
-def split_pairs(group: TokenizedGroup) -> Iterator[TokenizedGroup]:
-    """Every pair of a group as a group of its own, with its margin."""
-    margins = group.margins or [None] * len(group.pairs)
-    for (chosen, rejected), margin in zip(group.pairs, margins, strict=True):
-        yield TokenizedGroup(
-            prompt=group.prompt,
-            completions=(group.completions[chosen], group.completions[rejected]),
-            pairs=(Pair(0, 1),),
-            margins=None if margin is None else (margin,),
-        )
 
 
 def _end_of(group: PreferenceGroup) -> str:
@@ -280,34 +269,13 @@ def _fit(
             prompt = bos + prompt[len(prompt) - limit + len(bos) :]
         counts["truncated/completions"] += sum(len(ids) > room for ids in completions)
         completions = [ids[:room] for ids in completions]
-    kept = tuple(pair for pair in source.pairs if completions[pair.chosen] != completions[pair.rejected])
+    kept = telling_pairs(source.pairs, completions)
     counts["dropped/pairs_identical_in_tokens"] += len(source.pairs) - len(kept)
     if any(not any(one >= 0 for one in ids) for ids in completions) or not kept:
         raise RowError(
-            "nothing_left_after_tokenization", "no pair has two different completions in token ids"
+            "nothing_left_after_tokenization",
+            "no pair has two different completions in token ids, and no label is left",
         )
-    group = _without_unused(np.asarray(prompt, dtype=np.int32), completions, kept, source.scores)
+    group = without_unused(np.asarray(prompt, dtype=np.int32), completions, kept, source.scores)
     counts["dropped/pairs_repeated"] += len(kept) - len(group.pairs)
     return group
-
-
-def _without_unused(
-    prompt: TokenIds,
-    completions: list[list[int]],
-    pairs: tuple[Pair, ...],
-    scores: tuple[float, ...] | None,
-) -> TokenizedGroup:
-    """Keeps each distinct completion that some pair names, once: nothing is computed for the others."""
-    position: dict[tuple[int, ...], int] = {}
-    for index in sorted({index for pair in pairs for index in pair}):
-        position.setdefault(tuple(completions[index]), len(position))
-    margins: dict[Pair, float] = {}  # of pairs that became equal the first counts
-    for chosen, rejected in pairs:
-        renamed = Pair(position[tuple(completions[chosen])], position[tuple(completions[rejected])])
-        margins.setdefault(renamed, scores[chosen] - scores[rejected] if scores else 0.0)
-    return TokenizedGroup(
-        prompt=prompt,
-        completions=tuple(np.asarray(ids, dtype=np.int32) for ids in position),
-        pairs=tuple(margins),
-        margins=tuple(margins.values()) if scores else None,
-    )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo.data.key_blocks import FLEX_BLOCK, KeyBlocks, key_blocks
-from dpo.data.records import TokenIds, TokenizedGroup, num_trained, plain_ids
+from dpo.data.records import NO_RIVAL, TokenIds, TokenizedGroup, num_trained, plain_ids
 
 Layout = Literal["flex", "packed", "trees", "rows"]
 """How trees are placed in a batch.
@@ -71,7 +71,13 @@ class TreeBatch:
     num_tokens: Tensor
     """(S,) int64: number of completion tokens of each sequence."""
     pairs: Tensor
-    """(B, 2) int64: sequences of the chosen and the rejected completion."""
+    """(B, 2) int64: sequences of the chosen and the rejected completion, `NO_RIVAL` where there is none."""
+    num_chosen: int = 0
+    """Pairs that have a chosen completion."""
+    num_rejected: int = 0
+    """Pairs that have a rejected completion."""
+    mismatched: Tensor | None = None
+    """(M,) int64: sequences whose completion is of another prompt; None where none are needed."""
     reference: Tensor | None = None
     """(S,) float64 reference log-probs in nats, or (N,) of completion tokens; None where none are needed."""
     pair_weights: Tensor | None = None
@@ -118,7 +124,13 @@ def group_batch(groups: Sequence[TokenizedGroup], layout: Layout) -> TreeBatch:
     pairs: list[tuple[int, int]] = []
     first = 0
     for group in groups:
-        pairs.extend((first + chosen, first + rejected) for chosen, rejected in group.pairs)
+        pairs.extend(
+            (
+                first + chosen if chosen != NO_RIVAL else NO_RIVAL,
+                first + rejected if rejected != NO_RIVAL else NO_RIVAL,
+            )
+            for chosen, rejected in group.pairs
+        )
         first += len(group.completions)
     return tree_batch([(group.prompt, group.completions) for group in groups], layout, pairs)
 
@@ -130,7 +142,7 @@ def tree_batch(trees: Sequence[Tree], layout: Layout, pairs: Sequence[tuple[int,
         trees: Prompts of at least one token, each with at least one completion; without any, the batch is a
             row of two tokens that predicts nothing.
         layout: How trees are placed in rows.
-        pairs: (chosen, rejected) sequence numbers.
+        pairs: (chosen, rejected) sequence numbers, or `NO_RIVAL`.
     """
     laid_out = LAYOUTS[layout](trees or [NO_WORK])
     lengths = tuple((len(prompt), *map(len, completions)) for prompt, completions in laid_out.trees)
@@ -161,6 +173,8 @@ def tree_batch(trees: Sequence[Tree], layout: Layout, pairs: Sequence[tuple[int,
         sequences=torch.from_numpy(np.repeat(np.arange(len(num_tokens)), num_tokens)),
         num_tokens=torch.tensor(num_tokens or [0], dtype=torch.int64),
         pairs=torch.tensor(list(pairs), dtype=torch.int64).reshape(-1, 2),
+        num_chosen=sum(chosen != NO_RIVAL for chosen, _ in pairs),
+        num_rejected=sum(rejected != NO_RIVAL for _, rejected in pairs),
         num_real_tokens=len(tokens) if trees else 0,
         num_row_tokens=sum(len(p) + len(c) for p, completions in trees for c in completions),
     )

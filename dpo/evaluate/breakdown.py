@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo.data.dataset import SourceGroups
-from dpo.evaluate.rewards import PairScores
+from dpo.evaluate.rewards import Float64s, PairScores
 from dpo.evaluate.statistics import mean_interval, ratio_interval
 
 
@@ -22,8 +22,23 @@ def pair_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[st
     found = scores.means()
     found |= ratio_interval(scores.losses, scores.units, scores.groups).under("eval/loss")
     found |= mean_interval(scores.correct, scores.groups).under("eval/rewards/accuracies")
-    found |= mean_interval(scores.margins, scores.groups).under("eval/rewards/margins")
+    found |= mean_interval(margin_parts(scores), scores.groups).under("eval/rewards/margins")
     return found | length_summary(scores) | source_summary(scores, sources)
+
+
+def margin_parts(scores: PairScores) -> Float64s:
+    """(P,) values whose mean is that of the margins, and whose spread is that of their estimate.
+
+    Without rivals the margin is a difference of two means over different completions, and each adds its
+    distance from the mean of its label, times P over the number of its label.
+    """
+    if scores.has_rivals.any():
+        return scores.margins
+    chosen, rejected = scores.has_chosen, scores.has_rejected
+    of_label = np.where(chosen, scores.chosen_rewards, scores.rejected_rewards)
+    means = np.where(chosen, of_label[chosen].mean(), of_label[rejected].mean())
+    spread = np.where(chosen, 1 / chosen.sum(), -1 / rejected.sum()) * len(chosen) * (of_label - means)
+    return np.asarray(of_label[chosen].mean() - of_label[rejected].mean() + spread)
 
 
 def length_summary(scores: PairScores) -> dict[str, float]:
@@ -41,14 +56,15 @@ def length_summary(scores: PairScores) -> dict[str, float]:
         completion is the longer or the shorter one. Metrics without any pair are left out.
     """
     difference = scores.chosen_tokens - scores.rejected_tokens
-    differ = difference != 0
+    differ = (difference != 0) & scores.has_rivals
     found: dict[str, float] = {}
     if differ.any():
         longer_wins = np.where(difference > 0, scores.correct, 1 - scores.correct)
         shares = {"longer_chosen": (difference > 0).astype(np.float64), "longer_rewarded": longer_wins}
         for name, values in shares.items():
             found |= mean_interval(values[differ], scores.groups[differ]).under(f"length/{name}")
-    for name, chosen in {"longer_chosen": difference > 0, "shorter_chosen": difference < 0}.items():
+    sides = {"longer_chosen": differ & (difference > 0), "shorter_chosen": differ & (difference < 0)}
+    for name, chosen in sides.items():
         if chosen.any():
             accuracy = mean_interval(scores.correct[chosen], scores.groups[chosen])
             found |= accuracy.under(f"length/accuracy/{name}")

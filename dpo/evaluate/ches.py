@@ -65,9 +65,9 @@ def ches_of(sums: Float64s, num_tokens: Int64s) -> tuple[Float64s, Float64s, Flo
 
 
 def sample_pairs(dataset: TokenizedDataset, number: int, seed: int = 0) -> Int64s:
-    """The numbers of at most `number` random pairs, ascending."""
-    total = len(dataset.pairs)
-    drawn = np.random.default_rng(seed).choice(total, size=min(number, total), replace=False)
+    """The numbers of at most `number` random pairs, ascending; labels without rivals are none."""
+    pairs = np.flatnonzero(dataset.has_rivals)
+    drawn = np.random.default_rng(seed).choice(pairs, size=min(number, len(pairs)), replace=False)
     return np.sort(drawn)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo.data.dataset import TokenizedDataset
-from dpo.data.records import KEY_BYTES
+from dpo.data.records import KEY_BYTES, NO_RIVAL
 from dpo.data.trees import Tree
 from dpo.evaluate.statistics import Interval, mean_by_cluster, share_by_cluster
 
@@ -25,6 +25,10 @@ class DataFacts:
     """A data set of G groups, S sequences and P pairs, described."""
 
     groups: int
+    pairs: int
+    """P, labelled completions among them."""
+    labels: tuple[int, int]
+    """Completions that are labelled desirable and undesirable, in place of pairs."""
     counts: dict[str, int]
     """What was dropped and truncated on the way here, by reason, as `dropped/...` and `truncated/...`."""
     prompts: int
@@ -32,7 +36,7 @@ class DataFacts:
     prompt_tokens: Int64s
     """(G,) tokens of each prompt."""
     chosen_tokens: Int64s
-    """(P,) tokens of each pair's chosen completion."""
+    """Tokens of each pair's chosen completion, and of each desirable one."""
     rejected_tokens: Int64s
     tree_tokens: int
     """Tokens of all groups, each prompt once."""
@@ -50,13 +54,8 @@ class DataFacts:
     does."""
     differing: int
     """Pairs whose completions differ in length."""
-    longer_by: Interval
-    """Mean tokens of the chosen completion minus those of the rejected one."""
-
-    @property
-    def pairs(self) -> int:
-        """Number of pairs."""
-        return len(self.chosen_tokens)
+    longer_by: Interval | None
+    """Mean tokens of the chosen completion minus those of the rejected one; None without pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,19 +88,29 @@ def pair_groups(dataset: TokenizedDataset) -> Int64s:
 
 
 def pair_sequences(dataset: TokenizedDataset) -> Int64s:
-    """(P, 2) the sequences of the chosen and of the rejected completion."""
+    """(P, 2) the sequences of the chosen and of the rejected completion, `NO_RIVAL` for a missing side."""
     first = np.repeat(dataset.first_sequence, dataset.pairs_per_group)
-    return np.asarray(first[:, None] + dataset.pairs, dtype=np.int64)
+    missing = dataset.pairs == NO_RIVAL
+    return np.where(missing, NO_RIVAL, first[:, None] + dataset.pairs).astype(np.int64)
+
+
+def pair_tokens(dataset: TokenizedDataset) -> Int64s:
+    """(P, 2) tokens of the chosen and of the rejected completion, 0 for a missing side."""
+    sequences = pair_sequences(dataset)
+    return np.where(sequences == NO_RIVAL, 0, dataset.completion_tokens[sequences])
 
 
 def pair_trees(dataset: TokenizedDataset, pairs: Int64s) -> list[Tree]:
-    """The prompt, the chosen and the rejected completion of each of these pairs."""
+    """The prompt, the chosen and the rejected completion of each of these pairs; empty for a missing side."""
     found: list[Tree] = []
     groups = np.searchsorted(dataset.group_pairs, pairs, side="right") - 1
     for pair, number in zip(pairs.tolist(), groups.tolist(), strict=True):
         group = dataset[number]
-        chosen, rejected = group.pairs[pair - int(dataset.group_pairs[number])]
-        found.append((group.prompt, (group.completions[chosen], group.completions[rejected])))
+        sides = group.pairs[pair - int(dataset.group_pairs[number])]
+        nothing = group.prompt[:0]
+        found.append(
+            (group.prompt, [nothing if side == NO_RIVAL else group.completions[side] for side in sides])
+        )
     return found
 
 
@@ -109,10 +118,11 @@ def number_alike(datasets: Sequence[TokenizedDataset]) -> list[Numbered]:
     """Numbers the prompts and pairs of several data sets together, so that they can be compared."""
     prompts = _numbers_of([_prompt_keys(dataset) for dataset in datasets])
     sequences = _numbers_of([dataset.keys for dataset in datasets])
-    distinct = 1 + max((int(numbers.max(initial=-1)) for numbers in sequences), default=-1)
+    distinct = 2 + max((int(numbers.max(initial=-1)) for numbers in sequences), default=-1)
     found = []
     for dataset, of_groups, of_sequences in zip(datasets, prompts, sequences, strict=True):
-        chosen, rejected = of_sequences[pair_sequences(dataset)].T
+        named = pair_sequences(dataset)
+        chosen, rejected = np.where(named == NO_RIVAL, distinct - 1, of_sequences[named]).T
         found.append(
             Numbered(
                 prompts=of_groups,
@@ -130,16 +140,20 @@ def data_facts(dataset: TokenizedDataset, numbered: Numbered) -> DataFacts:
         dataset: G groups, at least one.
         numbered: Of this data set, from `number_alike`.
     """
-    tokens = dataset.completion_tokens[pair_sequences(dataset)]  # (P, 2)
+    tokens, has_rivals = pair_tokens(dataset), dataset.has_rivals
     prompts = numbered.prompts[pair_groups(dataset)]
     pairs_of_prompt = np.bincount(prompts)
-    longer = tokens[:, 0] - tokens[:, 1]
+    longer, prompts_of_rivals = (tokens[:, 0] - tokens[:, 1])[has_rivals], prompts[has_rivals]
     differs = longer != 0
     _, first = np.unique(numbered.pairs, return_index=True)
+    named = np.zeros(len(dataset.keys), dtype=bool)  # those of other prompts, for a loss, are in no pair
+    named[pair_sequences(dataset)[dataset.pairs != NO_RIVAL]] = True
     repeated = np.ones(len(tokens), dtype=bool)
     repeated[first] = False
     return DataFacts(
         groups=len(dataset),
+        pairs=len(tokens),
+        labels=(int((tokens[~has_rivals, 0] > 0).sum()), int((tokens[~has_rivals, 1] > 0).sum())),
         counts={
             name: number
             for name, number in dataset.counts.items()
@@ -147,17 +161,19 @@ def data_facts(dataset: TokenizedDataset, numbered: Numbered) -> DataFacts:
         },
         prompts=int((np.bincount(numbered.prompts) > 0).sum()),
         prompt_tokens=np.diff(dataset.segment_offsets)[dataset.group_segments[:-1]],
-        chosen_tokens=tokens[:, 0],
-        rejected_tokens=tokens[:, 1],
-        tree_tokens=int(dataset.tree_tokens.sum()),
-        row_tokens=int(dataset.sequence_tokens.sum()),
-        sequences=len(dataset.keys),
+        chosen_tokens=tokens[tokens[:, 0] > 0, 0],
+        rejected_tokens=tokens[tokens[:, 1] > 0, 1],
+        tree_tokens=int(dataset.tree_tokens.sum() - dataset.completion_lengths[~named].sum()),
+        row_tokens=int(dataset.sequence_tokens[named].sum()),
+        sequences=int(named.sum()),
         sharing=pairs_of_prompt[prompts] > 1,
         repeated=repeated,
         contradicted=np.isin(numbered.pairs, numbered.reversed_pairs),
-        longer_chosen=share_by_cluster(longer[differs] > 0, prompts[differs]) if differs.any() else None,
+        longer_chosen=(
+            share_by_cluster(longer[differs] > 0, prompts_of_rivals[differs]) if differs.any() else None
+        ),
         differing=int(differs.sum()),
-        longer_by=mean_by_cluster(longer, prompts),
+        longer_by=mean_by_cluster(longer, prompts_of_rivals) if len(longer) else None,
     )
 
 

@@ -95,8 +95,11 @@ def _numbers(split: DescribedSplit) -> dict[str, float]:
         "pairs_sharing_a_prompt": float(facts.sharing.mean()),
         "pairs_repeated": int(facts.repeated.sum()),
         "pairs_contradicted": int(facts.contradicted.sum()),
-        **facts.longer_by.under("length/longer_by"),
     }
+    if sum(facts.labels):
+        found |= {"labels/desirable": facts.labels[0], "labels/undesirable": facts.labels[1]}
+    if facts.longer_by is not None:
+        found |= facts.longer_by.under("length/longer_by")
     if facts.longer_chosen is not None:
         found |= facts.longer_chosen.under("length/longer_chosen")
     if ranking is not None:

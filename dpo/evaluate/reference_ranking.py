@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo.data.dataset import TokenizedDataset
-from dpo.evaluate.data_facts import pair_sequences
+from dpo.data.records import NO_RIVAL
+from dpo.evaluate.data_facts import pair_sequences, pair_tokens
 from dpo.evaluate.statistics import Interval, share_by_cluster
 
 Int64s = npt.NDArray[np.int64]
@@ -51,7 +52,8 @@ def reference_ranking(
         prompts: (P,) number of each pair's prompt, from 0.
     """
     sequences = pair_sequences(dataset)
-    of_pairs, tokens = logps[sequences], dataset.completion_tokens[sequences]
+    of_pairs = np.where(sequences == NO_RIVAL, np.nan, logps[sequences])
+    tokens = pair_tokens(dataset).clip(min=1)
     margins = of_pairs[:, 0] - of_pairs[:, 1]
     per_token = of_pairs[:, 0] / tokens[:, 0] - of_pairs[:, 1] / tokens[:, 1]
     known = np.isfinite(margins)

@@ -19,12 +19,14 @@ from dpo.data.plan import share
 from dpo.data.preference_data import PreferenceData
 from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
-from dpo.loss.accuracy import accuracies
-from dpo.loss.catalog import needs_whole_step
+from dpo.evaluate.data_facts import pair_tokens
+from dpo.loss.accuracy import accuracies, label_accuracies
+from dpo.loss.catalog import compares_pairs
 from dpo.loss.pairs import PairLogProbs, pair_logps
 from dpo.loss.preference_loss import preference_loss
 
 Float64s = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 Records = npt.NDArray[np.void]
 
 _MEASURED = (
@@ -43,7 +45,10 @@ _RECORD = np.dtype([("pair", np.int64), *((name, np.float64) for name in _MEASUR
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairScores:
-    """One value for each of P pairs, in the order of the data set."""
+    """One value for each of P pairs, in the order of the data set.
+
+    A completion with a label instead of a rival is a pair with one side; the other has 0 nats and 0 tokens.
+    """
 
     groups: npt.NDArray[np.int64]
     """(P,) the pair's group: pairs of one prompt are not independent."""
@@ -55,7 +60,8 @@ class PairScores:
     """(P,) beta * log(policy / reference) of the chosen completion."""
     rejected_rewards: Float64s
     correct: Float64s
-    """(P,) 1 where the chosen completion has the higher reward, 0 for the lower one, 0.5 for a tie."""
+    """(P,) 1 where the chosen completion has the higher reward, 0 for the lower one, 0.5 for a tie. With a
+    label: 1 where the reward lies on the label's side of `midpoint`."""
     chosen_logps: Float64s
     """(P,) summed log-prob under the policy, in nats."""
     rejected_logps: Float64s
@@ -65,22 +71,53 @@ class PairScores:
     chosen_tokens: npt.NDArray[np.int64]
     """(P,) tokens of the chosen completion."""
     rejected_tokens: npt.NDArray[np.int64]
+    mismatched: tuple[Float64s, Float64s] | None = None
+    """(M,) log-probs of completions of other prompts, of policy and reference; None where none are needed."""
+
+    @property
+    def has_chosen(self) -> Bools:
+        """(P,) whether the pair has a chosen, or desirable, completion."""
+        return self.chosen_tokens > 0
+
+    @property
+    def has_rejected(self) -> Bools:
+        """(P,) whether the pair has a rejected, or undesirable, completion."""
+        return self.rejected_tokens > 0
+
+    @property
+    def has_rivals(self) -> Bools:
+        """(P,) whether the pair has both."""
+        return self.has_chosen & self.has_rejected
+
+    @property
+    def midpoint(self) -> float:
+        """The reward halfway between the mean reward of chosen and that of rejected completions."""
+        means = self.chosen_rewards[self.has_chosen].mean(), self.rejected_rewards[self.has_rejected].mean()
+        return float(sum(means)) / 2
 
     @property
     def margins(self) -> Float64s:
-        """(P,) chosen minus rejected reward."""
-        return self.chosen_rewards - self.rejected_rewards
+        """(P,) chosen minus rejected reward.
+
+        Of a completion with a label, twice its distance from `midpoint`, positive on its label's side.
+        """
+        margins = self.chosen_rewards - self.rejected_rewards
+        if self.has_rivals.all():
+            return margins
+        middle = self.midpoint
+        above = np.where(self.has_chosen, self.chosen_rewards - middle, middle - self.rejected_rewards)
+        return np.where(self.has_rivals, margins, 2 * above)
 
     def means(self) -> dict[str, float]:
         """The metrics under the names that training logs."""
         return {
             "eval/loss": float(self.losses.sum() / self.units.sum()),
-            "eval/rewards/chosen": float(self.chosen_rewards.mean()),
-            "eval/rewards/rejected": float(self.rejected_rewards.mean()),
+            "eval/rewards/chosen": float(self.chosen_rewards[self.has_chosen].mean()),
+            "eval/rewards/rejected": float(self.rejected_rewards[self.has_rejected].mean()),
             "eval/rewards/margins": float(self.margins.mean()),
             "eval/rewards/accuracies": float(self.correct.mean()),
-            "eval/logps/chosen": float(self.chosen_logps.mean()),
-            "eval/logps/rejected": float(self.rejected_logps.mean()),
+            "eval/logps/chosen": float(self.chosen_logps[self.has_chosen].mean()),
+            "eval/logps/rejected": float(self.rejected_logps[self.has_rejected].mean()),
         }
 
 
@@ -113,16 +150,22 @@ def score_pairs(
     def batch_of(groups: list[int]) -> TreeBatch:
         return data.batch(np.asarray(groups, dtype=np.int64), layout).to(device)
 
-    records = [np.empty(0, _RECORD)]
+    records, others = [np.empty(0, _RECORD)], [np.empty((0, 2))]
     for groups, batch in zip(mine, prefetch(map(batch_of, mine)), strict=True):
         alive.step("held-out pairs")
         with torch.no_grad():  # an empty batch too: all ranks must call the model equally often
             logps = score(batch, per_token=loss.ld_alpha is not None)
         if groups:
             records.append(_records(_pairs_of(data.dataset, groups), batch, logps, loss, dtype))
+            others.append(_mismatched(batch, logps))
     everything = np.concatenate(distributed.gather_objects(np.concatenate(records)))
-    scores = _in_order(everything, data)
-    return replace(scores, losses=_losses_together(scores, loss)) if needs_whole_step(loss) else scores
+    scores = _in_order(everything, data, loss, dtype)
+    if data.mismatched:
+        both = np.concatenate(distributed.gather_objects(np.concatenate(others)))
+        scores = replace(scores, mismatched=(both[:, 0], both[:, 1]))
+    if not compares_pairs(loss):
+        return scores
+    return replace(scores, losses=data.weights * _losses_together(scores, loss))
 
 
 def _records(
@@ -139,7 +182,7 @@ def _records(
     """
 
     def of_pairs(values: Tensor) -> PairLogProbs:
-        return pair_logps(values, batch.pairs, batch.num_tokens, loss.ld_alpha)
+        return pair_logps(values, batch.pairs, batch.num_tokens, loss.ld_alpha, batch.mismatched)
 
     policy = of_pairs(logps)
     reference = of_pairs(batch.reference) if batch.reference is not None else None
@@ -163,14 +206,21 @@ def _records(
     return records
 
 
-def _in_order(records: Records, data: PreferenceData) -> PairScores:
+def _mismatched(batch: TreeBatch, logps: Tensor) -> Float64s:
+    """(M, 2) log-probs of a batch's mismatched completions under policy and reference."""
+    if batch.mismatched is None or batch.reference is None:
+        return np.empty((0, 2))
+    both = torch.stack([logps[batch.mismatched].double(), batch.reference[batch.mismatched].double()], dim=1)
+    return np.asarray(both.cpu().numpy())
+
+
+def _in_order(records: Records, data: PreferenceData, loss: LossConfig, dtype: str) -> PairScores:
     """The records of all ranks as columns in the order of the data set, beside what the data set knows."""
     dataset = data.dataset
     records = records[np.argsort(records["pair"], kind="stable")]
     column = {name: np.ascontiguousarray(records[name]) for name in _MEASURED}
-    first = np.repeat(dataset.first_sequence, dataset.pairs_per_group)  # (P,) of the pair's group
-    tokens = dataset.completion_tokens[first[:, None] + dataset.pairs]  # (P, 2)
-    return PairScores(
+    tokens = pair_tokens(dataset)
+    scores = PairScores(
         groups=np.repeat(np.arange(len(dataset)), dataset.pairs_per_group),
         losses=column["losses"],
         units=data.units,
@@ -183,12 +233,16 @@ def _in_order(records: Records, data: PreferenceData) -> PairScores:
         chosen_tokens=tokens[:, 0],
         rejected_tokens=tokens[:, 1],
     )
+    if dataset.has_rivals.all():
+        return scores
+    labelled = label_accuracies(scores.margins / 2, tokens.max(axis=1), loss, dtype)
+    return replace(scores, correct=np.where(dataset.has_rivals, scores.correct, labelled))
 
 
 def _losses_together(scores: PairScores, loss: LossConfig) -> Float64s:
     """(P,) losses of a loss that depends on all pairs together: of the data set, instead of a batch."""
 
-    def pairs(chosen: Float64s, rejected: Float64s) -> PairLogProbs:
+    def pairs(chosen: Float64s, rejected: Float64s, mismatched: Float64s | None) -> PairLogProbs:
         values = (chosen, rejected, scores.chosen_tokens, scores.rejected_tokens)
         tensors = [torch.from_numpy(np.ascontiguousarray(value)) for value in values]
         return PairLogProbs(
@@ -196,10 +250,12 @@ def _losses_together(scores: PairScores, loss: LossConfig) -> Float64s:
             rejected=tensors[1],
             chosen_tokens=tensors[2],
             rejected_tokens=tensors[3],
+            mismatched=None if mismatched is None else torch.from_numpy(mismatched.copy()),
         )
 
-    policy = pairs(scores.chosen_logps, scores.rejected_logps)
-    reference = pairs(scores.reference_logps[:, 0], scores.reference_logps[:, 1])
+    others = scores.mismatched or (None, None)
+    policy = pairs(scores.chosen_logps, scores.rejected_logps, others[0])
+    reference = pairs(scores.reference_logps[:, 0], scores.reference_logps[:, 1], others[1])
     return np.asarray(preference_loss(policy, reference, loss).losses.numpy())
 
 

@@ -2,16 +2,16 @@
 
 Every (prompt, sample) has its own random stream, derived from the seed and the two indices, and batches are
 formed without the world size. So the samples depend neither on the batch size nor on the number of ranks (up
-to the last bits of a forward pass). Two models with the same seed share their randomness: where they agree on
-the distribution, they draw the same token.
+to the last bits of a forward pass). A prompt with several samples is computed once for those of a batch.
+
+Two models with the same seed share their randomness: where they agree on the distribution, they draw the same
+token.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +28,16 @@ from dpo import alive, terminal
 from dpo.data.records import TokenIds
 from dpo.distributed import device, from_main, gather_objects, turns_of
 from dpo.errors import UserError
+from dpo.evaluate.generation import (
+    COMPARED,
+    Together,
+    can_share,
+    computed_once,
+    left_padded,
+    own_generation_config,
+    together,
+)
 from dpo.model.attention import restore_attention
-
-COMPARED, SAME_DISTRIBUTION = 8, 0.05
-"""Tokens over which a model's batches are compared with rows alone, and the distance (total variation) of
-distributions of the next token that rounding explains in bfloat16."""
-_Together = Literal["padded", "equal lengths", "alone"]
-"""What may be in one batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +156,17 @@ def sample(
     )
     drawn: dict[_Row, Continuation] = {}
     few = GenerationConfig(**{**config.to_dict(), "max_new_tokens": min(COMPARED, max_new_tokens)})
-    how: _Together = "padded"
+    how: Together = "padded"
+    shares = False
     if len(rows) > 1:
-        with _own_generation_config(model, few):
-            how = from_main(_together(model, prompts, stop_ids[0], sharded=sharded))
+        with own_generation_config(model, few):
+            how = from_main(together(model, prompts, stop_ids[0], sharded=sharded))
+            long = [prompt for prompt in prompts if len(prompt) > 1]  # than the token that is not shared
+            if num_samples > 1 and how != "alone" and (len(long) == len(prompts) or (long and not sharded)):
+                shares = from_main(can_share(model, long, stop_ids[0], how, sharded=sharded))
     batches = turns_of(_batches(rows, [len(prompt) for prompt in prompts], batch_size, how))
     with (
-        _own_generation_config(model, config),
+        own_generation_config(model, config),
         terminal.bar(sum(len(batch or ()) for batch in batches), description=progress, unit="samples") as bar,
     ):
         for own in batches:
@@ -169,12 +176,17 @@ def sample(
             batch = own or rows[:1]  # other ranks need this pass; a sample that is drawn twice is the same
             noise = _GumbelNoise(batch, temperature=temperature, seed=seed, stop_ids=stop_ids)
             processors = LogitsProcessorList([noise] if temperature > 0 else [])
-            ids, mask = _left_padded([prompts[row.prompt] for row in batch], stop_ids[0])
+            asked = [prompts[row.prompt] for row in batch]
+            start = {}
+            if shares and min(map(len, asked)) > 1:
+                start = computed_once(model, asked, stop_ids[0], sharded=sharded)
+            ids, mask = left_padded(asked, stop_ids[0])
             output = model.generate(  # type: ignore[operator]
                 inputs=ids.to(device()),
                 attention_mask=mask.to(device()),
                 logits_processor=processors,
                 synced_gpus=sharded,
+                **start,
             )
             written = output[:, ids.shape[1] :].cpu().numpy().astype(np.int32)
             for row, tokens in zip(batch, written, strict=True):
@@ -198,7 +210,7 @@ def _check_lengths(
 
 
 def _batches(
-    rows: Sequence[_Row], lengths: Sequence[int], batch_size: int, how: _Together
+    rows: Sequence[_Row], lengths: Sequence[int], batch_size: int, how: Together
 ) -> list[list[_Row]]:
     """Rows, sorted by length, in batches that the model computes as it computes each row alone.
 
@@ -215,77 +227,9 @@ def _batches(
     return [part[start : start + size] for part in parts for start in range(0, len(part), size)]
 
 
-def _together(
-    model: PreTrainedModel, prompts: Sequence[npt.NDArray[np.int32]], pad_token_id: int, *, sharded: bool
-) -> _Together:
-    """Which prompts the model continues in one batch as it does alone: RWKV takes padding for text."""
-    if not prompts:
-        return "padded"
-    first, last = min(prompts, key=len), max(prompts, key=len)
-    follow = partial(_distributions, model, pad_token_id=pad_token_id, sharded=sharded)
-    alone = follow([first])
-    if _distance(alone, follow([first, last])) <= SAME_DISTRIBUTION:
-        return "padded"
-    return "equal lengths" if _distance(alone, follow([first, first])) <= SAME_DISTRIBUTION else "alone"
-
-
-@torch.no_grad()
-def _distributions(
-    model: PreTrainedModel, prompts: Sequence[npt.NDArray[np.int32]], *, pad_token_id: int, sharded: bool
-) -> list[tuple[int, torch.Tensor]]:
-    """The likeliest token and the distribution of each of the tokens that follow the first prompt."""
-    ids, mask = _left_padded(prompts, pad_token_id)
-    output = model.generate(  # type: ignore[operator]
-        inputs=ids.to(device()),
-        attention_mask=mask.to(device()),
-        output_logits=True,
-        return_dict_in_generate=True,
-        synced_gpus=sharded,
-    )
-    steps = [logits[0].float().softmax(-1) for logits in output.logits]
-    return [(int(step.argmax()), step) for step in steps]
-
-
-def _distance(left: Sequence[tuple[int, torch.Tensor]], right: Sequence[tuple[int, torch.Tensor]]) -> float:
-    """Largest total variation of distributions, as long as the tokens before them are the same."""
-    largest = 0.0
-    for (token, one), (other, two) in zip(left, right, strict=False):
-        largest = max(largest, float((one - two).abs().sum() / 2))
-        if token != other:
-            break
-    return largest
-
-
-def _left_padded(
-    prompts: Sequence[npt.NDArray[np.int32]], pad_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (S, T) int64; every prompt ends in the last column.
-
-    [[1, 2, 3], [4]] with padding 0 gives ids [[1, 2, 3], [0, 0, 4]] and mask [[1, 1, 1], [0, 0, 1]].
-    """
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, width - len(prompt) :] = 1
-    return ids, mask
-
-
 def _until_stop(tokens: TokenIds, stop_ids: Sequence[int]) -> Continuation:
     """(T,) generated tokens up to the first that ends a continuation; the rest is padding."""
     ends = np.flatnonzero(np.isin(tokens, stop_ids))
     if len(ends) == 0:
         return Continuation(tokens.copy(), stop=None)
     return Continuation(tokens[: ends[0]].copy(), stop=int(tokens[ends[0]]))
-
-
-@contextmanager
-def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Generates with `config` alone: transformers would fill its gaps from the model's own settings."""
-    saved = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = saved

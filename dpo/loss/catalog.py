@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from dpo.config import LossConfig
+from dpo.config.foreign import meant
 
-SIGMOID_LIKE = frozenset({"beta", "label_smoothing"})
+SMOOTHED = frozenset({"beta", "label_smoothing"})
+DIVERGENCE = frozenset({"f_divergence", "f_alpha"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,31 +28,48 @@ class LossKind:
     """Whether it divides log-probs by the completion's length; `ld_alpha` then makes no sense."""
     whole_step: bool = False
     """Whether its value depends on all pairs of the optimizer step together, over all ranks."""
+    running: bool = False
+    """Whether its value depends on sums over all steps before."""
+    takes_labels: bool = False
+    """Whether each completion adds to it by itself, so that data with labels instead of pairs will do."""
+    mismatched: bool = False
+    """Whether it needs log-probs of completions of other prompts."""
 
 
 LOSSES = {
-    "sigmoid": LossKind(uses=SIGMOID_LIKE),
-    "robust": LossKind(uses=SIGMOID_LIKE),
-    "exo_pair": LossKind(uses=SIGMOID_LIKE),
-    "ipo": LossKind(),
-    "hinge": LossKind(),
-    "nca_pair": LossKind(),
+    "sigmoid": LossKind(uses=SMOOTHED | DIVERGENCE),
+    "robust": LossKind(uses=SMOOTHED | DIVERGENCE),
+    "exo_pair": LossKind(uses=SMOOTHED | DIVERGENCE),
+    "ipo": LossKind(uses=frozenset({"beta"}) | DIVERGENCE),
+    "hinge": LossKind(uses=frozenset({"beta"}) | DIVERGENCE),
+    "nca_pair": LossKind(takes_labels=True),
     "sppo_hard": LossKind(),
-    "apo_zero": LossKind(),
+    "apo_zero": LossKind(takes_labels=True),
     "apo_down": LossKind(),
-    "discopop": LossKind(uses=frozenset({"beta", "discopop_tau"})),
-    "sigmoid_norm": LossKind(uses=SIGMOID_LIKE, per_token=True),
-    "aot": LossKind(uses=SIGMOID_LIKE, whole_step=True),
-    "aot_unpaired": LossKind(uses=SIGMOID_LIKE, whole_step=True),
+    "discopop": LossKind(uses=frozenset({"beta", "discopop_tau"}) | DIVERGENCE),
+    "sigmoid_norm": LossKind(uses=SMOOTHED, per_token=True),
+    "ipo_norm": LossKind(per_token=True),
+    "aot": LossKind(uses=SMOOTHED, whole_step=True),
+    "aot_unpaired": LossKind(uses=SMOOTHED, whole_step=True),
     "plackett_luce": LossKind(averaged_over="groups"),
     "simpo": LossKind(uses=frozenset({"beta", "simpo_gamma"}), needs_reference=False, per_token=True),
     "orpo": LossKind(needs_reference=False, per_token=True),
+    "sft": LossKind(uses=frozenset(), needs_reference=False, per_token=True, takes_labels=True),
+    "bco_pair": LossKind(running=True, takes_labels=True),
+    "kto": LossKind(
+        uses=frozenset({"beta", "desirable_weight", "undesirable_weight"}),
+        whole_step=True,
+        takes_labels=True,
+        mismatched=True,
+    ),
 }
 """Name -> what it needs."""
 
 NEEDS_SMOOTHING = ("exo_pair", "robust")  # with 0, exo_pair is infinite and robust is sigmoid
 ANY_LOSS = {"type", "weights", "sft_weight", "ld_alpha", "pair_weights"}
 """Options that may be combined with any loss."""
+SHOWN_IF_SET = (ANY_LOSS | DIVERGENCE) - {"type", "weights"}
+"""Options that a title leaves out where they have their default."""
 
 
 def names_of(loss: LossConfig) -> list[str]:
@@ -73,17 +92,32 @@ def needs_whole_step(loss: LossConfig) -> bool:
     return any(name in LOSSES and LOSSES[name].whole_step for name in names_of(loss))
 
 
+def needs_mismatched(loss: LossConfig) -> bool:
+    """Whether the data must have completions of other prompts, whose reference log-probs are cached too."""
+    return any(LOSSES[name].mismatched for name in names_of(loss))
+
+
+def takes_labels(loss: LossConfig) -> bool:
+    """Whether completions with a label and no rival will do."""
+    return all(LOSSES[name].takes_labels for name in names_of(loss))
+
+
+def compares_pairs(loss: LossConfig) -> bool:
+    """Whether the loss of a pair depends on others, of its step or of steps before."""
+    return any(LOSSES[name].whole_step or LOSSES[name].running for name in names_of(loss))
+
+
 def title_of(loss: LossConfig) -> str:
     """The loss and every option that it uses, to be shown in reports."""
     names = names_of(loss)
     weights = loss.weights or [1.0] * len(names)
     mixed = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))
-    used = sorted(set().union(*(LOSSES[name].uses for name in names)))
-    shown = [f"{name.replace('_', ' ')} {getattr(loss, name):g}" for name in used]
+    used = set().union(*(LOSSES[name].uses for name in names))
+    shown = [f"{name.replace('_', ' ')} {getattr(loss, name):g}" for name in sorted(used - SHOWN_IF_SET)]
     plain = LossConfig()
     shown += [
         f"{name.replace('_', ' ')} {getattr(loss, name)}"
-        for name in sorted(ANY_LOSS - {"type", "weights"})
+        for name in sorted(SHOWN_IF_SET)
         if getattr(loss, name) != getattr(plain, name)
     ]
     return ", ".join([names[0] if len(names) == 1 else mixed, *shown])
@@ -94,7 +128,8 @@ def loss_problems(loss: LossConfig) -> Iterator[str]:
     names = names_of(loss)
     unknown = [name for name in names if name not in LOSSES]
     for name in unknown:
-        yield f"loss.type: {name}; expected one of {', '.join(LOSSES)}, or a list of them"
+        hint = meant("loss.type", name, LOSSES)
+        yield f"loss.type: {name}; expected one of {', '.join(LOSSES)}, or a list of them{hint}"
     if not names:
         yield "loss.type: an empty list; expected at least one loss"
     if len({*names}) < len(names):
@@ -116,12 +151,18 @@ def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
         for name in names:
             if name in NEEDS_SMOOTHING:
                 yield f"loss.label_smoothing: 0; {name} needs a number above 0, such as 0.001"
+    if loss.f_divergence != "alpha" and loss.f_alpha != plain.f_alpha and "f_alpha" in used:
+        yield f"loss.f_alpha: {loss.f_alpha}; f_divergence {loss.f_divergence} has no alpha: leave it out"
+    if "sft" in names and loss.sft_weight:
+        yield f"loss.sft_weight: {loss.sft_weight}; sft is this term: give its weight in loss.weights"
     if loss.ld_alpha is not None:
         for name in names:
             if LOSSES[name].per_token:
                 yield f"loss.ld_alpha: {loss.ld_alpha}; {name} divides by the length already: leave it out"
+        if needs_mismatched(loss):
+            yield f"loss.ld_alpha: {loss.ld_alpha}; kto takes whole completions: leave it out"
     if needs_whole_step(loss) and loss.pair_weights != "equal":
-        yield f"loss.pair_weights: {loss.pair_weights}; {losses} sorts the step's pairs: leave it out"
+        yield f"loss.pair_weights: {loss.pair_weights}; {losses} compares the whole step: leave it out"
     if averaged_over_groups(loss):
         if len(names) > 1:
             yield f"loss.type: {names}; a loss over rankings does not mix with losses over pairs"

@@ -5,7 +5,8 @@ y_w is the chosen and y_l the rejected completion of a prompt x, |y| is its leng
 
     h_w  = log pi(y_w|x) - log ref(y_w|x)    `pairs.chosen_logratios`, sums over the completion
     h_l  = log pi(y_l|x) - log ref(y_l|x)    `pairs.rejected_logratios`
-    h    = h_w - h_l                         `pairs.margins`
+    h    = h_w - h_l                         `pairs.margins`, or `margins` for other divergences than the
+                                             reverse KL, where h_w and h_l are f'(pi / ref)
     m_w  = log pi(y_w|x) / |y_w|             `pairs.chosen_means`, means over the completion; m_l likewise
     beta = `loss.beta` > 0,  eps = `loss.label_smoothing` in [0, 0.5),  sigma(z) = 1 / (1 + exp(-z))
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor
 
 from dpo.config import LossConfig
+from dpo.loss.f_divergences import margins
 from dpo.loss.pairs import Pairs
 
 
@@ -32,7 +34,7 @@ def sigmoid(pairs: Pairs, loss: LossConfig) -> Tensor:
     DPO. With eps > 0 the minimum is at a finite margin, so that the margins of pairs that are already learned
     stop growing. ln 2 where policy = reference.
     """
-    return _smoothed_logistic(loss.beta * pairs.margins, loss.label_smoothing)
+    return _smoothed_logistic(loss.beta * margins(pairs, loss), loss.label_smoothing)
 
 
 def robust(pairs: Pairs, loss: LossConfig) -> Tensor:
@@ -43,7 +45,7 @@ def robust(pairs: Pairs, loss: LossConfig) -> Tensor:
     arXiv 2403.00409 (rDPO's de-biased loss); eps in (0, 0.5) is the rate of flipped labels. For noisy labels;
     unlike conservative DPO it keeps increasing margins. ln 2 where policy = reference.
     """
-    logits, smoothing = loss.beta * pairs.margins, loss.label_smoothing
+    logits, smoothing = loss.beta * margins(pairs, loss), loss.label_smoothing
     kept, flipped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
     return ((1 - smoothing) * kept - smoothing * flipped) / (1 - 2 * smoothing)
 
@@ -56,7 +58,7 @@ def exo_pair(pairs: Pairs, loss: LossConfig) -> Tensor:
     arXiv 2402.00856, Eq. 16; eps in (0, 0.5), such as 0.001. Mode-seeking instead of mode-covering.
     ln(1/2) - (ln(1 - eps) + ln eps) / 2 where policy = reference.
     """
-    logits, smoothing = loss.beta * pairs.margins, loss.label_smoothing
+    logits, smoothing = loss.beta * margins(pairs, loss), loss.label_smoothing
     chosen_wins = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-smoothing))
     return chosen_wins + torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(smoothing))
 
@@ -67,10 +69,9 @@ def ipo(pairs: Pairs, loss: LossConfig) -> Tensor:
         (h - 1 / (2 beta))^2            in nats^2
 
     arXiv 2310.12036, Eq. 17, where beta is called tau; h is the paper's, a difference of sums over the
-    completion (TRL divides each log-ratio by its length). For data with few and certain preferences per
-    prompt. 1 / (4 beta^2) where policy = reference.
+    completion. For data with few and certain preferences per prompt. 1 / (4 beta^2) where policy = reference.
     """
-    return (pairs.margins - 1 / (2 * loss.beta)) ** 2
+    return (margins(pairs, loss) - 1 / (2 * loss.beta)) ** 2
 
 
 def hinge(pairs: Pairs, loss: LossConfig) -> Tensor:
@@ -81,7 +82,7 @@ def hinge(pairs: Pairs, loss: LossConfig) -> Tensor:
     SLiC's calibration (arXiv 2305.10425, Eq. 2) on DPO's log-ratios, as in arXiv 2309.06657. 1 where policy =
     reference.
     """
-    return torch.relu(1 - loss.beta * pairs.margins)
+    return torch.relu(1 - loss.beta * margins(pairs, loss))
 
 
 def nca_pair(pairs: Pairs, loss: LossConfig) -> Tensor:
@@ -93,7 +94,8 @@ def nca_pair(pairs: Pairs, loss: LossConfig) -> Tensor:
     completion must not fall, such as reasoning. 2 ln 2 where policy = reference.
     """
     chosen, rejected = loss.beta * pairs.chosen_logratios, loss.beta * pairs.rejected_logratios
-    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+    of_chosen = -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen)
+    return pairs.by_side(of_chosen, -0.5 * F.logsigmoid(-rejected))
 
 
 def sppo_hard(pairs: Pairs, loss: LossConfig) -> Tensor:
@@ -117,7 +119,7 @@ def apo_zero(pairs: Pairs, loss: LossConfig) -> Tensor:
     reference.
     """
     chosen, rejected = loss.beta * pairs.chosen_logratios, loss.beta * pairs.rejected_logratios
-    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
+    return pairs.by_side(torch.sigmoid(-chosen), torch.sigmoid(rejected))
 
 
 def apo_down(pairs: Pairs, loss: LossConfig) -> Tensor:
@@ -139,7 +141,7 @@ def discopop(pairs: Pairs, loss: LossConfig) -> Tensor:
     arXiv 2406.08414, Eq. 5; tau = `loss.discopop_tau` in (0, 1), 0.05 in the paper. Not convex.
     (ln 2 + 1) / 2 where policy = reference.
     """
-    logits = loss.beta * pairs.margins
+    logits = loss.beta * margins(pairs, loss)
     mixing = torch.sigmoid(logits / loss.discopop_tau)
     # m exp(-beta h) as one exponential: as a product it is 0 times infinity at large negative margins.
     exponential = torch.exp(F.logsigmoid(logits / loss.discopop_tau) - logits)
@@ -157,6 +159,19 @@ def sigmoid_norm(pairs: Pairs, loss: LossConfig) -> Tensor:
     chosen = pairs.chosen_logratios / pairs.policy.chosen_tokens
     rejected = pairs.rejected_logratios / pairs.policy.rejected_tokens
     return _smoothed_logistic(loss.beta * (chosen - rejected), loss.label_smoothing)
+
+
+def ipo_norm(pairs: Pairs, loss: LossConfig) -> Tensor:
+    """Length-normalised IPO: the target is a margin per token, so that it does not depend on lengths.
+
+        (h_w / |y_w| - h_l / |y_l| - 1 / (2 beta))^2
+
+    arXiv 2310.12036, Eq. 17, on log-ratios per token; what TRL calls ipo. 1 / (4 beta^2) where policy =
+    reference.
+    """
+    chosen = pairs.chosen_logratios / pairs.policy.chosen_tokens
+    rejected = pairs.rejected_logratios / pairs.policy.rejected_tokens
+    return (chosen - rejected - 1 / (2 * loss.beta)) ** 2
 
 
 def aot(pairs: Pairs, loss: LossConfig) -> Tensor:
@@ -229,6 +244,17 @@ def orpo(pairs: Pairs, loss: LossConfig) -> Tensor:
     """
     odds = _log_odds(pairs.chosen_means) - _log_odds(pairs.rejected_means)
     return -pairs.chosen_means - loss.beta * F.logsigmoid(odds)
+
+
+def sft(pairs: Pairs, loss: LossConfig) -> Tensor:
+    """Next-token training on the chosen completion, for mixtures such as MPO's.
+
+        -m_w
+
+    The generation loss of MPO (arXiv 2411.10442), which is 0.8 sigmoid + 0.2 bco_pair + 1 sft: a mean over
+    the tokens of each completion.
+    """
+    return -pairs.chosen_means
 
 
 def _smoothed_logistic(logits: Tensor, smoothing: float) -> Tensor:

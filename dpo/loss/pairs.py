@@ -12,7 +12,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairLogProbs:
-    """Summed log-probabilities in nats and completion lengths of B pairs."""
+    """Summed log-probabilities in nats and completion lengths of B pairs.
+
+    A completion with a label instead of a rival is a pair with one side: the other has 0 nats and 0 tokens.
+    """
 
     chosen: Tensor
     """(B,) log p(chosen | prompt), float32 or float64."""
@@ -24,6 +27,8 @@ class PairLogProbs:
     """(B,) int64, number of tokens of the rejected completion."""
     chosen_sequences: Tensor | None = None
     """(B,) int64, index of the chosen completion, equal in pairs that share it; for losses over rankings."""
+    mismatched: Tensor | None = None
+    """(M,) log p(completion of another prompt | prompt); None for losses that need none."""
 
     def joined(self, parts: Sequence["PairLogProbs"], own: int) -> "PairLogProbs":
         """The pairs of all ranks, with this rank's own tensors, and their gradient, at place `own`.
@@ -38,6 +43,7 @@ class PairLogProbs:
             rejected=torch.cat([part.rejected for part in all_ranks]),
             chosen_tokens=torch.cat([part.chosen_tokens for part in all_ranks]),
             rejected_tokens=torch.cat([part.rejected_tokens for part in all_ranks]),
+            mismatched=_joined([part.mismatched for part in all_ranks]),
         )
 
 
@@ -49,8 +55,30 @@ class Pairs:
     """With gradient."""
     reference: PairLogProbs | None
     """Without gradient; None for losses that need none."""
-    last_step: Mapping[str, float] = field(default_factory=dict)
-    """The named sums (see `LossValues`) over the whole step before and all ranks; empty before the first."""
+    so_far: Mapping[str, float] | None = None
+    """The named sums (see `LossValues`) over all steps before and all ranks, empty before the first; None
+    outside training."""
+
+    @property
+    def has_chosen(self) -> Tensor:
+        """(B,) bool, whether the pair has a chosen, or desirable, completion."""
+        return self.policy.chosen_tokens > 0
+
+    @property
+    def has_rejected(self) -> Tensor:
+        """(B,) bool, whether the pair has a rejected, or undesirable, completion."""
+        return self.policy.rejected_tokens > 0
+
+    def by_side(self, of_chosen: Tensor, of_rejected: Tensor) -> Tensor:
+        """(B,) the sum of what each completion adds, (B,) each; a side that is missing adds 0."""
+        return torch.where(self.has_chosen, of_chosen, 0.0) + torch.where(self.has_rejected, of_rejected, 0.0)
+
+    @property
+    def kl(self) -> Tensor | None:
+        """Scalar: KL(policy || reference) in nats, as KTO estimates it from mismatched completions."""
+        if self.reference is None or self.policy.mismatched is None or self.reference.mismatched is None:
+            return None
+        return (self.policy.mismatched - self.reference.mismatched).mean().clamp(min=0).detach()
 
     @property
     def chosen_logratios(self) -> Tensor:
@@ -72,12 +100,12 @@ class Pairs:
     @property
     def chosen_means(self) -> Tensor:
         """(B,) log-prob per token of the chosen completion under the policy, in nats."""
-        return self.policy.chosen / self.policy.chosen_tokens
+        return self.policy.chosen / self.policy.chosen_tokens.clamp(min=1)
 
     @property
     def rejected_means(self) -> Tensor:
         """(B,) log-prob per token of the rejected completion under the policy, in nats."""
-        return self.policy.rejected / self.policy.rejected_tokens
+        return self.policy.rejected / self.policy.rejected_tokens.clamp(min=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +115,16 @@ class LossValues:
     losses: Tensor
     """(B,) with gradient to the policy."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """Named scalar sums over these B pairs, also where B is 0. The loop adds them up over micro-batches and
-    ranks; the next step's loss finds them in `Pairs.last_step`, also after a resume."""
+    """Named scalar sums over these B pairs, also where B is 0. The loop adds them up over micro-batches,
+    ranks and steps; the next step's loss finds them in `Pairs.so_far`, also after a resume."""
 
 
 def pair_logps(
-    logps: Tensor, pairs: Tensor, num_tokens: Tensor, ld_alpha: float | None = None
+    logps: Tensor,
+    pairs: Tensor,
+    num_tokens: Tensor,
+    ld_alpha: float | None = None,
+    mismatched: Tensor | None = None,
 ) -> PairLogProbs:
     """Selects the values of pairs from one value per sequence, or with `ld_alpha` from one per token.
 
@@ -101,17 +133,20 @@ def pair_logps(
 
     Args:
         logps: (S,) summed log-probs in nats; with `ld_alpha` (N,) log-probs of tokens.
-        pairs: (B, 2) int64, sequence indices of the chosen and the rejected completion.
+        pairs: (B, 2) int64, sequence indices of the chosen and the rejected completion; below 0 for a side
+            that is missing, where there is no `ld_alpha`.
         num_tokens: (S,) int64, completion tokens of each sequence.
         ld_alpha: Weight of the tokens beyond the shorter length, in [0, 1].
+        mismatched: (M,) int64, sequences whose completion belongs to another prompt.
 
     Returns:
         (B,) values; float64 with `ld_alpha`, else in the dtype of `logps`.
     """
-    chosen, rejected = pairs[:, 0], pairs[:, 1]
-    tokens = num_tokens[chosen], num_tokens[rejected]
+    present, (chosen, rejected) = pairs.T >= 0, pairs.T.clamp(min=0)
+    tokens = torch.where(present, num_tokens[pairs.T.clamp(min=0)], 0)
     if ld_alpha is None:
-        of_chosen, of_rejected = logps[chosen], logps[rejected]
+        of_chosen = torch.where(present[0], logps[chosen], 0.0)
+        of_rejected = torch.where(present[1], logps[rejected], 0.0)
     else:
         # One product per pair and token: sums from one cumulative sum would not be deterministic on GPUs.
         ends, place, values = (
@@ -134,4 +169,11 @@ def pair_logps(
         chosen_tokens=tokens[0],
         rejected_tokens=tokens[1],
         chosen_sequences=chosen,
+        mismatched=None if mismatched is None else logps[mismatched],
     )
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The tensors one after the other; None where there are none."""
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None

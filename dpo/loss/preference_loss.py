@@ -6,15 +6,18 @@ Training calls it with the policy's log-probs of a micro-batch and the cached on
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.loss import functions
+from dpo.loss import functions, labelled
 from dpo.loss.catalog import LOSSES, names_of
 from dpo.loss.pairs import LossValues, PairLogProbs, Pairs
 
 LossFunction = Callable[[Pairs, LossConfig], Tensor | LossValues]
-FUNCTIONS: dict[str, LossFunction] = {name: getattr(functions, name) for name in LOSSES}
+FUNCTIONS: dict[str, LossFunction] = {
+    name: getattr(labelled if hasattr(labelled, name) else functions, name) for name in LOSSES
+}
 """Name -> function, for every loss in the catalog."""
 
 
@@ -30,7 +33,7 @@ class PairLosses:
     rejected_rewards: Tensor
     """(B,) the same for the rejected completion, detached."""
     sums: dict[str, Tensor] = field(default_factory=dict)
-    """Named sums over these pairs, which the loop adds up over the step; see `LossValues`."""
+    """Named sums over these pairs, which the loop adds up over the run; see `LossValues`."""
 
 
 def preference_loss(
@@ -38,32 +41,35 @@ def preference_loss(
     reference: PairLogProbs | None,
     loss: LossConfig,
     *,
-    last_step: Mapping[str, float] | None = None,
+    so_far: Mapping[str, float] | None = None,
 ) -> PairLosses:
     """The loss that a configuration asks for.
 
-        sum over i of weight_i * loss_i  +  sft_weight * (-log pi(y_w|x) / |y_w|)
+        w * (sum over i of weight_i * loss_i)  +  sft_weight * (-log pi(y_w|x) / |y_w|)
 
     The second term is the negative log-likelihood that iterative RPO adds (arXiv 2404.19733, Eq. 1), a mean
-    over the tokens of each chosen completion.
+    over the tokens of each chosen completion. w is 1, or with `pair_weights` wpo that of `wpo_weights`.
 
     Args:
         policy: Log-probs of B pairs under the policy, each (B,), with gradient; groups are whole.
         reference: Log-probs of the same pairs under the reference, without gradient; None for losses that
             need none.
         loss: Types, weights and options without `loss_problems`.
-        last_step: The losses' named sums over the whole step before; None or empty before the first.
+        so_far: The losses' named sums over all steps before, empty before the first; None outside training,
+            where losses that need them take those of the given pairs.
 
     Returns:
         (B,) losses and rewards, in the dtype of `policy`; the rewards are those of the first type.
     """
-    pairs = Pairs(policy=policy, reference=reference, last_step=last_step or {})
+    pairs = Pairs(policy=policy, reference=reference, so_far=so_far)
     names = names_of(loss)
     parts = [_values(FUNCTIONS[name](pairs, loss)) for name in names]
     weights = loss.weights or [1.0] * len(names)
     losses = weights[0] * parts[0].losses
     for part, weight in zip(parts[1:], weights[1:], strict=True):
         losses = losses + weight * part.losses
+    if loss.pair_weights == "wpo":
+        losses = losses * wpo_weights(pairs)
     if loss.sft_weight:
         losses = losses - loss.sft_weight * pairs.chosen_means
     chosen, rejected = _rewards(pairs, names[0])
@@ -73,6 +79,20 @@ def preference_loss(
         rejected_rewards=loss.beta * rejected.detach(),
         sums={name: value for part in parts for name, value in part.sums.items()},
     )
+
+
+def wpo_weights(pairs: Pairs) -> Tensor:
+    """How likely the policy is to write both completions, which brings its own distribution closer.
+
+        exp(m_w) exp(m_l),   m = log pi(y|x) / |y|
+
+    The length-normalised weight of WPO (arXiv 2406.11827), without the weight alignment that the paper adds:
+    it divides each token's probability by the one that a sample of the policy has there on average.
+
+    Returns:
+        (B,) weights in (0, 1], without gradient.
+    """
+    return torch.exp(pairs.chosen_means + pairs.rejected_means).detach()
 
 
 def _values(result: Tensor | LossValues) -> LossValues:

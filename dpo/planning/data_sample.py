@@ -18,6 +18,7 @@ from dpo import terminal
 from dpo.config import DataConfig
 from dpo.data.build import open_datasets, resolve_max_length, test_sources_of, train_sources_of
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.mismatched import with_mismatched
 from dpo.data.notes import RowNotes
 from dpo.data.parts import options_for, weighted_groups
 from dpo.data.records import PreferenceGroup
@@ -113,7 +114,12 @@ class SampledData:
 
 
 def sample_data(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None, *, exact: bool
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
+    *,
+    exact: bool,
+    mismatched: bool = False,
 ) -> dict[str, SampledData]:
     """Training and, where there is any, held-out data.
 
@@ -122,17 +128,18 @@ def sample_data(
         tokenizer: The policy's.
         positions: The model's longest sequence, or None if it has no limit.
         exact: Tokenize all of it, as training does.
+        mismatched: Give each prompt a completion of another one too; see `dpo.data.mismatched`.
 
     Raises:
         UserError: Missing or malformed data, or no group is left.
     """
     if exact:
-        train, test = open_datasets(data, tokenizer, positions)
+        train, test = open_datasets(data, tokenizer, positions, mismatched=mismatched)
         return {"train": _whole(train)} | ({"test": _whole(test)} if test is not None else {})
     max_length = resolve_max_length(data.max_length, positions)
     splits = {"train": train_sources_of(data), "test": test_sources_of(data)}
     return {
-        name: _sampled(sources, data, tokenizer, max_length, name)
+        name: _sampled(sources, data, tokenizer, max_length, name, mismatched=mismatched)
         for name, sources in splits.items()
         if sources
     }
@@ -154,12 +161,17 @@ def _sampled(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     split: str,
+    *,
+    mismatched: bool,
 ) -> SampledData:
     """Tokenizes at most `SAMPLE_GROUPS` random groups of a split."""
     generator = np.random.default_rng(SEED)
     drawn = _draw(sources, data, generator)
     cut = Counter[str]()
-    sample = _tokenize(drawn.by_source, sources, data, tokenizer, max_length, cut)
+    with tempfile.TemporaryDirectory() as folder:  # mapped files outlive their names
+        sample = _tokenize(drawn.by_source, sources, data, tokenizer, max_length, cut, Path(folder))
+        if mismatched and len(sample):
+            sample = with_mismatched(sample, f"data.{split}")
     if len(sample) == 0:
         named = ", ".join(source.path for source in sources)
         raise UserError(
@@ -232,17 +244,20 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     cut: Counter[str],
+    folder: Path,
 ) -> TokenizedDataset:
-    """The groups in token ids, as training would have them; counts what is cut or dropped in `cut`."""
+    """The groups in token ids, as training would have them, written to `folder`.
+
+    Counts what is cut or dropped in `cut`.
+    """
     notes = RowNotes()
     groups = chain.from_iterable(
         tokenize_groups(mine, tokenizer, options_for(source, data, max_length), cut, notes)
         for source, mine in zip(sources, by_source, strict=True)
     )
-    with tempfile.TemporaryDirectory() as folder:
-        write_dataset(groups, Path(folder) / "sample", Counter())
-        cut.update({f"dropped/{reason}": number for reason, number in notes.drops.items()})
-        return map_dataset(Path(folder) / "sample", "sample")  # mapped files outlive their names
+    write_dataset(groups, folder / "sample", Counter())
+    cut.update({f"dropped/{reason}": number for reason, number in notes.drops.items()})
+    return map_dataset(folder / "sample", "sample")
 
 
 def _exact(dataset: TokenizedDataset, changed: dict[str, float]) -> SampledData:

@@ -93,6 +93,7 @@ def make_plan(
     *,
     exact: bool,
     whole_step: bool = False,
+    mismatched: bool = False,
 ) -> Plan:
     """Plans a training run.
 
@@ -104,6 +105,7 @@ def make_plan(
         machine: What it is to run on.
         exact: Tokenize all data instead of a sample.
         whole_step: Whether the loss needs the whole step, and so a cached gradient.
+        mismatched: Whether the loss needs completions of other prompts; see `dpo.data.mismatched`.
 
     Raises:
         UserError: The model or the data does not exist, or the policy cannot be trained.
@@ -115,7 +117,9 @@ def make_plan(
         bare = empty_policy(described, model, dtype=DTYPES[model.dtype])
     shape, work = shape_of(bare), work_of(bare)
     machine = machine.running(shape.parameters)
-    splits = sample_data(data, load_tokenizer(model), max_positions(model), exact=exact)
+    splits = sample_data(
+        data, load_tokenizer(model), max_positions(model), exact=exact, mismatched=mismatched
+    )
     batches = BatchPlan(
         splits["train"].pairs_per_group,
         seed=train.seed,

@@ -117,9 +117,11 @@ def training_figures(history: Sequence[Line]) -> list[Captioned]:
 
 
 def margin_figures(scores: PairScores) -> list[Captioned]:
-    """The held-out pairs before and after training; none without reference log-probs."""
-    if not np.isfinite(scores.reference_logps).all():
+    """The held-out pairs before and after training; none without pairs or reference log-probs."""
+    if not np.isfinite(scores.reference_logps).all() or not scores.has_rivals.any():
         return []
+    before = (scores.reference_logps[:, 0] - scores.reference_logps[:, 1])[scores.has_rivals]
+    after = (scores.chosen_logps - scores.rejected_logps)[scores.has_rivals]
     return [
         Captioned(
             name="margins",
@@ -127,8 +129,8 @@ def margin_figures(scores: PairScores) -> list[Captioned]:
             caption="Log-probability of the chosen minus that of the rejected completion, for every held-out "
             "pair. Training should move it to the right; beta times the shift is DPO's reward margin.",
             figure=histogram_before_and_after(
-                scores.reference_logps[:, 0] - scores.reference_logps[:, 1],
-                scores.chosen_logps - scores.rejected_logps,
+                before,
+                after,
                 title="Chosen against rejected, before and after",
                 unit="log p(chosen) - log p(rejected), nats",
                 counted="held-out pairs",
@@ -168,7 +170,7 @@ def score_figures(samples: ComparedSamples) -> list[Captioned]:
 def worst_pairs(
     scores: PairScores, data: TokenizedDataset, tokenizer: PreTrainedTokenizerBase
 ) -> list[PairRow]:
-    """The held-out pairs that the policy ranks wrong by the largest margin."""
+    """The held-out pairs, or labelled completions, that the policy ranks wrong by the largest margin."""
     worst = np.argsort(scores.margins, kind="stable")[:WORST]
     worst = worst[scores.margins[worst] < 0]
     measures = [f"{margin:+.2f}" for margin in scores.margins[worst]]

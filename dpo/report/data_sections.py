@@ -25,6 +25,7 @@ Int64s = npt.NDArray[np.int64]
 LISTED = 5
 """Pairs that a section shows as examples."""
 
+NO_RIVALS = "Completions have labels and no rivals: chosen are the desirable ones, rejected the others."
 WHY_IT_FALLS = (
     "A preference loss asks only for a wider gap: what the model represents alike in chosen and rejected is "
     "lowered together with the rejected completion, so the chosen log-prob falls too, furthest in the pairs "
@@ -67,8 +68,13 @@ def pair_rows(
 def _rows(described: DescribedData) -> Iterator[Section]:
     facts = [split.facts for split in described.splits.values()]
     reasons = dict.fromkeys(reason for one in facts for reason in one.counts)
+    labelled = any(sum(one.labels) for one in facts)
     rows = [
-        ("pairs", *(f"{one.pairs:,}" for one in facts)),
+        ("pairs and labels" if labelled else "pairs", *(f"{one.pairs:,}" for one in facts)),
+        *(
+            (f"labelled {name}", *(f"{one.labels[place]:,}" for one in facts))
+            for place, name in enumerate(("desirable", "undesirable") if labelled else ())
+        ),
         ("groups (a prompt with its completions)", *(f"{one.groups:,}" for one in facts)),
         ("completions", *(f"{one.sequences:,}" for one in facts)),
         ("distinct prompts", *(f"{one.prompts:,}" for one in facts)),
@@ -92,11 +98,13 @@ def _lengths(described: DescribedData) -> Iterator[Section]:
         rows.append((f"{name}: median, 95th %, longest", *cells))
     rows.append(("chosen is longer", *(_percent(one.longer_chosen) for one in facts)))
     rows.append(("... of pairs that differ in length", *(f"{one.differing:,}" for one in facts)))
-    rows.append(("chosen minus rejected, mean", *(_interval(one.longer_by) for one in facts)))
+    means = (_interval(one.longer_by) if one.longer_by else "" for one in facts)
+    rows.append(("chosen minus rejected, mean", *means))
     train = described.splits[TRAINING].facts
+    completions = {"chosen": train.chosen_tokens, "rejected": train.rejected_tokens}
     yield Section(
         title="Lengths in tokens",
-        notes=[_length_bias(train.longer_chosen)],
+        notes=[_length_bias(train.longer_chosen) if train.longer_by else NO_RIVALS],
         columns=_columns(described),
         rows=rows,
         figures=[
@@ -106,7 +114,7 @@ def _lengths(described: DescribedData) -> Iterator[Section]:
                 caption="Tokens of the completions of the training pairs. Where the two differ, a policy can "
                 "win by length alone.",
                 figure=histograms(
-                    {"chosen": train.chosen_tokens, "rejected": train.rejected_tokens},
+                    {name: tokens for name, tokens in completions.items() if len(tokens)},
                     title="Completion length, chosen against rejected",
                     unit="tokens",
                     counted="training pairs",
@@ -258,6 +266,8 @@ def _interval(mean: Interval) -> str:
 
 
 def _quantiles(tokens: Int64s) -> str:
+    if not len(tokens):
+        return ""
     median, high = np.quantile(tokens, [0.5, 0.95])
     return f"{median:,.0f}, {high:,.0f}, {tokens.max():,}"
 

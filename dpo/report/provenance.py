@@ -47,7 +47,7 @@ def provenance_of(
         "policy": f"{folder.model(evaluate.snapshot)}, from {model.name_or_path}",
         "reference": reference.model or model.name_or_path,
         **trained,
-        "held-out data": f"{data.counts['pairs']} pairs of {data.counts['groups']} prompts",
+        "held-out data": data.contents,
         "samples": f"{evaluate.num_prompts} prompts, temperature {evaluate.temperature}, up to "
         f"{evaluate.completion_tokens} tokens, seed {evaluate.seed}, scorer {evaluate.scorer or 'none'}",
         "KL": "estimated from separate samples at temperature 1, without top-k or top-p",

@@ -3,6 +3,7 @@
 Imports no torch: the command line writes exit.json through it and must stay quick.
 """
 
+import itertools
 import json
 import platform
 import subprocess
@@ -16,7 +17,16 @@ import yaml
 from dpo.errors import UserError
 from dpo.files import UNIVERSAL, leftovers_of, remove, write_file
 
-PACKAGES = ("dpo", "torch", "transformers", "accelerate", "deepspeed", "tokenizers", "datasets", "numpy")
+PACKAGES = (
+    "cached-dpo",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "tokenizers",
+    "datasets",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,12 @@ class RunFolder:
         if not self.path.exists():
             return True
         return self.path.is_dir() and (self.is_run or not any(self.path.iterdir()))
+
+    @property
+    def unused_name(self) -> Path:
+        """The first of RUN_DIR_2, RUN_DIR_3, ... that is not there yet."""
+        names = (self.path.with_name(f"{self.path.name}_{number}") for number in itertools.count(2))
+        return next(path for path in names if not path.exists())
 
     def settings(self) -> dict[str, Any] | None:
         """The configuration that the run was started with, nested; None where none is recorded.

@@ -60,7 +60,7 @@ class Progress:
     skipped_in_a_row: int = 0
     """How many of the last steps were skipped."""
     loss_sums: dict[str, float] = field(default_factory=dict)
-    """The loss's named sums over the last step, which the next step's loss may read; see `Objective`."""
+    """The loss's named sums over all steps so far, which the next step's loss may read; see `Objective`."""
 
 
 def prepare_checkpoints(folder: RunFolder, resumed: bool) -> None:

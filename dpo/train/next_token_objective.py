@@ -15,7 +15,7 @@ from dpo import distributed
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import Int64s, share
 from dpo.data.prefetch import prefetch
-from dpo.data.records import num_trained
+from dpo.data.records import NO_RIVAL, num_trained
 from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
 from dpo.tracking.metrics import MetricSums
 
@@ -33,7 +33,9 @@ class NextTokenObjective:
         """The prompts of these groups with their chosen completions, or with the only one."""
         found: list[Tree] = []
         for group in (self.dataset[int(index)] for index in groups):
-            wanted = dict.fromkeys(pair.chosen for pair in group.pairs) or {0: None}
+            wanted = dict.fromkeys(pair.chosen for pair in group.pairs if pair.chosen != NO_RIVAL)
+            if not group.pairs:  # a block of text
+                wanted = {0: None}
             found.append((group.prompt, [group.completions[index] for index in wanted]))
         return found
 

@@ -121,11 +121,7 @@ def find_start(
     if not candidates and distributed.on_main(lambda: _ended_before_first_checkpoint(folder, recorded)):
         note = f"{folder.path} ended after step {recorded}, before its first checkpoint: it starts again"
         return _same_settings(Fresh((note,)), {folder}, settings, options)
-    return Refuse(
-        f"run_dir: {folder.path} records {recorded} steps but has no valid checkpoint; choose another "
-        "run_dir, or delete this one to start again (train.checkpoint_every makes runs resumable)"
-        + "".join(f"\n  {note}" for note in notes)
-    )
+    return Refuse("\n  ".join([distributed.on_main(partial(_cannot_start, folder, recorded)), *notes]))
 
 
 def check_fingerprints(checkpoint: Path, now: Mapping[str, str], options: OptimizationConfig) -> None:
@@ -151,6 +147,20 @@ def check_fingerprints(checkpoint: Path, now: Mapping[str, str], options: Optimi
         )
 
 
+def _cannot_start(folder: RunFolder, recorded: int) -> str:
+    """Why a folder with steps and without a checkpoint to resume from is left alone, and what to do."""
+    if folder.model().exists():
+        return (
+            f"run_dir: {folder.path} holds a finished run of {recorded} steps: choose another run_dir "
+            f"(--run_dir {folder.unused_name} is free), or delete it to train it again"
+        )
+    return (
+        f"run_dir: {folder.path} records {recorded} steps but has no valid checkpoint: choose another "
+        f"run_dir (--run_dir {folder.unused_name} is free), or delete this one to start again "
+        "(train.checkpoint_every makes runs resumable)"
+    )
+
+
 def _look_into(folder: RunFolder, resume: str) -> tuple[int, list[Path], str]:
     """Recorded steps and checkpoints of a folder, and why it may not be used, or nothing."""
     path = folder.path
@@ -161,7 +171,8 @@ def _look_into(folder: RunFolder, resume: str) -> tuple[int, list[Path], str]:
         return (
             0,
             [],
-            f"run_dir: {path} holds a run of {recorded} steps, and train.resume is never",
+            f"run_dir: {path} holds a run of {recorded} steps, and train.resume is never: choose another "
+            f"run_dir (--run_dir {folder.unused_name} is free)",
         )
     if not folder.may_be_written:
         return (
@@ -236,6 +247,6 @@ def _other_settings(origin: RunFolder, settings: Settings, options: Optimization
     if changed:
         yield (
             f"run_dir: {origin.path} was started with other settings, and a resumed run must be the same: "
-            f"{'; '.join(changed.values())}. Put them back, choose another run_dir, or allow the change: "
-            f"--train.resume_allow {','.join(changed)}"
+            f"{'; '.join(changed.values())}. Put them back, choose another run_dir (--run_dir "
+            f"{origin.unused_name} is free), or allow the change: --train.resume_allow {','.join(changed)}"
         )

@@ -47,6 +47,8 @@ def test_results_do_not_depend_on_ranks_or_micro_batches(both: Both, name: str) 
     for found in (alone[f"{name}, {BUDGETS[0]}"], *(together[f"{name}, {budget}"] for budget in BUDGETS)):
         for ours, theirs in zip(found, expected, strict=True):
             for key in COMPARED:
+                if name.startswith("labels") and key == "rewards/margins":
+                    continue  # of pairs
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=2e-6), key
 
 
@@ -74,6 +76,42 @@ def test_a_loss_without_a_reference_needs_no_cache_from_start_to_report(rig: Rig
     assert "- loss: simpo, beta 2, simpo gamma 0.5" in report
     assert "- reference cache: none: the loss needs no reference" in report
     assert "with reference" not in (run_dir / "model" / "README.md").read_text()
+
+
+def test_kto_learns_from_labels_from_the_cache_to_the_report(rig: Rig) -> None:
+    rows = [
+        {"prompt": f"{n} the cat " + "sat " * (n % 5), "completion": f" {word} {n}", "label": word == "good"}
+        for n in range(60)
+        for word in ("good", "bad")
+        if (n + len(word)) % 3  # most prompts have one of the two
+    ]
+    labels = rig.folder / "labels.jsonl"
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = (
+        "--loss.type",
+        "kto",
+        "--loss.beta",
+        "0.5",
+        "--data.train",
+        str(labels),
+        "--data.test",
+        str(labels),
+    )
+    keys += ("--evaluate.num_prompts", "4", "--evaluate.completion_tokens", "4")
+    cached = rig.run("kto", *keys, command="precompute-ref", world_size=1, stage=None)
+    assert f"{len(rows)} labelled completions, {len(rows) // 2} of them desirable," in cached.output
+    run_dir = rig.completed("kto", *keys, world_size=1, stage=None)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    first, last = lines[0], [line for line in lines if "eval/loss" in line][-1]
+    assert first["eval/loss"] == pytest.approx(0.5, abs=1e-6)  # law 1
+    assert first["eval/rewards/accuracies"] == 0.5
+    assert last["eval/rewards/accuracies"] > 0.9
+    assert last["eval/rewards/chosen"] > last["eval/rewards/rejected"]
+    assert not any("train/rewards/margins" in line for line in lines)
+    assert rig.run("kto", *keys, command="evaluate", world_size=1, stage=None).statuses == [0]
+    report = (run_dir / "report" / "report.md").read_text()
+    assert "- loss: kto, beta 0.5, desirable weight 1, undesirable weight 1" in report
+    assert "| labelled desirable |" in report
 
 
 def test_a_loss_that_weighs_tokens_needs_log_probs_per_token(rig: Rig) -> None:

@@ -5,11 +5,15 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PYTHON_THAT_CHECKS = """#!/usr/bin/env bash
+case "$*" in *"-m dpo check"*) echo runs/x ;; esac
+"""
+"""Replaces the interpreter: `dpo check` succeeds, and everything else does nothing."""
 
 
 def shell(*command: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     names = ("NNODES", "NODE_RANK", "NPROC", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_CONFIG", "PYTHON")
-    names += ("CUDA_VISIBLE_DEVICES",)
+    names += ("CUDA_VISIBLE_DEVICES", "CONTAINER", "SRUN_OPTIONS", "DRY_RUN")
     environment = {name: value for name, value in os.environ.items() if name not in names} | variables
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

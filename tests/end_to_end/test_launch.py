@@ -13,13 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from end_to_end.shells import ROOT, script, shell
+from end_to_end.shells import PYTHON_THAT_CHECKS, ROOT, script, shell
 
-SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.read_text().startswith("#!"))
-PYTHON_THAT_CHECKS = """#!/usr/bin/env bash
-case "$*" in *"-m dpo check"*) echo runs/x ;; esac
-"""
-"""Replaces the interpreter: `dpo check` succeeds, and everything else does nothing."""
+FILES = [path for path in (ROOT / "launch").iterdir() if path.is_file()]
+SCRIPTS = sorted(path for path in FILES if path.read_text().startswith("#!"))
 
 
 @pytest.fixture
@@ -63,10 +60,16 @@ def test_a_launch_configuration_sets_no_number_of_the_experiment(path: Path) -> 
         ),
         ({"NNODES": "two"}, "NNODES: two;"),
         ({"NPROC": "-1"}, "NPROC: -1;"),
+        (
+            {"ACCELERATE_CONFIG": "launch/multi_node.yaml"},
+            "NNODES is missing; launch/multi_node.yaml is for 2",
+        ),
+        ({"ACCELERATE_CONFIG": "launch/multi_node.yaml", "NNODES": "1"}, "NPROC is missing"),
+        ({"PYTHON": "nothing"}, "PYTHON: nothing is not the environment of make setup"),
     ],
 )
-def test_an_invalid_variable_is_named(variables: dict[str, str], problem: str) -> None:
-    ended = shell("launch/run", "train", "--config", "x.yaml", **variables)
+def test_an_invalid_variable_is_named(checks: str, variables: dict[str, str], problem: str) -> None:
+    ended = shell("launch/run", "train", "--config", "x.yaml", **({"PYTHON": checks} | variables))
     assert ended.returncode == 2
     assert problem in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
@@ -94,6 +97,13 @@ def test_num_processes_counts_all_machines(checks: str) -> None:
     assert "--num_processes 32 --main_process_port 29500" in ended.stdout
 
 
+def test_one_machine_does_not_wait_for_the_machines_of_its_launch_configuration(checks: str) -> None:
+    one = {"NNODES": "1", "NPROC": "8", "ACCELERATE_CONFIG": "launch/multi_node.yaml"}
+    ended = shell("launch/run", "train", "--config", "x.yaml", DRY_RUN="1", PYTHON=checks, **one)
+    assert ended.returncode == 0, ended.stderr
+    assert "--num_machines 1 --machine_rank 0 --num_processes 8 --main_process_port 0 " in ended.stdout
+
+
 def test_what_a_killed_launch_run_left_is_removed(tmp_path: Path) -> None:
     python = script(tmp_path / "python", PYTHON_THAT_WAITS.replace("PYTHON", sys.executable))
     (tmp_path / "dpo-run.999999999.abcdef").touch()
@@ -110,7 +120,7 @@ PYTHON_THAT_WAITS = """#!/usr/bin/env bash
 case "$*" in
     *"-m dpo check"*) echo runs/x ;;
     *socket.create_connection*) exec PYTHON "$@" ;;
-    *) echo started ;;
+    *supervise.py*) echo started ;;
 esac
 """
 
@@ -224,14 +234,18 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
 HOSTFILE = "# a comment\n10.0.0.1 slots=8\n\n10.0.0.2 slots=8\n"
 
 
-def test_a_hostfile_becomes_one_command_per_machine(tmp_path: Path) -> None:
+def test_a_hostfile_becomes_one_command_per_machine(tmp_path: Path, checks: str) -> None:
     (tmp_path / "hosts").write_text(HOSTFILE)
-    ended = shell("launch/nodes", str(tmp_path / "hosts"), "train", "--config", "a b.yaml", DRY_RUN="1")
+    words = ("launch/nodes", str(tmp_path / "hosts"), "train", "--config", "a b.yaml")
+    ended = shell(*words, DRY_RUN="1", PYTHON=checks)
     assert ended.returncode == 0, ended.stderr
-    first, second = ended.stdout.splitlines()
+    first, first_inner, second, second_inner = ended.stdout.splitlines()
     assert first.startswith("ssh -tt 10.0.0.1 cd ")
     assert "env NNODES=2 NODE_RANK=1 NPROC=8 MASTER_ADDR=10.0.0.1" in second
     assert second.endswith("launch/run train --config a\\ b.yaml ")
+    for node, line in enumerate((first_inner, second_inner)):
+        assert f"on machine {node}, if it has GPUs: {checks} -m accelerate" in line
+        assert f"--num_machines 2 --machine_rank {node} " in line
 
 
 @pytest.mark.parametrize(

@@ -55,3 +55,11 @@ def test_ranks_that_end_alike_leave_the_process_group(
     monkeypatch.setenv("WORLD_SIZE", "2")
     entry.main()
     assert done == (["left"] if leaves else []) + [f"exit {status}"]
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    command = f"{sys.executable} -m dpo --help | true"
+    ended = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert ended.stderr == ""

@@ -15,6 +15,7 @@ GROUND = {
 ROOMS = {  # a room -> the rooms it may import, besides itself and the ground
     "dpo.data": set[str](),
     "dpo.loss": set(),
+    "dpo.convert": {"dpo.loss"},
     "dpo.tracking": set(),
     "dpo.model": {"dpo.data"},
     "dpo.evaluate": {"dpo.data", "dpo.loss", "dpo.model"},

@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from unit.cli.refusals import REQUIRED, parsed, refusal
 
-from dpo.cli.parse import parse
+from dpo.cli.expected import choices, in_words
+from dpo.cli.parse import _leaves, parse
 from dpo.config import Config, DataSource, SftConfig
+from dpo.config.foreign import BUILT_IN, KEYS, MISSING, VALUES
+from dpo.loss.catalog import LOSSES
 
 
 def yaml_file(folder: Path, text: str) -> str:
@@ -111,6 +114,73 @@ def test_an_unknown_key_names_the_nearest_legal_one(key: str, nearest: str) -> N
     assert refusal(*REQUIRED, f"--{key}", "1")[1] == f"  {key}: unknown key; did you mean {nearest}?"
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("lr", "did you mean train.learning_rate?"),
+        ("train.lr", "did you mean train.learning_rate?"),
+        ("per_device_train_batch_size", "did you mean train.pairs_per_step (pairs of one optimizer step,"),
+        ("train.beta", "did you mean loss.beta?"),
+        ("dataset_name", "did you mean data.train?"),
+        ("loss.loss_type", "did you mean loss.type?"),
+        ("resume_from_checkpoint", "did you mean train.resume?"),
+        ("bf16", "did you mean model.dtype?"),
+        ("logging_steps", "nothing to set: every optimizer step is recorded"),
+        ("fp16", "float16 is not supported"),
+    ],
+)
+def test_another_trainers_key_is_answered_with_ours(key: str, said: str) -> None:
+    assert refusal(*REQUIRED, f"--{key}", "1")[1].startswith(f"  {key}: unknown key; {said}")
+
+
+def test_a_batch_of_another_trainer_is_one_of_sequences_in_sft() -> None:
+    said = refusal("--data.train", "t", "--batch_size", "1", command="sft")[1]
+    assert said.endswith("did you mean train.sequences_per_step?")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("model.dtype", "bf16", "one of float32, bfloat16; did you mean bfloat16?"),
+        ("train.optimizer", "adamw_torch", "did you mean adamw?"),
+        ("train.schedule", "cosine_with_restarts", "did you mean cosine?"),
+        ("model.attention", "flash_attention_2", "did you mean auto?"),
+        ("train.learning_rate", "fast", "a number above 0"),
+        ("train.num_epochs", "1.5", "a whole number of at least 1"),
+        ("train.max_steps", "many", "a whole number of at least 1, or null"),
+        ("train.adam_betas", "0.9", "[a number in [0, 1), a number in [0, 1)]"),
+        ("data.group_pairs", "maybe", "true or false"),
+        ("train.trackers", "wandb", "a list such as [a, b]"),
+        ("loss.weights", "x", "a list, each a number above 0, or null"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_answered_in_words(key: str, value: str, said: str) -> None:
+    (_, line) = refusal(*REQUIRED, f"--{key}", value)
+    assert line.startswith(f"  {key}: {value!r}; expected ")
+    assert line.endswith(said)
+
+
+def test_a_loss_by_another_name_is_answered_with_ours() -> None:
+    assert refusal(*REQUIRED, "--loss.type", "dpo")[1].endswith("; did you mean sigmoid?")
+
+
+@pytest.mark.parametrize("kind", [Config, SftConfig])
+def test_no_option_is_described_in_the_words_of_a_type_checker(kind: type) -> None:
+    for leaf in _leaves(kind).values():
+        assert not any(
+            word in in_words(leaf.ranged) for word in ("Literal", "Union", "typing", "class", "dpo.")
+        )
+
+
+def test_the_table_of_other_names_leads_to_options_that_exist() -> None:
+    leaves = _leaves(Config) | _leaves(SftConfig)
+    assert {ours for names in KEYS.values() for ours in names} <= {*leaves}
+    assert not {*BUILT_IN, *MISSING} & {*KEYS}
+    for key, names in VALUES.items():
+        legal = {*choices(leaves[key].type)} or {*LOSSES, "auto", "never"}
+        assert {*names.values()} <= legal
+
+
 def test_a_key_like_no_other_has_no_nearest_one() -> None:
     assert refusal(*REQUIRED, "--zzqq", "1")[1] == "  zzqq: unknown key"
 
@@ -196,3 +266,17 @@ def test_what_a_merge_key_brings_may_be_overridden(tmp_path: Path) -> None:
     )
     config = parse("train", ["--config", yaml_file(tmp_path, text)])
     assert config.data.train == [DataSource(path="a"), DataSource(path="a", weight=2.0)]
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_run_without_a_folder_of_its_own_is_named_after_its_configuration(
+    tmp_path: Path, command: str
+) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "mine.yaml"
+    first.write_text("model: {name_or_path: m}\ndata: {train: a}\n")
+    second.write_text("train: {seed: 3}\n")
+    assert parse(command, ["--config", str(first)]).run_dir == "runs/first"
+    assert parse(command, ["--config", str(first), f"--config={second}"]).run_dir == "runs/mine"
+    assert parse(command, ["--config", str(first), "--run_dir", "runs/x"]).run_dir == "runs/x"
+    second.write_text("run_dir: elsewhere\n")
+    assert parse(command, ["--config", str(second), "--config", str(first)]).run_dir == "elsewhere"

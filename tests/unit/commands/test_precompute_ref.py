@@ -50,6 +50,18 @@ def rows_in(folder: Path) -> int:
     return len(ReferenceStore.at(identity.parent).load())
 
 
+def test_a_finished_run_is_named_before_anything_is_computed(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "exit.json").write_text("{}")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 7}\n')
+    assert run(arguments) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "dpo train would not start" in first
+    assert "holds a finished run of 7 steps" in first
+
+
 def test_the_second_time_everything_is_cached(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

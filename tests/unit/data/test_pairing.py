@@ -1,6 +1,6 @@
 import pytest
 
-from dpo.data.pairing import pairs_from_scores
+from dpo.data.pairing import PAIRING_RULES, pairs_from_scores
 from dpo.data.records import Pair
 
 
@@ -10,6 +10,13 @@ def test_best_vs_rest_pairs_the_best_with_every_lower_one() -> None:
 
 def test_best_vs_worst_makes_one_pair() -> None:
     assert pairs_from_scores([0.5, 0.1, 0.9], "best-vs-worst") == (Pair(2, 1),)
+
+
+def test_mu_2sigma_leaves_an_outlier_alone() -> None:
+    scores = [1.0, 0.9, 1.1, 1.0, 0.6, 1.0, 1.2, 1.0, -9.0, 1.0, 0.8, 1.0]  # mean 0.13, deviation 2.76: -5.4
+    assert pairs_from_scores(scores, "mu-2sigma") == (Pair(6, 8),)  # -9 is nearest
+    assert pairs_from_scores([*scores, -5.0], "mu-2sigma") == (Pair(6, 12),)
+    assert pairs_from_scores([1.0, 1.0], "mu-2sigma") == ()
 
 
 def test_all_pairs_every_completion_with_every_lower_one() -> None:
@@ -23,7 +30,7 @@ def test_ties_make_no_pair_and_the_first_of_several_best_is_taken() -> None:
     assert pairs_from_scores(scores, "all") == (Pair(1, 0), Pair(1, 3), Pair(2, 0), Pair(2, 3), Pair(3, 0))
 
 
-@pytest.mark.parametrize("rule", ["best-vs-rest", "best-vs-worst", "all"])
+@pytest.mark.parametrize("rule", PAIRING_RULES)
 def test_equal_scores_make_no_pairs(rule: str) -> None:
     assert pairs_from_scores([0.5, 0.5, 0.5], rule) == ()  # type: ignore[arg-type]
 

@@ -83,7 +83,7 @@ def test_a_faulty_row_at_the_end_is_found(
 ) -> None:
     for number in (33, 70, 150, 2000):
         path = write_jsonl([*ROWS[:number], {"prompt": "the", "chosen": " x"}])
-        found, _, _ = preview(DataConfig(train=path), tokenizer, 64)
+        found, _, _, _ = preview(DataConfig(train=path), tokenizer, 64)
         assert found[0].startswith(f"data.train: {path}: looked at ")
         assert f"{path}:{number + 1}: no field 'rejected'" in found[1]
 
@@ -113,6 +113,6 @@ def test_warnings_and_the_largest_id_are_returned(
     write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     path = write_jsonl(ROWS[:3])
-    _, warnings, largest = preview(DataConfig(train=path, test=path), tokenizer, 64)
+    _, warnings, largest, _ = preview(DataConfig(train=path, test=path), tokenizer, 64)
     assert warnings == [f"data.test: {path} has the content of data.train; held-out metrics say nothing then"]
     assert largest == tokenizer.eos_token_id or 0 < largest < len(tokenizer)

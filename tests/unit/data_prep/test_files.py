@@ -36,6 +36,7 @@ def test_a_folder_holds_both_splits_and_a_manifest(tmp_path: Path) -> None:
             "prompt": "p",
             "completions": [" a", " b", " c"],
             "pairs": [{"chosen": 0, "rejected": 1}, {"chosen": 0, "rejected": 2}],
+            "labels": None,
             "scores": [2.0, 1.0, 0.5],
             "id": "x",
         }

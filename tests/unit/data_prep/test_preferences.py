@@ -95,3 +95,24 @@ def test_a_fold_is_refused_where_the_input_has_a_test_split(
     assert main(command) == 2
     assert "--fold: the input has a test split" in capsys.readouterr().err
     assert main([*command[:1], str(given / "train.parquet"), *command[2:]]) == 0
+
+
+def test_labels_are_kept_and_can_be_flipped(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"p{n}", "completion": " a", "label": n % 2 == 0} for n in range(20)
+    ]
+    rows += [{"prompt": f"q{n}", "completions": [" a", " b"], "labels": [True, False]} for n in range(20)]
+    path = _lines(tmp_path / "data.jsonl", rows)
+    first, second, flipped = tmp_path / "first", tmp_path / "second", tmp_path / "flipped"
+    assert main(["preferences", path, "--output", str(first)]) == 0
+    assert main(["preferences", str(first), "--output", str(second)]) == 0
+    assert main(["preferences", str(first), "--labels", "flipped", "--output", str(flipped)]) == 0
+    kept = pq.read_table(first / "train.parquet").to_pylist()
+    given = {row["prompt"]: row.get("labels") or [row["label"]] for row in rows}
+    assert len(kept) > 20
+    assert all((row["pairs"], row["labels"]) == (None, given[row["prompt"]]) for row in kept)
+    assert pq.read_table(second / "train.parquet").to_pylist() == kept
+    assert [row["labels"] for row in pq.read_table(flipped / "train.parquet").to_pylist()] == [
+        [not label for label in row["labels"]] for row in kept
+    ]
+    assert json.loads((first / "manifest.json").read_text())["pairs"] == 60

@@ -157,8 +157,45 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped_and_counted(policy: 
     assert [row["prompt"][0]["role"] for row in rows(tmp_path / "out", "train")] == ["user"]
 
 
+def test_parts_of_the_prompts_are_disjoint_and_held_out_ones_are_in_each(
+    policy: Path, tmp_path: Path
+) -> None:
+    ready = tmp_path / "ready.jsonl"
+    ready.write_text(
+        "".join(
+            json.dumps({"prompt": f"table {n}", "chosen": " good", "rejected": " bad"}) + "\n"
+            for n in range(30)
+        )
+    )
+    folder = tmp_path / "folder"
+    assert main(["preferences", str(ready), "--output", str(folder)]) == 0
+    prompts: list[set[str]] = []
+    for part in range(1, 4):
+        output = tmp_path / f"part_{part}"
+        assert run(policy, folder, output, "--part", f"{part}/3") == 0
+        prompts.append({row["prompt"] for row in rows(output, "train")})
+        held_out = {row["prompt"] for row in rows(output, "test")}
+        assert held_out <= {row["prompt"] for row in rows(folder, "test")}
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) > 10
+    assert run(policy, folder, tmp_path / "none", "--part", "1/1000") == 0
+    assert run(policy, folder, tmp_path / "none", "--part", "1000/1000") == 2
+
+
+def test_only_what_the_model_finished_is_complete(policy: Path, text: Path, tmp_path: Path) -> None:
+    assert run(policy, text, tmp_path / "all", "--num_prompts", "8", "--num_test_prompts", "2") == 0
+    cut = run(
+        policy, text, tmp_path / "cut", "--num_prompts", "8", "--num_test_prompts", "2", "--only_finished"
+    )
+    assert cut == 0
+    complete = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("all", "cut")]
+    assert [manifest["completions_are_complete"] for manifest in complete] == [False, True]
+    kept = [text for row in rows(tmp_path / "cut", "train") for text in row["completions"]]
+    assert kept
+    assert all(len(text.split()) < 3 for text in kept)  # the third token is EOS
+
+
 def test_identical_and_blank_continuations_are_dropped_and_groups_without_a_pair_are_counted() -> None:
-    args = argparse.Namespace(pairing="best-vs-rest", min_margin=0.2)
+    args = argparse.Namespace(pairing="best-vs-rest", min_margin=0.2, only_finished=False)
     prompts = [Prompt("train", "p"), Prompt("train", "q"), Prompt("test", "r"), Prompt("test", "s")]
     texts = [["a", "b", "a", " "], ["a", "a", "", "a"], ["a", "b", "c", "d"], [" ", "", "", " "]]
     scores = [[0.5, 0.1, 0.5, 0.0], [0.5, 0.5, 0.0, 0.5], [0.1, 0.2, 0.3, 0.15], [0.0, 0.0, 0.0, 0.0]]
@@ -180,7 +217,7 @@ def test_identical_and_blank_continuations_are_dropped_and_groups_without_a_pair
     [
         (("--num_samples", "1"), "--num_samples: 1; expected at least 2"),
         (("--temperature", "0"), "--temperature: 0.0; expected at least 0.01"),
-        (("--scorer", "nothing"), "scorer: nothing; expected vader or hf:MODEL"),
+        (("--scorer", "nothing"), "scorer: nothing; expected vader, hf:MODEL, python:module.function"),
         (("--model", "/nowhere"), "--model: /nowhere does not exist"),
         (("--num_prompts", "1000"), "--num_prompts"),
         (("--num_prompts", "4", "--completion_tokens", "43"), "43 tokens"),

@@ -1,9 +1,12 @@
 """Metrics of the pairs, length bias and sources by hand."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 
 from dpo.data.dataset import SourceGroups
-from dpo.evaluate.breakdown import length_summary, pair_summary, source_summary
+from dpo.evaluate.breakdown import length_summary, margin_parts, pair_summary, source_summary
 from dpo.evaluate.rewards import PairScores
 
 
@@ -69,3 +72,31 @@ def test_the_summary_of_pairs_has_means_intervals_and_both_breakdowns() -> None:
     assert found["eval/loss"] == found["eval/loss/low"] == 0.0
     assert found["length/longer_chosen"] == 0.5
     assert (found["source/a/accuracy"], found["source/b/accuracy"]) == (1.0, 0.0)
+
+
+def labelled(desirable: list[float], undesirable: list[float]) -> PairScores:
+    """Completions of one token with these rewards."""
+    good, bad = len(desirable), len(undesirable)
+    both = scores([1] * good + [0] * bad, [0] * good + [1] * bad, [*desirable, *([0.0] * bad)])
+    return replace(both, rejected_rewards=np.array([0.0] * good + undesirable))
+
+
+def test_margins_of_labels_are_distances_from_the_point_between_them() -> None:
+    found = labelled([3.0, 1.0], [-1.0, 1.0, 0.0])  # means 2 and 0
+    assert found.midpoint == 1.0
+    assert found.margins.tolist() == [4.0, 0.0, 4.0, 0.0, 2.0]
+    assert margin_parts(found).mean() == pytest.approx(2.0)
+    summary = pair_summary(found, [])
+    assert summary["eval/rewards/chosen"] == 2.0
+    assert summary["eval/rewards/rejected"] == 0.0
+    assert summary["eval/rewards/margins"] == pytest.approx(2.0)
+    assert length_summary(found) == {}
+
+
+def test_the_interval_of_a_difference_of_means_has_the_spread_of_both() -> None:
+    rng = np.random.default_rng(0)
+    desirable, undesirable = rng.normal(1, 1, 900), rng.normal(0, 2, 100)
+    summary = pair_summary(labelled(desirable.tolist(), undesirable.tolist()), [])
+    error = np.sqrt(desirable.var() / 900 + undesirable.var() / 100)
+    half = (summary["eval/rewards/margins/high"] - summary["eval/rewards/margins/low"]) / 2
+    assert half == pytest.approx(1.96 * error, rel=0.1)

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
-from dpo.data.records import Pair, TokenizedGroup
+from dpo.data.mismatched import with_mismatched
+from dpo.data.records import NO_RIVAL, Pair, TokenizedGroup
 from dpo.evaluate.data_facts import data_facts, number_alike, overlap, pair_groups, pair_sequences, pair_trees
+from dpo.evaluate.described_data import TRAINING, describe
 
 GOOD, BAD, WORSE = ids(3, 4, 5), ids(6), ids(7, 8)
 GROUPS = (
@@ -48,7 +50,43 @@ def test_a_small_data_set_by_hand(tmp_path: Path) -> None:
     assert facts.row_tokens == (3 * 2 + 6) + (2 * 2 + 4) + (2 * 1 + 4) + (2 * 2 + 5) + (2 * 1 + 8)
     assert facts.longer_chosen is not None
     assert (facts.differing, facts.longer_chosen.mean) == (5, 4 / 5)  # the last pair has equal lengths
+    assert facts.longer_by is not None
     assert facts.longer_by.mean == pytest.approx((2 + 1 - 2 + 2 + 1 + 0) / 6)
+
+
+def test_labels_are_described_without_lengths_of_rivals(tmp_path: Path) -> None:
+    good, bad = Pair(0, NO_RIVAL), Pair(NO_RIVAL, 0)
+    labels = [
+        TokenizedGroup(prompt=ids(1), completions=(GOOD, BAD), pairs=(good, Pair(NO_RIVAL, 1))),
+        TokenizedGroup(prompt=ids(1), completions=(GOOD,), pairs=(bad,)),  # the opposite of the first
+        TokenizedGroup(prompt=ids(2), completions=(WORSE,), pairs=(bad,)),
+    ]
+    data = written(labels, tmp_path / "labels")
+    (numbered,) = number_alike([data])
+    facts = data_facts(data, numbered)
+    assert (facts.pairs, facts.labels, facts.longer_by, facts.longer_chosen) == (4, (1, 3), None, None)
+    assert (facts.chosen_tokens.tolist(), facts.rejected_tokens.tolist()) == ([3], [1, 3, 2])
+    assert facts.contradicted.tolist() == [True, False, True, False]
+    assert facts.repeated.tolist() == [False] * 4
+    trees = pair_trees(data, np.array([0, 2]))
+    assert [[part.tolist() for part in completions] for _, completions in trees] == [
+        [GOOD.tolist(), []],
+        [[], GOOD.tolist()],
+    ]
+    others = with_mismatched(data, "data.train")
+    assert len(others.keys) == len(data.keys) + 3
+    of_others = data_facts(others, number_alike([others])[0])
+    for name in ("sequences", "tree_tokens", "row_tokens", "pairs", "labels"):
+        assert getattr(of_others, name) == getattr(facts, name), name
+    described = describe({TRAINING: data}, {TRAINING: np.zeros(len(data.keys))})
+    assert described.splits[TRAINING].ranking is None
+    assert described.summary()["training/labels/undesirable"] == 3
+    mixed = written([*GROUPS, *labels], tmp_path / "mixed")
+    facts = data_facts(mixed, number_alike([mixed])[0])
+    assert (facts.pairs, facts.labels, facts.differing) == (10, (1, 3), 5)
+    ranking = describe({TRAINING: mixed}, {TRAINING: np.zeros(len(mixed.keys))}).splits[TRAINING].ranking
+    assert ranking is not None
+    assert ranking.known == 6
 
 
 def test_training_and_held_out_data_are_compared_by_ids(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from dpo import distributed
 from dpo.config import Config, LossConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
+from dpo.data.mismatched import with_mismatched
 from dpo.data.preference_data import preference_data
-from dpo.data.records import Pair, TokenizedGroup
+from dpo.data.records import NO_RIVAL, Pair, TokenizedGroup
 from dpo.data.trees import TreeBatch, sequence_batch
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.model.load import load_model
@@ -215,3 +216,59 @@ def test_a_real_model_agrees_with_one_sequence_at_a_time(
             pair += 1
         row += len(logps)
     assert pair == len(found.losses)
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> TokenizedDataset:
+    """Completions 1, 3, 5 and 7 are desirable, 2, 4 and 6 undesirable; each after a prompt of its own."""
+    groups = [
+        TokenizedGroup(
+            prompt=ids(90, token),
+            completions=(ids(token),),
+            pairs=(Pair(0, NO_RIVAL) if token % 2 else Pair(NO_RIVAL, 0),),
+        )
+        for token in range(1, 8)
+    ]
+    write_dataset(groups, tmp_path / "labelled", Counter())
+    return map_dataset(tmp_path / "labelled", "labelled")
+
+
+@pytest.mark.parametrize("budget", [4, 1000])
+@pytest.mark.parametrize("name", ["bco_pair", "apo_zero", "kto"])
+def test_labelled_completions_have_rewards_and_losses_by_hand(
+    labelled: TokenizedDataset, name: str, budget: int
+) -> None:
+    """Log-ratios 1, -1, 2, -4, 3, 0, 0: means 1.5 of the desirable, -5/3 of the others, -1/12 between."""
+    data, reference, kl = labelled, REFERENCE, 0.0
+    if name == "kto":
+        data = with_mismatched(labelled, "data.train")
+        reference = np.array(
+            [value for pair in zip(REFERENCE, np.full(7, -4.5), strict=True) for value in pair]
+        )
+        kl = sum(POLICY.values()) / 7 + 4.5  # every completion is another prompt's once
+        assert kl > 0.2
+    found = score_pairs(
+        by_name,
+        preference_data(data, reference, mismatched=name == "kto"),
+        LossConfig(type=name, beta=1.0),
+        dtype="float32",
+        layout="packed",
+        budget=budget,
+        device=CPU,
+    )
+    chosen, rejected = np.array([1.0, 2.0, 3.0, 0.0]), np.array([-1.0, -4.0, 0.0])
+    assert found.chosen_rewards[::2].tolist() == chosen.tolist()
+    assert found.rejected_rewards[1::2].tolist() == rejected.tolist()
+    assert found.midpoint == pytest.approx(-1 / 12)
+    assert found.correct.tolist() == [1, 1, 1, 1, 1, 0, 1]
+    means = found.means()
+    assert means["eval/rewards/margins"] == pytest.approx(1.5 + 5 / 3 - (4 - 3) / 7 * (1.5 - 5 / 3 + 1 / 6))
+    assert means["eval/rewards/accuracies"] == pytest.approx(6 / 7)
+    assert means["eval/logps/rejected"] == pytest.approx((-4 - 9 - 5) / 3)
+    by_hand = {
+        "bco_pair": (np.log1p(np.exp(-chosen - 1 / 12)), np.log1p(np.exp(rejected + 1 / 12))),
+        "apo_zero": (1 / (1 + np.exp(chosen)), 1 / (1 + np.exp(-rejected))),
+        "kto": (1 / (1 + np.exp(chosen - kl)), 1 / (1 + np.exp(kl - rejected))),
+    }[name]
+    assert found.losses[::2].tolist() == pytest.approx(by_hand[0].tolist(), rel=1e-12)
+    assert found.losses[1::2].tolist() == pytest.approx(by_hand[1].tolist(), rel=1e-12)

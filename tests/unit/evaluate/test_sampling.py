@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 from benchmarks.tiny_models import tiny_model
 from dpo.data.records import TokenIds
 from dpo.errors import UserError
+from dpo.evaluate import sampling
 from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
 
 EOS = 0
@@ -85,6 +86,36 @@ def test_batch_size_and_padding_change_no_sample(model: PreTrainedModel) -> None
 def test_models_that_take_padding_for_text_are_given_equal_lengths(family: str) -> None:
     model, texts = tiny_model(family), prompts(1, 5, 9, 5, 2)
     assert as_lists(draw(model, texts)) == as_lists(draw(model, texts, batch_size=1))
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "gemma3_text", "mamba", "lfm2", "deepseek_v3", "mixtral"]
+)
+def test_a_prompt_that_is_computed_once_has_the_samples_of_one_that_is_not(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, texts = tiny_model(family), prompts(9, 6, 2, 1, 9)
+    shared = as_lists(draw(model, texts, num_samples=5, batch_size=7))
+    monkeypatch.setattr(sampling, "can_share", lambda *_, **__: False)
+    assert as_lists(draw(model, texts, num_samples=5, batch_size=7)) == shared
+
+
+def test_a_prompt_with_several_samples_is_computed_once(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    forward = model.forward
+
+    def counted(*args: Any, **named: Any) -> Any:
+        computed.append(named["input_ids"].numel())
+        return forward(*args, **named)
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(sampling, "together", lambda *_, **__: "padded")
+    monkeypatch.setattr(sampling, "can_share", lambda *_, **__: True)
+    (prompt,) = prompts(20)
+    draw(model, [prompt], num_samples=10, max_new_tokens=1)
+    assert computed == [19, 10]  # the prompt but for its last token, then that token of each sample
 
 
 def test_a_sample_depends_only_on_its_own_indices(model: PreTrainedModel) -> None:

@@ -54,6 +54,17 @@ def test_some_losses_need_smoothing(name: str) -> None:
         ({"type": ["plackett_luce", "sigmoid"]}, "loss.type"),
         ({"type": "plackett_luce", "pair_weights": "score_margin"}, "loss.pair_weights"),
         ({"type": "plackett_luce", "sft_weight": 0.5}, "loss.sft_weight"),
+        ({"type": "nca_pair", "f_divergence": "js"}, "loss.f_divergence"),
+        ({"type": "sigmoid", "f_alpha": 0.2}, "loss.f_alpha"),
+        ({"type": "sigmoid", "f_divergence": "alpha", "f_alpha": 1.0}, "loss.f_alpha"),
+        ({"type": "aot", "pair_weights": "wpo"}, "loss.pair_weights"),
+        ({"type": "ipo_norm", "ld_alpha": 0.5}, "loss.ld_alpha"),
+        ({"type": "sft", "beta": 0.2}, "loss.beta"),
+        ({"type": "kto", "ld_alpha": 0.5}, "loss.ld_alpha"),
+        ({"type": "kto", "pair_weights": "score_margin"}, "loss.pair_weights"),
+        ({"type": "kto", "desirable_weight": 0.0}, "loss.desirable_weight"),
+        ({"type": "bco_pair", "undesirable_weight": 2.0}, "loss.undesirable_weight"),
+        ({"type": ["sigmoid", "sft"], "sft_weight": 0.5}, "loss.sft_weight"),
     ],
 )
 def test_an_illegal_or_unused_option_is_named(options: dict[str, Any], key: str) -> None:
@@ -67,6 +78,16 @@ def test_an_unused_option_is_named_with_the_losses() -> None:
 
 def test_an_option_of_one_loss_of_a_mixture_is_used() -> None:
     assert keys(type=["sigmoid", "ipo"], label_smoothing=0.1) == []
+    assert keys(type=["sigmoid", "nca_pair"], f_divergence="js") == []
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "kto"])
+def test_a_loss_that_compares_the_step_needs_more_than_one_pair(name: str) -> None:
+    config = replace(CONFIG, loss=LossConfig(type=name), train=replace(CONFIG.train, pairs_per_step=1))
+    (problem,) = problems(config)
+    assert problem == (
+        f"train.pairs_per_step: 1; {name} compares the pairs of a step: expected at least 2, and far more"
+    )
 
 
 def test_problems_come_with_those_of_other_sections_at_once() -> None:
@@ -87,7 +108,7 @@ def test_a_ranking_needs_whole_groups() -> None:
 
 
 def test_what_a_loss_needs() -> None:
-    assert [name for name in LOSSES if not needs_reference(LossConfig(type=name))] == ["simpo", "orpo"]
+    assert [name for name in LOSSES if not needs_reference(LossConfig(type=name))] == ["simpo", "orpo", "sft"]
     assert needs_reference(LossConfig(type=["simpo", "ipo"]))
     assert not needs_reference(LossConfig(type=["simpo", "orpo"]))
     assert [name for name in LOSSES if averaged_over_groups(LossConfig(type=name))] == ["plackett_luce"]
@@ -102,6 +123,10 @@ def test_what_a_loss_needs() -> None:
         (
             {"type": ["ipo", "hinge"], "weights": [1.0, 0.5], "sft_weight": 1.0},
             "1 ipo + 0.5 hinge, beta 0.1, sft weight 1.0",
+        ),
+        (
+            {"f_divergence": "alpha", "f_alpha": 0.25},
+            "sigmoid, beta 0.1, label smoothing 0, f alpha 0.25, f divergence alpha",
         ),
     ],
 )

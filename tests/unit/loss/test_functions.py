@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,12 +15,15 @@ from dpo.loss.pairs import PairLogProbs
 from dpo.loss.preference_loss import FUNCTIONS, preference_loss
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    name: {"type": name, "beta": 0.5}
+    name: {"type": name}
+    | ({"beta": 0.5} if "beta" in kind.uses else {})
     | ({"label_smoothing": 0.25} if "label_smoothing" in kind.uses else {})
     | ({"simpo_gamma": 0.75} if "simpo_gamma" in kind.uses else {})
     for name, kind in LOSSES.items()
 }
 NAMES = sorted(LOSSES)
+SO_FAR = {"num_chosen": 4.0, "chosen_rewards": 2.0, "num_rejected": 2.0, "rejected_rewards": -3.0}
+"""Sums of steps before, as they are for bco_pair: a shift of (0.5 - 1.5) / 2."""
 LN2 = math.log(2)
 
 
@@ -37,6 +41,7 @@ def logps(chosen: list[float], rejected: list[float], dtype: torch.dtype = torch
         chosen_tokens=torch.full((len(chosen),), 4),
         rejected_tokens=torch.full((len(chosen),), 2),
         chosen_sequences=torch.arange(len(chosen)),
+        mismatched=torch.tensor([-5.0, -7.0], dtype=dtype),  # equal in policy and reference: a KL of 0
     )
 
 
@@ -71,11 +76,15 @@ BY_HAND = {
     "apo_down": s(0.5) + 1 - s(0.8),
     "discopop": (1 - s(16)) * -log_sigmoid(0.8) + s(16) * math.exp(-0.8),
     "sigmoid_norm": -0.75 * log_sigmoid(0.275) - 0.25 * log_sigmoid(-0.275),
+    "ipo_norm": (0.25 + 0.3 - 1.0) ** 2,
     "aot": -0.75 * log_sigmoid(0.8) - 0.25 * log_sigmoid(-0.8),  # one pair: DPO
     "aot_unpaired": -0.75 * log_sigmoid(0.8) - 0.25 * log_sigmoid(-0.8),
     "plackett_luce": -log_sigmoid(0.8),
     "simpo": -log_sigmoid(0.5 * (-1.75 + 3.3) - 0.75),
     "orpo": 1.75 - 0.5 * log_sigmoid(odds(-1.75) - odds(-3.3)),
+    "sft": 1.75,
+    "kto": (s(-0.5) + s(-0.3)) / 2,
+    "bco_pair": -2 * log_sigmoid(0.4),  # rewards 0.5 and -0.3 around their mean 0.1
 }
 AT_REFERENCE = {
     "sigmoid": LN2,
@@ -89,11 +98,15 @@ AT_REFERENCE = {
     "apo_down": 1.0,
     "discopop": (LN2 + 1) / 2,
     "sigmoid_norm": LN2,
+    "ipo_norm": 1.0,
     "aot": LN2,
     "aot_unpaired": LN2,
     "plackett_luce": LN2,
     "simpo": -log_sigmoid(0.5 * (-2.0 + 3.0) - 0.75),
     "orpo": 2.0 - 0.5 * log_sigmoid(odds(-2.0) - odds(-3.0)),
+    "sft": 2.0,
+    "bco_pair": 2 * LN2,
+    "kto": 0.5,
 }
 
 
@@ -125,8 +138,9 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
             chosen_tokens=reference.chosen_tokens,
             rejected_tokens=reference.rejected_tokens,
             chosen_sequences=reference.chosen_sequences,
+            mismatched=reference.mismatched,
         )
-        return preference_loss(policy, reference, config(name)).losses
+        return preference_loss(policy, reference, config(name), so_far=SO_FAR).losses
 
     assert torch.autograd.gradcheck(losses, start.requires_grad_())
 
@@ -191,9 +205,11 @@ def test_extreme_margins_stay_finite_with_their_gradients(
     policy = logps([low + max(margin, 0)], [low + max(-margin, 0)], dtype)
     policy.chosen.requires_grad_()
     policy.rejected.requires_grad_()
-    losses = preference_loss(policy, logps([-10.0], [-10.0], dtype), config(name, beta=1.0)).losses
+    beta = {"beta": 1.0} if "beta" in OPTIONS[name] else {}
+    losses = preference_loss(policy, logps([-10.0], [-10.0], dtype), config(name, **beta)).losses
     assert losses.isfinite().all()
-    gradients = torch.autograd.grad(losses.sum(), [policy.chosen, policy.rejected])
+    ends = [policy.chosen, policy.rejected]
+    gradients = torch.autograd.grad(losses.sum(), ends, materialize_grads=True)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -219,7 +235,7 @@ def test_a_mixture_adds_weighted_losses_and_shows_the_first_ones_rewards() -> No
     assert torch.equal(found.chosen_rewards, parts[0].chosen_rewards)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"plackett_luce"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"plackett_luce", "sft"}))
 def test_the_likelihood_of_the_chosen_completion_can_be_added_to_any_loss(name: str) -> None:
     policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
     plain = preference_loss(policy, reference, config(name)).losses
@@ -254,3 +270,61 @@ def test_unpaired_aot_compares_sorted_log_ratios() -> None:
     policy, reference = logps([-3.0, -5.0], [-6.0, -6.0]), logps([-6.0, -5.0], [-6.0, -7.0])
     found = preference_loss(policy, reference, config("aot_unpaired", label_smoothing=0.0)).losses
     assert found.tolist() == pytest.approx([LN2, -log_sigmoid(0.5 * 2)], rel=1e-12)
+
+
+def test_the_shift_of_bco_is_that_of_the_steps_before_and_has_no_gradient() -> None:
+    policy, reference = logps([-7.0, -8.0], [-6.6, -6.0]), logps([-8.0, -8.0], [-6.0, -6.0])
+    policy.chosen.requires_grad_()
+    first = preference_loss(policy, reference, config("bco_pair"), so_far={})
+    assert first.losses[0].item() == pytest.approx(-log_sigmoid(0.5) - log_sigmoid(0.3))
+    assert {name: value.item() for name, value in first.sums.items()} == pytest.approx(
+        {"num_chosen": 2, "chosen_rewards": 0.5, "num_rejected": 2, "rejected_rewards": -0.3}
+    )
+    later = preference_loss(policy, reference, config("bco_pair"), so_far=SO_FAR).losses
+    assert later[0].item() == pytest.approx(-log_sigmoid(0.5 + 0.5) - log_sigmoid(0.3 - 0.5))
+    (slope,) = torch.autograd.grad(later.sum(), policy.chosen)
+    assert slope.tolist() == pytest.approx([-0.5 * s(-1.0), -0.5 * s(-0.5)])
+
+
+ONE_SIDED = [name for name, kind in LOSSES.items() if kind.takes_labels]
+
+
+@pytest.mark.parametrize("name", ONE_SIDED)
+def test_a_pair_is_the_sum_of_its_two_completions_with_labels(name: str) -> None:
+    """A side that is missing has 0 nats and 0 tokens; it adds nothing, and gets no gradient."""
+    policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
+
+    def only(of: PairLogProbs, side: str) -> PairLogProbs:
+        missing = torch.zeros_like(of.chosen)
+        other = {"chosen": "rejected", "rejected": "chosen"}[side]
+        return replace(of, **{other: missing, f"{other}_tokens": missing.long()})
+
+    def loss_of(*given: PairLogProbs) -> float:
+        return preference_loss(*given, config(name), so_far=SO_FAR).losses.item()
+
+    sides = [loss_of(only(policy, side), only(reference, side)) for side in ("chosen", "rejected")]
+    both = sum(sides) / 2 if name == "kto" else sum(sides)  # a mean over completions
+    assert loss_of(policy, reference) == pytest.approx(both, rel=1e-12)
+    desirable = only(policy, "chosen")
+    desirable.rejected.requires_grad_()
+    desirable.chosen.requires_grad_()
+    losses = preference_loss(desirable, only(reference, "chosen"), config(name), so_far=SO_FAR).losses
+    ends = [desirable.chosen, desirable.rejected]
+    slopes = torch.autograd.grad(losses.sum(), ends, materialize_grads=True)
+    assert slopes[0].item() != 0
+    assert slopes[1].item() == 0
+
+
+def test_kto_measures_rewards_from_the_kl_of_mismatched_completions() -> None:
+    """h_w = 1, h_l = -0.6; mismatched log-ratios 3, -1 and 1: a KL of 1 nat, which has no gradient."""
+    policy, reference = logps([-7.0], [-6.6]), logps([-8.0], [-6.0])
+    mismatched = torch.tensor([-2.0, -6.0, -4.0], dtype=torch.float64, requires_grad=True)
+    policy = replace(policy, mismatched=mismatched)
+    reference = replace(reference, mismatched=torch.full((3,), -5.0, dtype=torch.float64))
+    loss = config("kto", desirable_weight=2.0, undesirable_weight=0.5)
+    found = preference_loss(policy, reference, loss).losses
+    assert found.item() == pytest.approx((2 * (1 - s(0.5 * 0)) + 0.5 * (1 - s(0.5 * 1.6))) / 2, rel=1e-12)
+    assert not found.requires_grad
+    below = replace(policy, mismatched=torch.tensor([-9.0, -9.0, -9.0], dtype=torch.float64))
+    found = preference_loss(below, reference, loss).losses  # an estimate below 0 counts as 0
+    assert found.item() == pytest.approx((2 * (1 - s(0.5)) + 0.5 * (1 - s(0.3))) / 2, rel=1e-12)

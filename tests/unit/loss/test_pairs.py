@@ -22,6 +22,21 @@ def test_values_of_pairs_are_picked_by_sequence() -> None:
     assert found.chosen_sequences.tolist() == [0, 4, 4]
 
 
+def test_a_completion_with_a_label_has_no_rival() -> None:
+    logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], requires_grad=True)
+    found = pair_logps(logps, torch.tensor([[3, -1], [-1, 0]]), NUM_TOKENS, mismatched=torch.tensor([4]))
+    assert (found.chosen.tolist(), found.rejected.tolist()) == ([-4.0, 0.0], [0.0, -1.0])
+    assert (found.chosen_tokens.tolist(), found.rejected_tokens.tolist()) == ([2, 0], [0, 1])
+    assert found.mismatched is not None
+    assert found.mismatched.tolist() == [-5.0]
+    (slopes,) = torch.autograd.grad((found.chosen + 2 * found.rejected).sum(), logps)
+    assert slopes.tolist() == [2.0, 0.0, 0.0, 1.0, 0.0]
+    pairs = Pairs(policy=found, reference=None)
+    assert pairs.has_chosen.tolist() == [True, False]
+    assert pairs.by_side(found.chosen, found.rejected).tolist() == [-4.0, -1.0]
+    assert pairs.chosen_means.tolist() == [-2.0, 0.0]
+
+
 def test_tokens_beyond_the_shorter_completion_count_by_alpha() -> None:
     num_tokens, pairs = torch.tensor([1, 3, 2]), torch.tensor([[1, 0], [0, 2], [1, 2]])
     logps = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0], requires_grad=True)  # of the six tokens

@@ -88,3 +88,29 @@ def test_rewards_carry_no_gradient() -> None:
     assert result.losses.requires_grad
     assert not result.chosen_rewards.requires_grad
     assert not result.rejected_rewards.requires_grad
+
+
+def test_wpo_weighs_a_pair_by_how_likely_the_policy_is_to_write_it() -> None:
+    """Two pairs of 4 and 2 tokens with the mean log-probs -1/4, -1/2 and -2, -3."""
+    tokens = {"chosen_tokens": torch.tensor([4, 4]), "rejected_tokens": torch.tensor([2, 2])}
+    chosen = torch.tensor([-1.0, -8.0], dtype=torch.float64, requires_grad=True)
+    rejected = torch.tensor([-1.0, -6.0], dtype=torch.float64)
+    policy = PairLogProbs(chosen=chosen, rejected=rejected, **tokens)
+    reference = PairLogProbs(chosen=chosen.detach() - 1, rejected=rejected, **tokens)
+    plain = preference_loss(policy, reference, LossConfig(beta=0.5)).losses
+    found = preference_loss(policy, reference, LossConfig(beta=0.5, pair_weights="wpo", sft_weight=2)).losses
+    likelihood = -2 * chosen / 4  # the sft term is not weighted
+    expected = torch.tensor([math.exp(-0.75), math.exp(-5)], dtype=torch.float64) * plain + likelihood
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    (slope,) = torch.autograd.grad(found.sum() - likelihood.sum(), chosen)
+    (unweighted,) = torch.autograd.grad(plain.sum(), chosen)
+    assert (slope / unweighted).tolist() == pytest.approx([math.exp(-0.75), math.exp(-5)])  # no gradient
+
+
+def test_mpo_is_a_mixture() -> None:
+    policy, reference = pair_logps([-8.0], [-9.0]), pair_logps([-10.0], [-6.0])
+    mpo = LossConfig(type=["sigmoid", "bco_pair", "sft"], weights=[0.8, 0.2, 1.0])
+    mixed = preference_loss(policy, reference, mpo, so_far={})
+    bco = math.log(1 + math.exp(-0.2)) + math.log(1 + math.exp(-0.3))
+    assert close(mixed.losses, 0.8 * math.log(1 + math.exp(-0.5)) + 0.2 * bco + 8)
+    assert close(mixed.chosen_rewards, 0.2)

@@ -114,3 +114,14 @@ def test_the_sample_depends_only_on_the_seed(
     first, second = sampled(data, tokenizer), sampled(data, tokenizer)
     assert np.array_equal(first.stand_in, second.stand_in)
     assert first.tokens == second.tokens
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_completions_of_other_prompts_are_planned_for(
+    data: DataConfig, tokenizer: PreTrainedTokenizerFast, exact: bool
+) -> None:
+    plain = sampled(data, tokenizer, exact=exact)
+    found = sample_data(data, tokenizer, 64, exact=exact, mismatched=True)["train"]
+    assert found.sequences == plain.sequences + plain.groups
+    assert (found.groups, found.pairs) == (plain.groups, plain.pairs)
+    assert found.tokens.mean > plain.tokens.mean

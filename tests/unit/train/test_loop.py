@@ -354,9 +354,9 @@ def test_rows_and_trees_train_alike_and_trees_compute_less(experiment: Config, r
         assert step["perf/rank_imbalance"] == 0
 
 
-def relative_to_the_last_step(pairs: Pairs, loss: LossConfig) -> LossValues:
-    """A loss of the whole step: DPO on margins relative to the mean margin of the step before."""
-    last = pairs.last_step
+def relative_to_the_mean(pairs: Pairs, loss: LossConfig) -> LossValues:
+    """DPO on margins relative to their mean over all steps before."""
+    last = pairs.so_far
     mean = last["margins"] / last["pairs"] if last else 0.0
     losses = -torch.nn.functional.logsigmoid(loss.beta * (pairs.margins - mean))
     return LossValues(
@@ -364,10 +364,10 @@ def relative_to_the_last_step(pairs: Pairs, loss: LossConfig) -> LossValues:
     )
 
 
-def test_a_loss_may_look_at_the_whole_step_before_and_is_resumed_with_it(
+def test_a_loss_may_look_at_the_steps_before_and_is_resumed_with_them(
     experiment: Config, run: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(FUNCTIONS, "sigmoid", relative_to_the_last_step)
+    monkeypatch.setitem(FUNCTIONS, "sigmoid", relative_to_the_mean)
     options = {"checkpoint_every": 2, "evaluate_every": 1}
     whole = run(changed(experiment, "whole", **options), evaluation=float)
     small = run(changed(experiment, "small", max_tokens_per_micro_batch=40, **options), evaluation=float)
@@ -378,6 +378,26 @@ def test_a_loss_may_look_at_the_whole_step_before_and_is_resumed_with_it(
         changed(replace(experiment, loss=LossConfig(type="hinge")), "plain", **options), evaluation=float
     )
     assert plain.curve("train/loss") != whole.curve("train/loss")
+
+
+def test_the_shift_of_bco_is_resumed_and_does_not_depend_on_micro_batches(
+    experiment: Config, run: Trained
+) -> None:
+    experiment = replace(experiment, loss=LossConfig(type="bco_pair", beta=0.5))
+    options = {"checkpoint_every": 2, "evaluate_every": 1}
+    whole = run(changed(experiment, "whole", **options), evaluation=float)
+    small = run(changed(experiment, "small", max_tokens_per_micro_batch=40, **options), evaluation=float)
+    assert small.curve("train/loss") == pytest.approx(whole.curve("train/loss"), rel=1e-5)
+    assert_resumed_alike(run, changed(experiment, "killed", **options), whole)
+
+
+def test_a_step_that_is_skipped_does_not_spoil_the_shift_of_bco(
+    experiment: Config, run: Trained, spoil: Callable[..., None]
+) -> None:
+    spoil({2}, math.nan)
+    trained = run(changed(replace(experiment, loss=LossConfig(type="bco_pair")), "spoiled"))
+    assert [line["step"] for line in trained.lines() if "train/skipped_steps" in line] == [2]
+    assert [math.isfinite(line.get("train/loss", math.nan)) for line in trained.lines()][2:4] == [True, True]
 
 
 @pytest.mark.parametrize(

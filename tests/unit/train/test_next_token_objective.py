@@ -55,6 +55,10 @@ def test_of_preferences_each_chosen_completion_is_learned_once(
     said = [tokenizer.decode([*prompt, *completion]) for prompt, completion in sequences]
     assert said == ["the cat<|endoftext|>", "the mat<|endoftext|>", "a good day<|endoftext|>"]
     assert objective.num_units(both) == 3
+    labels = {"prompt": "the", "completions": [" cat", " mat", " day"], "labels": [False, True, True]}
+    desirable = NextTokenObjective(dataset=open_sft(write_jsonl([labels], "labels.jsonl"))[0])
+    ((_, completions),) = desirable.trees(np.array([0]))
+    assert [tokenizer.decode(one) for one in completions] == [" mat<|endoftext|>", " day<|endoftext|>"]
     lengths = [len(completion) for _, completion in sequences]
     assert objective.count(both) == sum(lengths)
     batch = objective.batch(both, "packed")

@@ -62,7 +62,8 @@ def test_named_sums_are_totals_and_come_back_in_the_next_step(
     seen: list[dict[str, float]] = []
 
     def counting(pairs: Pairs, loss: LossConfig) -> LossValues:
-        seen.append(dict(pairs.last_step))
+        assert pairs.so_far is not None
+        seen.append(dict(pairs.so_far))
         return LossValues(losses=pairs.margins * 0, sums={"pairs": torch.ones_like(pairs.margins).sum()})
 
     monkeypatch.setitem(FUNCTIONS, "sigmoid", counting)
@@ -80,3 +81,6 @@ def test_named_sums_are_totals_and_come_back_in_the_next_step(
     resumed = objective_of(data)
     resumed.restore(kept)
     assert resumed.loss_sums == kept
+    twice = resumed.observe(totals)
+    assert twice == {"pairs": 2 * kept["pairs"]}
+    assert resumed.observe({"loss_sum/pairs": float("nan")}) == twice  # of a step that was skipped

@@ -158,7 +158,8 @@ def test_what_may_have_been_finished_never_starts_again(config: Config) -> None:
         find_start(changed(config, "train.checkpoint_every", 4))
     begin(changed(config, "train.checkpoint_every", 4), steps=3)
     (run_dir / "model").mkdir()  # it came to its end
-    with pytest.raises(UserError, match="no valid checkpoint"):
+    (run_dir.parent / "run_2").mkdir()
+    with pytest.raises(UserError, match=r"run holds a finished run of 3 steps.*--run_dir \S+run_3 is free"):
         find_start(changed(config, "train.checkpoint_every", 4))
 
 
