@@ -66,6 +66,9 @@ eval: $(ready) ## evaluate CONFIG's run: held-out metrics, samples side by side,
 frontier: $(ready) ## train CONFIG with several betas and an SFT baseline on one cache; plot score against KL (ARGS="--betas 0.1,1")
 	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) $(py) -m dpo frontier --config $(CONFIG) $(model_key) $(ARGS)
 
+rounds: $(ready) ## on-policy rounds with CONFIG: sample, score, pair, train, again: make rounds CONFIG=... ARGS="--rounds 3"
+	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) $(py) -m dpo rounds --config $(CONFIG) $(model_key) $(ARGS)
+
 study: $(ready) ## sentiment experiment on your text: make study MODEL=path/to/model BOOKS=books.txt (90 minutes on a CPU for 14M)
 	$(py) -m benchmarks.study_sentiment --model $(MODEL) --books $(BOOKS) $(ARGS)
 	$(py) -m benchmarks.study_report

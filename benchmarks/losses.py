@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +143,11 @@ def compare(peer: str) -> None:
     tokens = {
         name: torch.randint(1, 30, (64,), generator=generator).tolist() for name in ("chosen", "rejected")
     }
+    aligned_to = (-3 * torch.rand(128, dtype=torch.float64, generator=generator)).tolist()  # per token
     cases = {
         name: {"beta": BETA, "label_smoothing": SMOOTHING, **theirs} for name, (_, theirs) in SAME.items()
     }
-    given = {"logps": drawn, "tokens": tokens, "cases": cases}
+    given = {"logps": drawn, "tokens": tokens, "aligned_to": aligned_to, "cases": cases}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "given.json"
         file.write_text(json.dumps(given))
@@ -160,6 +162,9 @@ def compare(peer: str) -> None:
         )
         for which in ("", "reference_")
     )
+    per_token = policy.chosen / policy.chosen_tokens + policy.rejected / policy.rejected_tokens
+    aligned = per_token - torch.tensor(aligned_to, dtype=torch.float64).reshape(2, 64).sum(0)
+    policy = replace(policy, aligned=aligned)
     worst = 0.0
     for name, (options_of_ours, _) in SAME.items():
         smoothing: dict[str, Any] = {"label_smoothing": SMOOTHING} if name in SMOOTHED_BY_PEERS else {}

@@ -45,7 +45,8 @@ SWEEP: dict[str, dict[str, Any]] = {
     "labels, bco": {"type": ["bco_pair", "sft"], "beta": 0.5},
     "labels, apo": {"type": "apo_zero", "beta": 0.5},
     "MPO": {"type": ["sigmoid", "bco_pair", "sft"], "weights": [0.8, 0.2, 1.0]},
-    "wpo": {"type": "ipo", "beta": 1e-3, "pair_weights": "wpo"},  # random weights: likelihoods near 0
+    "wpo": {"pair_weights": "wpo"},
+    "cached wpo": {"type": "ipo", "pair_weights": "wpo"},
     "forward KL": {"f_divergence": "forward_kl"},
     "JS": {"f_divergence": "js"},
     "alpha": {"f_divergence": "alpha", "f_alpha": 0.3},

@@ -19,6 +19,7 @@ width = int(tokens.max())
 mask = (torch.arange(width) < tokens[:, None]).long()
 summed = torch.cat([logps["chosen"], logps["rejected"]])
 per_token = (summed / tokens)[:, None] * mask
+aligned_to = torch.tensor(given["aligned_to"], dtype=torch.float64)[:, None] * mask
 
 
 class Model:
@@ -38,7 +39,7 @@ class Model:
             entropy=nothing,
             mean_logits=nothing,
             is_top1=torch.zeros_like(mask, dtype=torch.bool),
-            log_sum_sq_probs=nothing,  # of WPO's alignment, which is left out
+            log_sum_sq_probs=aligned_to.to(self.log_probs.dtype),
             loss=None,
         )
 

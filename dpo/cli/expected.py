@@ -18,6 +18,8 @@ def in_words(hint: Any) -> str:
         )
     if origin is Literal:
         return f"one of {', '.join(parts)}" if len(parts) > 1 else parts[0]
+    if origin is list and len(get_args(parts[0])) > 1 and get_origin(parts[0]) is not Annotated:
+        return "a list of such"
     if origin is list:
         return "a list such as [a, b]" if parts[0] is str else f"a list, each {in_words(parts[0])}"
     if origin is tuple:

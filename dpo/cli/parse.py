@@ -7,12 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from dpo.cli.expected import choices, in_words
+from dpo.cli.help import help_text, sections_of
 from dpo.cli.table import CONFIGURED
 from dpo.cli.validate import problems
 from dpo.config import Config, SftConfig
@@ -47,9 +48,8 @@ def parse(command: str, arguments: Sequence[str]) -> Config | SftConfig:
     parser.add_class_arguments(kind)
     if files := [value for key, value in _words(arguments) if key == "config"]:
         parser.set_defaults(run_dir=f"runs/{Path(files[-1]).stem}")
-    if any(word in ("-h", "--help") for word in arguments):
-        parser.print_help()
-        raise SystemExit(0)
+    if asked := [word for word in arguments if word in ("-h", "--help") or word.endswith(".help")]:
+        _print_help(command, kind, asked[0])
     found = [*_problems_of_keys(kind, arguments), *_problems_of_values(kind, arguments)]
     namespace = Namespace()
     if not found:
@@ -93,6 +93,15 @@ def checked(config: Config) -> Config:
     if found:
         raise _refusal(found)
     return config
+
+
+def _print_help(command: str, kind: type, asked: str) -> NoReturn:
+    """Prints the help for all keys, or for a section such as --model.lora.help."""
+    section = asked.removeprefix("--").removesuffix("help").rstrip(".") if asked.endswith(".help") else ""
+    if section and section not in sections_of(kind):
+        raise UserError(f"{asked}: no such section; expected one of {', '.join(sections_of(kind))}")
+    print(help_text(command, CONFIGURED[command], kind, section), end="")
+    raise SystemExit(0)
 
 
 def _refusal(found: Sequence[str]) -> UserError:

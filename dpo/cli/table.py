@@ -12,6 +12,7 @@ TOOLS = {
     "data": "what the data holds: lengths, repetition, contradictions, suspected flips, CHES",
     "plan": "memory, time and disk of a run, before it is started",
     "frontier": "several betas and the SFT baseline on one cache: score against KL",
+    "rounds": "on-policy: sample, score, pair, train, and again with the next prompts",
     "compare": "runs side by side: settings, numbers, curves",
     "cache": "info, verify or prune: look after the reference cache",
     "chat": "talk to the reference and the trained policy, side by side",

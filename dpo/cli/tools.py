@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from dpo.cli import chat, convert, init
+from dpo.cli import chat, convert, init, rounds
 from dpo.cli.parse import parse
 from dpo.config import Config
 from dpo.errors import UserError
 
+LARGEST_IN_GB = 10_000
+"""A size without a unit is in GB below this, and in bytes from it on."""
 CACHE_USAGE = """usage: dpo cache info   FOLDER | --config FILE [--KEY VALUE ...]
        dpo cache verify FOLDER | --config FILE [--KEY VALUE ...] [--recompute N]
        dpo cache prune  FOLDER | --config FILE [--KEY VALUE ...] [--and_config FILE ...] [--dry_run]
@@ -32,7 +34,7 @@ What training FILE will need on N GPUs: data and steps, memory of each GPU for e
 largest micro-batch, time, disk, and which way to take. Reads configurations, headers and data; loads no
 weight.
 
---gpu_memory  of one GPU: 80GB, 24GiB
+--gpu_memory  of one GPU: 80GB, or 80 for the same, 24GiB
 --gpu_tflops  peak of one GPU in the compute type; default: 989, an H100's dense bfloat16
 --mfu         share of that peak that useful operations reach; default: estimated by the model's size, not
               measured (docs/gpu.md): perf/mfu of a run is yours
@@ -164,11 +166,13 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _bytes(size: str) -> int:
-    """80GB -> 80,000,000,000 and 1GiB -> 1,073,741,824; 0 for what is no size."""
+    """80GB or 80 -> 80,000,000,000 and 1GiB -> 1,073,741,824; 0 for what is no size of a GPU."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size.strip(), re.IGNORECASE)
     if found is None:
         return 0
     number, prefix, binary = found.groups()
+    if not prefix:  # a number alone means GB, unless it is meant as bytes
+        prefix = "G" if float(number) < LARGEST_IN_GB else ""
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
@@ -261,6 +265,7 @@ _TOOLS: dict[str, tuple[str, Callable[[list[str]], int]]] = {
     "frontier": (FRONTIER_USAGE, _frontier),
     "compare": (COMPARE_USAGE, _compare),
     "cache": (CACHE_USAGE, _cache),
+    "rounds": (rounds.USAGE, rounds.run_rounds),
     "chat": (chat.USAGE, chat.run_chat),
     "init": (init.USAGE, init.run_init),
     "convert": (convert.USAGE, convert.run_convert),

@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from dpo import distributed, terminal
+from dpo.commands.amount import unusual_rate
 from dpo.commands.best_of import check_best_of
 from dpo.commands.inputs import check_labels, refuse_labels, settings_of
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, OptimizationConfig, SftConfig
@@ -49,6 +50,8 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     check_launcher(os.environ, file=Path(launcher) if launcher else None)
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
+    if (said := unusual_rate(config.train)) and not _stage_follows():
+        terminal.warning(said)
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
         deepspeed = deepspeed_settings(os.environ, file=Path(launcher) if launcher else None)
@@ -105,11 +108,16 @@ def check_data(data: DataConfig, model: ModelConfig, *, exact: bool, loss: LossC
         notes, warnings, largest, labelled = preview_data(train, test, data, tokenizer, positions)
         if loss is not None and labelled:
             refuse_labels(loss, labelled, "labels")
-        if "ACCELERATE_CONFIG" not in os.environ:  # where a stage follows, it will say this itself
+        if not _stage_follows():
             terminal.note(*notes)
             terminal.warning(*warnings)
     if model.name_or_path:
         check_token_ids(model, largest, "model.name_or_path")
+
+
+def _stage_follows() -> bool:
+    """Whether launch/run checks for a stage, which will say notes and warnings itself."""
+    return "ACCELERATE_CONFIG" in os.environ
 
 
 def check_start(folder: RunFolder, settings: Settings, options: OptimizationConfig) -> None:

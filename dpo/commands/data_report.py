@@ -15,6 +15,7 @@ from dpo.config import Config, ModelConfig, sources_of
 from dpo.data.dataset import TokenizedDataset
 from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import settle_layout, token_budget
+from dpo.errors import UserError
 from dpo.evaluate.ches import ChesScores, sample_pairs, score_ches
 from dpo.evaluate.described_data import HELD_OUT, TRAINING, Float64s, describe
 from dpo.model.files import base_of, weights_at_hand
@@ -45,6 +46,8 @@ def data_report(config: Config, *, num_ches: int, output: Path, command: str) ->
     distributed.start()
     train_data, test_data, tokenizer = open_data(config.data, config.model)
     datasets = {TRAINING: train_data} | ({} if test_data is None else {HELD_OUT: test_data})
+    if num_ches and not train_data.has_rivals.any():
+        raise UserError(f"--ches: it compares pairs, and data.train has {train_data.contents}: leave it out")
     ches = _ches(config, train_data, num_ches) if num_ches else None
     distributed.on_main(lambda: _show(config, datasets, ches, tokenizer, output, command))
 

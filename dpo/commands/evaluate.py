@@ -15,9 +15,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed, terminal
+from dpo.commands.amount import preference_plan, ran
 from dpo.commands.check import finished_model
 from dpo.commands.data_report import cached_logps
-from dpo.commands.inputs import open_held_out, open_reference_model, quieten_libraries, with_reference
+from dpo.commands.inputs import (
+    counted,
+    open_held_out,
+    open_reference_model,
+    quieten_libraries,
+    with_reference,
+)
 from dpo.config import Config, ModelConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import PreferenceData
@@ -46,7 +53,7 @@ from dpo.model.load import DTYPES
 from dpo.model.probe_trees import probe_trees
 from dpo.reference.values import open_reference
 from dpo.report.build import compose
-from dpo.report.content import Report, Section
+from dpo.report.content import Ran, Report, Section
 from dpo.report.data_sections import data_sections
 from dpo.report.headline import headline
 from dpo.report.model_card import policy_card
@@ -90,9 +97,13 @@ def _evaluate(config: Config) -> dict[str, float]:
     }
     data = with_reference(config.loss, [test_data], values)[0]
     sections = _data_sections(config, train_data, test_data, tokenizer)
-    summary = evaluate_run(config, policy, reference, data, tokenizer, digests, sections)
-    folder = RunFolder(Path(config.run_dir))
+    folder, what = RunFolder(Path(config.run_dir)), None
+    if learned_preferences(folder):
+        num_steps, done = preference_plan(train_data, config.train).num_steps, config.evaluate.snapshot
+        what = ran(num_steps, config.train, counted(train_data), counted(test_data), done=done)
+    summary = evaluate_run(config, policy, reference, data, tokenizer, digests, sections, what)
     if distributed.is_main() and learned_preferences(folder):
+        assert what is not None
         card = policy_card(
             summary,
             title=folder.path.name,
@@ -101,6 +112,7 @@ def _evaluate(config: Config) -> dict[str, float]:
             reference=config.reference,
             loss=config.loss,
             train=config.train,
+            ran=what,
         )
         write_file(Path(policy.name_or_path) / "README.md", card)
     return summary
@@ -114,6 +126,7 @@ def evaluate_run(
     tokenizer: PreTrainedTokenizerBase,
     digests: dict[str, str],
     sections: Sequence[Section] = (),
+    what: Ran | None = None,
 ) -> dict[str, float]:
     """Evaluates the trained policy and writes its report. All ranks must call it.
 
@@ -125,6 +138,7 @@ def evaluate_run(
         tokenizer: The policy's.
         digests: Digests of data and cache, by name, for the report.
         sections: On the data, for the report.
+        what: The training did; None for a run of `sft`.
 
     Returns:
         What summary.json holds; empty on ranks other than the main one.
@@ -137,7 +151,7 @@ def evaluate_run(
     if not distributed.is_main():
         return {}
     alive.loading("writing the report")
-    report = _report(config, data, tokenizer, by_policy.scores, samples, digests, sections)
+    report = _report(config, data, tokenizer, by_policy.scores, samples, digests, sections, what)
     folder = RunFolder(Path(config.run_dir)).report(config.evaluate.snapshot)
     write_report(report, folder, title=config.run_dir)
     if report.shown:
@@ -263,13 +277,16 @@ def _report(
     samples: ComparedSamples | None,
     digests: dict[str, str],
     sections: Sequence[Section],
+    what: Ran | None,
 ) -> Report:
     folder, last = RunFolder(Path(config.run_dir)), config.evaluate.snapshot
     history = read_history(folder) if learned_preferences(folder) else []
     provenance = provenance_of(
         folder,
-        data.dataset,
+        what,
         digests,
+        held_out=counted(data.dataset),
+        num_sampled=len(samples.prompts) if samples is not None else 0,
         model=config.model,
         reference=config.reference,
         loss=config.loss,

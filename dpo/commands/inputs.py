@@ -153,10 +153,13 @@ def refuse_labels(loss: LossConfig, key: str, contents: str) -> None:
 
 
 def described(split: str, data: TokenizedDataset | None) -> str:
-    """Pairs, prompts, and what was dropped or truncated, in one line."""
-    if data is None:
-        return f"{split}: none"
+    """The split with `counted`, in one line."""
+    return f"{split}: none" if data is None else f"{split}: {counted(data)}"
+
+
+def counted(data: TokenizedDataset) -> str:
+    """Pairs, prompts, and what was dropped or truncated."""
     counts = data.counts
     lost = [f"{n} {name}" for name, n in counts.items() if n and name.startswith(("dropped/", "truncated/"))]
-    said = f"{split}: {data.contents}"
+    said = data.contents
     return f"{said} ({', '.join(lost)})" if lost else said

@@ -40,18 +40,27 @@ class Journal:
             StoppedBySignal: It was stopped; finished parts are kept.
             RunFailed: It failed, or left no product.
         """
-        done: dict[str, str] = json.loads(self.file.read_text()) if self.file.is_file() else {}
-        made_by = json.dumps([settings, list(command)], sort_keys=True, default=str)
-        digest = hashlib.sha256(made_by.encode()).hexdigest()
-        if done.get(str(product)) == digest and product.is_file():
+        if self.is_done(command, product, settings):
             terminal.note(f"{product.parent}: {name} is done")
             return False
         start(name, command)
         if not product.is_file():
             raise RunFailed(f"{name} exited with status 0 and left no {product}")
-        done[str(product)] = digest
+        done = self._read() | {str(product): _digest(command, settings)}
         write_file(self.file, json.dumps(done, indent=2))
         return True
+
+    def is_done(self, command: Sequence[str], product: Path, settings: Any = None) -> bool:
+        """Whether `once` would not start the command."""
+        return self._read().get(str(product)) == _digest(command, settings) and product.is_file()
+
+    def _read(self) -> dict[str, str]:
+        return dict(json.loads(self.file.read_text())) if self.file.is_file() else {}
+
+
+def _digest(command: Sequence[str], settings: Any) -> str:
+    made_by = json.dumps([settings, list(command)], sort_keys=True, default=str)
+    return hashlib.sha256(made_by.encode()).hexdigest()
 
 
 def start(name: str, command: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from dpo import distributed, terminal
+from dpo.commands.amount import preference_plan, warn_of_amount
 from dpo.commands.inputs import described, open_data, open_reference_model, quieten_libraries, settings_of
 from dpo.config import Config
 from dpo.guards.guard import Guard
@@ -36,6 +37,8 @@ def _precompute_ref(config: Config) -> None:
     distributed.require_shared(cache_dir, "reference.cache_dir")
     train_data, test_data, _ = open_data(config.data, config.model, config.loss)
     datasets = [data for data in (train_data, test_data) if data is not None]
+    num_steps = preference_plan(train_data, config.train).num_steps
+    warn_of_amount(num_steps, config.model, config.train)
     model = open_reference_model(config)
     for data in datasets:
         check_token_ids(model, data.largest_id, "reference.model")

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed
+from dpo.commands.amount import ran, warn_of_amount
 from dpo.commands.inputs import settings_of
 from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import ModelConfig, SftConfig
@@ -65,6 +66,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         pairs_per_step=config.train.sequences_per_step,
         max_steps=config.train.max_steps,
     )
+    warn_of_amount(plan.num_steps, config.model, config.train)
     alive.loading("loading the model")
     dtype, scratch = weight_dtype(accelerator, config.model), config.model.scratch
     model = None
@@ -87,6 +89,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
     alive.loading("preparing the engine")
     policy = Engine(accelerator, model, config.model, config.train, universal=resharded)
     settle_layout(policy, [data for data in (train_data, test_data) if data is not None])
+    described = f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens"
     return Session(
         folder=folder,
         settings=settings,
@@ -96,7 +99,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         objective=NextTokenObjective(dataset=train_data),
         plan=plan,
         tokenizer=tokenizer,
-        description=f"{len(train_data)} sequences, {train_data.counts['tokens']} tokens",
+        description=described,
         guard=guard,
         evaluate=partial(evaluate_policy, held_out=test_data) if test_data is not None else None,
         card=partial(
@@ -105,6 +108,12 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
             model=config.model,
             data=config.data,
             train=config.train,
+            ran=ran(
+                plan.num_steps,
+                config.train,
+                described,
+                f"{len(test_data)} sequences" if test_data is not None else "",
+            ),
         ),
         fingerprints=fingerprints,
         checkpoint=checkpoint,

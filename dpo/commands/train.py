@@ -11,7 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed, terminal
+from dpo.commands.amount import preference_plan, ran, warn_of_amount
 from dpo.commands.inputs import (
+    counted,
     described,
     open_data,
     open_reference_model,
@@ -21,7 +23,6 @@ from dpo.commands.inputs import (
 from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import Config, EvaluateConfig, LossConfig
 from dpo.data.dataset import TokenizedDataset
-from dpo.data.plan import BatchPlan
 from dpo.data.preference_data import PreferenceData
 from dpo.data.records import NO_RIVAL
 from dpo.engine.engine import Engine
@@ -86,14 +87,9 @@ def build_session(config: Config, guard: Guard) -> Session:
         f"{config.run_dir})",
     )
     parts = with_reference(config.loss, datasets, reference)
+    plan = preference_plan(train_data, config.train)
+    warn_of_amount(plan.num_steps, config.model, config.train)
     terminal.warning(*cautions(config.loss, config.train.pairs_per_step, train_data))
-    plan = BatchPlan(
-        train_data.pairs_per_group,
-        seed=config.train.seed,
-        num_epochs=config.train.num_epochs,
-        pairs_per_step=config.train.pairs_per_step,
-        max_steps=config.train.max_steps,
-    )
     check_space(
         folder,
         config.model,
@@ -141,6 +137,12 @@ def build_session(config: Config, guard: Guard) -> Session:
             reference=config.reference,
             loss=config.loss,
             train=config.train,
+            ran=ran(
+                plan.num_steps,
+                config.train,
+                counted(train_data),
+                counted(test_data) if test_data is not None else "",
+            ),
         ),
         fingerprints=fingerprints,
         checkpoint=checkpoint,
@@ -198,7 +200,7 @@ def evaluate_policy(
         budget=token_budget(session.options.max_tokens_per_micro_batch),
         device=policy.device,
     )
-    return Evaluation(values=scores.means(), margins=scores.margins, samples=samples)
+    return Evaluation(values=scores.means(), counts=scores.counts(), margins=scores.margins, samples=samples)
 
 
 def watch(

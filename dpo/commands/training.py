@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpo import terminal
+from dpo.commands.amount import hardly_any, steps_of
 from dpo.commands.inputs import quieten_libraries
-from dpo.config import Config, SftConfig
+from dpo.config import Config, SftConfig, SftTrainConfig, TrainConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.engine.engine import Engine
 from dpo.guards.guard import Guard
@@ -59,18 +60,23 @@ def summarize(command: str, session: Session, shown: Sequence[str], following: s
             for name in shown
             if name in session.evaluated
         )
-        result = f"held-out {', '.join(numbers)}"
+        of = labels.counted(session.evaluated, "eval/loss")
+        result = f"held-out {', '.join(numbers)}{f' of {of}' if of else ''}"
     elif session.evaluate is None:
         result = "no held-out data, so nothing was evaluated"
     else:
         result = "it had finished already"
     skipped = session.progress.skipped
     note = f"; {skipped} steps were skipped: see above" if skipped else ""
+    train = session.options
+    assert isinstance(train, TrainConfig | SftTrainConfig)
+    mind = [hardly_any(session.plan.num_steps, train), labels.few(session.evaluated)]
     terminal.summary(
         command,
         {
-            "trained": f"{session.plan.num_steps} steps on {session.description}{note}",
+            "trained": f"{steps_of(session.plan.num_steps, train)} on {session.description}{note}",
             "result": result,
+            "mind": "\n".join(filter(None, mind)),
             "model": str(session.folder.model()),
             "curves": f"tensorboard --logdir {session.folder.path}",
             "next": following,

@@ -62,12 +62,13 @@ KEYS: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("train.schedule",),
     "lr_scheduler": ("train.schedule",),
     "scheduler": ("train.schedule",),
-    "warmup_ratio": ("train.warmup_steps",),
+    "warmup_ratio": ("train.warmup_ratio",),
     "warmup_steps": ("train.warmup_steps",),
     "num_warmup_steps": ("train.warmup_steps",),
     "optim": ("train.optimizer",),
     "adam_beta1": ("train.adam_betas",),
     "adam_beta2": ("train.adam_betas",),
+    "adam_epsilon": ("train.adam_epsilon",),
     "weight_decay": ("train.weight_decay",),
     "max_grad_norm": ("train.max_grad_norm",),
     "gradient_clipping": ("train.max_grad_norm",),
@@ -166,10 +167,12 @@ VALUES: dict[str, dict[str, str]] = {
     "train.schedule": {"constant_with_warmup": "constant", "none": "constant"},
     "train.optimizer": {
         **dict.fromkeys(("adam", "adamw_torch", "adamw_torch_fused", "adamw_hf", "fused_adam"), "adamw"),
-        **dict.fromkeys(
-            ("adamw_apex_fused", "paged_adamw", "paged_adamw_32bit", "adamw_anyprecision"), "adamw"
-        ),
+        **dict.fromkeys(("adamw_apex_fused", "adamw_anyprecision"), "adamw"),
+        "adamw_bnb_8bit": "adamw_8bit",
+        "paged_adamw_32bit": "paged_adamw",
+        "lion_32bit": "lion",
     },
+    "loss.f_divergence": {"js_divergence": "js", "alpha_divergence": "alpha"},
     "loss.type": {
         "dpo": "sigmoid",
         "rdpo": "robust",
@@ -183,7 +186,6 @@ VALUES: dict[str, dict[str, str]] = {
         "bco": "bco_pair",
         "kto_pair": "kto",
     },
-    "loss.f_divergence": {"js_divergence": "js", "alpha_divergence": "alpha"},
     "data.pairing": {"best_vs_rest": "best-vs-rest", "best_vs_worst": "best-vs-worst"},
     "train.resume": {"true": "auto", "last": "auto", "latest": "auto", "false": "never"},
 }

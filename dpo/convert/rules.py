@@ -14,9 +14,7 @@ from dpo.convert import data
 from dpo.convert.lines import Given, Line, Lines, mapped, not_mapped, not_needed
 from dpo.loss.catalog import LOSSES
 
-A_TENTH = 1_000_000
-"""`train.warmup_steps` is a tenth of the run at most: with this it is a tenth."""
-BATCH, EPOCHS, SCHEDULE, SEED, RANK = 8, 3, "linear", 42, 16
+BATCH, EPOCHS, SCHEDULE, RATE, SEED, RANK = 8, 3, "linear", 1e-6, 42, 16
 """TRL's defaults, where ours differ or its file may leave them out."""
 OTHERWISE = {"ipo": "ipo_norm"}
 """Losses of TRL that have another name here, because theirs stands for another definition."""
@@ -91,21 +89,24 @@ def _batch(given: Given, num_gpus: int) -> Lines:
 
 
 def _schedule(theirs: Given, given: Given) -> Lines:
-    yield _choice(OptimizationConfig, theirs, "train.schedule", given.get("lr_scheduler_type", SCHEDULE))
+    name, more = given.get("lr_scheduler_type", SCHEDULE), given.get("lr_scheduler_kwargs") or {}
+    if str(name).startswith("cosine_with_min_lr") and more.keys() <= {"min_lr", "min_lr_rate"}:
+        least = more.get("min_lr") or more.get("min_lr_rate", 0.0) * float(given.get("learning_rate", RATE))
+        yield mapped(theirs, {"train.schedule": "cosine", "train.min_learning_rate": float(least)})
+        return
+    if "lr_scheduler_kwargs" in theirs:
+        yield _plain("lr_scheduler_kwargs", more or None)
+    shown = {key: value for key, value in theirs.items() if key == "lr_scheduler_type"}
+    yield _choice(OptimizationConfig, shown, "train.schedule", name)
 
 
 def _warmup(theirs: Given, given: Given) -> Lines:
-    steps, num_steps = float(given.get("warmup_steps") or 0), int(given.get("max_steps") or -1)
-    ratio = float(given.get("warmup_ratio") or 0) if steps == 0 else steps if steps < 1 else 0.0
-    if ratio == 0:
-        yield mapped(theirs, {"train.warmup_steps": int(steps)})
-    elif num_steps > 0:
-        yield mapped(theirs, {"train.warmup_steps": round(ratio * num_steps)})
-    elif ratio >= 0.1:
-        said = "a tenth of the run" if ratio == 0.1 else "a tenth of the run, which is the longest"
-        yield mapped(theirs, {"train.warmup_steps": A_TENTH}, said)
+    steps = float(given.get("warmup_steps") or 0)
+    share = steps if steps < 1 else 0.0  # as transformers 5 reads it
+    if share := share or (float(given.get("warmup_ratio") or 0) if steps == 0 else 0.0):
+        yield mapped(theirs, {"train.warmup_ratio": share})
     else:
-        yield not_mapped(theirs, f"set train.warmup_steps to {ratio:g} of the run; {BY_STEPS}")
+        yield mapped(theirs, {"train.warmup_steps": int(steps)})
 
 
 def _epochs(theirs: Given, given: Given) -> Lines:
@@ -268,15 +269,9 @@ def _divergence(theirs: Given, given: Given) -> Lines:
 
 def _weighting(theirs: Given, given: Given) -> Lines:
     if given.get("use_weighting"):
-        yield mapped(theirs, {"loss.pair_weights": "wpo"}, "ours are WPO's weights without their alignment")
+        yield mapped(theirs, {"loss.pair_weights": "wpo"})
     elif theirs:
         yield not_needed(theirs, "off")
-
-
-def _epsilon(theirs: Given, given: Given) -> Lines:
-    if theirs:
-        same = float(given["adam_epsilon"]) == 1e-8
-        yield not_needed(theirs, "always") if same else not_mapped(theirs, "it is 1e-8 here")
 
 
 _LORA = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "lora_modules_to_save")
@@ -289,11 +284,10 @@ _RULES: dict[tuple[str, ...], Callable[[Given, Given], Lines]] = {
     ("ld_alpha",): _ld_alpha,
     ("f_divergence_type", "f_alpha_divergence_coef"): _divergence,
     ("use_weighting",): _weighting,
-    ("lr_scheduler_type",): _schedule,
+    ("lr_scheduler_type", "lr_scheduler_kwargs"): _schedule,
     ("warmup_ratio", "warmup_steps"): _warmup,
     ("optim",): _optimizer,
     ("adam_beta1", "adam_beta2"): _adam,
-    ("adam_epsilon",): _epsilon,
     ("num_train_epochs",): _epochs,
     ("max_steps",): _max_steps,
     ("seed",): _seed,

@@ -126,7 +126,9 @@ class Engine:
     def _stage(self) -> int:
         return int(self._accelerator.deepspeed_plugin.zero_stage)
 
-    def score(self, batch: TreeBatch, *, last: bool = True, per_token: bool = False) -> Tensor:
+    def score(
+        self, batch: TreeBatch, *, last: bool = True, per_token: bool = False, aligned: bool = False
+    ) -> Tensor:
         """(S,) float64 log-probs of the batch's completions under the policy; see
         `SequenceScorer.forward`.
 
@@ -134,18 +136,19 @@ class Engine:
             batch: What to score.
             last: Whether it is the step's last micro-batch, after which gradients are averaged over ranks.
             per_token: Give (N,) float32 log-probs of the completion tokens instead.
+            aligned: Give (S, 2), the second column aligned to samples of the policy.
         """
         if last or self._zero:
-            logps: Tensor = self._scorer(batch, per_token=per_token)
+            logps: Tensor = self._scorer(batch, per_token=per_token, aligned=aligned)
             return logps
         with self._accelerator.no_sync(self._scorer):  # DDP decides in the forward pass
-            logps = self._scorer(batch, per_token=per_token)
+            logps = self._scorer(batch, per_token=per_token, aligned=aligned)
             return logps
 
     @torch.no_grad()
-    def score_only(self, batch: TreeBatch, *, per_token: bool = False) -> Tensor:
+    def score_only(self, batch: TreeBatch, *, per_token: bool = False, aligned: bool = False) -> Tensor:
         """`score` without gradients. Every rank must make the same number of calls."""
-        return self.score(batch, per_token=per_token)
+        return self.score(batch, per_token=per_token, aligned=aligned)
 
     def accumulate(self, loss: Tensor, *, last: bool) -> None:
         """Adds a micro-batch's gradient to the step's.

@@ -38,6 +38,8 @@ def start(model: ModelConfig) -> Accelerator:
     if distributed.is_distributed():
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=distributed.COLLECTIVE_TIMEOUT))
     mixed_precision = "bf16" if model.dtype == "bfloat16" else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()  # of a run before in this process, in another compute type
     cpu = distributed.is_distributed() and distributed.trains_on_cpu_alone()
     return Accelerator(
         mixed_precision=mixed_precision,

@@ -1,6 +1,7 @@
 """Metrics of the held-out pairs with intervals: overall, by which completion is longer, and by data source.
 
-Pure functions of one value per pair (`PairScores`); intervals resample whole prompts.
+Pure functions of one value per pair (`PairScores`); intervals count whole prompts, and every share comes with
+the number of its pairs.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import numpy as np
 
 from dpo.data.dataset import SourceGroups
 from dpo.evaluate.rewards import Float64s, PairScores
-from dpo.evaluate.statistics import mean_interval, ratio_interval
+from dpo.evaluate.statistics import mean_interval, ratio_interval, share_by_cluster
 
 
 def pair_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[str, float]:
@@ -19,9 +20,9 @@ def pair_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[st
         scores: P pairs, numbered by group.
         sources: Sources of these groups, in their order.
     """
-    found = scores.means()
+    found = scores.means() | scores.counts()
     found |= ratio_interval(scores.losses, scores.units, scores.groups).under("eval/loss")
-    found |= mean_interval(scores.correct, scores.groups).under("eval/rewards/accuracies")
+    found |= share_by_cluster(scores.correct, scores.groups).under("eval/rewards/accuracies")
     found |= mean_interval(margin_parts(scores), scores.groups).under("eval/rewards/margins")
     return found | length_summary(scores) | source_summary(scores, sources)
 
@@ -53,7 +54,8 @@ def length_summary(scores: PairScores) -> dict[str, float]:
         reward is higher for the longer one; a tie counts half), each with `/low` and `/high`. If the policy's
         share is larger than the labels', it has learned to prefer length. And the accuracy
         `length/accuracy/longer_chosen` and `length/accuracy/shorter_chosen`, over the pairs whose chosen
-        completion is the longer or the shorter one. Metrics without any pair are left out.
+        completion is the longer or the shorter one. Each with the number of its pairs, `length/pairs` and
+        `length/accuracy/<name>/pairs`. Metrics without any pair are left out.
     """
     difference = scores.chosen_tokens - scores.rejected_tokens
     differ = (difference != 0) & scores.has_rivals
@@ -62,12 +64,14 @@ def length_summary(scores: PairScores) -> dict[str, float]:
         longer_wins = np.where(difference > 0, scores.correct, 1 - scores.correct)
         shares = {"longer_chosen": (difference > 0).astype(np.float64), "longer_rewarded": longer_wins}
         for name, values in shares.items():
-            found |= mean_interval(values[differ], scores.groups[differ]).under(f"length/{name}")
+            found |= share_by_cluster(values[differ], scores.groups[differ]).under(f"length/{name}")
+        found["length/pairs"] = float(differ.sum())
     sides = {"longer_chosen": differ & (difference > 0), "shorter_chosen": differ & (difference < 0)}
     for name, chosen in sides.items():
         if chosen.any():
-            accuracy = mean_interval(scores.correct[chosen], scores.groups[chosen])
+            accuracy = share_by_cluster(scores.correct[chosen], scores.groups[chosen])
             found |= accuracy.under(f"length/accuracy/{name}")
+            found[f"length/accuracy/{name}/pairs"] = float(chosen.sum())
     return found
 
 
@@ -87,7 +91,7 @@ def source_summary(scores: PairScores, sources: Sequence[SourceGroups]) -> dict[
     for name in dict.fromkeys(names.tolist()) if len({*names.tolist()}) > 1 else ():
         mine = names[scores.groups] == name
         groups = scores.groups[mine]
-        found |= mean_interval(scores.correct[mine], groups).under(f"source/{name}/accuracy")
+        found |= share_by_cluster(scores.correct[mine], groups).under(f"source/{name}/accuracy")
         loss = ratio_interval(scores.losses[mine], scores.units[mine], groups)
         found |= loss.under(f"source/{name}/loss")
         found[f"source/{name}/pairs"] = float(mine.sum())

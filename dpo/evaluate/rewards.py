@@ -21,8 +21,8 @@ from dpo.data.prefetch import prefetch
 from dpo.data.trees import Layout, TreeBatch
 from dpo.evaluate.data_facts import pair_tokens
 from dpo.loss.accuracy import accuracies, label_accuracies
-from dpo.loss.catalog import compares_pairs
-from dpo.loss.pairs import PairLogProbs, pair_logps
+from dpo.loss.catalog import compares_pairs, needs_aligned
+from dpo.loss.pairs import PairLogProbs, aligned_pair_logps, pair_logps
 from dpo.loss.preference_loss import preference_loss
 
 Float64s = npt.NDArray[np.float64]
@@ -108,6 +108,11 @@ class PairScores:
         above = np.where(self.has_chosen, self.chosen_rewards - middle, middle - self.rejected_rewards)
         return np.where(self.has_rivals, margins, 2 * above)
 
+    def counts(self) -> dict[str, float]:
+        """How much the means are over: pairs, and prompts."""
+        prompts = np.unique(self.groups)
+        return {"eval/num_pairs": float(len(self.groups)), "eval/num_prompts": float(len(prompts))}
+
     def means(self) -> dict[str, float]:
         """The metrics under the names that training logs."""
         return {
@@ -135,7 +140,7 @@ def score_pairs(
 
     Args:
         score: The policy: a batch of S sequences on `device` -> (S,) log-probs in nats, or one per token with
-            `per_token`.
+            `per_token`, or (S, 2) with `aligned`; see `SequenceScorer.forward`.
         data: Held-out groups and their reference log-probs.
         loss: The training loss.
         dtype: The policy's compute type, which says how far log-probs are rounded.
@@ -154,7 +159,8 @@ def score_pairs(
     for groups, batch in zip(mine, prefetch(map(batch_of, mine)), strict=True):
         alive.step("held-out pairs")
         with torch.no_grad():  # an empty batch too: all ranks must call the model equally often
-            logps = score(batch, per_token=loss.ld_alpha is not None)
+            options = {"aligned": True} if needs_aligned(loss) else {"per_token": loss.ld_alpha is not None}
+            logps = score(batch, **options)
         if groups:
             records.append(_records(_pairs_of(data.dataset, groups), batch, logps, loss, dtype))
             others.append(_mismatched(batch, logps))
@@ -180,12 +186,9 @@ def _records(
         loss: The training loss.
         dtype: Compute type of the policy.
     """
-
-    def of_pairs(values: Tensor) -> PairLogProbs:
-        return pair_logps(values, batch.pairs, batch.num_tokens, loss.ld_alpha, batch.mismatched)
-
-    policy = of_pairs(logps)
-    reference = of_pairs(batch.reference) if batch.reference is not None else None
+    named = (batch.pairs, batch.num_tokens, loss.ld_alpha, batch.mismatched)
+    policy = aligned_pair_logps(logps, *named) if needs_aligned(loss) else pair_logps(logps, *named)
+    reference = pair_logps(batch.reference, *named) if batch.reference is not None else None
     result = preference_loss(policy, reference, loss)
     assert batch.pair_weights is not None
     unknown = torch.full_like(policy.chosen, torch.nan)

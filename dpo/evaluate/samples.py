@@ -21,7 +21,7 @@ from dpo.data.trees import Layout, sequence_batch
 from dpo.errors import UserError
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
-from dpo.evaluate.statistics import distinct_n, mean_interval, repetition, win_rate
+from dpo.evaluate.statistics import distinct_n, mean_interval, repetition, share_by_cluster, win_rate
 
 KL_SEED_OFFSET = 1
 """Added to the seed for the samples of the KL, which are not the compared ones."""
@@ -167,7 +167,8 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
 
     Returns:
         Texts, scores, and a summary: `score/*`, `positive_share/*` and `win_rate` where there is a scorer;
-        the KL, `distinct_2/*`, `distinct_texts/*`, `repetition/*` and `sample_tokens/*` in any case.
+        the KL, `distinct_2/*`, `distinct_texts/*`, `repetition/*`, `sample_tokens/*` and the number of
+        prompts, `samples/num_prompts`, in any case.
 
     Raises:
         UserError: The scorer cannot be loaded.
@@ -176,7 +177,7 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
     both = {name: texts_of([one.ids for one in several], tokenizer) for name, several in drawn.items()}
     prompts = texts_of(samples.prompts, tokenizer)
     scores, summary = _scored(prompts, both, scorer) if scorer is not None else ({}, {})
-    summary |= samples.kl
+    summary |= samples.kl | {"samples/num_prompts": float(len(prompts))}
     for name, texts in both.items():
         words = [text.split() for text in texts]
         lengths = [len(continuation.ids) for continuation in drawn[name]]
@@ -196,8 +197,20 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
 
 
 def texts_of(sequences: Sequence[TokenIds], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Token ids as text, without special tokens."""
-    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in sequences]
+    """Token ids as text, without special tokens; what they part, such as the turns of a chat, has lines."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+    return [_text_of(np.asarray(ids), special, tokenizer) for ids in sequences]
+
+
+def _text_of(ids: TokenIds, special: set[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    is_text = np.array([number not in special for number in ids.tolist()], dtype=bool)
+    edges = np.flatnonzero(np.diff(is_text)) + 1
+    parts = [part for part in np.split(np.arange(len(ids)), edges) if len(part) and is_text[part[0]]]
+    texts = [str(tokenizer.decode(ids[part])) for part in parts]
+    if len(texts) < 2:
+        return "".join(texts)
+    return "\n".join(text.strip("\n") for text in texts if text.strip())
 
 
 def _scored(
@@ -211,6 +224,6 @@ def _scored(
     for model, values in scores.items():
         positive = [float(scorer.is_positive(value)) for value in values]
         summary |= mean_interval(values, clusters).under(f"score/{model}")
-        summary |= mean_interval(positive, clusters).under(f"positive_share/{model}")
+        summary |= share_by_cluster(positive, clusters).under(f"positive_share/{model}")
     summary |= win_rate(scores["policy"], scores["reference"], clusters).under("win_rate")
     return scores, summary

@@ -1,7 +1,8 @@
-"""Statistics of samples and pairs: bootstrap intervals by prompt, win rate, distinct and repeated n-grams.
+"""Statistics of samples and pairs: intervals by prompt, win rate, distinct and repeated n-grams.
 
 Values of one prompt (its samples, its pairs) are not independent: whole prompts are resampled, as clusters.
-Every interval comes from sums and counts by cluster, never from means of means.
+Every interval comes from sums and counts by cluster, never from means of means. Shares have Wilson's
+interval: a bootstrap of values that are all 1 knows no doubt, whether they are 6 or 6,000.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -101,10 +102,10 @@ def win_rate(
     Args:
         policy_scores: (N,) scores.
         reference_scores: (N,) scores of the reference's samples.
-        clusters: (N,) as in `mean_interval`.
+        clusters: (N,) as in `share_by_cluster`.
     """
     difference = np.asarray(policy_scores, np.float64) - np.asarray(reference_scores, np.float64)
-    return mean_interval((np.sign(difference) + 1) / 2, clusters)
+    return share_by_cluster((np.sign(difference) + 1) / 2, clusters)
 
 
 def distinct_n(sequences: Iterable[Sequence[Hashable]], n: int) -> float:
@@ -165,12 +166,12 @@ def mean_by_cluster(values: npt.ArrayLike, clusters: npt.ArrayLike) -> Interval:
 
 
 def share_by_cluster(holds: npt.ArrayLike, clusters: npt.ArrayLike) -> Interval:
-    """The share of true values and its 95 % Wilson interval: within [0, 1], and not empty at 0 and 1.
+    """A share and its 95 % Wilson interval: within [0, 1], and not empty at 0 and 1.
 
     N is replaced by the number of independent values with the same variance (Kish's effective sample size).
 
     Args:
-        holds: (N,) bool, at least one.
+        holds: (N,) bool, or numbers from 0 to 1 such as 0.5 for a tie, at least one.
         clusters: (N,) integers from 0: which prompt a value belongs to.
     """
     share, error = _mean_and_error(holds, clusters)

@@ -97,6 +97,11 @@ def needs_mismatched(loss: LossConfig) -> bool:
     return any(LOSSES[name].mismatched for name in names_of(loss))
 
 
+def needs_aligned(loss: LossConfig) -> bool:
+    """Whether the policy's log-probs are also needed aligned to its samples."""
+    return loss.pair_weights == "wpo"
+
+
 def takes_labels(loss: LossConfig) -> bool:
     """Whether completions with a label and no rival will do."""
     return all(LOSSES[name].takes_labels for name in names_of(loss))
@@ -159,10 +164,14 @@ def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
         for name in names:
             if LOSSES[name].per_token:
                 yield f"loss.ld_alpha: {loss.ld_alpha}; {name} divides by the length already: leave it out"
+        if needs_aligned(loss):
+            yield f"loss.ld_alpha: {loss.ld_alpha}; pair_weights wpo takes whole completions: leave one out"
         if needs_mismatched(loss):
             yield f"loss.ld_alpha: {loss.ld_alpha}; kto takes whole completions: leave it out"
     if needs_whole_step(loss) and loss.pair_weights != "equal":
         yield f"loss.pair_weights: {loss.pair_weights}; {losses} compares the whole step: leave it out"
+    elif needs_aligned(loss) and compares_pairs(loss):
+        yield f"loss.pair_weights: wpo; {losses} compares pairs with those of other steps: leave it out"
     if averaged_over_groups(loss):
         if len(names) > 1:
             yield f"loss.type: {names}; a loss over rankings does not mix with losses over pairs"

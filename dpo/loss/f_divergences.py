@@ -34,7 +34,7 @@ def derivative(logratios: Tensor, loss: LossConfig) -> Tensor:
         js           log(2 u / (1 + u))
         alpha        (1 - u^-a) / a          with a = `loss.f_alpha` in (0, 1)
 
-    arXiv 2309.16240, Table 1. All increase with u, so that every divergence ranks completions alike; they
+    arXiv 2309.16240. All increase with u, so that every divergence ranks completions alike; they
     differ in how much a small u costs: js and above all the KL in forward direction spread the policy more.
 
     Args:

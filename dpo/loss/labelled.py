@@ -44,7 +44,7 @@ def kto(pairs: Pairs, loss: LossConfig) -> Tensor:
 
         [l_w (1 - sigma(beta (h_w - z))) + l_l (1 - sigma(beta (z - h_l)))] / (number of sides)
 
-    arXiv 2402.01306, Eq. 8: z = max(0, E[log pi(y'|x) - log ref(y'|x)]) without gradient, the KL to the
+    arXiv 2402.01306: z = max(0, E[log pi(y'|x) - log ref(y'|x)]) without gradient, the KL to the
     reference as the paper estimates it, over all prompts x of the optimizer step with a completion y' of
     another prompt; l_w = `loss.desirable_weight` and l_l = `loss.undesirable_weight`, both > 0. For labels
     such as thumbs up and down. (l_w + l_l) / 4 for a pair where policy = reference.

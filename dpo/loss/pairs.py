@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ class PairLogProbs:
     """(B,) int64, number of tokens of the rejected completion."""
     chosen_sequences: Tensor | None = None
     """(B,) int64, index of the chosen completion, equal in pairs that share it; for losses over rankings."""
+    aligned: Tensor | None = None
+    """(B,) log-prob per token of the chosen plus that of the rejected completion, each token's less the
+    logarithm of the sum of all tokens' squared probabilities; no gradient. None where no weights need it."""
     mismatched: Tensor | None = None
     """(M,) log p(completion of another prompt | prompt); None for losses that need none."""
 
@@ -171,6 +174,19 @@ def pair_logps(
         chosen_sequences=chosen,
         mismatched=None if mismatched is None else logps[mismatched],
     )
+
+
+def aligned_pair_logps(
+    values: Tensor,
+    pairs: Tensor,
+    num_tokens: Tensor,
+    ld_alpha: float | None = None,
+    mismatched: Tensor | None = None,
+) -> PairLogProbs:
+    """`pair_logps` of values with a second column, (S, 2), for weights by the policy's own samples."""
+    plain = pair_logps(values[:, 0], pairs, num_tokens, ld_alpha, mismatched)
+    means = values[:, 1].detach() / num_tokens.clamp(min=1)
+    return replace(plain, aligned=means[pairs[:, 0]] + means[pairs[:, 1]])
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

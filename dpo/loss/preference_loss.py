@@ -82,17 +82,17 @@ def preference_loss(
 
 
 def wpo_weights(pairs: Pairs) -> Tensor:
-    """How likely the policy is to write both completions, which brings its own distribution closer.
+    """How likely the policy is to write both completions, so that its own distribution counts more.
 
-        exp(m_w) exp(m_l),   m = log pi(y|x) / |y|
+        exp(a_w) exp(a_l),   a = (1/|y|) sum over t of [log pi(y_t|.) - log sum over v of pi(v|.)^2]
 
-    The length-normalised weight of WPO (arXiv 2406.11827), without the weight alignment that the paper adds:
-    it divides each token's probability by the one that a sample of the policy has there on average.
+    arXiv 2406.11827, Eq. 2, with its sampled alignment: 1 for what the policy would sample, on average.
 
     Returns:
-        (B,) weights in (0, 1], without gradient.
+        (B,) weights above 0, without gradient.
     """
-    return torch.exp(pairs.chosen_means + pairs.rejected_means).detach()
+    assert pairs.policy.aligned is not None
+    return torch.exp(pairs.policy.aligned).detach()
 
 
 def _values(result: Tensor | LossValues) -> LossValues:

@@ -42,15 +42,17 @@ class TokenLogProbs(nn.Module):
         self.slice_elements: int | None = None
         """Number of logits in one slice; None: as in `SLICE_ELEMENTS`."""
 
-    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, *, squares: bool = False) -> Tensor:
         """Log softmax(y)[target] with y = cap * tanh(scale * (W h + b) / cap), or without the cap.
 
         Args:
             hidden: (N, D) hidden states.
             targets: (N,) int64 token ids.
+            squares: Also give the logarithm of the sum of all tokens' squared probabilities.
 
         Returns:
-            (N,) float32 log-probs in nats, with gradients for hidden states, W and b.
+            (N,) float32 log-probs in nats, with gradients for hidden states, W and b; or with `squares`
+            (N, 2), the second column without gradient.
         """
         head = self._head[0]
         dtype = product_dtype(hidden.device, hidden.dtype)
@@ -59,7 +61,12 @@ class TokenLogProbs(nn.Module):
         logps: Tensor = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
             hidden, head.weight, head.bias, targets, self._scale, self._cap, dtype, size
         )
-        return logps
+        if not squares:
+            return logps
+        with torch.no_grad():
+            states = hidden.to(dtype)
+            of_squares = _log_sum_squares(states, head.weight, head.bias, size, self._scale, self._cap)
+        return torch.stack([logps, of_squares], dim=1)
 
     @property
     def head(self) -> nn.Linear:
@@ -135,6 +142,18 @@ class _TokenLogProbs(torch.autograd.Function):
                 for_weight[start:end] = narrow.T @ states
         wanted = None if for_hidden is None else for_hidden.to(hidden.dtype)
         return wanted, for_weight, for_bias, None, None, None, None, None
+
+
+def _log_sum_squares(
+    states: Tensor, weight: Tensor, bias: Tensor | None, size: int, scale: float, cap: float | None
+) -> Tensor:
+    """(N,) log of the sum over the vocabulary of softmax(y)^2."""
+    parts = []
+    for start in range(0, len(weight), size):
+        logits = _logits(states, weight, bias, start, size, scale, cap).float()
+        parts.append(torch.stack([(2 * logits).logsumexp(1), logits.logsumexp(1)]))
+    doubled, total = torch.stack(parts).logsumexp(0).unbind()
+    return doubled - 2 * total
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:

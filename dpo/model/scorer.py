@@ -72,6 +72,7 @@ class SequenceScorer(nn.Module):
         batch: TreeBatch,
         *,
         per_token: bool = False,
+        aligned: bool = False,
         own_projection: bool | None = None,
         states: bool = False,
         one_at_a_time: bool | None = None,
@@ -82,6 +83,8 @@ class SequenceScorer(nn.Module):
         Args:
             batch: S sequences on the model's device, N completion tokens.
             per_token: Return the log-probs of tokens instead of their sums.
+            aligned: Also give how likely each token is beside a sample of the model: its log-prob less the
+                logarithm of the sum of all tokens' squared probabilities, without gradient.
             own_projection: Use the model's full logits instead of our projection; default: as probed.
             states: Return what the output layer reads to predict the tokens, instead of log-probs.
             one_at_a_time: A pass per row, in the layout `rows`; default: as probed.
@@ -90,8 +93,9 @@ class SequenceScorer(nn.Module):
 
         Returns:
             (S,) float64 sums in nats, 0 for a sequence without a completion; or with `per_token` (N,)
-            float32, one sequence after the other; or with `states` the (N, D) hidden states of the last
-            layer that predict the completion tokens. With gradient where gradients are enabled.
+            float32, one sequence after the other; with `aligned` a second column, (S, 2) or (N, 2); or with
+            `states` the (N, D) hidden states of the last layer that predict the completion tokens. With
+            gradient where gradients are enabled.
         """
         if as_written:
             token_logps = self._as_written(batch)
@@ -109,8 +113,14 @@ class SequenceScorer(nn.Module):
             return found
         if own or self.projection is None:
             token_logps = -F.cross_entropy(found.float(), batch.targets, reduction="none")
+            if aligned:
+                squares = (2 * found.detach().float().log_softmax(-1)).logsumexp(-1)
+                token_logps = torch.stack([token_logps, squares], dim=1)
         else:
-            token_logps = self.projection(found, batch.targets)
+            token_logps = self.projection(found, batch.targets, squares=aligned)
+        if aligned:
+            logps, squares = token_logps.unbind(1)
+            token_logps = torch.stack([logps, logps.detach() - squares], dim=1)
         return token_logps if per_token else sequence_sums(token_logps, batch)
 
     def _as_written(self, batch: TreeBatch) -> Tensor:
@@ -195,11 +205,12 @@ def sequence_sums(token_logps: Tensor, batch: TreeBatch) -> Tensor:
     """Sums of token log-probs over each sequence's completion.
 
     Args:
-        token_logps: (N,) log-probs of completion tokens in nats, one sequence after the other.
+        token_logps: (N,) or (N, K) log-probs of completion tokens in nats, one sequence after the other.
         batch: The scored batch of S sequences.
 
     Returns:
-        (S,) float64 sums, 0 for a sequence without a completion.
+        (S,) or (S, K) float64 sums, 0 for a sequence without a completion.
     """
-    sums = torch.zeros(len(batch.num_tokens), dtype=torch.float64, device=token_logps.device)
+    shape = (len(batch.num_tokens), *token_logps.shape[1:])
+    sums = torch.zeros(shape, dtype=torch.float64, device=token_logps.device)
     return sums.index_add(0, batch.sequences, token_logps.double())

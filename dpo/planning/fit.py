@@ -113,6 +113,7 @@ class Fit:
         machine: Machine,
         *,
         state_bytes: float,
+        most_tokens: int,
         cached: bool = False,
     ) -> None:
         """Does not rehearse yet.
@@ -126,6 +127,7 @@ class Fit:
             machine: Where the run is to take place.
             state_bytes: What the optimizer keeps per trained parameter.
             cached: With a cached gradient: a micro-batch may be a piece of a group.
+            most_tokens: What a rank gets of a step at most: no micro-batch is larger.
         """
         self._model, self._described, self._shape = model, described, shape
         self._trees = data.piece if cached else data.trees
@@ -135,8 +137,11 @@ class Fit:
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
         self._done: dict[tuple[int, torch.dtype, bool], Rehearsal] = {}
-        self.requested = max(train.max_tokens_per_micro_batch or GPU_TOKENS, self._longest)
-        """Tokens of a micro-batch: those of the configuration, or the fewest possible if that is more."""
+        budget = train.max_tokens_per_micro_batch or GPU_TOKENS
+        self.requested = max(min(budget, most_tokens), self._longest)
+        """Tokens of a micro-batch: those of the configuration, or fewer where the data makes no larger one,
+        or the fewest possible if that is more.
+        """
 
     def ways(self, *, checkpointing: bool) -> list[Way]:
         """Every sharding that is possible with this number of GPUs, compute type and optimizer."""

@@ -130,9 +130,20 @@ def make_plan(
     of_optimizer = state_bytes(bare, train.optimizer) / shape.trainable
     needed = whole_step or train.backward == "cached"
 
+    most_tokens = _most_tokens(batches, splits["train"], machine.num_gpus)
+
     def fit_with(*, cached: bool) -> Fit:
-        data = splits["train"]
-        return Fit(model, train, described, shape, data, machine, state_bytes=of_optimizer, cached=cached)
+        return Fit(
+            model,
+            train,
+            described,
+            shape,
+            splits["train"],
+            machine,
+            state_bytes=of_optimizer,
+            most_tokens=most_tokens,
+            cached=cached,
+        )
 
     fit = fit_with(cached=needed)
     if fit.advice().sharding is None and train.backward == "auto" and not needed:
@@ -237,6 +248,14 @@ def _num_pieces(train: SampledData, groups: Int64s, budget: int) -> int:
     """Pieces of a micro-batch of these groups of the sample."""
     trees = (train.sample[int(group)] for group in groups)
     return len(cut([(tree.prompt, tree.completions) for tree in trees], "packed", budget))
+
+
+def _most_tokens(batches: BatchPlan, train: SampledData, ranks: int) -> int:
+    """Tokens that the most loaded rank gets of a step, over `SAMPLED_STEPS` steps of the run."""
+    numbers = np.unique(np.linspace(1, batches.num_steps, SAMPLED_STEPS).astype(int))
+    steps = (train.stand_in[batches.step(int(number)).groups] for number in numbers)
+    work = [train.sample.sizes(groups, "packed").work for groups in steps]
+    return max(int(of.sum()) // ranks + int(of.max()) for of in work)
 
 
 def _forward_flops_of_run(batches: BatchPlan, train: SampledData, work: Work) -> float:

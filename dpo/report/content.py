@@ -61,6 +61,20 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """What a training did, as opposed to what it was told."""
+
+    steps: int
+    """Optimizer steps."""
+    warmup: int
+    """Those of them that the warm-up took."""
+    train: str
+    """Pairs and prompts, or sequences, that it learned from, and what was dropped or cut of them."""
+    held_out: str
+    """The same of the held-out data; empty without any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """Where the numbers come from."""
 

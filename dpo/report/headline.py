@@ -2,6 +2,10 @@
 
 from typing import NamedTuple
 
+from dpo.report.labels import counted, few
+
+BELOW_ZERO = "a KL is never below 0: the estimate is, so the policy is hardly apart from the reference"
+
 
 class Card(NamedTuple):
     """A question and the number that answers it."""
@@ -20,7 +24,8 @@ def headline_cards(summary: dict[str, float]) -> list[Card]:
             Card(
                 "Did it learn the preference?",
                 f"{summary['eval/rewards/accuracies']:.1%}",
-                f"of held-out pairs ranked correctly, {low:.1%} to {high:.1%}",
+                f"of {counted(summary, 'eval/rewards/accuracies') or 'pairs'} ranked correctly, held out; "
+                f"{low:.1%} to {high:.1%}",
             )
         )
     if "positive_share/policy" in summary:
@@ -28,7 +33,8 @@ def headline_cards(summary: dict[str, float]) -> list[Card]:
             Card(
                 "Do the samples show it?",
                 f"{summary['positive_share/reference']:.0%} → {summary['positive_share/policy']:.0%}",
-                f"scored positive; win rate {summary['win_rate']:.0%} over the reference",
+                f"scored positive; win rate {summary['win_rate']:.0%} over the reference"
+                f"{_of(summary, 'win_rate')}",
             )
         )
     if "kl/sequence" in summary:
@@ -37,7 +43,8 @@ def headline_cards(summary: dict[str, float]) -> list[Card]:
             Card(
                 "What did it cost?",
                 f"{summary['kl/sequence']:.2f} nats",
-                f"of KL from the reference per sequence, {low:.2f} to {high:.2f}",
+                f"of KL from the reference per sequence, {low:.2f} to {high:.2f}"
+                + (f"; {BELOW_ZERO}" if summary["kl/sequence"] < 0 else ""),
             )
         )
         cards.append(
@@ -56,16 +63,26 @@ def headline(summary: dict[str, float]) -> str:
     lines = [
         f"held-out loss {summary['eval/loss']:.4f}, reward accuracy {summary['eval/rewards/accuracies']:.3f} "
         f"[{summary['eval/rewards/accuracies/low']:.3f}, {summary['eval/rewards/accuracies/high']:.3f}]"
+        f"{_of(summary, 'eval/rewards/accuracies')}"
     ]
     if "positive_share/policy" in summary:
         lines.append(
             f"scored positive: reference {summary['positive_share/reference']:.1%}, "
             f"policy {summary['positive_share/policy']:.1%}; win rate {summary['win_rate']:.1%}"
+            f"{_of(summary, 'win_rate')}"
         )
     if "kl/sequence" in summary:
         lines.append(
-            f"KL(policy || reference) {summary['kl/sequence']:.2f} nats per sequence; distinct "
+            f"KL(policy || reference) {summary['kl/sequence']:.2f} [{summary['kl/sequence/low']:.2f}, "
+            f"{summary['kl/sequence/high']:.2f}] nats per sequence; distinct "
             f"continuations: reference {summary['distinct_texts/reference']:.1%}, "
             f"policy {summary['distinct_texts/policy']:.1%}"
         )
-    return "\n".join(lines)
+        if summary["kl/sequence"] < 0:
+            lines.append(BELOW_ZERO)
+    return "\n".join([*lines, *filter(None, [few(summary)])])
+
+
+def _of(summary: dict[str, float], name: str) -> str:
+    number = counted(summary, name)
+    return f" of {number}" if number else ""

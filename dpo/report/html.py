@@ -13,7 +13,8 @@ from dpo.report.content import COLUMNS, PAIR_COLUMNS, WORST_PAIRS, WORST_SAMPLES
 from dpo.report.escape import prompt_end, visible
 from dpo.report.figures import Captioned, inline_svg
 from dpo.report.headline import headline_cards
-from dpo.report.labels import measures
+from dpo.report.labels import MEASURE_COLUMNS, measures
+from dpo.report.reading import reading
 
 
 def html_page(report: Report, title: str) -> str:
@@ -29,6 +30,8 @@ def html_page(report: Report, title: str) -> str:
         report=report,
         cards=headline_cards(report.summary),
         columns=COLUMNS,
+        guide=reading(report.summary),
+        measure_columns=MEASURE_COLUMNS,
         numbers=measures(report.summary),
         worst_samples=WORST_SAMPLES,
         worst_pairs=WORST_PAIRS,

@@ -49,6 +49,13 @@ LABELS = {
 """In the order of the reports."""
 
 
+FEW = 50
+"""Below this many prompts an interval is rough, and small changes cannot be told from chance."""
+COUNTS = ("eval/num_pairs", "eval/num_prompts", "samples/num_prompts")
+MEASURE_COLUMNS = ("measure", "value", "95 % interval", "of")
+"""Of a table of metrics."""
+
+
 class Measure(NamedTuple):
     """A row of a table of metrics."""
 
@@ -56,6 +63,8 @@ class Measure(NamedTuple):
     value: float
     interval: str
     """`low to high`; empty for a metric without an interval."""
+    counted: str
+    """Over how much it is: pairs or prompts; empty where that is not recorded."""
 
 
 def full(name: str) -> str:
@@ -70,10 +79,33 @@ def short(name: str) -> str:
 
 def measures(summary: dict[str, float]) -> list[Measure]:
     """Every metric of a summary, in the order of the table; unknown ones follow."""
-    names = [name for name in summary if not name.endswith(("/low", "/high"))]
+    names = [name for name in summary if not name.endswith(("/low", "/high", "/pairs", *COUNTS))]
     order = {name: number for number, name in enumerate(LABELS)}
     names.sort(key=lambda name: order.get(name, len(order)))
-    return [Measure(full(name), summary[name], _interval(summary, name)) for name in names]
+    return [
+        Measure(full(name), summary[name], _interval(summary, name), counted(summary, name)) for name in names
+    ]
+
+
+def counted(summary: dict[str, float], name: str) -> str:
+    """Over how much a metric is, such as `12 pairs` or `64 prompts`; empty where that is not recorded."""
+    section = name.rpartition("/")[0]
+    for key in (f"{name}/pairs", f"{section}/pairs", "eval/num_pairs" if name.startswith("eval/") else ""):
+        if key in summary:
+            return f"{summary[key]:,.0f} pairs"
+    of_samples = not name.startswith(("eval/", "length/", "source/", "perf/"))
+    return f"{summary[COUNTS[-1]]:,.0f} prompts" if of_samples and COUNTS[-1] in summary else ""
+
+
+def few(summary: dict[str, float]) -> str:
+    """A warning where the numbers of a summary rest on few prompts; else nothing."""
+    numbers = [summary[name] for name in COUNTS[1:] if name in summary]
+    if not numbers or min(numbers) >= FEW:
+        return ""
+    return (
+        f"only {min(numbers):.0f} prompts: the intervals are rough, and a change within them may be chance "
+        "(more held-out data, or evaluate.num_prompts)"
+    )
 
 
 def _interval(summary: dict[str, float], name: str) -> str:

@@ -17,12 +17,15 @@ from dpo.report.content import (
 )
 from dpo.report.escape import markdown_cell, prompt_end
 from dpo.report.figures import Captioned
-from dpo.report.labels import measures
+from dpo.report.labels import MEASURE_COLUMNS, measures
+from dpo.report.reading import reading
 
 
 def markdown(report: Report) -> str:
     """The whole of report.md."""
     sections = ["# What changed", _numbers(report.summary)]
+    if (guide := reading(report.summary)).rows:
+        sections.append(section_markdown(guide, "##"))
     if report.figures:
         sections.append("## Figures")
     sections += _figures(report.figures)
@@ -62,8 +65,8 @@ def figure_file(captioned: Captioned) -> str:
 
 
 def _numbers(summary: dict[str, float]) -> str:
-    rows = [(markdown_cell(label), f"{value:.3f}", interval) for label, value, interval in measures(summary)]
-    return table(("measure", "value", "95 % interval"), rows) if rows else ""
+    rows = [(markdown_cell(label), f"{value:.3f}", *rest) for label, value, *rest in measures(summary)]
+    return table(MEASURE_COLUMNS, rows) if rows else ""
 
 
 def section_markdown(section: Section, heading: str) -> str:

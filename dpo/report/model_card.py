@@ -21,8 +21,9 @@ from dpo.config import (
     sources_of,
 )
 from dpo.loss.catalog import needs_reference, title_of
+from dpo.report.content import Ran
 from dpo.report.escape import markdown_cell
-from dpo.report.labels import full, measures
+from dpo.report.labels import COUNTS, MEASURE_COLUMNS, full, measures
 from dpo.report.markdown import table
 
 SHOWN = (
@@ -61,6 +62,7 @@ def policy_card(
     reference: ReferenceConfig,
     loss: LossConfig,
     train: TrainConfig,
+    ran: Ran,
 ) -> str:
     """The card of a model that learned preferences.
 
@@ -72,6 +74,7 @@ def policy_card(
         reference: The reference model.
         loss: The loss.
         train: The training settings.
+        ran: What was made of them.
     """
     start = _code(model.name_or_path)
     against = (
@@ -88,7 +91,7 @@ def policy_card(
             f"the loss is given below) from {start}{against}, on {', '.join(map(_code, sources))}.",
             settings={
                 "loss": title_of(loss),
-                **_settings(model, train, {"pairs per step": str(train.pairs_per_step)}),
+                **_settings(model, train, ran, {"pairs per step": f"at most {train.pairs_per_step}"}),
             },
             use="Continuing text as the preferences ask, for prompts like those of the data. The model has "
             "learned what the labels reward and nothing else: neither safety nor facts. It has whatever bias "
@@ -99,7 +102,13 @@ def policy_card(
 
 
 def sft_card(
-    results: dict[str, float], *, title: str, model: ModelConfig, data: DataConfig, train: SftTrainConfig
+    results: dict[str, float],
+    *,
+    title: str,
+    model: ModelConfig,
+    data: DataConfig,
+    train: SftTrainConfig,
+    ran: Ran,
 ) -> str:
     """The card of a model that learned next tokens; arguments as in `policy_card`."""
     start = _code(model.name_or_path) if model.name_or_path else "random weights"
@@ -111,7 +120,9 @@ def sft_card(
             tags=["sft"],
             datasets=list(filter(_is_hub_name, sources)),
             method=f"Next-token training from {start} on {', '.join(map(_code, sources))}.",
-            settings=_settings(model, train, {"sequences per step": str(train.sequences_per_step)}),
+            settings=_settings(
+                model, train, ran, {"sequences per step": f"at most {train.sequences_per_step}"}
+            ),
             use="Continuing text like that of its data, or as the start and reference of preference "
             "optimization.",
         ),
@@ -119,18 +130,18 @@ def sft_card(
     )
 
 
-def _settings(model: ModelConfig, train: OptimizationConfig, batch: dict[str, str]) -> dict[str, str]:
-    steps = f", {train.max_steps} steps" if train.max_steps else ""
-    lora, ratio = model.lora, train.warmup_ratio
+def _settings(
+    model: ModelConfig, train: OptimizationConfig, ran: Ran, batch: dict[str, str]
+) -> dict[str, str]:
+    lora = model.lora
     least = f" to {train.min_learning_rate}" if train.min_learning_rate else ""
-    warmup = (
-        f"{train.warmup_steps} warm-up steps" if ratio is None else f"warm-up over {ratio:.0%} of the run"
-    )
     return {
-        "learning rate": f"{train.learning_rate}, {train.schedule}{least}, {warmup}",
+        "learning rate": f"{train.learning_rate}, {train.schedule}{least}, after {ran.warmup} warm-up steps",
         "optimizer": f"{train.optimizer}, gradient norm clipped to {train.max_grad_norm}",
         **batch,
-        "length": f"{train.num_epochs} epoch(s){steps}",
+        "length": f"{ran.steps} optimizer steps, {train.num_epochs} epoch(s) at most",
+        "training data": ran.train,
+        **({"held-out data": ran.held_out} if ran.held_out else {}),
         "compute type": model.dtype,
         "seed": str(train.seed),
         **({"LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}"} if lora is not None else {}),
@@ -146,13 +157,13 @@ def _written(card: _Card, results: dict[str, float]) -> str:
     shown = {
         name: value
         for name, value in results.items()
-        if name.removesuffix("/low").removesuffix("/high") in SHOWN
+        if name.removesuffix("/low").removesuffix("/high") in (*SHOWN, *COUNTS)
     }
-    rows = [(markdown_cell(row.label), f"{row.value:.3f}", row.interval) for row in measures(shown)]
+    rows = [(markdown_cell(label), f"{value:.3f}", *rest) for label, value, *rest in measures(shown)]
     metadata = yaml.safe_dump(_metadata(card, results), sort_keys=False, allow_unicode=True)
     sections = [f"---\n{metadata}---", f"# {card.title}", method]
     if rows:
-        sections.append("## Results\n\n" + table(("measure", "value", "95 % interval"), rows))
+        sections.append("## Results\n\n" + table(MEASURE_COLUMNS, rows))
     sections += [
         "## Training\n\n" + table(("setting", "value"), card.settings.items()),
         f"## Intended use\n\n{card.use}",

@@ -7,17 +7,18 @@ import json
 
 from dpo import distributed
 from dpo.config import EvaluateConfig, LossConfig, ModelConfig, ReferenceConfig, TrainConfig
-from dpo.data.dataset import TokenizedDataset
 from dpo.loss.catalog import title_of
-from dpo.report.content import Provenance
+from dpo.report.content import Provenance, Ran
 from dpo.tracking.run_folder import RunFolder
 
 
 def provenance_of(
     folder: RunFolder,
-    data: TokenizedDataset,
+    ran: Ran | None,
     digests: dict[str, str],
     *,
+    held_out: str,
+    num_sampled: int,
     model: ModelConfig,
     reference: ReferenceConfig,
     loss: LossConfig,
@@ -28,30 +29,34 @@ def provenance_of(
 
     Args:
         folder: The run.
-        data: Held-out groups.
+        ran: What the training did; None for a run of `sft`.
         digests: Digests of data and cache, by name.
+        held_out: Pairs and prompts of the held-out data.
+        num_sampled: Prompts that were continued.
         model: What training started from.
         reference: The reference model.
         loss: The loss that was trained.
         train: How it was trained.
         evaluate: How it was evaluated.
     """
-    trained = {
-        "loss": title_of(loss),
-        "training": f"learning rate {train.learning_rate}, {train.pairs_per_step} pairs per step, "
-        f"{train.num_epochs} epoch(s), {train.optimizer}, seed {train.seed}",
-    }
-    if not learned_preferences(folder):
-        trained = {"training": "next-token prediction; loss and rewards are those of its use as a policy"}
+    trained = {"training": "next-token prediction; loss and rewards are those of its use as a policy"}
+    if ran is not None:
+        trained = {
+            "loss": title_of(loss),
+            "training": f"{ran.steps} optimizer steps of at most {train.pairs_per_step} pairs, learning rate "
+            f"{train.learning_rate} after {ran.warmup} warm-up steps, {train.optimizer}, seed {train.seed}",
+            "training data": ran.train,
+        }
+    fewer = f" ({evaluate.num_prompts} were asked for)" if num_sampled < evaluate.num_prompts else ""
     essentials = {
         "policy": f"{folder.model(evaluate.snapshot)}, from {model.name_or_path}",
         "reference": reference.model or model.name_or_path,
         **trained,
-        "held-out data": data.contents,
-        "samples": f"{evaluate.num_prompts} prompts, temperature {evaluate.temperature}, up to "
+        "held-out data": held_out,
+        "samples": f"{num_sampled} prompts{fewer}, temperature {evaluate.temperature}, up to "
         f"{evaluate.completion_tokens} tokens, seed {evaluate.seed}, scorer {evaluate.scorer or 'none'}",
         "KL": "estimated from separate samples at temperature 1, without top-k or top-p",
-        "intervals": "95 %, bootstrapped by prompt",
+        "intervals": "95 %: of shares Wilson's, of the rest bootstrapped; both by prompt, not by pair",
     }
     return Provenance(
         essentials=essentials, commands=_commands(folder), versions=digests | _environment(folder)

@@ -4,7 +4,7 @@ A mean of per-rank means appears nowhere; only `reduce` divides.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ class Evaluation:
 
     values: dict[str, float]
     """Held-out means, under the names that the README lists."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """How much they are over, which does not change during a run, under the names of summary.json."""
     margins: npt.NDArray[np.float64] | None = None
     """(P,) reward margin of every held-out pair."""
     samples: str | None = None

@@ -162,7 +162,7 @@ def batches_of(session: Session) -> Generator[MicroBatch, None, None]:
 def _evaluate(session: Session) -> None:
     assert session.evaluate is not None
     progress, evaluation = session.progress, session.evaluate(session)
-    session.evaluated = evaluation.values
+    session.evaluated = evaluation.values | evaluation.counts
     session.monitor.show(progress.step, evaluation)
     progress.evaluated_step = progress.step
     best = math.inf if progress.best_loss is None else progress.best_loss

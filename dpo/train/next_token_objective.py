@@ -27,6 +27,7 @@ class NextTokenObjective:
     dataset: TokenizedDataset
     unit: str = "sequences"
     per_token: bool = False
+    aligned: bool = False
     needs_whole_step: bool = False
 
     def trees(self, groups: Int64s) -> list[Tree]:

@@ -13,8 +13,8 @@ from dpo.data.plan import Int64s
 from dpo.data.preference_data import PreferenceData
 from dpo.data.trees import Layout, Tree, TreeBatch
 from dpo.loss.accuracy import accuracies
-from dpo.loss.catalog import needs_whole_step
-from dpo.loss.pairs import PairLogProbs, pair_logps
+from dpo.loss.catalog import needs_aligned, needs_whole_step
+from dpo.loss.pairs import PairLogProbs, aligned_pair_logps, pair_logps
 from dpo.loss.preference_loss import preference_loss
 from dpo.tracking.metrics import MetricSums
 
@@ -44,6 +44,11 @@ class PreferenceObjective:
         """Whether the loss weighs tokens."""
         return self.loss_config.ld_alpha is not None
 
+    @property
+    def aligned(self) -> bool:
+        """Whether pairs are weighted by how likely the policy is to write them."""
+        return needs_aligned(self.loss_config)
+
     def count(self, groups: Int64s) -> float:
         """Pairs of these groups, by their weights; or how many groups, where the loss is one of groups."""
         return self.data.count(groups)
@@ -71,7 +76,7 @@ class PreferenceObjective:
         alpha = self.loss_config.ld_alpha
         assert batch.pair_weights is not None
         named = (batch.pairs, batch.num_tokens, alpha, batch.mismatched)
-        policy = pair_logps(logps, *named)
+        policy = aligned_pair_logps(logps, *named) if self.aligned else pair_logps(logps, *named)
         reference = None if batch.reference is None else pair_logps(batch.reference, *named)
         first = 0
         if self.needs_whole_step:

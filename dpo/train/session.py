@@ -62,6 +62,10 @@ class Objective(Protocol):
     def per_token(self) -> bool:
         """Whether `loss` takes log-probs of tokens instead of sequences."""
 
+    @property
+    def aligned(self) -> bool:
+        """Whether `loss` also takes log-probs that are aligned to samples, in a second column."""
+
     def count(self, groups: Int64s) -> float:
         """What the step's loss is divided by, such as its pairs or its completion tokens."""
 
@@ -82,7 +86,7 @@ class Objective(Protocol):
         """The sum (not the mean) of the losses of a micro-batch, in nats.
 
         Args:
-            logps: (S,) the policy's log-probs, or (N,) those of tokens, with gradient.
+            logps: (S,) the policy's log-probs, or (N,) those of tokens, with gradient; (S, 2) if `aligned`.
             batch: What was scored.
             sums: Receives loss and metrics of the real samples, under names without prefix, and as totals the
                 named sums that the loss needs of the whole step.
@@ -169,14 +173,14 @@ class Session:
                 if self.pending is not None:
                     self.pending.abandon()
 
-    def score_only(self, batch: TreeBatch, *, per_token: bool = False) -> Tensor:
+    def score_only(self, batch: TreeBatch, *, per_token: bool = False, aligned: bool = False) -> Tensor:
         """`Engine.score_only` for evaluations. All ranks must call it.
 
         Raises:
             StopRequestedError: A rank has been asked to stop.
         """
         self.guard.may_continue("evaluation")
-        return self.engine.score_only(batch, per_token=per_token)
+        return self.engine.score_only(batch, per_token=per_token, aligned=aligned)
 
     def finish_checkpoint(self) -> None:
         """Waits for the checkpoint that is being written, if there is one. All ranks must call it.

@@ -148,6 +148,55 @@ def test_the_status_is_the_stages_own_and_its_reason_is_the_last_line(tmp_path: 
     )
 
 
+LAUNCHER = """
+import logging, subprocess, sys, threading
+logging.basicConfig()
+logging.error("launcher %s", sys.argv[1:])
+subprocess.run([sys.executable, "-c", "import sys; print('rank', file=sys.stderr)"])
+tail = threading.Thread(target=lambda: print("tee", file=sys.stderr))
+tail.start(); tail.join()
+raise RuntimeError("forty lines")
+"""
+
+
+def test_what_the_launcher_says_itself_goes_to_a_file(tmp_path: Path) -> None:
+    """Its ranks, and the threads that pass on what they write, keep the terminal."""
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    words = [str(ROOT / "launch" / "quietly.py"), "log", "launcher", "--option", "x"]
+    ended = shell(sys.executable, *words, folder=tmp_path)
+    assert ended.returncode == 1
+    assert ended.stderr == "rank\ntee\n"
+    log = (tmp_path / "log").read_text()
+    assert "launcher ['--option', 'x']" in log
+    assert log.rstrip().endswith("RuntimeError: forty lines")
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_last_line_names_the_launchers_log_and_an_unexplained_end_shows_it(
+    tmp_path: Path, recorded: bool
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    record = f"""echo '{{"status": 3, "message": "saved"}}' >{run_dir}/exit.json""" if recorded else ":"
+    code = f"""#!/usr/bin/env bash
+case "$*" in
+    *"-m dpo check"*) echo {run_dir} ;;
+    *supervise.py*) echo Traceback >"$5"; {record}; exit 1 ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+    python = script(tmp_path / "python", code)
+    ended = shell("launch/run", "train", "--config", "x.yaml", PYTHON=str(python), NPROC="2")
+    lines = ended.stderr.splitlines()
+    assert (run_dir / "launcher.log").read_text() == "Traceback\n"
+    if recorded:
+        log = f"(the launcher's own words: {run_dir}/launcher.log)"
+        assert lines == [f"dpo train: stopped with status 3: saved {log}"]
+    else:
+        assert lines[0] == "Traceback"
+        assert "no rank recorded a reason" in lines[1]
+
+
 def test_an_unreachable_machine_0_is_named(tmp_path: Path) -> None:
     python = script(tmp_path / "python", PYTHON_THAT_WAITS.replace("PYTHON", sys.executable))
     place = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "NPROC": "1", "MASTER_WAIT": "1"}

@@ -9,6 +9,7 @@ from dpo.cli.expected import choices, in_words
 from dpo.cli.parse import _leaves, parse
 from dpo.config import Config, DataSource, SftConfig
 from dpo.config.foreign import BUILT_IN, KEYS, MISSING, VALUES
+from dpo.errors import UserError
 from dpo.loss.catalog import LOSSES
 
 
@@ -280,3 +281,25 @@ def test_a_run_without_a_folder_of_its_own_is_named_after_its_configuration(
     assert parse(command, ["--config", str(first), "--run_dir", "runs/x"]).run_dir == "runs/x"
     second.write_text("run_dir: elsewhere\n")
     assert parse(command, ["--config", str(second), "--config", str(first)]).run_dir == "elsewhere"
+
+
+@pytest.mark.parametrize(("command", "kind"), [("train", Config), ("sft", SftConfig)])
+def test_help_lists_every_key_in_80_columns(
+    command: str, kind: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(command, ["--help"])
+    printed = capsys.readouterr().out
+    assert [key for key in _leaves(kind) if f"  --{key}  " not in printed] == []
+    assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_a_section_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse("train", ["--model.lora.help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--model.lora.rank  a whole number of at least 1; default: 16" in printed
+    assert "--model.dtype" not in printed
+    with pytest.raises(UserError, match=r"--model\.lorb\.help: no such section.*model\.lora"):
+        parse("train", ["--model.lorb.help"])

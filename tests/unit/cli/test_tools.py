@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo.cli import main as cli
+from dpo.cli.tools import _bytes
 
 REQUIRED = ["--model.name_or_path", "m", "--data.train", "d"]
 NEITHER = "dpo: error: expected a folder or --config FILE: see dpo cache --help"
@@ -104,3 +105,18 @@ def test_an_option_that_would_do_nothing_is_refused(
     (tmp_path / "other.yaml").write_text("model: {name_or_path: m}\ndata: {train: d}\n")
     assert cli.run(["cache", *arguments]) == 2
     assert arguments[2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("size", "number"),
+    [
+        ("80", 80e9),
+        ("80GB", 80e9),
+        ("1GiB", 2**30),
+        ("85899345920", 80 * 2**30),
+        ("141 GB", 141e9),
+        ("many", 0),
+    ],
+)
+def test_a_number_alone_is_a_size_in_gb(size: str, number: float) -> None:
+    assert _bytes(size) == number

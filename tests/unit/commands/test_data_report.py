@@ -77,3 +77,14 @@ def test_json_lines_have_the_numbers(
 def test_a_number_of_pairs_below_zero_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["data", "--config", "x.yaml", "--ches", "-1"]) == 2
     assert capsys.readouterr().err.startswith("dpo: error: --ches: -1; expected a number of pairs")
+
+
+def test_labels_are_described_and_have_no_ches(
+    keys: list[str], tmp_path: Path, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{n} the", "completion": f" {n}", "label": n % 2 == 0} for n in range(6)]
+    labels = ["--data.train", write_jsonl(rows, "labels.jsonl"), "--output", str(tmp_path / "out")]
+    assert run(["data", *keys, *labels]) == 0
+    assert "labelled desirable" in capsys.readouterr().out
+    assert run(["data", *keys, *labels, "--ches", "2"]) == 2
+    assert "--ches: it compares pairs, and data.train has 6 labelled" in capsys.readouterr().err

@@ -46,23 +46,26 @@ def test_a_batch_counts_on_every_gpu_and_accumulated_pass(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "steps"),
+    ("given", "steps", "share"),
     [
-        ({"warmup_steps": 30}, 30),
-        ({"warmup_ratio": 0.0}, 0),
-        ({"warmup_ratio": 0.05, "max_steps": 400}, 20),
-        ({"warmup_steps": 0.05, "max_steps": 400}, 20),  # a share, in transformers 5
-        ({"warmup_ratio": 0.1}, 1_000_000),  # of which training takes a tenth of the run
+        ({"warmup_steps": 30}, 30, None),
+        ({"warmup_ratio": 0.0}, 0, None),
+        ({"warmup_ratio": 0.05}, 150, 0.05),
+        ({"warmup_steps": 0.05}, 150, 0.05),  # in transformers 5
     ],
 )
-def test_a_warm_up_is_a_number_of_steps(tmp_path: Path, given: dict[str, Any], steps: int) -> None:
-    assert parsed(tmp_path, given).train.warmup_steps == steps
+def test_a_warm_up_is_a_number_of_steps_or_a_share(
+    tmp_path: Path, given: dict[str, Any], steps: int, share: float | None
+) -> None:
+    train = parsed(tmp_path, given).train
+    assert (train.warmup_steps, train.warmup_ratio) == (steps, share)
 
 
-def test_a_share_of_an_unknown_number_of_steps_is_named() -> None:
-    found = line_of("warmup_ratio", {"warmup_ratio": 0.03})
-    assert (found.became, found.ours) == (Became.NOT_MAPPED, {})
-    assert "0.03 of the run" in found.said
+@pytest.mark.parametrize(("more", "least"), [({"min_lr_rate": 0.1}, 5e-8), ({"min_lr": 2e-8}, 2e-8)])
+def test_a_decay_that_ends_above_0(tmp_path: Path, more: dict[str, float], least: float) -> None:
+    given = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": more, "learning_rate": 5e-7}
+    train = parsed(tmp_path, given).train
+    assert (train.schedule, train.min_learning_rate) == ("cosine", pytest.approx(least))
 
 
 @pytest.mark.parametrize(
@@ -106,6 +109,14 @@ def test_a_mixed_loss_keeps_its_weights_and_what_is_unknown_of_it_is_named(tmp_p
 )
 def test_options_of_the_loss(tmp_path: Path, given: dict[str, Any], key: str, value: Any) -> None:
     assert getattr(parsed(tmp_path, given).loss, key) == value
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("adamw_torch_fused", "adamw"), ("adamw_bnb_8bit", "adamw_8bit"), ("paged_adamw_32bit", "paged_adamw")],
+)
+def test_optimizers(tmp_path: Path, theirs: str, ours: str) -> None:
+    assert parsed(tmp_path, {"optim": theirs, "adam_epsilon": 1e-6}).train.optimizer == ours
 
 
 def test_token_weights_need_token_log_probs(tmp_path: Path) -> None:

@@ -13,10 +13,17 @@ from dpo.errors import UserError
 
 
 def test_alone_a_policy_is_on_one_device_with_float32_masters(tiny_model: Path) -> None:
-    model = ModelConfig(name_or_path=str(tiny_model), dtype="float32")  # one type per process
+    model = ModelConfig(name_or_path=str(tiny_model), dtype="float32")
     accelerator = world.start(model)
     assert world.kind_here() == "one device"
     assert world.weight_dtype(accelerator, replace(model, dtype="bfloat16")) == torch.float32
+
+
+def test_a_process_may_train_in_one_type_after_the_other(tiny_model: Path) -> None:
+    """As a program does that trains several configurations through the Python interface."""
+    for dtype, expected in (("float32", "no"), ("bfloat16", "bf16"), ("float32", "no")):
+        model = ModelConfig(name_or_path=str(tiny_model), dtype=dtype)  # type: ignore[arg-type]
+        assert world.start(model).mixed_precision == expected
 
 
 def test_a_deepspeed_file_that_owns_our_numbers_is_refused_before_anything_starts(

@@ -55,7 +55,8 @@ def test_every_source_has_its_own_accuracy() -> None:
     )
     assert found["source/a.jsonl/accuracy"] == 2 / 3
     assert found["source/a.jsonl/pairs"] == 3
-    assert found["source/b/accuracy"] == found["source/b/accuracy/low"] == 1
+    assert found["source/b/accuracy"] == found["source/b/accuracy/high"] == 1
+    assert found["source/b/accuracy/low"] < 0.3  # one pair says little
 
 
 def test_a_single_source_is_not_listed() -> None:
@@ -70,6 +71,8 @@ def test_the_summary_of_pairs_has_means_intervals_and_both_breakdowns() -> None:
     assert found["eval/rewards/margins"] == -1.0
     assert (found["eval/rewards/margins/low"], found["eval/rewards/margins/high"]) == (-3.0, 1.0)
     assert found["eval/loss"] == found["eval/loss/low"] == 0.0
+    assert (found["eval/num_pairs"], found["eval/num_prompts"]) == (2, 2)
+    assert (found["length/pairs"], found["length/accuracy/longer_chosen/pairs"]) == (2, 1)
     assert found["length/longer_chosen"] == 0.5
     assert (found["source/a/accuracy"], found["source/b/accuracy"]) == (1.0, 0.0)
 

@@ -218,6 +218,29 @@ def test_a_real_model_agrees_with_one_sequence_at_a_time(
     assert pair == len(found.losses)
 
 
+@pytest.mark.parametrize("budget", [4, 1000])
+def test_wpo_weighs_held_out_losses_too(data: TokenizedDataset, budget: int) -> None:
+    def aligned(batch: TreeBatch, *, aligned: bool) -> Tensor:
+        assert aligned
+        names = torch.tensor([float(name) for name in batch.targets], dtype=torch.float64)
+        second = torch.zeros(len(batch.num_tokens), dtype=torch.float64).index_add(0, batch.sequences, names)
+        return torch.stack([by_name(batch), -second / 10], dim=1)
+
+    found = score_pairs(
+        aligned,
+        preference_data(data, REFERENCE),
+        LossConfig(beta=1.0, pair_weights="wpo"),
+        dtype="float32",
+        layout="packed",
+        budget=budget,
+        device=CPU,
+    )
+    plain = scored(data)
+    weights = np.exp(-np.array([1 + 2, 5 + 3, 5 + 4, 7 + 6]) / 10)
+    assert found.losses.tolist() == pytest.approx((weights * plain.losses).tolist(), rel=1e-12)
+    assert found.chosen_rewards.tolist() == plain.chosen_rewards.tolist()
+
+
 @pytest.fixture
 def labelled(tmp_path: Path) -> TokenizedDataset:
     """Completions 1, 3, 5 and 7 are desirable, 2, 4 and 6 undesirable; each after a prompt of its own."""

@@ -12,7 +12,14 @@ from dpo.config import EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.records import Pair, TokenizedGroup
 from dpo.data.trees import sequence_batch
-from dpo.evaluate.samples import Samples, compare, continue_prompts, held_out_prompts, log_probs, texts_of
+from dpo.evaluate.samples import (
+    Samples,
+    compare,
+    continue_prompts,
+    held_out_prompts,
+    log_probs,
+    texts_of,
+)
 from dpo.evaluate.sampling import Continuation
 from dpo.evaluate.scoring import VaderScorer
 from dpo.model.load import load_model
@@ -125,3 +132,12 @@ def test_without_a_scorer_only_the_texts_are_compared(tokenizer: PreTrainedToken
 def test_texts_have_no_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     sequence = ids(*tokenizer("a day").input_ids, tokenizer.eos_token_id)
     assert texts_of([sequence, ids()], tokenizer) == ["a day", ""]
+
+
+def test_special_tokens_part_turns_and_leave_no_other_trace(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As a chat template writes them: who speaks, what they say, the next one."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chat = "<|im_start|>user\nIs it good?<|im_end|>\n<|im_start|>assistant\n"
+    plain = "<|endoftext|>  a good day <|endoftext|>"
+    ids = [np.asarray(tokenizer(text)["input_ids"], np.int32) for text in (chat, plain, "", "<|endoftext|>")]
+    assert texts_of(ids, tokenizer) == ["user\nIs it good?\nassistant", "  a good day ", "", ""]

@@ -100,6 +100,13 @@ def test_copies_of_a_share_within_its_cluster_do_not_narrow_it() -> None:
     assert sure == pytest.approx(share_by_cluster([True] * 4, [0, 1, 2, 3]))
 
 
+def test_six_wins_of_six_are_no_certainty() -> None:
+    assert win_rate([1] * 6, [0] * 6, range(6)) == share_by_cluster([True] * 6, range(6))
+    assert win_rate([1] * 6, [0] * 6, range(6)).low < 0.65
+    tie = win_rate([1] * 6, [1] * 6, range(6))
+    assert tie.low < 0.25 < tie.mean == 0.5 < 0.75 < tie.high
+
+
 def test_a_ratio_is_a_ratio_of_sums() -> None:
     # (1 + 9) / (1 + 3) = 2.5; the mean of the ratios would be (1 + 3) / 2 = 2. A quarter of the resamples
     # has the first prompt alone, with 1, and a quarter the second, with 3: the ends.

@@ -58,6 +58,8 @@ def test_some_losses_need_smoothing(name: str) -> None:
         ({"type": "sigmoid", "f_alpha": 0.2}, "loss.f_alpha"),
         ({"type": "sigmoid", "f_divergence": "alpha", "f_alpha": 1.0}, "loss.f_alpha"),
         ({"type": "aot", "pair_weights": "wpo"}, "loss.pair_weights"),
+        ({"type": "sigmoid", "pair_weights": "wpo", "ld_alpha": 0.5}, "loss.ld_alpha"),
+        ({"type": ["sigmoid", "bco_pair"], "pair_weights": "wpo"}, "loss.pair_weights"),
         ({"type": "ipo_norm", "ld_alpha": 0.5}, "loss.ld_alpha"),
         ({"type": "sft", "beta": 0.2}, "loss.beta"),
         ({"type": "kto", "ld_alpha": 0.5}, "loss.ld_alpha"),

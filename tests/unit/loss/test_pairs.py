@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo.loss.pairs import PairLogProbs, Pairs, pair_logps
+from dpo.loss.pairs import PairLogProbs, Pairs, aligned_pair_logps, pair_logps
 
 # two groups: completions of 1 and 2 tokens, and of 1, 2 and 3 tokens
 NUM_TOKENS = torch.tensor([1, 2, 1, 2, 3])
@@ -35,6 +35,18 @@ def test_a_completion_with_a_label_has_no_rival() -> None:
     assert pairs.has_chosen.tolist() == [True, False]
     assert pairs.by_side(found.chosen, found.rejected).tolist() == [-4.0, -1.0]
     assert pairs.chosen_means.tolist() == [-2.0, 0.0]
+
+
+def test_a_second_column_gives_weights_by_mean_over_tokens() -> None:
+    values = torch.tensor(
+        [[-1.0, 1.0], [-2.0, -2.0], [-3.0, 3.0], [-4.0, 1.0], [-5.0, 6.0]], requires_grad=True
+    )
+    found = aligned_pair_logps(values, PAIRS, NUM_TOKENS)
+    assert found.chosen.tolist() == [-1.0, -5.0, -5.0]
+    assert found.aligned is not None
+    assert found.aligned.tolist() == [1 - 2 / 2, 6 / 3 + 3, 6 / 3 + 1 / 2]
+    assert not found.aligned.requires_grad
+    assert aligned_pair_logps(torch.zeros(1, 2), NO_PAIRS, torch.tensor([0])).chosen.shape == (0,)
 
 
 def test_tokens_beyond_the_shorter_completion_count_by_alpha() -> None:

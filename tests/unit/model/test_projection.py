@@ -42,16 +42,33 @@ def inputs(*, bias: bool = False) -> tuple[nn.Linear, Tensor, Tensor]:
     return head, torch.randn(TOKENS, WIDTH, requires_grad=True), targets
 
 
-def expected(head: nn.Linear, hidden: Tensor, targets: Tensor, values: dict[str, float]) -> Tensor:
+def of_all(head: nn.Linear, hidden: Tensor, values: dict[str, float]) -> Tensor:
     logits = head(hidden).double() * values.get("logit_scale", 1) / values.get("logits_scaling", 1)
     if cap := values.get("final_logit_softcapping", values.get("logits_soft_cap")):
         logits = cap * torch.tanh(logits / cap)
-    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    return logits.log_softmax(-1)
+
+
+def expected(head: nn.Linear, hidden: Tensor, targets: Tensor, values: dict[str, float]) -> Tensor:
+    return of_all(head, hidden, values).gather(1, targets[:, None])[:, 0]
 
 
 def gradients(logps: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
     weights = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, -1.0], dtype=logps.dtype)
     return torch.autograd.grad((logps * weights).sum(), of)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_of_squared_probabilities_are_those_of_a_full_softmax(kind: str, bias: bool) -> None:
+    head, hidden, targets = inputs(bias=bias)
+    both = TokenLogProbs(head, config(**KINDS[kind]))(hidden, targets, squares=True)
+    squares = (2 * of_all(head, hidden, KINDS[kind])).logsumexp(1)
+    assert torch.allclose(both[:, 1].double(), squares, atol=1e-5)
+    plain = TokenLogProbs(head, config(**KINDS[kind]))(hidden, targets)
+    assert torch.equal(both[:, 0], plain)
+    for found, wanted in zip(gradients(both.sum(1), hidden), gradients(plain, hidden), strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1024 * TOKENS * 4, 2**28])

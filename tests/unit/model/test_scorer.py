@@ -57,6 +57,27 @@ def test_log_probs_are_those_of_a_full_softmax(model: PreTrainedModel, tiny_mode
     assert sums.max() < -1  # large enough that an error of one position would change them
 
 
+def test_aligned_log_probs_are_beside_those_of_a_sample(model: PreTrainedModel) -> None:
+    sequences = random_sequences(5)
+    batch, scorer = sequence_batch(sequences), SequenceScorer(model)
+    found = scorer(batch, aligned=True)
+    assert found[:, 0].tolist() == scorer(batch).tolist()
+    expected = []
+    for prompt, completion in sequences:
+        ids = torch.from_numpy(np.concatenate([prompt, completion])).long()
+        with torch.no_grad():
+            logps = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        own = logps.gather(1, ids[len(prompt) :, None])[:, 0]
+        expected.append((own - (2 * logps).logsumexp(1)).sum())
+    torch.testing.assert_close(found[:, 1].detach(), torch.stack(expected), rtol=0, atol=1e-4)
+    torch.testing.assert_close(scorer(batch, aligned=True, own_projection=True), found, rtol=0, atol=1e-4)
+    (weight,) = [p for n, p in model.named_parameters() if n.endswith("wte.weight")]
+    (slope,) = torch.autograd.grad(found.sum(), weight)
+    (plain,) = torch.autograd.grad(scorer(batch).sum(), weight)
+    torch.testing.assert_close(slope, plain)
+    assert scorer(sequence_batch([]), aligned=True).tolist() == [[0.0, 0.0]]
+
+
 def test_sums_are_those_of_the_tokens_row_by_row(model: PreTrainedModel) -> None:
     batch = sequence_batch(random_sequences(6))
     with torch.no_grad():

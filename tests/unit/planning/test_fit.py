@@ -43,6 +43,7 @@ def fit(
     longest: int = 10,
     optimizer: Any = "adamw",
     cached: bool = False,
+    most_tokens: int = 10**9,
     **model: Any,
 ) -> Fit:
     """A policy on GPUs with `room` usable bytes; the longest sequence is a tenth of the longest group."""
@@ -59,7 +60,14 @@ def fit(
         Machine(num_gpus=gpus, gpu_memory=-int(-room // USABLE), gpu_flops=1.0, mfu=0.5),
         state_bytes=8,
         cached=cached,
+        most_tokens=most_tokens,
     )
+
+
+def test_a_micro_batch_is_no_larger_than_a_ranks_part_of_a_step() -> None:
+    assert fit(1400, requested=1000, most_tokens=300).requested == 300
+    assert fit(1400, requested=1000, most_tokens=3000).requested == 1000
+    assert fit(1400, requested=1000, longest=400, most_tokens=300).requested == 400
 
 
 def chosen(advice: Advice) -> tuple[Name | None, int, bool]:

@@ -64,10 +64,10 @@ def test_every_configuration_of_a_published_model_can_be_planned(
 
 
 def test_a_70b_model_is_planned_in_seconds_without_weights(
-    plan: Planned, described: Callable[..., Path]
+    plan: Planned, described: Callable[..., Path], long_steps: tuple[str, ...]
 ) -> None:
     began = time.process_time()
-    found = plan(described("big", **LLAMA, **LLAMA_70B), gpus=64)
+    found = plan(described("big", **LLAMA, **LLAMA_70B), gpus=64, data=long_steps)
     assert time.process_time() - began < 60
     assert found["memory"]["ZeRO-2"]["largest_micro_batch"] == 0
     assert found["advice"]["sharding"] == "ZeRO-3"
@@ -162,10 +162,11 @@ def test_a_full_cache_needs_no_reference_work(
 
 
 def test_less_memory_changes_micro_batches_sharding_and_recomputation(
-    plan: Planned, described: Callable[..., Path]
+    plan: Planned, described: Callable[..., Path], long_steps: tuple[str, ...]
 ) -> None:
     model = described("llama", **LLAMA, **LLAMA_8B)
-    advice = [plan(model, memory=memory)["advice"] for memory in ("200GB", "80GB", "24GB", "8GB")]
+    sizes = ("200GB", "80GB", "24GB", "8GB")
+    advice = [plan(model, memory=memory, data=long_steps)["advice"] for memory in sizes]
     found = [(each["sharding"], each["gradient_checkpointing"]) for each in advice]
     assert found[0] == ("ZeRO-2", False)
     budgets = [each["max_tokens_per_micro_batch"] for each in advice]
@@ -174,6 +175,17 @@ def test_less_memory_changes_micro_batches_sharding_and_recomputation(
     assert found[2] in [("ZeRO-3", True), ("ZeRO-3 offload", True)]
     assert found[3] in [(None, True), ("ZeRO-3 offload", True)]
     assert "would need" in advice[2]["reason"]
+
+
+def test_activations_are_those_of_the_steps_that_the_data_makes(
+    plan: Planned, tiny_model: Path, long_steps: tuple[str, ...]
+) -> None:
+    few = plan(tiny_model, gpus=1)  # 37 short pairs: less than a micro-batch of 16,384 tokens
+    assert few["advice"]["max_tokens_per_micro_batch"] < 2000
+    many = plan(tiny_model, "--data.max_length", "64", gpus=1, data=long_steps)
+    assert many["advice"]["max_tokens_per_micro_batch"] == 16384
+    sharding = few["advice"]["sharding"]
+    assert few["memory"][sharding]["activations"] < many["memory"][sharding]["activations"] / 4
 
 
 def test_if_nothing_fits_the_advice_says_so(plan: Planned, described: Callable[..., Path]) -> None:

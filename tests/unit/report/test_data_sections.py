@@ -11,11 +11,11 @@ from nasty import NASTY
 from transformers import PreTrainedTokenizerFast
 
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
-from dpo.data.records import Pair, TokenizedGroup
-from dpo.evaluate.ches import ChesScores
+from dpo.data.records import NO_RIVAL, Pair, TokenizedGroup
+from dpo.evaluate.ches import ChesScores, sample_pairs
 from dpo.evaluate.described_data import HELD_OUT, TRAINING, describe
 from dpo.report.content import PairRow, Section
-from dpo.report.data_sections import data_sections
+from dpo.report.data_sections import NO_RIVALS, data_sections
 from dpo.report.html import data_page
 from dpo.report.markdown import section_markdown
 from dpo.report.terminal_table import section_text
@@ -166,3 +166,32 @@ def test_the_folder_holds_the_pages_the_numbers_and_all_listed_pairs(
     page = (tmp_path / "out/data.md").read_text()
     assert "1 &lt;script&gt;" in page
     assert "2 &lt;script&gt;" not in page
+
+
+def test_labels_have_their_rows_and_no_rivals(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    prompts = [ids(*tokenizer(words).input_ids) for words in ("a day", "films", "we")]
+    end = ids(*tokenizer(" ended well").input_ids)
+    groups = [
+        TokenizedGroup(prompt=prompts[0], completions=(end,), pairs=(Pair(0, NO_RIVAL),)),
+        TokenizedGroup(prompt=prompts[0], completions=(end,), pairs=(Pair(NO_RIVAL, 0),)),
+        TokenizedGroup(prompt=prompts[1], completions=(end,), pairs=(Pair(NO_RIVAL, 0),)),
+        TokenizedGroup(prompt=prompts[2], completions=(end,), pairs=(Pair(NO_RIVAL, 0),)),
+    ]
+    write_dataset(groups, tmp_path / "labels", Counter())
+    data = map_dataset(tmp_path / "labels", "labels")
+    rows, lengths, repetition = data_sections(describe({TRAINING: data}, {}), tokenizer)
+    found = rows_of(rows)
+    assert found["pairs and labels"] == ["4"]
+    assert (found["labelled desirable"], found["labelled undesirable"]) == (["1"], ["3"])
+    assert lengths.notes == [NO_RIVALS]
+    assert rows_of(lengths)["chosen minus rejected, mean"] == [""]
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in repetition.pairs] == [
+        ("a day", " ended well", ""),
+        ("a day", "", " ended well"),
+    ]
+    one_sided = map_dataset(tmp_path / "labels", "labels")
+    assert len(sample_pairs(one_sided, 8)) == 0
+    write_dataset(groups[1:], tmp_path / "bad", Counter())
+    bad = map_dataset(tmp_path / "bad", "bad")
+    lengths = data_sections(describe({TRAINING: bad}, {}), tokenizer)[1]
+    assert rows_of(lengths)["chosen: median, 95th %, longest"] == [""]

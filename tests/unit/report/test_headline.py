@@ -23,5 +23,22 @@ def test_lines_show_what_was_measured() -> None:
     assert headline(PAIRS) == "held-out loss 0.5000, reward accuracy 0.900 [0.850, 0.950]"
     lines = headline(PAIRS | SCORES | KL).splitlines()
     assert lines[1] == "scored positive: reference 25.0%, policy 75.0%; win rate 80.0%"
-    assert lines[2].startswith("KL(policy || reference) 2.00 nats per sequence")
+    assert lines[2].startswith("KL(policy || reference) 2.00 [1.50, 2.50] nats per sequence")
     assert len(headline(PAIRS | KL).splitlines()) == 2
+
+
+def test_shares_name_their_number_and_few_prompts_are_warned_of() -> None:
+    counts = {"eval/num_pairs": 12.0, "eval/num_prompts": 6.0, "samples/num_prompts": 64.0}
+    lines = headline(PAIRS | SCORES | KL | counts).splitlines()
+    assert lines[0].endswith("reward accuracy 0.900 [0.850, 0.950] of 12 pairs")
+    assert lines[1].endswith("win rate 80.0% of 64 prompts")
+    assert lines[-1].startswith("only 6 prompts: the intervals are rough")
+    assert "of 12 pairs ranked correctly" in headline_cards(PAIRS | counts)[0].detail
+    assert "rough" not in headline(PAIRS | KL | counts | {"eval/num_prompts": 50.0})
+
+
+def test_a_kl_below_zero_is_explained() -> None:
+    below = {"kl/sequence": -0.1, "kl/sequence/low": -0.3, "kl/sequence/high": 0.1}
+    assert "never below 0" in headline(PAIRS | KL | below)
+    assert "never below 0" in headline_cards(PAIRS | KL | below)[1].detail
+    assert "never below 0" not in headline(PAIRS | KL)

@@ -23,11 +23,15 @@ def test_no_two_metrics_have_the_same_label() -> None:
 
 def test_measures_have_the_order_of_the_table_and_unknown_ones_follow() -> None:
     summary = {"mine": 2.0, "kl/token": 0.25, "eval/loss": 0.5, "eval/loss/low": 0.4, "eval/loss/high": 0.6}
+    summary |= {"eval/num_pairs": 1200.0, "source/a/accuracy": 0.5, "source/a/pairs": 3.0}
     assert measures(summary) == [
-        Measure("held-out loss", 0.5, "0.400 to 0.600"),
-        Measure("KL(policy || reference), nats per token", 0.25, ""),
-        Measure("mine", 2.0, ""),
+        Measure("held-out loss", 0.5, "0.400 to 0.600", "1,200 pairs"),
+        Measure("KL(policy || reference), nats per token", 0.25, "", ""),
+        Measure("mine", 2.0, "", ""),
+        Measure("source/a/accuracy", 0.5, "", "3 pairs"),
     ]
+    sampled = {"win_rate": 0.5, "samples/num_prompts": 64.0, "length/accuracy/longer_chosen": 1.0}
+    assert [row.counted for row in measures(sampled)] == ["64 prompts", ""]
 
 
 def test_every_metric_of_a_card_has_a_label() -> None:

@@ -26,11 +26,11 @@ def report(rows: list[SampleRow], **fields: object) -> Report:
 
 def test_numbers_have_their_intervals_and_the_order_of_the_labels() -> None:
     lines = markdown(report([], summary={"extra": 2.0, **report([]).summary})).splitlines()
-    numbers = [line for line in lines if line.startswith("|")][2:]
+    numbers = [line for line in lines if line.startswith("|")][2:5]
     assert numbers == [
-        "| held-out loss | 0.500 |  |",
-        "| win rate of the policy over the reference (a tie counts half) | 0.900 | 0.800 to 0.950 |",
-        "| extra | 2.000 |  |",
+        "| held-out loss | 0.500 |  |  |",
+        "| win rate of the policy over the reference (a tie counts half) | 0.900 | 0.800 to 0.950 |  |",
+        "| extra | 2.000 |  |  |",
     ]
 
 

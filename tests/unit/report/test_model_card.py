@@ -17,6 +17,7 @@ from dpo.config import (
     SftTrainConfig,
     TrainConfig,
 )
+from dpo.report.content import Ran
 from dpo.report.model_card import policy_card, sft_card
 
 RESULTS = {
@@ -43,6 +44,7 @@ def card_of(
         reference=ReferenceConfig(),
         loss=LossConfig(type=loss),
         train=TrainConfig(),
+        ran=Ran(steps=7, warmup=2, train="40 pairs of 20 prompts", held_out="3 pairs of 3 prompts"),
     )
 
 
@@ -53,6 +55,7 @@ def sft_card_of(base: str) -> str:
         model=SftModelConfig(name_or_path=base),
         data=DataConfig(train="books.txt"),
         train=SftTrainConfig(),
+        ran=Ran(steps=9, warmup=0, train="40 sequences", held_out=""),
     )
 
 
@@ -73,7 +76,17 @@ def test_the_metadata_name_base_data_and_results() -> None:
     assert result["metrics"] == [
         {"type": "eval/rewards/accuracies", "name": "held-out reward accuracy", "value": 0.75}
     ]
-    assert "| held-out reward accuracy | 0.750 | 0.700 to 0.800 |" in card
+    assert "| held-out reward accuracy | 0.750 | 0.700 to 0.800 |  |" in card
+
+
+def test_a_card_says_what_was_run() -> None:
+    card = card_of(RESULTS | {"eval/num_pairs": 3.0})
+    assert "| learning rate | 1e-06, constant, after 2 warm-up steps |" in card
+    assert "| length | 7 optimizer steps, 1 epoch(s) at most |" in card
+    assert "| training data | 40 pairs of 20 prompts |" in card
+    assert "| held-out data | 3 pairs of 3 prompts |" in card
+    assert "| 0.700 to 0.800 | 3 pairs |" in card
+    assert "held-out data" not in sft_card_of("gpt2")
 
 
 @pytest.mark.parametrize("heading", ["Results", "Training", "Intended use", "How to load it"])

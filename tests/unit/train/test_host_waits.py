@@ -31,6 +31,8 @@ META = torch.device("meta")
 CONFIGS = [
     *(LossConfig(type=name, label_smoothing=0.1 if name in NEEDS_SMOOTHING else 0) for name in LOSSES),
     LossConfig(ld_alpha=0.5),
+    LossConfig(pair_weights="wpo"),
+    *(LossConfig(f_divergence=name) for name in ("forward_kl", "js", "alpha")),
     LossConfig(type=["sigmoid", "simpo"], weights=[1.0, 0.5], sft_weight=0.1),
 ]
 
@@ -57,6 +59,7 @@ def batch_on_meta(scorer: SequenceScorer, layout: Layout, *, per_token: bool) ->
         reference=torch.zeros(len(batch.targets if per_token else batch.num_tokens), dtype=torch.float64),
         pair_weights=torch.ones(len(batch.pairs), dtype=torch.float64),
         loss_count=3.0,
+        mismatched=torch.tensor([2, 4]),
     )
     return batch.to(META, scorer.windows)
 
@@ -86,7 +89,7 @@ def test_every_loss_its_metrics_and_its_backward_pass(
     objective = PreferenceObjective(data=None, loss_config=config, dtype="float32")  # type: ignore[arg-type]
     objective.loss_sums = {}
     with NoCopiesToDevice():
-        logps = scorer(batch, per_token=objective.per_token)
+        logps = scorer(batch, per_token=objective.per_token, aligned=objective.aligned)
         objective.loss(logps, batch, MetricSums()).backward()
 
 

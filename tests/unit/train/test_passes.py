@@ -16,6 +16,7 @@ LOSSES_TO_CACHE = {
     "tokens": {"ld_alpha": 0.5},
     "ranking": {"type": "plackett_luce"},
     "no reference": {"type": "simpo"},
+    "weights of the policy": {"pair_weights": "wpo"},
     "mixture": {"type": ["sigmoid", "ipo"], "weights": [0.8, 0.2], "sft_weight": 0.1},
 }
 
