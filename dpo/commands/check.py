@@ -55,7 +55,7 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
         deepspeed = deepspeed_settings(os.environ, file=Path(launcher) if launcher else None)
-        check_optimizer(config.train, config.model, deepspeed)
+        check_optimizer(config.train, deepspeed)
         check_trackers(config.train.trackers)
         refuse_if_in_use(folder, patient=False)
         check_start(folder, settings_of(config), config.train)

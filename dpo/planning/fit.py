@@ -148,7 +148,7 @@ class Fit:
         whole = bool(self._optimizer.not_sharded)
         impossible = {
             "no DeepSpeed": self._machine.num_gpus > 1 and not whole,
-            "ZeRO-0": not is_offered("ZeRO-0", self._dtype),
+            "ZeRO-0": whole or not is_offered("ZeRO-0", self._dtype),
             "ZeRO-2": whole,
             "ZeRO-3": whole,
             "ZeRO-3 offload": not self._optimizer.may_be_offloaded,
