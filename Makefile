@@ -21,11 +21,16 @@ ready := .venv/.ready
 slowest := --durations=10
 
 .PHONY: help setup demo data data-report sft plan precompute-ref train eval frontier compare sentiment tensorboard
-.PHONY: study study-harmless
+.PHONY: study study-harmless check cache best-of chat convert
 .PHONY: test test-unit test-distributed test-e2e test-faults torture bench bench-peers bench-cache lint docs format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  \1\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F'\t' '{ \
+	    line = sprintf("  %-17s", $$1); n = split($$2, words, " "); \
+	    for (i = 1; i <= n; i++) { \
+	        if (length(line " " words[i]) > 80) { print line; line = sprintf("%19s", "") } \
+	        line = line " " words[i] } \
+	    print line }'
 
 setup: $(ready) ## create .venv with the exact versions of requirements.lock (VERSIONS=requirements.minimum: the oldest) and install the project
 
@@ -52,11 +57,26 @@ data-report: $(ready) ## what CONFIG's data holds: lengths, repetition, suspecte
 plan: $(ready) ## estimate memory, time and disk for CONFIG: make plan CONFIG=... ARGS="--num_gpus 8 --gpu_memory 80GB"
 	$(py) -m dpo plan --config $(CONFIG) $(model_key) $(ARGS)
 
+check: $(ready) ## validate CONFIG, model files and some rows before anything is started (ARGS=--exact: all rows)
+	$(py) -m dpo check train --config $(CONFIG) $(model_key) $(ARGS)
+
+cache: $(ready) ## what the reference cache holds of CONFIG: make cache ARGS="verify" or "prune" look after it
+	$(py) -m dpo cache $(or $(firstword $(ARGS)),info) --config $(CONFIG) $(model_key) $(wordlist 2,99,$(ARGS))
+
+best-of: $(ready) ## best of n samples of CONFIG's reference, and the score that no policy exceeds at a KL
+	$(launch) best-of --config $(CONFIG) $(model_key) $(ARGS)
+
+chat: $(ready) ## talk to reference and policy of a run, side by side: make chat ARGS=runs/demo
+	$(py) -m dpo chat $(ARGS)
+
+convert: $(ready) ## a configuration of TRL or the alignment-handbook as one of ours: make convert ARGS="TRL.yaml --num_gpus 8"
+	$(py) -m dpo convert $(ARGS)
+
 precompute-ref: $(ready) ## fill the cache of reference log-probabilities for CONFIG; takes seconds if it is full
 	$(launch) precompute-ref --config $(CONFIG) $(model_key) $(ARGS)
 
 train: $(ready) ## train the policy with CONFIG, after precompute-ref; starts neither where training would be refused
-	@ACCELERATE_CONFIG="$${ACCELERATE_CONFIG:-}" $(py) -m dpo check train --quiet --config $(CONFIG) $(model_key) $(ARGS) >/dev/null
+	@ACCELERATE_CONFIG="$${ACCELERATE_CONFIG:-}" $(py) -m dpo check train --config $(CONFIG) $(model_key) $(ARGS) --quiet >/dev/null
 	$(launch) precompute-ref --config $(CONFIG) $(model_key) $(ARGS)
 	$(launch) train --config $(CONFIG) $(model_key) $(ARGS)
 

@@ -2,8 +2,8 @@
 
 Three modes, chosen by an environment variable so that all ranks have the same. Plain: bars on a terminal, and
 an occasional line in a file. `quiet`: warnings, errors and the box. `json`: one JSON object per line on
-standard output, for batch systems; its `event` is note, warning, metrics, evaluation, summary or end. Only
-the main process prints.
+standard output, for batch systems; its `event` is note, warning, metrics, evaluation, summary, end, or what a
+command answers. Only the main process prints.
 """
 
 import io
@@ -47,6 +47,22 @@ def warning(*lines: str) -> None:
     """Prints what a person should act on or know; in every mode."""
     if lines and _prints():
         _say("warning", lines)
+
+
+def answer(kind: str, text: str, values: Mapping[str, Any]) -> None:
+    """Prints what a command was asked for: a text in every mode but `json`, which has it as an event.
+
+    Args:
+        kind: Of the event.
+        text: For people.
+        values: The same for programs.
+    """
+    if not _prints():
+        return
+    if mode() == "json":
+        event(kind, values)
+    else:
+        print(text, flush=True)
 
 
 def event(kind: str, values: Mapping[str, Any]) -> None:

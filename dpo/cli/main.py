@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     command, *rest = arguments
     rest = _choose_output(rest)
     if command in TOOLS:
-        return _ended(lambda: run_tool(command, rest))
+        return _ended(lambda: run_tool(command, rest), lambda status, said: _end(command, status, said))
     folder: RunFolder | None = None
     started, in_use = time.time(), False
 
@@ -70,11 +70,15 @@ def run(arguments: Sequence[str]) -> int:
         return 0
 
     def record(status: int, message: str) -> None:
-        terminal.event("end", {"command": command, "status": status, "message": message})
+        _end(command, status, message)
         if folder is not None and os.environ.get("RANK", "0") == "0":
             record_end(folder, command, status, message, started, in_use=in_use)
 
     return _ended(work, record)
+
+
+def _end(command: str, status: int, message: str) -> None:
+    terminal.event("end", {"command": command, "status": status, "message": message})
 
 
 def _ended(work: Callable[[], int], record: Callable[[int, str], None] = lambda status, message: None) -> int:

@@ -2,18 +2,19 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.commands.inputs import open_data
 from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset
 from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.errors import UserError
 from dpo.reference.audit import audit
-from dpo.reference.identity import reference_model
+from dpo.reference.identity import known_names, reference_model
 from dpo.reference.prune import cache_info, prune, verify
 from dpo.reference.store import IDENTITY_FILE, ReferenceStore, reference_store
 from dpo.reference.table import index_keys
@@ -28,23 +29,32 @@ def show_info(target: Path | Config) -> None:
         target: A root of caches, one cache's folder, or a configuration.
     """
     for store in _stores(target):
-        info = cache_info(store)
-        identity = store.identity
-        print(store.path)
-        print(f"  identity      {identity.digest}")
-        for kind in ("weights", "adapter", "code"):
-            for name, digest in getattr(identity, kind).items():
-                print(f"  {kind:<13} {name} sha256 {digest[:16]}...")
-        print(f"  model         {identity.config.get('model_type', 'unknown')}, {identity.dtype}")
+        info, identity = cache_info(store), store.identity
+        names = known_names(identity, store.cache_dir)
+        files = {
+            kind: "\n".join(
+                f"{name} sha256 {digest[:16]}..." for name, digest in getattr(identity, kind).items()
+            )
+            for kind in ("weights", "adapter", "code")
+            if getattr(identity, kind)
+        }
         each = f", {info.bytes / info.rows:.1f} bytes per row" if info.rows else ""
-        print(f"  rows          {info.rows}, {info.rows_with_tokens} of them with log-probs per token{each}")
-        print(f"  shards        {info.shards}, {info.bytes} bytes, {info.copies} duplicate rows", end="")
-        print(f", {info.unfinished} unfinished files of killed processes" if info.unfinished else "")
+        left = f", {info.unfinished} unfinished files of killed processes" if info.unfinished else ""
+        kind = f"{identity.config.get('model_type', 'unknown')}, {identity.dtype}"
+        rows = {
+            "identity": identity.digest,
+            **files,
+            "model": f"{', '.join(names) or 'its files are not on this machine'} ({kind})",
+            "rows": f"{info.rows}, {info.rows_with_tokens} of them with log-probs per token{each}",
+            "shards": f"{info.shards}, {info.bytes} bytes, {info.copies} duplicate rows{left}",
+        }
         if isinstance(target, Config):
             table = store.load()
             for split, dataset in _datasets(target).items():
                 found = int((table.index.find(dataset.keys) >= 0).sum())
-                print(f"  {split:<13} {found} of {len(dataset.keys)} sequences covered")
+                rows[split] = f"{found} of {len(dataset.keys)} sequences covered"
+        values = {"path": str(store.path), "models": names, **asdict(info), **rows}
+        terminal.answer("cache", terminal.listing(str(store.path), rows), values)
 
 
 def verify_caches(target: Path | Config, *, recompute: int) -> None:
@@ -61,7 +71,9 @@ def verify_caches(target: Path | Config, *, recompute: int) -> None:
     if recompute and not isinstance(target, Config):
         raise UserError("--recompute: needs the data and model of a configuration; give --config FILE")
     for store in _stores(target, strict=True):
-        print(f"{store.path}: {verify(store)} rows in {len(store.shards())} shards, none damaged", flush=True)
+        rows, shards = verify(store), len(store.shards())
+        said = f"{store.path}: {rows} rows in {shards} shards, none damaged"
+        terminal.answer("verified", said, {"path": str(store.path), "rows": rows, "shards": shards})
         if recompute and isinstance(target, Config):
             datasets = [*_datasets(target).values()]
             references = reference_logps(datasets, store, "dpo precompute-ref with the same configuration")
@@ -69,9 +81,11 @@ def verify_caches(target: Path | Config, *, recompute: int) -> None:
             with frozen_scorer(model, sharded=is_sharded(target.reference.sharding, model)) as scorer:
                 seed = int.from_bytes(np.random.default_rng().bytes(4))  # other rows every time
                 result = audit(scorer, datasets, references, store, num_rows=recompute, seed=seed)
-            print(
+            terminal.answer(
+                "recomputed",
                 f"{store.path}: {result.rows} rows recomputed, largest difference {result.largest:.2g} nats, "
-                f"{result.share:.0%} of the tolerance for rounding"
+                f"{result.share:.0%} of the tolerance for rounding",
+                {"path": str(store.path), **asdict(result)},
             )
 
 
@@ -98,10 +112,12 @@ def prune_caches(target: Path | Config, others: Sequence[Config], *, dry_run: bo
         wanted = index_keys(np.concatenate(keys))[0]
     for store in stores:
         result = prune(store, wanted, dry_run=dry_run)
-        print(
+        terminal.answer(
+            "pruned",
             f"{store.path}: {'would keep' if dry_run else 'kept'} {result.kept} of {result.rows} rows; "
             f"{len(result.replaced)} shards of {result.bytes} bytes {'would be' if dry_run else 'were'} "
-            f"rewritten{'' if dry_run else f'; now {len(store.shards())} shards'}"
+            f"rewritten{'' if dry_run else f'; now {len(store.shards())} shards'}",
+            {"path": str(store.path), "kept": result.kept, "rows": result.rows, "dry_run": dry_run},
         )
 
 

@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from dpo import terminal
+from dpo.commands.paired import (
+    Reported,
+    differences_of_measurement,
+    paired_differences,
+    read_report,
+    samples_side_by_side,
+)
 from dpo.config import flat
 from dpo.errors import UserError
 from dpo.files import write_file
 from dpo.report import labels
+from dpo.report.escape import markdown_cell, prompt_end
 from dpo.report.figures import Point, losses_and_margins, save_png, score_against_kl
+from dpo.report.markdown import table as markdown_table
+from dpo.report.terminal_table import side_by_side
 from dpo.tracking.history import Line, read_history
 from dpo.tracking.run_folder import RunFolder
 
@@ -53,6 +63,8 @@ class FinishedRun:
     history: Sequence[Line]
     summary: dict[str, float]
     """Of its report; what the report lacks is from the last evaluation of training."""
+    reported: Reported
+    """What its report says of single pairs and prompts."""
 
 
 Rows = list[tuple[str, list[str]]]
@@ -70,9 +82,12 @@ def compare_runs(folders: Sequence[Path], output: Path) -> None:
         UserError: A folder is not a run, or there are fewer than two.
     """
     runs = read_runs(folders)
+    reported = {run.label: run.reported for run in runs}
+    differ = differences_of_measurement(reported)
     sections = {
         "settings that differ": differing_settings(runs),
         "results": results(runs),
+        f"differences from {runs[0].label}, by pair and prompt": paired_differences(reported),
         "speed": speeds(runs),
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -81,11 +96,17 @@ def compare_runs(folders: Sequence[Path], output: Path) -> None:
         figures["score_kl"] = score_against_kl(points, joined=False)
     for name, figure in figures.items():
         save_png(figure, output / f"{name}.png")
-    write_file(output / "comparison.md", markdown(runs, sections, list(figures)))
+    samples = samples_side_by_side(reported)
+    write_file(output / "comparison.md", markdown(runs, sections, list(figures), differ, samples))
     numbers = {run.label: {"settings": run.settings, "summary": run.summary} for run in runs}
     write_file(output / "comparison.json", json.dumps(numbers, indent=2))
-    width = shutil.get_terminal_size((120, 24)).columns
-    print(table(runs, sections, width))
+    width = shutil.get_terminal_size((80, 24)).columns
+    terminal.warning(*differ)
+    shown = [table(runs, sections, width)]
+    if samples:
+        columns = ("query", *(run.label for run in runs))
+        shown += ["", side_by_side(columns, [(None, row) for row in samples], width)]
+    terminal.answer("comparison", "\n".join(shown), {"runs": numbers, "differ": differ})
     terminal.summary("compare", {"written": f"{output / 'comparison.md'}\nfigures and numbers are beside it"})
 
 
@@ -116,7 +137,14 @@ def _read(folder: RunFolder, label: str) -> FinishedRun:
     if report.is_file():
         found = json.loads(report.read_text())
         summary |= {name: value for name, value in found.items() if value is not None}
-    return FinishedRun(label=label, settings=flat(folder.settings()), history=history, summary=summary)
+    settings = flat(folder.settings())
+    return FinishedRun(
+        label=label,
+        settings=settings,
+        history=history,
+        summary=summary,
+        reported=read_report(folder.report(), settings),
+    )
 
 
 def differing_settings(runs: Sequence[FinishedRun]) -> Rows:
@@ -174,17 +202,27 @@ def table(runs: Sequence[FinishedRun], sections: dict[str, Rows], width: int) ->
     return "\n".join(lines)
 
 
-def markdown(runs: Sequence[FinishedRun], sections: dict[str, Rows], figures: Sequence[str]) -> str:
-    """comparison.md: the same sections, then the figures."""
+def markdown(
+    runs: Sequence[FinishedRun],
+    sections: dict[str, Rows],
+    figures: Sequence[str],
+    differ: Sequence[str] = (),
+    samples: Sequence[Sequence[str]] = (),
+) -> str:
+    """comparison.md: what does not compare, the same sections, samples side by side, then the figures."""
     head = [
         "| | " + " | ".join(_cell(run.label) for run in runs) + " |",
         "|---" * (len(runs) + 1) + "|",
     ]
-    parts = ["# Runs side by side"]
+    parts = ["# Runs side by side", *(f"**{markdown_cell(said)}**" for said in differ)]
     for title, rows in sections.items():
         if rows:
             lines = [f"| {_cell(label)} | " + " | ".join(map(_cell, values)) + " |" for label, values in rows]
             parts += [f"## {title.capitalize()}", "\n".join([*head, *lines])]
+    if samples:
+        columns = ["query", *(_cell(run.label) for run in runs)]
+        cells = ([markdown_cell(prompt_end(row[0])), *map(markdown_cell, row[1:])] for row in samples)
+        parts += ["## Samples", markdown_table(columns, cells)]
     parts += [f"![{name}]({name}.png)" for name in figures]
     return "\n\n".join(parts) + "\n"
 

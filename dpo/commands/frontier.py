@@ -229,7 +229,7 @@ def _write(sweep: Sweep, models: Sequence[Evaluated], limit: Sequence[Point]) ->
     write_file(sweep.output / "frontier.md", frontier_table(models))
     figure = score_against_kl(frontier_curves(models), limit=limit)
     save_png(figure, sweep.output / "frontier.png")
-    print(frontier_table(models))
+    terminal.answer("frontier", frontier_table(models), {"models": points})
     terminal.summary(
         "frontier",
         {

@@ -2,7 +2,7 @@
 
 import json
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.commands.inputs import quieten_libraries
 from dpo.config import Config
 from dpo.loss.catalog import needs_mismatched, needs_whole_step
@@ -35,4 +35,5 @@ def plan(
         whole_step=needs_whole_step(config.loss),
         mismatched=needs_mismatched(config.loss),
     )
-    print(json.dumps(as_json(made), indent=2) if as_numbers else page(made))
+    numbers = as_json(made)
+    terminal.answer("plan", json.dumps(numbers, indent=2) if as_numbers else page(made), numbers)

@@ -11,7 +11,7 @@ class LossConfig:
     """The preference loss."""
 
     type: list[str] | str = "sigmoid"
-    """sigmoid (DPO), ipo, simpo, ...: docs/losses.md has all, with equations; or a list, which is added."""
+    """sigmoid (DPO), ipo, ...: docs/losses.md has all; python:module.function; or a list, which is added."""
     weights: list[Positive] | None = None
     """Weight of each loss of a list. Default: 1 for each."""
     beta: Positive = 0.1

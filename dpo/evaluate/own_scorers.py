@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
 import shlex
 import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
 from typing import Any
 
+from dpo.config.own import find_function
 from dpo.errors import UserError
 
 
@@ -80,29 +78,6 @@ class CommandScorer:
     def is_positive(self, score: float) -> bool:
         """Whether the score exceeds 0."""
         return score > 0
-
-
-def find_function(path: str, place: str) -> Callable[..., Any]:
-    """The function that `module.function` names; the current folder is searched first.
-
-    Args:
-        path: Its module and name.
-        place: The option that names it, for messages.
-
-    Raises:
-        UserError: There is no such module or function.
-    """
-    module, _, name = path.rpartition(".")
-    if os.getcwd() not in sys.path:  # noqa: PTH109  # the installed command does not search it
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"{place}: {error}; expected module.function, importable from this folder") from error
-    if not callable(found):
-        raise UserError(f"{place}: {path} is a {type(found).__name__}; expected a function")
-    function: Callable[..., Any] = found
-    return function
 
 
 def _numbers(scores: Any, expected: int, name: str) -> list[float]:

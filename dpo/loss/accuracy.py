@@ -9,7 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.loss.catalog import LOSSES, names_of
+from dpo.loss.catalog import kind_of, names_of
 from dpo.loss.pairs import PairLogProbs
 from dpo.loss.preference_loss import PairLosses
 
@@ -35,7 +35,8 @@ def accuracies(result: PairLosses, policy: PairLogProbs, loss: LossConfig, dtype
     Returns:
         (B,) float64.
     """
-    kind, tokens = LOSSES[names_of(loss)[0]], (policy.chosen_tokens.double(), policy.rejected_tokens.double())
+    kind = kind_of(names_of(loss)[0])
+    tokens = (policy.chosen_tokens.double(), policy.rejected_tokens.double())
     if kind.per_token or not kind.needs_reference:  # rewards are means over tokens
         tokens = (1 / tokens[0], 1 / tokens[1])
     margins = result.chosen_rewards.double() - result.rejected_rewards.double()

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 
 from dpo.config import LossConfig
 from dpo.config.foreign import meant
+from dpo.config.own import PREFIX, find_function
+from dpo.errors import UserError
 
 SMOOTHED = frozenset({"beta", "label_smoothing"})
 DIVERGENCE = frozenset({"f_divergence", "f_alpha"})
@@ -72,6 +74,16 @@ SHOWN_IF_SET = (ANY_LOSS | DIVERGENCE) - {"type", "weights"}
 """Options that a title leaves out where they have their default."""
 
 
+def is_known(name: str) -> bool:
+    """Whether this is a loss of the table, or names a function of the user's own."""
+    return name in LOSSES or name.startswith(PREFIX)
+
+
+def kind_of(name: str) -> LossKind:
+    """What a loss needs; one of the user's own is over pairs, of summed log-probs, with a reference."""
+    return LossKind(uses=SMOOTHED) if name.startswith(PREFIX) else LOSSES[name]
+
+
 def names_of(loss: LossConfig) -> list[str]:
     """The losses of a configuration: one, or several that are added."""
     return [loss.type] if isinstance(loss.type, str) else list(loss.type)
@@ -79,22 +91,22 @@ def names_of(loss: LossConfig) -> list[str]:
 
 def needs_reference(loss: LossConfig) -> bool:
     """Whether training and held-out rewards need reference log-probs."""
-    return any(LOSSES[name].needs_reference for name in names_of(loss))
+    return any(kind_of(name).needs_reference for name in names_of(loss))
 
 
 def averaged_over_groups(loss: LossConfig) -> bool:
     """Whether the mean is over groups instead of pairs."""
-    return any(LOSSES[name].averaged_over == "groups" for name in names_of(loss))
+    return any(kind_of(name).averaged_over == "groups" for name in names_of(loss))
 
 
 def needs_whole_step(loss: LossConfig) -> bool:
     """Whether the loss of a pair depends on the other pairs of the optimizer step."""
-    return any(name in LOSSES and LOSSES[name].whole_step for name in names_of(loss))
+    return any(is_known(name) and kind_of(name).whole_step for name in names_of(loss))
 
 
 def needs_mismatched(loss: LossConfig) -> bool:
     """Whether the data must have completions of other prompts, whose reference log-probs are cached too."""
-    return any(LOSSES[name].mismatched for name in names_of(loss))
+    return any(kind_of(name).mismatched for name in names_of(loss))
 
 
 def needs_aligned(loss: LossConfig) -> bool:
@@ -104,12 +116,12 @@ def needs_aligned(loss: LossConfig) -> bool:
 
 def takes_labels(loss: LossConfig) -> bool:
     """Whether completions with a label and no rival will do."""
-    return all(LOSSES[name].takes_labels for name in names_of(loss))
+    return all(kind_of(name).takes_labels for name in names_of(loss))
 
 
 def compares_pairs(loss: LossConfig) -> bool:
     """Whether the loss of a pair depends on others, of its step or of steps before."""
-    return any(LOSSES[name].whole_step or LOSSES[name].running for name in names_of(loss))
+    return any(kind_of(name).whole_step or kind_of(name).running for name in names_of(loss))
 
 
 def title_of(loss: LossConfig) -> str:
@@ -117,7 +129,7 @@ def title_of(loss: LossConfig) -> str:
     names = names_of(loss)
     weights = loss.weights or [1.0] * len(names)
     mixed = " + ".join(f"{weight:g} {name}" for weight, name in zip(weights, names, strict=True))
-    used = set().union(*(LOSSES[name].uses for name in names))
+    used = set().union(*(kind_of(name).uses for name in names))
     shown = [f"{name.replace('_', ' ')} {getattr(loss, name):g}" for name in sorted(used - SHOWN_IF_SET)]
     plain = LossConfig()
     shown += [
@@ -131,10 +143,16 @@ def title_of(loss: LossConfig) -> str:
 def loss_problems(loss: LossConfig) -> Iterator[str]:
     """Everything wrong with the values but their ranges, each as `key: value; expected what`."""
     names = names_of(loss)
-    unknown = [name for name in names if name not in LOSSES]
+    unknown = [name for name in names if not is_known(name)]
     for name in unknown:
         hint = meant("loss.type", name, LOSSES)
         yield f"loss.type: {name}; expected one of {', '.join(LOSSES)}, or a list of them{hint}"
+    for name in names:
+        if name.startswith(PREFIX):
+            try:
+                find_function(name.removeprefix(PREFIX), "loss.type")
+            except UserError as error:
+                yield str(error)
     if not names:
         yield "loss.type: an empty list; expected at least one loss"
     if len({*names}) < len(names):
@@ -148,7 +166,7 @@ def loss_problems(loss: LossConfig) -> Iterator[str]:
 def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
     """Options that no loss of the configuration reads, and combinations without a meaning."""
     plain, losses = LossConfig(), ", ".join(names)
-    used = ANY_LOSS.union(*(LOSSES[name].uses for name in names))
+    used = ANY_LOSS.union(*(kind_of(name).uses for name in names))
     for option in (field.name for field in fields(loss)):
         if option not in used and getattr(loss, option) != getattr(plain, option):
             yield f"loss.{option}: {getattr(loss, option)}; {losses} does not use it: leave it out"
@@ -162,7 +180,7 @@ def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
         yield f"loss.sft_weight: {loss.sft_weight}; sft is this term: give its weight in loss.weights"
     if loss.ld_alpha is not None:
         for name in names:
-            if LOSSES[name].per_token:
+            if kind_of(name).per_token:
                 yield f"loss.ld_alpha: {loss.ld_alpha}; {name} divides by the length already: leave it out"
         if needs_aligned(loss):
             yield f"loss.ld_alpha: {loss.ld_alpha}; pair_weights wpo takes whole completions: leave one out"

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
+from dpo.config.own import PREFIX, find_function
 from dpo.loss import functions, labelled
-from dpo.loss.catalog import LOSSES, names_of
+from dpo.loss.catalog import LOSSES, kind_of, names_of
 from dpo.loss.pairs import LossValues, PairLogProbs, Pairs
 
 LossFunction = Callable[[Pairs, LossConfig], Tensor | LossValues]
@@ -19,6 +20,17 @@ FUNCTIONS: dict[str, LossFunction] = {
     name: getattr(labelled if hasattr(labelled, name) else functions, name) for name in LOSSES
 }
 """Name -> function, for every loss in the catalog."""
+
+
+def function_of(name: str) -> LossFunction:
+    """The function of a loss: of the catalog, or python:module.function.
+
+    Raises:
+        UserError: There is no such module or function.
+    """
+    if name.startswith(PREFIX):
+        return find_function(name.removeprefix(PREFIX), "loss.type")
+    return FUNCTIONS[name]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +75,7 @@ def preference_loss(
     """
     pairs = Pairs(policy=policy, reference=reference, so_far=so_far)
     names = names_of(loss)
-    parts = [_values(FUNCTIONS[name](pairs, loss)) for name in names]
+    parts = [_values(function_of(name)(pairs, loss)) for name in names]
     weights = loss.weights or [1.0] * len(names)
     losses = weights[0] * parts[0].losses
     for part, weight in zip(parts[1:], weights[1:], strict=True):
@@ -101,9 +113,9 @@ def _values(result: Tensor | LossValues) -> LossValues:
 
 def _rewards(pairs: Pairs, name: str) -> tuple[Tensor, Tensor]:
     """The quantities that the loss compares, without beta."""
-    if not LOSSES[name].needs_reference:
+    if not kind_of(name).needs_reference:
         return pairs.chosen_means, pairs.rejected_means
-    if LOSSES[name].per_token:
+    if kind_of(name).per_token:
         return (
             pairs.chosen_logratios / pairs.policy.chosen_tokens,
             pairs.rejected_logratios / pairs.policy.rejected_tokens,

@@ -16,10 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from dpo.config import ModelConfig, ReferenceConfig, flat
 from dpo.errors import UserError
 from dpo.files import sha256_of, write_file
 from dpo.model.files import adapter_files, base_of, code_files, raw_config, weight_files
+from dpo.model.quantized import scheme
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,8 @@ class ReferenceIdentity:
     """config.json as written, without the keys that cannot matter."""
     dtype: str
     """Compute type of the log-probs."""
+    quantization: str | None = None
+    """How the weights are rounded, and the version of the library that does it; None: not at all."""
 
     @property
     def digest(self) -> str:
@@ -58,12 +63,16 @@ class ReferenceIdentity:
 
         Files count by content and order, not by name.
         """
-        parts = {name: list(part.values()) if name in FILES else part for name, part in asdict(self).items()}
+        parts = {name: list(part.values()) if name in FILES else part for name, part in self._parts().items()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The content of identity.json."""
-        return {**asdict(self), "digest": self.digest}
+        return {**self._parts(), "digest": self.digest}
+
+    def _parts(self) -> dict[str, Any]:
+        """The components; without a quantization where there is none, as in caches that are older."""
+        return {name: part for name, part in asdict(self).items() if part is not None}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "ReferenceIdentity":
@@ -96,13 +105,10 @@ def reference_model(model: ModelConfig, reference: ReferenceConfig) -> ModelConf
     Args:
         model: The policy.
         reference: `reference.model` names the reference. Default: the model that the policy starts from, or
-            its base if that model is an adapter, and always without the adapter that is trained.
-
-    Raises:
-        UserError: The policy is an adapter that names no base model.
+            an adapter with its base where that is its start, and always as it was before training.
     """
     if reference.model is None:
-        return replace(base_of(model), lora=None)
+        return replace(model, lora=None)
     return replace(model, name_or_path=reference.model, revision=None, lora=None)
 
 
@@ -125,6 +131,7 @@ def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity
         code=_digests(code_files(base), hashes),
         config={key: value for key, value in raw.items() if key not in INERT_CONFIG_KEYS},
         dtype=model.dtype,
+        quantization=scheme(model),
     )
 
 
@@ -133,6 +140,21 @@ def is_remembered(model: ModelConfig, cache_dir: Path) -> bool:
     known = _read_hashes(cache_dir / HASHES_FILE)
     paths = [path.resolve() for path in weight_files(base_of(model))]
     return all(_is_blob(path) or _known(known, path) is not None for path in paths)
+
+
+def known_names(identity: ReferenceIdentity, cache_dir: Path) -> list[str]:
+    """Folders and hub names under which this machine has the model's weights, as far as it remembers.
+
+    Args:
+        identity: Of the model.
+        cache_dir: Root of the caches, where file hashes are remembered.
+    """
+    wanted = {*identity.weights.values(), *identity.adapter.values()}
+    known = _read_hashes(cache_dir / HASHES_FILE).items()
+    folders = {str(Path(path).parent) for path, entry in known if entry.get("sha256") in wanted}
+    blobs = (path for digest in wanted for path in Path(HF_HUB_CACHE).glob(f"models--*/blobs/{digest}"))
+    hub = {path.parents[1].name.removeprefix("models--").replace("--", "/") for path in blobs}
+    return sorted(folders | hub)
 
 
 def policy_is_reference(policy: ModelConfig, identity: ReferenceIdentity, cache_dir: Path) -> bool:

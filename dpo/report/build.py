@@ -3,6 +3,7 @@
 Pure: it takes what `dpo.evaluate` measured and decides what a reader sees of it, in `content` records.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,9 +64,26 @@ def compose(
         provenance=provenance,
         figures=figures,
         data=sections,
+        held_out=pair_values(scores),
         worst_pairs=worst_pairs(scores, data, tokenizer),
         worst_samples=worst_samples(rows),
     )
+
+
+def pair_values(scores: PairScores) -> list[dict[str, float]]:
+    """What was measured of every held-out pair, in their order; a number that is not finite is left out."""
+    columns = {
+        "prompt": scores.groups,
+        "correct": scores.correct,
+        "margin": scores.margins,
+        "loss": scores.losses,
+        "unit": scores.units,
+    }
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    return [
+        {name: value for name, value in zip(columns, row, strict=True) if math.isfinite(value)}
+        for row in rows
+    ]
 
 
 def sample_rows(samples: ComparedSamples) -> list[SampleRow]:

@@ -3,7 +3,7 @@
 Records and the fixed texts around them; nothing here computes or writes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from dpo.report.figures import Captioned
@@ -100,6 +100,8 @@ class Report:
     figures: Sequence[Captioned] = ()
     data: Sequence[Section] = ()
     """The data that was trained and evaluated on."""
+    held_out: Sequence[Mapping[str, float]] = ()
+    """Values of every held-out pair, for `dpo compare`: prompt, correct, margin, loss, unit."""
     worst_pairs: Sequence[PairRow] = ()
     """Held-out pairs that the policy ranks wrong, the worst first."""
     worst_samples: Sequence[SampleRow] = ()

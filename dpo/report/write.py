@@ -1,4 +1,5 @@
-"""The files of reports: report.md, report.html, summary.json, samples.jsonl, figures; those of `dpo data`.
+"""The files of reports: report.md, report.html and figures; summary.json, samples.jsonl, pairs.jsonl and
+provenance.json for programs; those of `dpo data`.
 
 Each file is replaced atomically (`dpo.files`).
 """
@@ -30,6 +31,8 @@ def write_report(report: Report, folder: Path, *, title: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in report.rows]
     write_file(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
+    write_file(folder / "pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in report.held_out))
+    write_file(folder / "provenance.json", json.dumps(asdict(report.provenance), indent=2) + "\n")
     _write_numbers(report.summary, folder)
     _write_figures([*report.figures, *(one for section in report.data for one in section.figures)], folder)
     write_file(folder / "report.md", markdown(report))

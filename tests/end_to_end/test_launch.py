@@ -15,6 +15,8 @@ import pytest
 import yaml
 from end_to_end.shells import PYTHON_THAT_CHECKS, ROOT, script, shell
 
+from dpo.cli.table import COMMANDS
+
 FILES = [path for path in (ROOT / "launch").iterdir() if path.is_file()]
 SCRIPTS = sorted(path for path in FILES if path.read_text().startswith("#!"))
 
@@ -310,3 +312,24 @@ def test_an_invalid_hostfile_is_refused(tmp_path: Path, hosts: str, problem: str
     ended = shell("launch/nodes", str(tmp_path / "hosts"), "train", "--config", "x.yaml")
     assert ended.returncode == 2
     assert problem in ended.stderr
+
+
+def targets() -> set[str]:
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    named = {
+        line.partition(":")[0] for line in lines if line[:1].islower() and ":" in line and ":=" not in line
+    }
+    return {name for name in named if " " not in name}
+
+
+def test_make_help_lists_every_target_in_80_columns() -> None:
+    ended = shell("make", "-s", "help")
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert {line.split()[0] for line in lines if line[2] != " "} == targets()
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in ("evaluate", "data", "init")])
+def test_every_command_is_a_target(command: str) -> None:
+    assert command in targets()

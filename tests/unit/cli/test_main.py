@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from unit.cli.refusals import REQUIRED
 
+from dpo import terminal
 from dpo.cli import main as cli
 
 
@@ -95,3 +96,44 @@ def test_the_deepspeed_launchers_argument_is_named(word: str, capsys: pytest.Cap
     said = capsys.readouterr().err
     assert "--local_rank" in said
     assert "accelerate launch" in said
+
+
+def test_every_answer_is_json_where_lines_of_json_are_asked_for(
+    tiny_model: Path,
+    tmp_path: Path,
+    pairs_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also of the commands that have options of their own, and each ends with its status."""
+    monkeypatch.setenv(terminal.OUTPUT, "")  # restored afterwards
+    config = tmp_path / "c.yaml"
+    settings = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"name_or_path": str(tiny_model), "dtype": "float32"},
+        "data": {"train": str(pairs_file), "cache_dir": str(tmp_path / "tokenized")},
+        "reference": {"cache_dir": str(tmp_path / "reference")},
+    }
+    config.write_text(json.dumps(settings))
+    given = ["--config", str(config), "--json_lines"]
+    theirs = tmp_path / "theirs.yaml"
+    theirs.write_text("beta: 0.1\n")
+    commands = {
+        "check": ["check", *given],
+        "summary": ["precompute-ref", *given],
+        "cache": ["cache", "info", *given],
+        "verified": ["cache", "verify", *given],
+        "pruned": ["cache", "prune", *given, "--dry_run"],
+        "plan": ["plan", *given, "--num_gpus", "1", "--gpu_memory", "8"],
+    }
+    for kind, arguments in commands.items():
+        capsys.readouterr()
+        assert cli.run(arguments) == 0
+        named = "train" if kind == "check" else arguments[0]  # what was checked for
+        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert kind in [event["event"] for event in events]
+        assert events[-1] == {"event": "end", "command": named, "status": 0, "message": "done"}
+    assert cli.run(["convert", str(theirs), "--output", str(tmp_path / "ours.yaml"), "--json_lines"]) == 0
+    assert [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()] == ["summary", "end"]
+    assert cli.run(["cache", "info", "--quiet", "--config", str(config)]) == 0
+    assert f"model     {tiny_model} (gpt2, float32)" in capsys.readouterr().out

@@ -76,17 +76,18 @@ def damage(store: ReferenceStore) -> Path:
     return path
 
 
-def test_info_prints_identity_rows_and_bytes(store: ReferenceStore, dpo: Command) -> None:
+def test_info_prints_identity_model_rows_and_bytes(
+    store: ReferenceStore, dpo: Command, tiny_model: Path
+) -> None:
     rows, size = len(store.load()), store.shards()[0].stat().st_size
     output = dpo("cache", "info", str(store.path))
-    assert output.startswith(f"{store.path}\n  identity      {store.identity.digest}\n")
+    assert output.startswith(f"{store.path}\n  identity  {store.identity.digest}\n")
     assert f"model.safetensors sha256 {store.identity.weights['model.safetensors'][:16]}" in output
-    assert "  model         gpt2, float32\n" in output
+    assert f"  model     {tiny_model} (gpt2, float32)\n" in output
     assert (
-        f"  rows          {rows}, 0 of them with log-probs per token, {size / rows:.1f} bytes per row\n"
-        in output
+        f"  rows      {rows}, 0 of them with log-probs per token, {size / rows:.1f} bytes per row\n" in output
     )
-    assert output.endswith(f"  shards        1, {size} bytes, 0 duplicate rows\n")
+    assert output.endswith(f"  shards    1, {size} bytes, 0 duplicate rows\n")
     (store.path / ".part-1-x.parquet.writing").write_bytes(b"half")
     assert dpo("cache", "info", str(store.path)).endswith(", 1 unfinished files of killed processes\n")
 
@@ -96,7 +97,7 @@ def test_info_of_a_root_covers_every_cache_in_it(
 ) -> None:
     dpo("precompute-ref", "--config", config, "--model.dtype", "bfloat16")
     output = dpo("cache", "info", str(tmp_path / "reference"))
-    assert output.count("  identity      ") == 2
+    assert output.count("  identity  ") == 2
     assert ("gpt2, float32" in output, "gpt2, bfloat16" in output) == (True, True)
 
 
@@ -108,12 +109,12 @@ def test_info_with_a_configuration_prints_what_is_covered(
     preference_rows: Callable[..., Rows],
 ) -> None:
     rows = len(store.load())
-    assert f"  train         {rows} of {rows} sequences covered\n" in dpo("cache", "info", "--config", config)
+    assert f"  train     {rows} of {rows} sequences covered\n" in dpo("cache", "info", "--config", config)
     half, more = preference_rows(12)[4:8], preference_rows(12)[8:]
     held_out = write_jsonl([*half, *more], "held_out.jsonl")
     output = dpo("cache", "info", "--config", config, "--data.test", held_out)
     covered, all_of = (sum(len(row["completions"]) for row in part) for part in (half, [*half, *more]))
-    assert f"  test          {covered} of {all_of} sequences covered\n" in output
+    assert f"  test      {covered} of {all_of} sequences covered\n" in output
 
 
 @pytest.mark.parametrize("action", ["info", "verify", "prune"])

@@ -18,6 +18,7 @@ from dpo.commands.compare import (
     speeds,
     table,
 )
+from dpo.commands.paired import differences_of_measurement, paired_differences, samples_side_by_side
 from dpo.report.labels import LABELS
 
 REPORT = {"score/policy": 0.5, "score/policy/low": 0.4, "score/policy/high": 0.6, "win_rate": None}
@@ -119,3 +120,75 @@ def test_all_folders_that_are_not_runs_are_reported(
     assert "at least two" in capsys.readouterr().err
     assert run(["compare", "a", "b", "--outptu", "x"]) == 2
     assert "--outptu: no such option" in capsys.readouterr().err
+
+
+def reported(folder: Path, *, correct: list[int], scores: list[float], **versions: str) -> None:
+    """A report on pairs and prompts of their own; beside what `make_run` writes."""
+    place = folder / "report"
+    place.mkdir(exist_ok=True)
+    pairs = [
+        {"prompt": n // 2, "correct": value, "loss": 1.0 - value, "unit": 1.0, "margin": 0.0}
+        for n, value in enumerate(correct)
+    ]
+    samples = [
+        {"prompt": f"p{n}", "reference": "r", "policy": f"{folder.name} {n}", "policy_score": score}
+        for n, score in enumerate(scores)
+    ]
+    for name, rows in (("pairs", pairs), ("samples", samples)):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    known = {"held-out data": "content a", "reference cache": "cache/x, identity 1"} | versions
+    made = {"versions": known, "essentials": {"samples": "4 prompts"}}
+    (place / "provenance.json").write_text(json.dumps(made))
+
+
+def test_differences_are_by_pair_and_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [make_run(tmp_path / name, 0.1) for name in ("a", "b")]
+    reported(folders[0], correct=[0, 1, 0, 1], scores=[0.5, -0.5, 0.25])
+    reported(folders[1], correct=[1, 1, 0, 1], scores=[0.75, -0.25, 0.5])
+    runs = {run.label: run.reported for run in read_runs(folders)}
+    assert differences_of_measurement(runs) == []
+    rows = dict(paired_differences(runs))
+    assert rows["reward accuracy"] == ["", "+0.250 [+0.000, +0.500]"]
+    assert rows["held-out loss"] == ["", "-0.250 [-0.500, +0.000]"]
+    assert rows["mean score"] == ["", "+0.250 [+0.250, +0.250]"]  # every prompt gained as much
+    assert samples_side_by_side(runs) == [["p0", "a 0", "b 0"], ["p1", "a 1", "b 1"], ["p2", "a 2", "b 2"]]
+    output = tmp_path / "out"
+    assert run(["compare", *map(str, folders), "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "differences from a, by pair and prompt" in printed
+    assert max(map(len, printed.splitlines()[:-3])) <= 80
+    assert "| query | a | b |" in (output / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("versions", "said", "left_out"),
+    [
+        ({"held-out data": "content b"}, "held-out data differs", "reward accuracy"),
+        ({"reference cache": "cache/x, identity 2"}, "the reference model differs", None),
+    ],
+)
+def test_what_does_not_compare_is_said_first(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    versions: dict[str, str],
+    said: str,
+    left_out: str | None,
+) -> None:
+    folders = [make_run(tmp_path / name, 0.1) for name in ("a", "b")]
+    reported(folders[0], correct=[0, 1], scores=[0.5])
+    reported(folders[1], correct=[1, 1], scores=[0.5], **versions)
+    output = tmp_path / "out"
+    assert run(["compare", *map(str, folders), "--output", str(output)]) == 0
+    assert capsys.readouterr().out.startswith(said)
+    assert f"**{said}" in (output / "comparison.md").read_text()
+    rows = dict(paired_differences({run.label: run.reported for run in read_runs(folders)}))
+    assert left_out not in rows
+    assert "mean score" in rows
+
+
+def test_losses_of_different_kinds_are_not_subtracted(tmp_path: Path) -> None:
+    folders = [make_run(tmp_path / "a", 0.1), make_run(tmp_path / "b", 0.3)]
+    for folder in folders:
+        reported(folder, correct=[0, 1], scores=[])
+    rows = dict(paired_differences({run.label: run.reported for run in read_runs(folders)}))
+    assert [*rows] == ["reward accuracy"]

@@ -33,6 +33,8 @@ def test_the_folder_holds_the_report_the_summary_and_every_sample(tmp_path: Path
         "figures",
         "summary.json",
         "samples.jsonl",
+        "pairs.jsonl",
+        "provenance.json",
     }
     assert json.loads((tmp_path / "report/summary.json").read_text()) == report(rows).summary
     lines = [json.loads(line) for line in (tmp_path / "report/samples.jsonl").read_text().splitlines()]
