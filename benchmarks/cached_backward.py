@@ -1,6 +1,7 @@
 """Memory and time of a step on one large group, with a cached gradient and with a direct one.
 
-    python -m benchmarks.cached_backward                       the table of docs/losses.md
+    python -m benchmarks.cached_backward                the table of docs/losses.md: 18 GB of memory, minutes
+    python -m benchmarks.cached_backward --rounds 0     what `dpo plan` expects of the memory, in seconds
 
 A prompt of 128 tokens with 16 completions of 512, the shape of GPT-2 124M with random weights, float32. All
 ways take turns in one process on the same weights; their loss and gradient norm must agree.
@@ -30,8 +31,10 @@ from dpo.data.trees import sequence_batch
 from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.guards.guard import Guard
+from dpo.model.flops import forward_flops, work_of
 from dpo.model.load import load_model
 from dpo.planning.live_bytes import LiveBytes
+from dpo.planning.rehearsal import rehearse
 from dpo.tracking.run_folder import RunFolder
 from dpo.train import loop
 from dpo.train.preference_objective import PreferenceObjective
@@ -115,25 +118,53 @@ def measure(session: Session, backward: str, budget: int) -> Measured:
     return Measured(seconds, live.peak, values["loss"], values["grad_norm"])
 
 
-def table(found: dict[str, list[Measured]]) -> list[str]:
-    """A Markdown table: medians over the rounds, and their ratios to the direct way."""
+class Planned(NamedTuple):
+    """What `dpo plan` expects of a step."""
 
-    def of(way: str) -> tuple[float, float]:
-        return (
-            statistics.median(one.seconds for one in found[way]),
-            statistics.median(one.activation_bytes for one in found[way]),
-        )
+    activation_bytes: int
+    operations: float
 
-    direct_seconds, direct_bytes = of("direct")
-    lines = ["| gradient | activations | time |", "|---|---:|---:|"]
-    for way in found:
-        seconds, size = of(way)
-        lines.append(
-            f"| {way} | {size / 1e9:.2f} GB: {direct_bytes / size:.1f} times less | "
-            f"{seconds / direct_seconds:.2f} |"
-        )
-    lines[2] = f"| direct | {direct_bytes / 1e9:.2f} GB | 1 ({direct_seconds:.0f} s) |"
-    return lines
+
+def planned(config: GPT2Config, completions: int) -> Planned:
+    """Memory and operations of a step in pieces of so many completions; of all of them, the direct way."""
+    model = ModelConfig(name_or_path="gpt2", dtype="float32")
+    prompt, completion = np.zeros(PROMPT, dtype=np.int32), np.zeros(COMPLETION, dtype=np.int32)
+    firsts = range(0, COMPLETIONS, completions)
+    pieces = [[completion] * min(completions, COMPLETIONS - first) for first in firsts]
+    peak = rehearse(config, model, [(prompt, pieces[0])], dtype=torch.float32, gpu=False).peak
+    groups = [TokenizedGroup(prompt=prompt, completions=tuple(piece), pairs=()) for piece in pieces]
+    with torch.device("meta"):
+        work = work_of(GPT2LMHeadModel(config))
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(groups, Path(folder) / "pieces", Counter())
+        forward = forward_flops(map_dataset(Path(folder) / "pieces", "pieces"), work)
+    backward, scored = 2 * forward.sum(), forward[:-1].sum()
+    return Planned(peak, float(forward.sum() + backward + scored))
+
+
+def table(found: dict[str, list[Measured]], expected: dict[str, Planned]) -> list[str]:
+    """A Markdown table of activations and time as planned and measured; medians over the rounds.
+
+    Args:
+        found: Way -> its steps, which may be none.
+        expected: Way -> what is planned of it.
+    """
+    lines = ["| gradient | activations, planned | operations | activations, measured | time |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    for way, steps in found.items():
+        plan, base = expected[way], expected["direct"]
+        ratio = base.activation_bytes / plan.activation_bytes
+        size = f"{plan.activation_bytes / 1e9:.2f} GB: {ratio:.1f} times less"
+        measured = time_of = ""
+        if steps:
+            own, direct = statistics.median(s.activation_bytes for s in steps), found["direct"]
+            whole = statistics.median(s.activation_bytes for s in direct)
+            measured = f"{own / 1e9:.2f} GB: {whole / own:.1f} times less"
+            seconds = [statistics.median(s.seconds for s in of) for of in (steps, direct)]
+            time_of = f"{seconds[0] / seconds[1]:.2f}"
+        operations = f"{plan.operations / base.operations:.2f}"
+        lines.append(f"| {way} | {size} | {operations} | {measured} | {time_of} |")
+    return [line.replace(": 1.0 times less", "") for line in lines]
 
 
 def main() -> int:
@@ -141,17 +172,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.cached_backward", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("--rounds", type=int, default=1, help="steps of each way")
+    parser.add_argument("--rounds", type=int, default=1, help="steps of each way; 0: only plan the memory")
     parser.add_argument("--completions", type=int, nargs="+", default=PIECES, help="of a piece, one row each")
     parser.add_argument("--layers", type=int, default=12, help="blocks of the model")
     args = parser.parse_args()
-    ways = {"direct": ("direct", WHOLE)}
+    config = GPT2Config(n_layer=args.layers, bos_token_id=0, eos_token_id=0)
+    ways, expected = {"direct": ("direct", WHOLE)}, {"direct": planned(config, COMPLETIONS)}
     for number in args.completions:
         name = f"cached, {number} completion{'s' if number > 1 else ''} at once"
         ways[name] = ("cached", PROMPT + number * COMPLETION)
+        expected[name] = planned(config, number)
     found: dict[str, list[Measured]] = {name: [] for name in ways}
+    if not args.rounds:
+        print(*table(found, expected), sep="\n")
+        return 0
     with tempfile.TemporaryDirectory() as folder:
-        config = GPT2Config(n_layer=args.layers, bos_token_id=0, eos_token_id=0)
         session = session_of(Path(folder), config)
         with session.guard, session.opened():
             warm_up(session)
@@ -159,11 +194,11 @@ def main() -> int:
                 for name, (backward, budget) in ways.items():
                     found[name].append(measure(session, backward, budget))
                     print(f"{name}: {found[name][-1]}", file=sys.stderr, flush=True)
-    print(*table(found), sep="\n")
-    expected = found["direct"][0]
+    print(*table(found, expected), sep="\n")
+    direct = found["direct"][0]
     return int(
         any(
-            abs(one.loss / expected.loss - 1) > AGREE or abs(one.grad_norm / expected.grad_norm - 1) > AGREE
+            abs(one.loss / direct.loss - 1) > AGREE or abs(one.grad_norm / direct.grad_norm - 1) > AGREE
             for several in found.values()
             for one in several
         )
