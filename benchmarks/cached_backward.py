@@ -1,6 +1,6 @@
 """Memory and time of a step on one large group, with a cached gradient and with a direct one.
 
-    python -m benchmarks.cached_backward                the table of docs/losses.md: 18 GB of memory, minutes
+    python -m benchmarks.cached_backward                the table of docs/losses.md: 10 GB of memory, minutes
     python -m benchmarks.cached_backward --rounds 0     what `dpo plan` expects of the memory, in seconds
 
 A prompt of 128 tokens with 16 completions of 512, the shape of GPT-2 124M with random weights, float32. All
@@ -119,7 +119,7 @@ def measure(session: Session, backward: str, budget: int) -> Measured:
 
 
 class Planned(NamedTuple):
-    """What `dpo plan` expects of a step."""
+    """What `dpo plan` expects of a step on a GPU."""
 
     activation_bytes: int
     operations: float
@@ -131,7 +131,7 @@ def planned(config: GPT2Config, completions: int) -> Planned:
     prompt, completion = np.zeros(PROMPT, dtype=np.int32), np.zeros(COMPLETION, dtype=np.int32)
     firsts = range(0, COMPLETIONS, completions)
     pieces = [[completion] * min(completions, COMPLETIONS - first) for first in firsts]
-    peak = rehearse(config, model, [(prompt, pieces[0])], dtype=torch.float32, gpu=False).peak
+    peak = rehearse(config, model, [(prompt, pieces[0])], dtype=torch.float32, gpu=True).peak
     groups = [TokenizedGroup(prompt=prompt, completions=tuple(piece), pairs=()) for piece in pieces]
     with torch.device("meta"):
         work = work_of(GPT2LMHeadModel(config))
