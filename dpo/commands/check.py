@@ -17,7 +17,7 @@ from dpo.engine.launcher import check_launcher, deepspeed_settings
 from dpo.engine.optimizer import check_optimizer
 from dpo.errors import UserError
 from dpo.evaluate.samples import check_room
-from dpo.model.files import check_model_path, check_token_ids, max_positions, num_parameters
+from dpo.model.files import base_of, check_model_path, check_token_ids, max_positions, num_parameters
 from dpo.model.load import load_tokenizer
 from dpo.model.lora import check_policy
 from dpo.reference.vocabulary import check_vocabulary
@@ -100,7 +100,7 @@ def check_data(data: DataConfig, model: ModelConfig, *, exact: bool, loss: LossC
     tokenizer = positions = None
     if model.name_or_path:
         tokenizer, positions = load_tokenizer(model), max_positions(model)
-        if Path(model.name_or_path).is_dir():
+        if Path(base_of(model).name_or_path).is_dir():
             num_parameters(model)  # reads the headers of the weights
     if exact:
         assert tokenizer is not None

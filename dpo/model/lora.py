@@ -96,6 +96,8 @@ def check_policy(model: ModelConfig, *, local: bool = False) -> None:
     if not model.name_or_path or (local and not Path(model.name_or_path).is_dir()):
         return
     _check_start(model)
+    if local and not Path(base_of(model).name_or_path).is_dir():
+        return
     check_class(model)
     if local and model.lora is not None:
         num_adapter_parameters(model)  # raises if the model lacks the layers

@@ -21,6 +21,7 @@ from dpo.data.trees import sequence_batch
 from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.errors import UserError
+from dpo.model import files
 from dpo.model.load import load_model, load_tokenizer
 from dpo.model.lora import check_policy, load_policy, num_adapter_parameters
 from dpo.model.lora_export import export_trained
@@ -302,6 +303,17 @@ def test_a_start_needs_an_adapter_in_a_folder_of_its_own(
     (both / "config.json").write_bytes((bases["dense"] / "config.json").read_bytes())
     with pytest.raises(UserError, match="holds a model and an adapter"):
         check_policy(continuing(both), local=True)
+
+
+def test_the_check_asks_the_hub_for_nothing_of_an_adapters_base(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    far = edited(adapter, tmp_path / "far", base_model_name_or_path="org/base")
+    monkeypatch.setattr(files, "ask_hub", lambda name: None if Path(name).is_dir() else refuse(name))
+    check_policy(continuing(far), local=True)
 
 
 def test_weights_that_do_not_fit_the_base_are_refused(

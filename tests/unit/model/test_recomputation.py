@@ -83,3 +83,13 @@ def test_passes_without_gradients_keep_nothing() -> None:
         first, second = model(IDS).logits, model(IDS).logits
     assert torch.equal(first, second)
     assert sum("scaled_dot_product" in name for name in counted.found.elements()) == 4
+
+
+def test_what_attention_changes_in_place_after_keeping_it_is_refused() -> None:
+    model = model_of("llama")
+    recompute(model, "selective")
+    model.train()
+    for block in model.model.layers:
+        block.self_attn.q_proj.register_forward_hook(lambda module, args, output: output.mul_(2.0))
+    with pytest.raises(RuntimeError, match=r"selective; .* in place .* \(aten::mul_.Tensor\): set full"):
+        model(IDS).logits.sum().backward()
