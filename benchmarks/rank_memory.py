@@ -39,8 +39,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", required=True, nargs="+", help="model folders, one after the other")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--trees", type=int, default=1, help="trees per micro-batch")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--gradient_checkpointing", choices=["full", "selective"], default=False)
     parser.add_argument("--lora_rank", type=int, help="train only an adapter of this rank")
+    parser.add_argument("--quantization", choices=["nf4"], help="of the frozen base of an adapter")
     parser.add_argument("--output", type=Path, required=True, help="file for the numbers of rank 0")
     args = parser.parse_args(arguments)
     measured = {}
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
             name_or_path=name,
             dtype=args.dtype,
             gradient_checkpointing=args.gradient_checkpointing,
+            quantization=args.quantization,
             lora=LoraConfig(rank=args.lora_rank) if args.lora_rank else None,
         )
         measured[name] = measure(config, some_trees(args.trees))
@@ -114,7 +116,8 @@ def predict_traffic(config: ModelConfig, sharding: Name, world_size: int) -> Tra
 
 def _shape(config: ModelConfig) -> Shape:
     with torch.device("meta"):
-        return shape_of(empty_policy(load_config(config), config, dtype=DTYPES[config.dtype]))
+        bare = empty_policy(load_config(config), config, dtype=DTYPES[config.dtype])
+    return shape_of(bare, quantized=config.quantization is not None)
 
 
 if __name__ == "__main__":

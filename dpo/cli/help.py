@@ -1,5 +1,6 @@
 """What `dpo COMMAND --help` prints: every key with its type, default and meaning, to the terminal's width."""
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -96,3 +97,43 @@ def _default(field: Any) -> str:
         str(value).lower() if isinstance(value, bool) else list(value) if isinstance(value, tuple) else value
     )
     return f"; default: {shown}" if value != "" else ""
+
+
+def fitted(usage: str, width: int | None = None) -> str:
+    """A usage text, written in lines of any length, to the terminal's width.
+
+    Prose is filled; a label with its text, parted by two spaces, keeps its column; brackets are not broken.
+
+    Args:
+        usage: As the commands with options of their own have it.
+        width: Default: the terminal's, at most 100.
+    """
+    width = width or min(shutil.get_terminal_size((80, 24)).columns, 100)
+    entries: list[tuple[str, int]] = []  # text, and the column of its further lines
+    for line in usage.splitlines():
+        text, labelled = line.strip(), re.match(r"(\S+(?: \S+)*?)  +(?=\S)", line)
+        begins = (
+            not entries or not text or not entries[-1][0] or labelled or text.startswith(("usage: ", "dpo "))
+        )
+        if begins:
+            column = labelled.end() if labelled else 11 if text.startswith(("usage: ", "dpo ")) else 0
+            entries.append((line.rstrip(), column))
+        else:
+            entries[-1] = (f"{entries[-1][0]} {text}", entries[-1][1])
+    return "".join(f"{line}\n" for text, column in entries for line in _filled(text, column, width))
+
+
+def _filled(text: str, column: int, width: int) -> list[str]:
+    whole = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", "\0"), text)
+    gap = re.match(r"\S+(?: \S+)*?  +(?=\S)", whole) if column else None
+    head, body = (gap[0], whole[gap.end() :]) if gap and gap.end() == column else ("", whole)
+    head = head or re.match(" *", body)[0]  # type: ignore[index]  # matches always
+    lines = textwrap.wrap(
+        body.strip(),
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * column,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace("\0", " ") for line in lines or [""]]

@@ -65,11 +65,19 @@ def _range_of(hint: Any) -> Within | None:
 
 
 def _lora_problems(model: ModelConfig) -> Iterator[str]:
+    if model.quantization is not None and model.lora is None:
+        yield f"model.quantization: {model.quantization}; such weights are not trained: set model.lora.rank"
     if (lora := model.lora) is None:
         return
     if not lora.target_modules or not all(lora.target_modules):
         yield f"model.lora.target_modules: {lora.target_modules}; expected all-linear, or names of layers"
-    if model.revision is not None and lora.export == "adapter":  # peft loads a base's main branch
+    if lora.start == "merge" and model.quantization is not None:
+        yield "model.lora.start: merge; weights in 4 bits cannot hold the sum: continue, or merge it before"
+    if lora.start == "merge" and lora.export == "adapter":
+        yield "model.lora.export: adapter; a merged start is in no folder that it could name: set merged"
+    elif (
+        model.revision is not None and lora.export == "adapter" and lora.start == "new"
+    ):  # peft loads a base's main branch
         yield f"model.lora.export: adapter; it cannot name revision {model.revision} of its base: set merged"
     if isinstance(model, SftModelConfig) and model.scratch is not None:
         yield "model.lora: an adapter needs a base, and model.scratch has random weights: leave one out"
@@ -155,6 +163,9 @@ def _preference_problems(config: Config) -> Iterator[str]:
     yield from _budget_problems(
         "reference.max_tokens_per_batch", config.reference.max_tokens_per_batch, config.data.max_length
     )
+    for key, sharding in (("reference", config.reference.sharding), ("evaluate", config.evaluate.sharding)):
+        if sharding == "zero3" and config.model.quantization is not None:
+            yield f"{key}.sharding: zero3; weights in 4 bits cannot be sharded: set auto or replicas"
     scorer = config.evaluate.scorer
     if scorer not in (None, "vader") and not any(
         scorer.startswith(f"{kind}:") and scorer[len(kind) + 1 :] for kind in SCORER_KINDS

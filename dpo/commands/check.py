@@ -21,6 +21,7 @@ from dpo.model.files import check_model_path, check_token_ids, max_positions, nu
 from dpo.model.load import load_tokenizer
 from dpo.model.lora import check_policy
 from dpo.reference.vocabulary import check_vocabulary
+from dpo.tracking.hub import check_repository
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.run_lock import refuse_if_in_use
 from dpo.tracking.trackers import check_trackers
@@ -47,7 +48,8 @@ def check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
 def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     folder = RunFolder(Path(config.run_dir))
     launcher = os.environ.get("ACCELERATE_CONFIG")
-    check_launcher(os.environ, file=Path(launcher) if launcher else None)
+    trained = config.model if command in ("train", "sft") else None
+    check_launcher(os.environ, file=Path(launcher) if launcher else None, trained=trained)
     if config.model.name_or_path:
         check_model_path(config.model.name_or_path, "model.name_or_path")
     if (said := unusual_rate(config.train)) and not _stage_follows():
@@ -57,6 +59,8 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         deepspeed = deepspeed_settings(os.environ, file=Path(launcher) if launcher else None)
         check_optimizer(config.train, config.model, deepspeed)
         check_trackers(config.train.trackers)
+        if config.train.push_to_hub is not None:
+            check_repository(config.train.push_to_hub)
         refuse_if_in_use(folder, patient=False)
         check_start(folder, settings_of(config), config.train)
     if isinstance(config, SftConfig):
@@ -139,8 +143,10 @@ def finished_model(config: Config) -> ModelConfig:
                 + (", ".join(kept) or "none")
             )
         raise UserError(f"run_dir: no trained model in {folder}; run train first")
+    is_adapter = (folder / "adapter_config.json").is_file()
     return ModelConfig(
         name_or_path=str(folder),
+        quantization=config.model.quantization if is_adapter else None,
         dtype=config.model.dtype,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,

@@ -61,6 +61,7 @@ from dpo.report.provenance import learned_preferences, provenance_of
 from dpo.report.terminal_table import terminal_table
 from dpo.report.write import write_report
 from dpo.tracking.history import read_history
+from dpo.tracking.hub import push
 from dpo.tracking.run_folder import RunFolder
 
 AGAIN = "during evaluate: nothing was changed; run the same command again"
@@ -115,6 +116,8 @@ def _evaluate(config: Config) -> dict[str, float]:
             ran=what,
         )
         write_file(Path(policy.name_or_path) / "README.md", card)
+        if config.train.push_to_hub is not None and config.evaluate.snapshot is None:
+            push(Path(policy.name_or_path), config.train.push_to_hub, only="README.md")
     return summary
 
 

@@ -31,6 +31,7 @@ from dpo.train.resume import Settings
 def quieten_libraries() -> None:
     """Silences what other libraries say that a user cannot act on."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names kernels that we do not use
     if terminal.mode() != "plain" or not sys.stderr.isatty():
         disable_progress_bar()  # of loading and writing weights
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

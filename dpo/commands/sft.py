@@ -24,6 +24,7 @@ from dpo.model.files import check_token_ids, max_positions, num_parameters
 from dpo.model.from_scratch import scratch_model, scratch_positions, scratch_tokenizer
 from dpo.model.load import load_tokenizer
 from dpo.model.lora import check_policy, load_policy
+from dpo.model.quantized import num_elements
 from dpo.report.model_card import sft_card
 from dpo.tracking.metrics import Evaluation
 from dpo.tracking.run_folder import RunFolder
@@ -74,7 +75,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
         model = scratch_model(
             scratch, tokenizer, seed=config.train.seed, dtype=dtype, attention=config.model.attention
         )
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        parameters = num_elements(model.parameters())
     else:
         parameters = num_parameters(config.model)
     check_space(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from dpo import terminal
+from dpo import distributed, terminal
 from dpo.commands.amount import hardly_any, steps_of
 from dpo.commands.inputs import quieten_libraries
 from dpo.config import Config, SftConfig, SftTrainConfig, TrainConfig
@@ -16,6 +16,7 @@ from dpo.engine.engine import Engine
 from dpo.guards.guard import Guard
 from dpo.model.probe_trees import probe_trees
 from dpo.report import labels
+from dpo.tracking.hub import check_repository, push
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.trackers import check_trackers
 from dpo.train.loop import train as run_loop
@@ -36,12 +37,17 @@ def run_training(
     """
     quieten_libraries()
     check_trackers(config.train.trackers)
+    repository = config.train.push_to_hub
+    if repository is not None:
+        distributed.on_main(lambda: check_repository(repository))
     folder = RunFolder(Path(config.run_dir))
     with Guard(folder, command, config.train.stuck_after_seconds) as guard:
         session = build(config, guard)
         with session.opened():
             run_loop(session)
         session.export(folder.model())
+    if repository is not None:
+        distributed.on_main(lambda: push(folder.model(), repository))
     return session
 
 

@@ -31,12 +31,24 @@ Optimizers = Literal[
 class LoraConfig:
     """A low-rank adapter (arXiv 2106.09685) that is trained instead of the model's weights; needs peft."""
 
+    start: Literal["new", "continue", "merge"] = "new"
+    """Of a name_or_path that is an adapter: train it on, or merge it into its base and train a new one."""
     rank: Count = 16
     """Rank of the product that is added to each adapted matrix."""
     alpha: Positive = 32.0
     """That product is scaled by alpha / rank."""
+    rank_stabilized: bool = False
+    """Scale it by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the length of each row of a matrix apart from its direction (DoRA, arXiv 2402.09353)."""
+    learning_rate_ratio: Positive = 1.0
+    """Learning rate of the product's half that starts at zero over that of the other (LoRA+, 2402.12354)."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """all-linear: every linear layer but the output layer and experts; or a list of names or endings."""
+    target_parameters: list[str] = field(default_factory=list)
+    """Names or endings of stacked weights of experts to adapt too, such as mlp.experts.down_proj."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Names or endings of modules that are trained whole and kept with the adapter, such as norm."""
     export: Literal["merged", "adapter"] = "merged"
     """What RUN_DIR/model holds: the whole model with the adapter in its weights, or the adapter alone."""
 
@@ -55,10 +67,12 @@ class ModelConfig:
     """sdpa (PyTorch's), flex (FlexAttention), eager (the model's code); auto: flex on GPUs, sdpa on CPUs."""
     share_prompts: bool = True
     """Compute each prompt once for all of its completions; false: one row a completion."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
+    gradient_checkpointing: bool | Literal["full", "selective"] = False
+    """Recompute activations: full (or true), a third more time; selective, all but those of attention."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
+    quantization: Literal["nf4"] | None = None
+    """Keep an adapter's frozen base in 4 bits (QLoRA), reference too; needs bitsandbytes. Default: no."""
     lora: LoraConfig | None = None
     """Train an adapter and leave the weights as they are. Default: all weights are trained."""
 
@@ -141,6 +155,8 @@ class OptimizationConfig:
     """End the run, writing the stacks of all ranks, after this long without progress."""
     peak_tflops: Positive | None = None
     """Of one device in the compute type, for perf/mfu. Default: known for common GPUs in bfloat16."""
+    push_to_hub: str | None = None
+    """Upload the finished model to this hub repository, such as user/name, private if it is new."""
     trackers: list[str] = field(default_factory=list)
     """Accelerate's trackers to use besides TensorBoard, such as wandb or mlflow, installed and logged in."""
 

@@ -165,12 +165,22 @@ def _lora(theirs: Given, given: Given) -> Lines:
         ours = {"rank": given.get("lora_r", RANK), "alpha": float(given.get("lora_alpha", 2 * RANK))}
         targets, said = given.get("lora_target_modules"), "peft chooses by architecture: here all-linear"
         ours |= {"target_modules": targets} if targets else {}
-        shown = {key: given[key] for key in ("use_peft", *_LORA[1:4]) if key in given}
+        ours |= {option: given[key] for key, option in _LORA_KINDS.items() if given.get(key)}
+        shown = {key: given[key] for key in (*_LORA, *_LORA_KINDS) if key in given}
         yield mapped(
             shown, {f"model.lora.{key}": value for key, value in ours.items()}, "" if targets else said
         )
         for key in theirs.keys() - shown.keys():
             yield _plain(key, given[key])
+
+
+def _in_4_bits(theirs: Given, given: Given) -> Lines:
+    if theirs and not given.get("load_in_4bit"):
+        yield not_needed(theirs, "load_in_4bit is off")
+    elif theirs and given.get("bnb_4bit_quant_type", "nf4") == "nf4":
+        yield mapped(theirs, {"model.quantization": "nf4"}, "the scales are quantized too")
+    elif theirs:
+        yield not_mapped(theirs, "expected nf4")
 
 
 def _evaluation(theirs: Given, given: Given) -> Lines:
@@ -274,11 +284,18 @@ def _weighting(theirs: Given, given: Given) -> Lines:
         yield not_needed(theirs, "off")
 
 
-_LORA = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout", "lora_modules_to_save")
+_LORA = ("use_peft", "lora_r", "lora_alpha", "lora_target_modules")
+_LORA_KINDS = {
+    "use_rslora": "rank_stabilized",
+    "use_dora": "dora",
+    "lora_target_parameters": "target_parameters",
+    "lora_modules_to_save": "modules_to_save",
+}
 _RULES: dict[tuple[str, ...], Callable[[Given, Given], Lines]] = {
     ("torch_dtype", "dtype", "bf16", "fp16"): _dtype,
     ("attn_implementation", "use_flash_attention_2"): _attention,
-    (*_LORA, "lora_target_parameters", "lora_task_type", "use_rslora", "use_dora"): _lora,
+    (*_LORA, *_LORA_KINDS, "lora_dropout", "lora_task_type"): _lora,
+    ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"): _in_4_bits,
     data.KEYS: data.data_lines,
     ("loss_type", "loss_weights", "rpo_alpha", "label_smoothing"): _loss,
     ("ld_alpha",): _ld_alpha,

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from dpo.errors import UserError
+from dpo.model.quantized import num_elements
 
 OWNED = {
     "train_batch_size": "train.pairs_per_step",
@@ -185,7 +186,7 @@ def blocks_of(model: nn.Module, *, trained: bool = False) -> list[int]:
     """
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return [
-        sum(getattr(p, "ds_numel", p.numel()) for p in block.parameters() if p.requires_grad or not trained)
+        num_elements(p for p in block.parameters() if p.requires_grad or not trained)
         for block in next(map(list, lists), [])
     ]
 

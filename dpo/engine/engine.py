@@ -21,9 +21,9 @@ from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, TreeBatch
 from dpo.engine.deepspeed_config import fit_buckets, set_ours, without_waiting
-from dpo.engine.optimizer import check_optimizer, load_state, make_optimizer
+from dpo.engine.optimizer import check_optimizer, load_state, make_optimizer, set_learning_rate
 from dpo.engine.scoring import gathered, make_scorer, not_of_text, register_head, settle_layout
-from dpo.engine.sharded_state import load_sharded, save_sharded
+from dpo.engine.sharded_state import is_part, load_sharded, save_sharded
 from dpo.engine.snapshot import snapshot
 from dpo.engine.world import kind_here, unsharded
 from dpo.errors import UserError
@@ -31,6 +31,8 @@ from dpo.model.authors import kept_in_float32
 from dpo.model.load import DTYPES
 from dpo.model.probe import Probed
 from dpo.model.probe_trees import ProbeTrees
+from dpo.model.quantized import num_elements
+from dpo.model.recomputation import recompute
 from dpo.model.scorer import SequenceScorer
 
 
@@ -67,17 +69,15 @@ class Engine:
         self._dtype = DTYPES[config.dtype]
         self._has_adapter = config.lora is not None  # authors freeze weights, too
         self._max_grad_norm = options.max_grad_norm
-        if config.gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        recompute(model, config.gradient_checkpointing)
         _learning(model)
         scorer = make_scorer(model, config)
-        self.num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        self.num_frozen = sum(
-            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad
-        )
+        self.num_parameters = num_elements(model.parameters())
+        self.num_frozen = num_elements(p for p in model.parameters() if not p.requires_grad)
         named = scorer.named_parameters(remove_duplicate=False)  # tied weights have two names
         self._frozen = {name for name, parameter in named if not parameter.requires_grad}
-        optimizer = make_optimizer(scorer, options)
+        ratio = config.lora.learning_rate_ratio if config.lora is not None else 1.0
+        optimizer = make_optimizer(scorer, options, zero_half_ratio=ratio)
         if settings is not None:
             fit_buckets(settings, model)
             set_ours(settings, max_grad_norm=options.max_grad_norm, universal=universal)
@@ -175,8 +175,7 @@ class Engine:
         Returns:
             The global gradient norm before clipping. If it is not finite, nothing is changed.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._optimizer, learning_rate)
         if self._zero and self._stage > 0:
             self._scorer.step()  # skips the update itself, and reports an infinite norm or -1
             reported = float(self._scorer.get_global_grad_norm())
@@ -288,7 +287,7 @@ class Engine:
         load_state(self._optimizer, state["optimizer"])
 
     def _without_frozen(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: weight for name, weight in weights.items() if name not in self._frozen}
+        return {name: weight for name, weight in weights.items() if not is_part(name, self._frozen)}
 
     def _load_trained(self, src: dict[str, Tensor], dst: nn.Module) -> None:  # DeepSpeed's names
         """Loads weights into a module that has its frozen ones; RuntimeError if any other is missing."""

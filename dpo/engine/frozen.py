@@ -59,10 +59,11 @@ def is_sharded(choice: Literal["auto", "replicas", "zero3"], model: ModelConfig)
     """Whether to shard the model over the ranks; rank 0 decides for all.
 
     Args:
-        choice: The option; auto: if the weights need more than half of a device's memory.
+        choice: The option; auto: if the weights need more than half of a device's memory. Weights in 4 bits
+            are never sharded.
         model: Which model.
     """
-    if distributed.world_size() == 1:
+    if distributed.world_size() == 1 or model.quantization is not None:
         return False
     if choice == "auto":
         return not distributed.on_main(lambda: fits_one_device(model))

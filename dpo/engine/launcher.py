@@ -39,12 +39,15 @@ TYPES = {"DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"} | {
 INSTEAD = "launch/README.md says which file to take"
 
 
-def check_launcher(environment: Mapping[str, str], *, file: Path | None = None) -> None:
+def check_launcher(
+    environment: Mapping[str, str], *, file: Path | None = None, trained: ModelConfig | None = None
+) -> None:
     """Refuses a launcher under which the run would be another one than its configuration describes.
 
     Args:
         environment: Of a rank, or of the shell that will start the launcher.
         file: Accelerate's file, for a shell: what it says stands above the environment.
+        trained: The model that will be trained, if one will be.
 
     Raises:
         UserError: Everything that is wrong, and where it was said.
@@ -56,9 +59,15 @@ def check_launcher(environment: Mapping[str, str], *, file: Path | None = None) 
     if found:
         raise UserError("".join(f"\n  {place}: {problem}" for problem in found).strip())
     if _uses(environment, "ACCELERATE_USE_DEEPSPEED"):
+        stage: Any = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
         settings = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         if settings != "none":
-            read_settings(Path(settings))
+            stage = read_settings(Path(settings))["zero_optimization"].get("stage", 0)
+        if str(stage) == "3" and trained is not None and trained.quantization is not None:
+            raise UserError(
+                f"model.quantization: {trained.quantization}; ZeRO-3 cannot shard weights in 4 bits: take a "
+                "launch file of ZeRO-2, launch/one_node.yaml, or leave model.quantization out"
+            )
 
 
 def deepspeed_settings(environment: Mapping[str, str], *, file: Path | None = None) -> dict[str, Any] | None:

@@ -17,6 +17,10 @@ from dpo.engine.muon import MuonWithAdamW
 from dpo.errors import UserError
 
 RMSPROP_SMOOTHING = 0.99
+ZERO_HALF = ".lora_B."
+"""In peft's names of the half of an adapter that starts at zero."""
+RATIO = "learning_rate_ratio"
+"""Key of a parameter group that has another learning rate than the run: by this factor."""
 LION_BETAS = (0.9, 0.99)
 """The paper's default."""
 FLOAT32 = 4
@@ -154,19 +158,37 @@ OPTIMIZERS = {
 """Name -> kind, for every value of `train.optimizer`."""
 
 
-def make_optimizer(module: nn.Module, options: OptimizationConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over the parameters that need a gradient; weight decay on matrices only."""
+def make_optimizer(
+    module: nn.Module, options: OptimizationConfig, *, zero_half_ratio: float = 1.0
+) -> torch.optim.Optimizer:
+    """The configured optimizer over the parameters that need a gradient; weight decay on matrices only.
+
+    Args:
+        module: What is trained.
+        options: The optimizer.
+        zero_half_ratio: Learning rate of the halves of adapters that start at zero, over that of the rest.
+    """
     in_blocks = _matrices_of_blocks(module) if options.optimizer == "muon" else set()
+    decay = options.weight_decay
     groups: Groups = [
-        {"params": [], "weight_decay": options.weight_decay, "in_blocks": True},
-        {"params": [], "weight_decay": options.weight_decay, "in_blocks": False},
+        {"params": [], "weight_decay": decay, "in_blocks": True},
+        {"params": [], "weight_decay": decay, "in_blocks": False},
         {"params": [], "weight_decay": 0.0, "in_blocks": False},
+        {"params": [], "weight_decay": decay, "in_blocks": True, RATIO: zero_half_ratio},
+        {"params": [], "weight_decay": decay, "in_blocks": False, RATIO: zero_half_ratio},
     ]
-    for parameter in module.parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             kind = 0 if parameter in in_blocks else 1 if len(_shape(parameter)) >= 2 else 2
+            kind += 3 if zero_half_ratio != 1 and ZERO_HALF in name else 0  # always a matrix
             groups[kind]["params"].append(parameter)
     return OPTIMIZERS[options.optimizer].make([group for group in groups if group["params"]], options)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of every parameter group for the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(RATIO, 1.0)
 
 
 def state_bytes(module: nn.Module, optimizer: str) -> int:

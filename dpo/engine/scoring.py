@@ -21,6 +21,7 @@ from dpo.errors import UserError
 from dpo.model.first_blocks import enough_blocks, in_float32
 from dpo.model.probe import Comparison, Probed, Score, probe
 from dpo.model.probe_trees import ProbeTrees
+from dpo.model.quantized import num_elements
 from dpo.model.scorer import SequenceScorer
 
 CPU_TOKENS, GPU_TOKENS = 1024, 16384
@@ -118,7 +119,7 @@ def _copy_fits(scorer: SequenceScorer) -> bool:
 
 
 def _num_parameters(scorer: SequenceScorer) -> int:
-    return sum(getattr(p, "ds_numel", p.numel()) for p in scorer.model.parameters())
+    return num_elements(scorer.model.parameters())
 
 
 def _copied(scorer: SequenceScorer, trees: ProbeTrees, *, first: bool = False) -> Score | None:

@@ -31,7 +31,8 @@ def save_sharded(engine: Any, folder: Path, frozen: set[str], *, copied: bool) -
 
     def save(state_dict: dict[str, Any], path: str) -> None:  # DeepSpeed passes these by name
         if "module" in state_dict:  # DeepSpeed leaves one of two tied weights in it
-            kept = {name: weight for name, weight in state_dict["module"].items() if name not in frozen}
+            weights = state_dict["module"].items()
+            kept = {name: weight for name, weight in weights if not is_part(name, frozen)}
             state_dict = {**state_dict, "module": kept}
         states.append((Path(path), snapshot(state_dict) if copied else state_dict))
 
@@ -44,6 +45,12 @@ def save_sharded(engine: Any, folder: Path, frozen: set[str], *, copied: bool) -
     finally:
         del writer.save
     return states
+
+
+def is_part(name: str, weights: set[str]) -> bool:
+    """Whether an entry of a state dict is one of these weights, or a scale of one that is in 4 bits."""
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in weights for length in range(len(parts), 0, -1))
 
 
 def load_sharded(

@@ -30,7 +30,7 @@ def start(model: ModelConfig) -> Accelerator:
     Raises:
         UserError: The launcher would train something else than the configuration describes.
     """
-    check_launcher(os.environ)
+    check_launcher(os.environ, trained=model)
     distributed.start()
     terminal.warning(*overridden(os.environ, model))
     backend = None if torch.cuda.is_available() else "gloo"

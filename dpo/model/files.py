@@ -24,7 +24,7 @@ from dpo.errors import UserError
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 POSITION_KEYS = (
     "n_positions",
     "max_position_embeddings",
@@ -217,11 +217,26 @@ def base_of(model: ModelConfig) -> ModelConfig:
         return model
     try:
         base = json.loads(found.read_text())["base_model_name_or_path"]
+        if not isinstance(base, str):
+            raise TypeError(base)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{found}: names no base model ({error!r}); expected base_model_name_or_path"
         ) from error
     return replace(model, name_or_path=base, revision=None)
+
+
+def tokenizer_home(model: ModelConfig) -> ModelConfig:
+    """The model, or the base of an adapter that was saved without a tokenizer."""
+    if adapter_config(model) is None:
+        return model
+    found = cached_file(
+        model.name_or_path,
+        "tokenizer_config.json",
+        revision=model.revision,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return base_of(model) if found is None else model
 
 
 def code_files(model: ModelConfig) -> list[Path]:

@@ -1,7 +1,8 @@
 """A model, or its first blocks, in float32 beside the model: for the probe.
 
 In bfloat16 the rounding of a deep model is as large as the error of a mask that hides a token. In float32 it
-is a thousand times smaller. The copy has the model's own code, weights, buffers and mode.
+is a thousand times smaller. The copy has the model's own code, weights, buffers and mode. It lacks an
+adapter, on which masks and positions do not depend.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,15 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedConfig
 
+from dpo.model.adapter import ADAPTED
 from dpo.model.attention import restore_attention
 from dpo.model.load import ready
+from dpo.model.quantized import plain
 from dpo.model.scorer import SequenceScorer
 
 LEAST_BLOCKS = 2
 """An error in one block's attention reaches the log-probs through the next, too."""
-ADAPTED = ".base_layer."
-"""In the names of weights that have an adapter, which the copy leaves out: it starts at zero."""
-
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 
 
@@ -48,11 +48,11 @@ def in_float32(
         copy = ready(type(model)(deepcopy(model.config)))
     if num_blocks is not None:
         _cut(copy, num_blocks)
-    sources = {name.replace(ADAPTED, "."): weight for name, weight in _weights(model)}
+    sources = {ADAPTED.sub(".", name): weight for name, weight in _weights(model)}
     named = [(name, sources[name]) for name, _ in _weights(copy)]
     tensors = {f"model.{name}": _widened(buffer) for name, buffer in model.named_buffers()}
     with gathered([weight for _, weight in named]), torch.no_grad():
-        widened = {weight: weight.detach().float() for _, weight in named}  # tied weights once
+        widened = {weight: plain(weight).detach().float() for _, weight in named}  # tied weights once
     tensors |= {f"model.{name}": widened[weight] for name, weight in named}
     short = SequenceScorer(copy, flex="flex" in scorer.layouts)
     learning = {name for name, module in model.named_modules() if module.training}

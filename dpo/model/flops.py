@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo.data.dataset import TokenizedDataset
+from dpo.model.quantized import whole_shape
 
 Float64s = npt.NDArray[np.float64]
 
@@ -80,11 +81,11 @@ def work_of(model: PreTrainedModel) -> Work:
         raise ValueError(f"{type(model).__name__}: expected blocks in a ModuleList, and an output layer")
     token = 0.0
     for name, parameter in blocks.named_parameters():
-        shape = _shape(parameter)
+        shape = whole_shape(parameter)
         if len(shape) > 1:
             token += math.prod(shape) * _share_of_tokens(name, shape, config)
     seen = sum(_attention(block, config, number) for number, block in enumerate(blocks))
-    return Work(token=round(token), seen=seen, prediction=math.prod(_shape(head.weight)))
+    return Work(token=round(token), seen=seen, prediction=math.prod(whole_shape(head.weight)))
 
 
 def _share_of_tokens(name: str, shape: torch.Size, config: PreTrainedConfig) -> float:
@@ -113,12 +114,6 @@ def _first(config: PreTrainedConfig, keys: Sequence[str]) -> int | None:
     """The first of these keys that a config has as a number."""
     values = (getattr(config, key, None) for key in keys)
     return next((value for value in values if isinstance(value, int) and value), None)
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    """Shape of the whole parameter, also where this rank has only a part of it."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
 
 
 def forward_flops(data: TokenizedDataset, work: Work) -> Float64s:

@@ -6,7 +6,6 @@ replaced by random numbers.
 """
 
 import ctypes
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,8 +27,18 @@ from transformers.utils import logging as transformers_logging
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
+from dpo.model.adapter import attach, stored_options
 from dpo.model.authors import remember, remove_noise
-from dpo.model.files import adapter_config, ask_hub, base_of, check_model_path, first_line, lacks, raw_config
+from dpo.model.files import (
+    ask_hub,
+    base_of,
+    check_model_path,
+    first_line,
+    lacks,
+    raw_config,
+    tokenizer_home,
+)
+from dpo.model.quantized import compute_plainly, loading_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
@@ -45,10 +54,13 @@ _M_MMAP_THRESHOLD = -3  # of mallopt, from malloc.h
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with EOS as padding where it has none; padding is always masked.
 
+    That of an adapter without one is its base's.
+
     Raises:
         UserError: There is no tokenizer, or it has no EOS token.
     """
     ask_hub(model.name_or_path)
+    model = tokenizer_home(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -81,6 +93,11 @@ def check_class(model: ModelConfig) -> None:
             "language model; expected a decoder such as llama, qwen3 or gpt2"
         )
     if quantized := raw.get("quantization_config"):
+        if model.quantization is not None:
+            raise UserError(
+                f"model.quantization: {model.quantization}; {model.name_or_path} has quantized weights "
+                "already: leave it out"
+            )
         try:
             AutoHfQuantizer.from_config(quantized, pre_quantized=True).validate_environment()
         except ImportError as error:
@@ -134,11 +151,12 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
         UserError: The folder or hub repository is missing, has no safetensors, or lacks weights of the model.
     """
     check_model_path(model.name_or_path, "model.name_or_path")
-    if adapter_config(model) is not None and find_spec("peft") is None:
-        raise UserError(
-            f"model.name_or_path: {model.name_or_path} is a PEFT adapter; pip install peft to load it, or "
-            "merge it into its base and give the merged model"
-        )
+    base = base_of(model)
+    if base != model:
+        stored_options(model)  # refused before anything is loaded
+        loaded = load_model(base, dtype=dtype)
+        attach(loaded, model, dtype=dtype or DTYPES[model.dtype])
+        return loaded
     transformers_logging.disable_progress_bar()  # a load takes seconds, and every rank would have a bar
     if is_deepspeed_zero3_enabled():  # from_pretrained then gathers and shards weight by weight
         return_large_blocks()
@@ -154,6 +172,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             use_safetensors=True,
             output_loading_info=True,
             **options,
+            **loading_options(model, dtype or DTYPES[model.dtype]),
         )
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         raise UserError(
@@ -166,6 +185,7 @@ def load_model(model: ModelConfig, *, dtype: torch.dtype | None = None) -> PreTr
             f"{type(loaded).__name__}, such as {missing[0]}; expected a complete causal language model"
         )
     remember(loaded, settings)
+    compute_plainly(loaded)
     return ready(loaded)
 
 

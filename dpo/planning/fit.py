@@ -12,6 +12,7 @@ from dpo.config import ModelConfig, TrainConfig
 from dpo.engine.optimizer import OPTIMIZERS
 from dpo.engine.scoring import GPU_TOKENS
 from dpo.model.load import DTYPES
+from dpo.model.recomputation import Recomputed
 from dpo.planning.data_sample import SampledData
 from dpo.planning.memory import (
     SHARDINGS,
@@ -93,7 +94,7 @@ class Advice:
     sharding: Name | None
     """None if nothing fits."""
     max_tokens_per_micro_batch: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: Recomputed
     launcher: str
     reason: str
 
@@ -130,25 +131,26 @@ class Fit:
         self._optimizer, self._state_bytes = OPTIMIZERS[train.optimizer], state_bytes
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
-        self._done: dict[tuple[int, torch.dtype, bool], Rehearsal] = {}
+        self._done: dict[tuple[int, torch.dtype, Recomputed], Rehearsal] = {}
         budget = train.max_tokens_per_micro_batch or GPU_TOKENS
         self.requested = max(min(budget, most_tokens), data.longest)
         """Tokens of a micro-batch: those of the configuration, or fewer where the data makes no larger one,
         or of the longest group if it is larger.
         """
 
-    def ways(self, *, checkpointing: bool) -> list[Way]:
+    def ways(self, *, recomputed: Recomputed) -> list[Way]:
         """Every sharding that is possible with this number of GPUs, compute type and optimizer."""
         whole = bool(self._optimizer.not_sharded)
+        unsharded = whole or self._model.quantization is not None  # so are weights in 4 bits
         impossible = {
             "no DeepSpeed": self._machine.num_gpus > 1 and not whole,
             "ZeRO-0": not is_offered("ZeRO-0", self._dtype),
             "ZeRO-2": whole,
-            "ZeRO-3": whole,
-            "ZeRO-3 offload": not self._optimizer.may_be_offloaded,
+            "ZeRO-3": unsharded,
+            "ZeRO-3 offload": unsharded or not self._optimizer.may_be_offloaded,
         }
         return [
-            self._way(sharding, checkpointing=checkpointing)
+            self._way(sharding, recomputed=recomputed)
             for sharding in SHARDINGS
             if not impossible.get(sharding, False)
         ]
@@ -156,44 +158,48 @@ class Fit:
     def advice(self) -> Advice:
         """The first sharding that fits, those with the least communication first.
 
-        Tried in this order: as requested, with smaller micro-batches, with recomputed activations, with both.
+        Tried in this order: with activations kept, recomputed but those of attention, all recomputed; each as
+        requested, then with smaller micro-batches.
         """
-        given = self._model.gradient_checkpointing
-        for checkpointing in (given,) if given else (False, True):
-            ways = self._in_order(checkpointing=checkpointing)
+        asked = self._model.gradient_checkpointing
+        given = "full" if asked is True else asked
+        kinds: tuple[Recomputed, ...] = (given,) if given else (False, "selective", "full")
+        for recomputed in kinds:
+            ways = self._in_order(recomputed=recomputed)
             for least in (self.requested, self.requested // LARGEST_CUT):
                 for way in ways:
                     budget = min(self.requested, way.largest_micro_batch)
                     if budget >= max(least, self._data.longest) and (way.fits or least < self.requested):
-                        return self._take(way, budget, ways, checkpointing=checkpointing)
+                        return self._take(way, budget, ways, recomputed=recomputed)
         for way in ways:
             if way.largest_micro_batch >= self._data.longest:
-                return self._take(way, way.largest_micro_batch, ways, checkpointing=True)
+                return self._take(way, way.largest_micro_batch, ways, recomputed=kinds[-1])
         return Advice(
             sharding=None,
             max_tokens_per_micro_batch=self.requested,
-            gradient_checkpointing=True,
+            gradient_checkpointing=kinds[-1],
             launcher="",
             reason="nothing fits, not even one group at a time with recomputed activations: use more or "
             "larger GPUs",
         )
 
-    def _in_order(self, *, checkpointing: bool) -> list[Way]:
+    def _in_order(self, *, recomputed: Recomputed) -> list[Way]:
         alone: tuple[Name, ...] = ("no DeepSpeed", "ZeRO-3 offload")
         several: tuple[Name, ...] = ("no DeepSpeed", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload")
         order = alone if self._machine.num_gpus == 1 else several
-        by_name = {way.sharding: way for way in self.ways(checkpointing=checkpointing)}
+        by_name = {way.sharding: way for way in self.ways(recomputed=recomputed)}
         return [by_name[name] for name in order if name in by_name]
 
-    def _take(self, way: Way, budget: int, ways: list[Way], *, checkpointing: bool) -> Advice:
+    def _take(self, way: Way, budget: int, ways: list[Way], *, recomputed: Recomputed) -> Advice:
         before = ways[: ways.index(way)]
         reason = [
             f"{other.sharding} would need {other.memory.total / 1e9:,.0f} GB per GPU with "
             f"{self.requested:,} tokens"
             for other in before
         ]
-        if checkpointing and not self._model.gradient_checkpointing:
-            reason.insert(0, "activations do not fit and are recomputed")
+        if recomputed and not self._model.gradient_checkpointing:
+            some = "but those of attention " if recomputed == "selective" else ""
+            reason.insert(0, f"activations do not fit and {some}are recomputed")
         if budget < self.requested:
             reason.append(f"{budget:,} tokens are the most that fit")
         if before:
@@ -209,17 +215,17 @@ class Fit:
         return Advice(
             sharding=way.sharding,
             max_tokens_per_micro_batch=budget,
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing=recomputed,
             launcher=launcher,
             reason="; ".join([*reason, kind]),
         )
 
-    def _way(self, sharding: Name, *, checkpointing: bool) -> Way:
+    def _way(self, sharding: Name, *, recomputed: Recomputed) -> Way:
         def memory(tokens: int) -> Memory:
             return rank_memory(
                 sharding,
                 self._shape,
-                self._rehearsed(tokens, sharding, checkpointing=checkpointing),
+                self._rehearsed(tokens, sharding, recomputed=recomputed),
                 world_size=self._machine.num_gpus,
                 dtype=self._dtype,
                 state_bytes=self._state_bytes,
@@ -241,16 +247,16 @@ class Fit:
     def operations(self, advice: Advice) -> int:
         """What the host launches for the forward and backward pass of an advised micro-batch."""
         sharding = advice.sharding or "ZeRO-3"
-        tokens, checkpointing = advice.max_tokens_per_micro_batch, advice.gradient_checkpointing
-        return self._rehearsed(tokens, sharding, checkpointing=checkpointing).operations
+        tokens, recomputed = advice.max_tokens_per_micro_batch, advice.gradient_checkpointing
+        return self._rehearsed(tokens, sharding, recomputed=recomputed).operations
 
-    def _rehearsed(self, tokens: int, sharding: Name, *, checkpointing: bool) -> Rehearsal:
+    def _rehearsed(self, tokens: int, sharding: Name, *, recomputed: Recomputed) -> Rehearsal:
         weights = weight_dtype(sharding, self._dtype)
-        key = tokens, weights, checkpointing
+        key = tokens, weights, recomputed
         if key not in self._done:
             self._done[key] = rehearse(
                 self._described,
-                replace(self._model, gradient_checkpointing=checkpointing),
+                replace(self._model, gradient_checkpointing=recomputed),
                 self._data.trees(tokens),
                 dtype=weights,
                 autocast=weights != self._dtype,

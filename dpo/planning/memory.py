@@ -6,14 +6,16 @@ rehearsed (`rehearsal`). The sizes of DeepSpeed's own buffers were found by coun
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from dpo.engine.deepspeed_config import blocks_of, bucket_elements
+from dpo.model.quantized import BYTES as PACKED
+from dpo.model.quantized import packed_weights
 from dpo.planning.rehearsal import Rehearsal
 
 FLOAT32 = 4
@@ -44,6 +46,10 @@ class Shape:
     """Elements of the largest trainable parameter."""
     module: int
     """Parameters of the module that has most of its own, such as the experts of a block."""
+    packed: int = 0
+    """Frozen parameters in 4 bits."""
+    largest_packed: int = 0
+    """Elements of the largest of their weights, which a product takes back to the compute type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +76,14 @@ class Memory:
         return kept + self.activations + self.projection + self.buckets
 
 
-def shape_of(model: nn.Module) -> Shape:
-    """Counts the parameters of a model, which may be on the meta device."""
+def shape_of(model: PreTrainedModel, *, quantized: bool = False) -> Shape:
+    """Counts the parameters of a model, which may be on the meta device.
+
+    Args:
+        model: With all weights in full.
+        quantized: Whether training will have its frozen linear layers in 4 bits.
+    """
+    packed = [weight.numel() for weight in packed_weights(model)] if quantized else []
     trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -80,6 +92,8 @@ def shape_of(model: nn.Module) -> Shape:
         trained_block=max(blocks_of(model, trained=True), default=0),
         largest=max(trainable, default=0),
         module=max(sum(p.numel() for p in each.parameters(recurse=False)) for each in model.modules()),
+        packed=sum(packed),
+        largest_packed=max(packed, default=0),
     )
 
 
@@ -112,9 +126,10 @@ def rank_memory(
         dtype: The compute type.
         state_bytes: Bytes that the optimizer keeps per trained parameter: 8 for AdamW, 4 for RMSprop.
     """
+    unpacked = dtype.itemsize * shape.largest_packed
     rank = _Rank(
         shape=shape,
-        step=step,
+        step=replace(step, projection=step.projection + unpacked),
         world_size=world_size,
         width=weight_dtype(sharding, dtype).itemsize,
         frozen_width=dtype.itemsize,
@@ -139,8 +154,9 @@ class _Rank:
     @property
     def all_weights(self) -> int:
         """Bytes of the whole model."""
-        trained = self.shape.trainable
-        return self.width * trained + self.frozen_width * (self.shape.parameters - trained)
+        shape = self.shape
+        in_full = shape.parameters - shape.trainable - shape.packed
+        return self.width * shape.trainable + self.frozen_width * in_full + int(PACKED * shape.packed)
 
     @property
     def part(self) -> int:

@@ -19,6 +19,7 @@ from dpo.model.files import base_of, check_model_path, max_positions, num_parame
 from dpo.model.flops import Work, forward_flops, work_of
 from dpo.model.load import DTYPES, load_config, load_tokenizer
 from dpo.model.lora import check_policy, empty_policy
+from dpo.model.recomputation import recomputed_share
 from dpo.planning.data_sample import SampledData, sample_data
 from dpo.planning.fit import Advice, Fit, Machine, Way
 from dpo.planning.memory import Shape, shape_of
@@ -112,7 +113,7 @@ def make_plan(
     described = _described(model)
     with torch.device("meta"):
         bare = empty_policy(described, model, dtype=DTYPES[model.dtype])
-    shape, work = shape_of(bare), work_of(bare)
+    shape, work = shape_of(bare, quantized=model.quantization is not None), work_of(bare)
     machine = machine.running(shape.parameters)
     splits = sample_data(
         data, load_tokenizer(model), max_positions(model), exact=exact, mismatched=mismatched
@@ -145,7 +146,8 @@ def make_plan(
         micro_batches=balance.micro_batches,
     )
     # Forward pass, gradients of inputs and of trained weights, and the forward pass again if recomputed.
-    passes = 2 + shape.trainable / shape.parameters + advice.gradient_checkpointing
+    again = recomputed_share(bare, advice.gradient_checkpointing)
+    passes = 2 + shape.trainable / shape.parameters + again
     flops = passes * _forward_flops_of_run(batches, splits["train"], work)
     steps, passes_per_step = batches.num_steps, balance.micro_batches * machine.num_gpus
     launches = launch_note(
@@ -163,7 +165,7 @@ def make_plan(
         data=splits,
         steps=batches.num_steps,
         balance=balance,
-        ways=fit.ways(checkpointing=advice.gradient_checkpointing),
+        ways=fit.ways(recomputed=advice.gradient_checkpointing),
         advice=advice,
         step_flops=flops / batches.num_steps,
         hours=flops * (1 + balance.rank_excess) / machine.flops_per_hour,

@@ -23,6 +23,7 @@ from dpo.errors import UserError
 from dpo.model.files import first_line
 from dpo.model.lora import empty_policy
 from dpo.model.projection import SLICE_ELEMENTS
+from dpo.model.recomputation import recompute
 from dpo.model.scorer import SequenceScorer
 from dpo.planning.cut import Blocks
 from dpo.planning.live_bytes import LiveBytes
@@ -154,8 +155,7 @@ def _rehearse_blocks(
 ) -> _Pass:
     with FakeTensorMode() as fake:
         _to_fake(bare)
-        if model.gradient_checkpointing:
-            bare.activation_checkpointing_enable({"use_reentrant": False})
+        recompute(bare, model.gradient_checkpointing)
         bare.train()
         scorer = SequenceScorer(bare)
         if gpu:

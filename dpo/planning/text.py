@@ -105,7 +105,8 @@ def _tokens(split: SampledData) -> str:
 
 def _memory(plan: Plan) -> Iterator[str]:
     machine = plan.machine
-    recomputed = "recomputed" if plan.advice.gradient_checkpointing else "kept"
+    kinds = {"selective": "recomputed but those of attention", "full": "recomputed"}
+    recomputed = kinds.get(str(plan.advice.gradient_checkpointing), "kept")
     yield (
         f"memory of each of {machine.num_gpus} GPU(s) in GB at the peak of a step, activations {recomputed};"
     )
@@ -137,7 +138,7 @@ def _advice(plan: Plan) -> Iterator[str]:
     yield f"advice     {advice.sharding}: {advice.launcher}"
     yield f"           --train.max_tokens_per_micro_batch {advice.max_tokens_per_micro_batch}"
     if advice.gradient_checkpointing:
-        yield "           --model.gradient_checkpointing true"
+        yield f"           --model.gradient_checkpointing {advice.gradient_checkpointing}"
     yield f"           {advice.reason}"
 
 

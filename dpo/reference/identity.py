@@ -22,6 +22,7 @@ from dpo.config import ModelConfig, ReferenceConfig, flat
 from dpo.errors import UserError
 from dpo.files import sha256_of, write_file
 from dpo.model.files import adapter_files, base_of, code_files, raw_config, weight_files
+from dpo.model.quantized import scheme
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class ReferenceIdentity:
     """config.json as written, without the keys that cannot matter."""
     dtype: str
     """Compute type of the log-probs."""
+    quantization: str | None = None
+    """How the weights are rounded, and the version of the library that does it; None: not at all."""
 
     @property
     def digest(self) -> str:
@@ -60,12 +63,16 @@ class ReferenceIdentity:
 
         Files count by content and order, not by name.
         """
-        parts = {name: list(part.values()) if name in FILES else part for name, part in asdict(self).items()}
+        parts = {name: list(part.values()) if name in FILES else part for name, part in self._parts().items()}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """The content of identity.json."""
-        return {**asdict(self), "digest": self.digest}
+        return {**self._parts(), "digest": self.digest}
+
+    def _parts(self) -> dict[str, Any]:
+        """The components; without a quantization where there is none, as in caches that are older."""
+        return {name: part for name, part in asdict(self).items() if part is not None}
 
     @staticmethod
     def from_json(content: dict[str, Any]) -> "ReferenceIdentity":
@@ -98,13 +105,10 @@ def reference_model(model: ModelConfig, reference: ReferenceConfig) -> ModelConf
     Args:
         model: The policy.
         reference: `reference.model` names the reference. Default: the model that the policy starts from, or
-            its base if that model is an adapter, and always without the adapter that is trained.
-
-    Raises:
-        UserError: The policy is an adapter that names no base model.
+            an adapter with its base where that is its start, and always as it was before training.
     """
     if reference.model is None:
-        return replace(base_of(model), lora=None)
+        return replace(model, lora=None)
     return replace(model, name_or_path=reference.model, revision=None, lora=None)
 
 
@@ -127,6 +131,7 @@ def reference_identity(model: ModelConfig, cache_dir: Path) -> ReferenceIdentity
         code=_digests(code_files(base), hashes),
         config={key: value for key, value in raw.items() if key not in INERT_CONFIG_KEYS},
         dtype=model.dtype,
+        quantization=scheme(model),
     )
 
 

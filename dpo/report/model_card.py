@@ -12,6 +12,7 @@ import yaml
 
 from dpo.config import (
     DataConfig,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizationConfig,
@@ -142,10 +143,22 @@ def _settings(
         "length": f"{ran.steps} optimizer steps, {train.num_epochs} epoch(s) at most",
         "training data": ran.train,
         **({"held-out data": ran.held_out} if ran.held_out else {}),
-        "compute type": model.dtype,
+        "compute type": f"{model.dtype}, base in {model.quantization}" if model.quantization else model.dtype,
         "seed": str(train.seed),
-        **({"LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}"} if lora is not None else {}),
+        **({"LoRA": _adapter_settings(lora)} if lora is not None else {}),
     }
+
+
+def _adapter_settings(lora: LoraConfig) -> str:
+    if lora.start == "continue":
+        return "the adapter it started from was trained on"
+    kinds = {"DoRA": lora.dora, "rank-stabilized": lora.rank_stabilized}
+    named = [f"rank {lora.rank}", f"alpha {lora.alpha:g}", *(name for name, on in kinds.items() if on)]
+    if lora.learning_rate_ratio != 1:
+        named.append(f"learning rates in a ratio of {lora.learning_rate_ratio:g}")
+    for name, places in (("experts", lora.target_parameters), ("whole modules", lora.modules_to_save)):
+        named += [f"{name} {' '.join(places)}"] if places else []
+    return ", ".join(named)
 
 
 def _written(card: _Card, results: dict[str, float]) -> str:
@@ -201,10 +214,10 @@ def _loading(base: ModelConfig) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if _is_adapter(base):
         lines = [
-            "from peft import PeftModel",
-            *lines,
-            f'base = AutoModelForCausalLM.from_pretrained("{base.name_or_path}")',
-            'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+            "from peft import AutoPeftModelForCausalLM",
+            "from transformers import AutoTokenizer",
+            "",
+            'model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")',
         ]
     else:
         lines.append('model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")')

@@ -3,6 +3,7 @@
 A mean of per-rank means appears nowhere; only `reduce` divides.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,6 +36,7 @@ class MetricSums:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, float] = {}
         self._totals: dict[str, float] = {}
+        self._differences: dict[str, tuple[str, str]] = {}
         self._waiting: list[tuple[list[str], Tensor, float | None]] = []
 
     def add(self, name: str, total: float, count: float) -> None:
@@ -55,6 +57,10 @@ class MetricSums:
         """Adds to sums that stay sums, such as those that a loss needs of the whole step; as `add_values`."""
         if values:
             self._wait_for(values, None)
+
+    def use_difference(self, name: str, first: str, second: str) -> None:
+        """A mean without any value is the difference of two others, whose values nobody paired."""
+        self._differences[name] = (first, second)
 
     def reduce(self, **totals: float) -> tuple[dict[str, float], dict[str, float]]:
         """Means and totals over all ranks, equal on all of them.
@@ -80,13 +86,14 @@ class MetricSums:
         ]
         packed = distributed.sum_over_ranks(np.array([value for column in columns for value in column]))
         total, counts, plain_sums = np.split(packed, [len(means), 2 * len(means)])
-        return (
-            {
-                name: float(value / count) if count else float("nan")
-                for name, value, count in zip(means, total, counts, strict=True)
-            },
-            dict(zip(plain, plain_sums.tolist(), strict=True)),
-        )
+        found = {
+            name: float(value / count) if count else float("nan")
+            for name, value, count in zip(means, total, counts, strict=True)
+        }
+        for name, (first, second) in self._differences.items():
+            if math.isnan(found[name]):
+                found[name] = found[first] - found[second]
+        return found, dict(zip(plain, plain_sums.tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
         """The means of `reduce`, for sums without totals."""

@@ -3,6 +3,7 @@
 Imports no torch: the command line writes exit.json through it and must stay quick.
 """
 
+import hashlib
 import itertools
 import json
 import platform
@@ -78,6 +79,12 @@ class RunFolder:
     def key(self) -> Path:
         """Signs the checkpoints."""
         return self.path / "checkpoint.key"
+
+    @property
+    def identity(self) -> str | None:
+        """The same whenever this run is resumed; None for one without checkpoints, which cannot be."""
+        key = self.key.read_bytes() if self.key.is_file() else None
+        return None if key is None else hashlib.blake2b(key, digest_size=8, person=b"dpo run id").hexdigest()
 
     @property
     def reference(self) -> Path:

@@ -30,20 +30,23 @@ def check_trackers(names: list[str]) -> None:
         raise UserError("\n".join(problems))
 
 
-def open_trackers(names: list[str], run_dir: Path, settings: dict[str, Any]) -> list[GeneralTracker]:
+def open_trackers(
+    names: list[str], run_dir: Path, settings: dict[str, Any], run_id: str | None
+) -> list[GeneralTracker]:
     """Opens them on the main process and gives them the settings; empty elsewhere. All ranks must call it.
 
     Args:
         names: Checked by `check_trackers`.
         run_dir: The run folder: its name names the run, and trackers write there.
         settings: Option -> value, flat.
+        run_id: The same whenever the run is resumed, so that W&B goes on with one run; None: a new one.
 
     Raises:
         UserError: One could not be opened, because it is not logged in or its server cannot be reached.
     """
     opened: list[GeneralTracker] = []
-    own_options = {
-        "wandb": {"name": run_dir.name, "dir": str(run_dir)},
+    own_options: dict[str, dict[str, Any]] = {
+        "wandb": {"name": run_dir.name, "dir": str(run_dir), "id": run_id, "resume": "allow"},
         "mlflow": {"run_name": run_dir.name},
     }
 

@@ -98,6 +98,7 @@ class PreferenceObjective:
             sums.add_values(of_side, number)
         of_pairs = {"rewards/margins": chosen - rejected, "rewards/accuracies": correct}
         sums.add_values({name: (both * values).sum() for name, values in of_pairs.items()}, num_both)
+        sums.use_difference("rewards/margins", "rewards/chosen", "rewards/rejected")
         sums.add_values({"loss": losses[mine].detach().sum()}, batch.loss_count)
         counted = not self.needs_whole_step or distributed.is_main()  # or every rank would add all pairs
         sums.add_totals({f"{LOSS_SUM}{name}": counted * value for name, value in result.sums.items()})

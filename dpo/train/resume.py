@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "train.stuck_after_seconds",
     "train.peak_tflops",
     "train.trackers",
+    "train.push_to_hub",
     "train.max_skipped_steps",
     "train.keep_last",
     "train.keep_best",

@@ -28,7 +28,7 @@ from dpo.guards.guard import Guard
 from dpo.model.files import first_line
 from dpo.model.flops import forward_flops, known_peak, work_of
 from dpo.model.load import DTYPES
-from dpo.model.lora import export_trained
+from dpo.model.lora_export import export_trained
 from dpo.tracking.metrics import Evaluation, MetricSums
 from dpo.tracking.monitor import Monitor
 from dpo.tracking.run_folder import RunFolder, settings_text
@@ -153,7 +153,8 @@ class Session:
                 prepare_checkpoints(self.folder, resumed=self.checkpoint is not None)
         self.saves_in_background = self._saves_in_background()
         self.group_flops, self.peak_flops = self._flops()
-        trackers = open_trackers(self.options.trackers, self.folder.path, flat(self.settings.values))
+        settings = flat(self.settings.values)
+        trackers = open_trackers(self.options.trackers, self.folder.path, settings, self.folder.identity)
         self.monitor = Monitor(
             self.folder,
             num_steps=self.plan.num_steps,

@@ -45,6 +45,20 @@ def run_of(rigs: dict[str, Rig]) -> Runs:
     return made
 
 
+KINDS = (
+    *("--model.lora.rank", "4", "--model.lora.dora", "true", "--model.lora.rank_stabilized", "true"),
+    *("--model.lora.learning_rate_ratio", "4", "--model.lora.modules_to_save", "[norm, lm_head]"),
+)
+
+
+def assert_same_metrics(run_dir: Path, alone: Path) -> None:
+    found, expected = metrics(run_dir), metrics(alone)
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ours.keys() - {"train/rewards/accuracies", "eval/rewards/accuracies"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-6), (ours["step"], name)
+
+
 def model_of(run_dir: Path) -> torch.nn.Module:
     loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(run_dir / "model", dtype=torch.float32)
     return loaded
@@ -73,11 +87,7 @@ def test_the_first_loss_is_ln_2_from_the_cache_of_full_fine_tuning(
 @pytest.mark.parametrize(("head", "ranks", "stage"), WORLDS)
 def test_results_do_not_depend_on_the_world(run_of: Runs, head: str, ranks: int, stage: int | None) -> None:
     run_dir, alone = run_of(head, ranks, stage), run_of(head, 1, None)
-    found, expected = metrics(run_dir), metrics(alone)
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for ours, theirs in zip(found, expected, strict=True):
-        for name in ours.keys() - {"train/rewards/accuracies", "eval/rewards/accuracies"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=2e-6), (ours["step"], name)
+    assert_same_metrics(run_dir, alone)
     assert_same_policy(run_dir, alone)
 
 
@@ -106,6 +116,36 @@ def test_a_checkpoint_has_no_frozen_weights(run_of: Runs, head: str, stage: int)
     assert sum(file.stat().st_size for file in files) < 400_000
 
 
+def test_the_other_kinds_of_adapters_do_not_depend_on_the_world_either(rigs: dict[str, Rig]) -> None:
+    """DoRA reads the weights of its layer, and whole modules are copies of them where ZeRO-3 shards them; it
+    gathers them again where activations are recomputed.
+    """
+    rig, recomputed = rigs["untied"], ("--model.gradient_checkpointing", "selective")
+    alone = rig.completed("kinds_alone", *KINDS, **ALONE)
+    sharded = rig.completed("kinds_sharded", *KINDS, *recomputed, world_size=2, stage=3)
+    assert metrics(alone)[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert_same_metrics(sharded, alone)
+    assert_same_policy(sharded, alone)
+
+
+@pytest.mark.parametrize("stage", [2, None])
+def test_a_base_in_4_bits_is_trained_in_replicas_and_with_a_sharded_optimizer(
+    rigs: dict[str, Rig], stage: int | None
+) -> None:
+    rig, more = rigs["untied"], (*LORA, "--model.quantization", "nf4")
+    assert rig.run("cached", *more, command="precompute-ref", **ALONE).statuses == [0]
+    alone = rig.folder / "nf4_alone"
+    if not alone.is_dir():
+        rig.completed("nf4_alone", *more, **ALONE)
+    assert metrics(alone)[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    run_dir = rig.completed(f"nf4_{stage}", *more, world_size=2, stage=stage)
+    assert_same_metrics(run_dir, alone)
+    assert_same_policy(run_dir, alone)
+    for file in (run_dir / "checkpoints" / "step_00000002").rglob("*.pt"):
+        names = torch.load(file, map_location="cpu", weights_only=False).get("module") or {}
+        assert all(".lora_" in name for name in names)
+
+
 @pytest.mark.parametrize(("head", "stage"), [("tied", None), ("tied", 2), ("untied", 3)])
 def test_an_exported_adapter_equals_the_merged_model(
     rigs: dict[str, Rig], run_of: Runs, head: str, stage: int | None
@@ -115,3 +155,18 @@ def test_an_exported_adapter_equals_the_merged_model(
     assert not (run_dir / "model" / "model.safetensors").exists()
     assert all(".lora_" in name for name in load_file(run_dir / "model" / "adapter_model.safetensors"))
     assert_same_policy(run_dir, run_of(head, 1, None))
+
+
+def test_a_run_goes_on_from_an_adapter_and_every_such_run_shares_a_cache(rigs: dict[str, Rig]) -> None:
+    rig = rigs["tied"]
+    first = rig.completed("first", *LORA, "--model.lora.export", "adapter", **ALONE)
+    for start, stage, known in (("continue", 3, "0 sequences were cached"), ("merge", 2, " 0 computed")):
+        more = ("--model.name_or_path", str(first / "model"), "--model.lora.start", start)
+        assert known in rig.run("cached", *more, command="precompute-ref", **ALONE).output
+        alone = rig.completed(f"{start}_alone", *more, **ALONE)
+        assert metrics(alone)[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert_same_metrics(rig.completed(f"{start}_{stage}", *more, world_size=2, stage=stage), alone)
+        resume = ("--train.resume", str(alone / "checkpoints" / "step_00000002"))
+        resumed = rig.completed(f"{start}_resumed", *more, *resume, **ALONE)
+        files = [folder / "model" / "model.safetensors" for folder in (resumed, alone)]
+        assert files[0].read_bytes() == files[1].read_bytes()

@@ -41,11 +41,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 Dtype = Literal["float32", "bfloat16"]
-Case = tuple[int, int, Dtype, int | None]
-"""Number of ranks, ZeRO stage, compute type, and the rank of an adapter or None."""
+Case = tuple[int, int, Dtype, int | None, str]
+"""Number of ranks, ZeRO stage, compute type, the rank of an adapter or None, and one of OPTIONS."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nf4": {"quantization": "nf4"},
+    "full": {"gradient_checkpointing": "full"},
+    "selective": {"gradient_checkpointing": "selective"},
+}
 CASES: list[Case]
-CASES = [(ranks, stage, "float32", None) for ranks in (1, 2, 4) for stage in (0, 2, 3)]
-CASES += [(2, stage, "bfloat16", lora_rank) for stage in (2, 3) for lora_rank in (None, 8)]
+CASES = [(ranks, stage, "float32", None, "plain") for ranks in (1, 2, 4) for stage in (0, 2, 3)]
+CASES += [(2, stage, "bfloat16", lora_rank, "plain") for stage in (2, 3) for lora_rank in (None, 8)]
+CASES += [(2, 2, "float32", None, "full"), (2, 2, "float32", None, "selective")]
+CASES += [(2, 3, "bfloat16", None, "selective"), (2, 2, "bfloat16", 8, "nf4")]
 
 
 Measured = dict[str, dict[str, Any]]
@@ -58,9 +66,10 @@ def measured(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> di
     folder = tmp_path_factory.mktemp("measured")
     for ranks in {case[0] for case in CASES}:
         cases = []
-        for number, (_, stage, dtype, lora_rank) in own_cases(ranks):
+        for number, (_, stage, dtype, lora_rank, option) in own_cases(ranks):
             arguments = ["--models", *map(str, models), "--dtype", dtype, "--trees", str(TREES)]
             arguments += ["--lora_rank", str(lora_rank)] if lora_rank else []
+            arguments += [word for name, value in OPTIONS[option].items() for word in (f"--{name}", value)]
             output = folder / f"{number}.json"
             cases.append((deepspeed_variables(folder, stage), [*arguments, "--output", str(output)]))
         code, logs = MEASURE.format(cases=cases), folder / f"logs{ranks}"
@@ -77,11 +86,11 @@ def own_cases(ranks: int) -> list[tuple[int, Case]]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_ranks_allocate_and_send_what_was_planned(measured: dict[Case, Measured], case: Case) -> None:
-    ranks, stage, dtype, lora_rank = case
+    ranks, stage, dtype, lora_rank, option = case
     names: dict[int, Name] = {0: "ZeRO-0", 2: "ZeRO-2", 3: "ZeRO-3"}
     for model, found in measured[case].items():
         lora = LoraConfig(rank=lora_rank) if lora_rank else None
-        config = ModelConfig(name_or_path=model, dtype=dtype, lora=lora)
+        config = ModelConfig(name_or_path=model, dtype=dtype, lora=lora, **OPTIONS[option])
         expected = predict(config, some_trees(TREES), names[stage], ranks)
         assert expected["total"] == pytest.approx(found["peak"], rel=0.1), (found, expected)
         if ranks > 1:

@@ -174,12 +174,12 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
         ),
         train=TrainConfig(
             schedule="cosine",
-            min_learning_rate=1e-9,
             warmup_steps=3,
             warmup_ratio=0.2,
+            min_learning_rate=1e-9,
             optimizer="rmsprop",
-            adam_epsilon=1e-6,
             adam_betas=(0.5, 0.6),
+            adam_epsilon=1e-7,
             weight_decay=0.1,
             max_grad_norm=10.0,
             num_epochs=2,
@@ -197,6 +197,7 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
             stuck_after_seconds=11.0,
             peak_tflops=12.0,
             trackers=["wandb"],
+            push_to_hub="user/name",
             pairs_per_step=13,
         ),
     )

@@ -131,6 +131,15 @@ def test_an_adapter_and_what_it_has_not_here(tmp_path: Path) -> None:
     assert (lora.rank, lora.alpha, lora.target_modules) == (8, 32.0, ["q_proj"])
     assert line_of("lora_dropout", given).became is Became.NOT_MAPPED
     assert parsed(tmp_path, given | {"use_peft": False}).model.lora is None
+    kinds = {"use_dora": True, "use_rslora": True, "lora_modules_to_save": ["norm"], "load_in_4bit": True}
+    model = parsed(tmp_path, given | kinds).model
+    assert model.lora is not None
+    assert (model.lora.dora, model.lora.rank_stabilized, model.lora.modules_to_save) == (True, True, ["norm"])
+    assert model.quantization == "nf4"
+    fp4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}
+    assert line_of("bnb_4bit_quant_type", fp4).became is Became.NOT_MAPPED
+    off = {"load_in_4bit": False}
+    assert line_of("load_in_4bit", off).became is Became.NOT_NEEDED
 
 
 def test_evaluations_checkpoints_and_trackers(tmp_path: Path) -> None:

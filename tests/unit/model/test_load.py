@@ -14,7 +14,7 @@ from unit.model.local_model import Edited, model_config
 
 from dpo.config import ModelConfig
 from dpo.errors import UserError
-from dpo.model import load as load_module
+from dpo.model import adapter as adapter_module
 from dpo.model.authors import remove_noise
 from dpo.model.files import adapter_files, base_of, num_parameters, raw_config
 from dpo.model.load import load_model, load_tokenizer
@@ -148,7 +148,7 @@ def test_the_adapters_base_and_files_are_found(adapter: Path, tiny_model: Path) 
 
 
 def test_without_peft_an_adapter_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(adapter_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install peft"):
         load_model(ModelConfig(name_or_path=str(adapter)))
 

@@ -30,7 +30,8 @@ from dpo.errors import UserError
 from dpo.model import lora as lora_module
 from dpo.model.files import num_parameters
 from dpo.model.load import load_model
-from dpo.model.lora import check_policy, export_trained, load_policy, merged_model, num_adapter_parameters
+from dpo.model.lora import check_policy, load_policy, num_adapter_parameters
+from dpo.model.lora_export import export_trained, merged_model
 from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import Progress, load_checkpoint, save_checkpoint

@@ -17,13 +17,15 @@ from dpo.planning.rehearsal import Rehearsal
 
 SHAPE = Shape(parameters=1, trainable=1, block=1, trained_block=1, largest=1, module=1)
 KEPT: dict[Name, int] = {"no DeepSpeed": 500, "ZeRO-2": 300, "ZeRO-3": 100, "ZeRO-3 offload": 0}
-"""Bytes that each sharding keeps here; a token adds 1 byte, or 1/10 if activations are recomputed."""
+"""Bytes that each sharding keeps here; a token adds 1 byte, 1/2 if activations are
+recomputed but those of attention, 1/10 if all are."""
 
 
 @pytest.fixture(autouse=True)
 def linear_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def rehearse(_: Any, model: ModelConfig, tokens: int, **__: Any) -> Rehearsal:
-        activations = tokens // 10 if model.gradient_checkpointing else tokens
+        shares = {False: 1, "selective": 2, "full": 10, True: 10}
+        activations = tokens // shares[model.gradient_checkpointing]
         return Rehearsal(activations=activations, of_a_block=0, projection=0, operations=7)
 
     def rank_memory(sharding: Name, _: Shape, step: Rehearsal, **__: Any) -> Memory:
@@ -65,7 +67,7 @@ def test_a_micro_batch_is_no_larger_than_a_ranks_part_of_a_step() -> None:
     assert fit(1400, requested=1000, longest=400, most_tokens=300).requested == 400
 
 
-def chosen(advice: Advice) -> tuple[Name | None, int, bool]:
+def chosen(advice: Advice) -> tuple[Name | None, int, Any]:
     return advice.sharding, advice.max_tokens_per_micro_batch, advice.gradient_checkpointing
 
 
@@ -76,14 +78,14 @@ def chosen(advice: Advice) -> tuple[Name | None, int, bool]:
         (1200, ("ZeRO-3", 1000, False)),
         (1050, ("ZeRO-3 offload", 1000, False)),
         (700, ("ZeRO-2", 400, False)),  # smaller micro-batches before recomputation
-        (240, ("ZeRO-3", 1000, True)),
-        (110, ("ZeRO-3 offload", 1000, True)),
-        (60, ("ZeRO-3 offload", 600, True)),
-        (0, (None, 1000, True)),
+        (240, ("ZeRO-3", 280, "selective")),
+        (110, ("ZeRO-3 offload", 1000, "full")),
+        (60, ("ZeRO-3 offload", 600, "full")),
+        (0, (None, 1000, "full")),
     ],
 )
 def test_less_memory_changes_the_advice_in_this_order(
-    room: int, expected: tuple[Name | None, int, bool]
+    room: int, expected: tuple[Name | None, int, Any]
 ) -> None:
     sharding, tokens, checkpointing = chosen(fit(room).advice())
     assert (sharding, checkpointing) == (expected[0], expected[2])
@@ -91,14 +93,15 @@ def test_less_memory_changes_the_advice_in_this_order(
 
 
 def test_recomputation_that_is_configured_is_kept() -> None:
-    assert chosen(fit(1400, gradient_checkpointing=True).advice()) == ("ZeRO-2", 1000, True)
+    for kind, said in ((True, "full"), ("full", "full"), ("selective", "selective")):
+        assert chosen(fit(1400, gradient_checkpointing=kind).advice()) == ("ZeRO-2", 1000, said)
 
 
 def test_one_gpu_trains_without_deepspeed() -> None:
     assert fit(2000, gpus=1).advice().launcher == "launch/one_process.yaml"
-    names = [way.sharding for way in fit(2000, gpus=1).ways(checkpointing=False)]
+    names = [way.sharding for way in fit(2000, gpus=1).ways(recomputed=False)]
     assert names == ["no DeepSpeed", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload"]
-    assert "no DeepSpeed" not in [way.sharding for way in fit(2000).ways(checkpointing=False)]
+    assert "no DeepSpeed" not in [way.sharding for way in fit(2000).ways(recomputed=False)]
 
 
 def test_more_gpus_than_a_node_has_need_the_launcher_for_several_nodes() -> None:
@@ -122,4 +125,4 @@ def test_an_optimizer_that_cannot_be_sharded_is_whole_on_every_gpu() -> None:
     assert fit(2000, gpus=1, optimizer="muon").advice().launcher == "launch/one_process.yaml"
     assert fit(400, optimizer="muon").advice().sharding is None
     for optimizer, names in (("lion", {"ZeRO-2", "ZeRO-3"}), ("muon", {"no DeepSpeed"})):
-        assert {way.sharding for way in fit(2000, optimizer=optimizer).ways(checkpointing=False)} == names
+        assert {way.sharding for way in fit(2000, optimizer=optimizer).ways(recomputed=False)} == names

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from dpo.data.trees import Tree, tree_batch
 from dpo.errors import UserError
 from dpo.model.authors import remove_noise
 from dpo.model.load import empty_model
+from dpo.model.recomputation import recompute
 from dpo.model.scorer import SequenceScorer
 from dpo.planning.live_bytes import LiveBytes
 from dpo.planning.rehearsal import rehearse
@@ -49,8 +51,7 @@ def trees(number: int) -> list[Tree]:
 def measured(config: PreTrainedConfig, model: ModelConfig, data: Sequence[Tree]) -> int:
     """Peak of a real step, without weights and accumulated gradients."""
     bare = empty_model(config, model, dtype=torch.float32)
-    if model.gradient_checkpointing:
-        bare.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(bare, model.gradient_checkpointing)
     bare.train()
     scorer = SequenceScorer(bare)
     for parameter in bare.parameters():
@@ -61,9 +62,9 @@ def measured(config: PreTrainedConfig, model: ModelConfig, data: Sequence[Tree])
     return live.peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, "full", "selective"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_predicts_the_peak_of_the_real_step(family: str, checkpointing: bool) -> None:
+def test_it_predicts_the_peak_of_the_real_step(family: str, checkpointing: Any) -> None:
     model = replace(MODEL, gradient_checkpointing=checkpointing)
     config = FAMILIES[family]
     expected = rehearse(config, model, trees(6), dtype=torch.float32, gpu=False)
@@ -140,3 +141,15 @@ def test_the_mask_of_a_gpu_counts_and_is_small() -> None:
     assert mask <= with_mask.activations
     assert mask < with_mask.activations / 100
     assert without.activations > 0
+
+
+def test_selective_recomputation_keeps_more_than_full_and_less_than_none() -> None:
+    config = FAMILIES["llama, grouped queries"]
+    kinds: list[Any] = ["full", "selective", False]
+    full, selective, none = (
+        rehearse(
+            config, replace(MODEL, gradient_checkpointing=kind), trees(20), dtype=torch.float32, gpu=False
+        )
+        for kind in kinds
+    )
+    assert 1.5 * full.activations < selective.activations < none.activations / 1.5

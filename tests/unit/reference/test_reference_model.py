@@ -22,16 +22,18 @@ def test_the_reference_is_the_start_of_the_policy_unless_named(folder: Path) -> 
     assert reference_model(policy, ReferenceConfig(model="other")) == expected
 
 
-def test_the_reference_of_an_adapter_is_its_base_whatever_the_adapter_holds(
+def test_the_reference_of_an_adapter_is_its_base_with_the_adapter_as_it_was(
     identify: Identify, folder: Path, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
+    identities = [identify(folder)]
     for name, scale in (("zero", 0.0), ("other", 0.3)):
         policy = ModelConfig(name_or_path=str(make_adapter(name, folder, scale=scale)))
         model = reference_model(policy, ReferenceConfig())
-        assert model.name_or_path == str(folder)
-        identity = reference_identity(model, tmp_path / "cache")
-        assert identity == identify(folder)
-        assert not policy_is_reference(policy, identity, tmp_path / "cache")
+        assert model == policy
+        identities.append(reference_identity(model, tmp_path / "cache"))
+        assert policy_is_reference(policy, identities[-1], tmp_path / "cache")
+    assert len({identity.digest for identity in identities}) == 3
+    assert all(identity.weights == identities[0].weights for identity in identities)
 
 
 def test_an_adapter_that_is_named_as_reference_differs_from_its_base_by_the_adapter_only(

@@ -113,7 +113,7 @@ def test_a_card_of_an_adapter_names_peft(export: Any, library: str) -> None:
     assert metadata(card)["library_name"] == library
     assert "lora" in metadata(card)["tags"]
     assert "rank 8, alpha 32" in card
-    assert ("PeftModel.from_pretrained" in card) == (export == "adapter")
+    assert ("AutoPeftModelForCausalLM.from_pretrained" in card) == (export == "adapter")
 
 
 def test_the_card_of_next_token_training_names_its_start_and_data() -> None:

@@ -53,3 +53,14 @@ def test_totals_stay_sums_and_travel_with_the_means_in_one_collective(
     assert means == {"loss": 2.0}
     assert totals == {"margin": 4.0, "tokens": 20.0}
     assert calls == [4]  # sum and count of the loss, two totals
+
+
+def test_a_mean_without_values_may_be_a_difference_of_means() -> None:
+    sums = MetricSums()
+    sums.add("margins", 0.0, 0)
+    sums.add("chosen", 6.0, 3)
+    sums.add("rejected", -4.0, 4)
+    sums.use_difference("margins", "chosen", "rejected")
+    assert sums.means() == {"margins": 3.0, "chosen": 2.0, "rejected": -1.0}
+    sums.add("margins", 5.0, 1)
+    assert sums.means()["margins"] == 5.0

@@ -11,6 +11,7 @@ from dpo.tracking import trackers
 from dpo.tracking.monitor import Monitor
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.trackers import check_trackers, open_trackers
+from dpo.train.manifest import make_key
 
 
 class Recorder(GeneralTracker):
@@ -54,7 +55,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_tracker_receives_the_settings_and_every_line(tmp_path: Path) -> None:
-    opened = open_trackers(["recorder"], tmp_path / "mine", {"loss.beta": 0.1})
+    opened = open_trackers(["recorder"], tmp_path / "mine", {"loss.beta": 0.1}, None)
     with Monitor(RunFolder(tmp_path), num_steps=2, first_step=0, unit="pairs", trackers=opened) as monitor:
         monitor.record(1, {"train/loss": 0.5})
         monitor.record(2, {"train/loss": 0.25})
@@ -63,6 +64,22 @@ def test_a_tracker_receives_the_settings_and_every_line(tmp_path: Path) -> None:
     assert recorder.settings == {"loss.beta": 0.1}
     assert recorder.logged == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.25})]
     assert recorder.finished
+
+
+def test_wandb_goes_on_with_one_run_when_ours_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "wandb", Recorder)
+    folders = [RunFolder(tmp_path / name) for name in ("one", "other")]
+    for folder in (folders[0], folders[0], folders[1]):
+        folder.path.mkdir(exist_ok=True)
+        assert folder.key.is_file() or folder.identity is None
+        make_key(folder)
+        open_trackers(["wandb"], folder.path, {}, folder.identity)
+    first, again, other = (recorder.options for recorder in Recorder.made)
+    assert first == again
+    assert first["id"] != other["id"]
+    assert first["resume"] == "allow"
 
 
 def test_all_faulty_names_are_said_at_once() -> None:
@@ -79,4 +96,4 @@ def test_all_faulty_names_are_said_at_once() -> None:
 
 def test_a_tracker_that_cannot_be_opened_ends_the_run_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unreachable could not be opened \(no route to host\)"):
-        open_trackers(["unreachable"], tmp_path, {})
+        open_trackers(["unreachable"], tmp_path, {}, None)
