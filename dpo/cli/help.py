@@ -11,6 +11,9 @@ from docstring_parser import parse_from_object
 
 from dpo.cli.expected import in_words
 
+LABEL = re.compile(r" *\S+(?: \S+)*?  +(?=\S)")
+"""What stands before a text, parted from it by two spaces."""
+USAGE_INDENT = 11
 HEAD = """usage: dpo {command} --config FILE [--KEY VALUE ...]
 
 {summary}
@@ -111,13 +114,10 @@ def fitted(usage: str, width: int | None = None) -> str:
     width = width or min(shutil.get_terminal_size((80, 24)).columns, 100)
     entries: list[tuple[str, int]] = []  # text, and the column of its further lines
     for line in usage.splitlines():
-        text, labelled = line.strip(), re.match(r"(\S+(?: \S+)*?)  +(?=\S)", line)
-        begins = (
-            not entries or not text or not entries[-1][0] or labelled or text.startswith(("usage: ", "dpo "))
-        )
-        if begins:
-            column = labelled.end() if labelled else 11 if text.startswith(("usage: ", "dpo ")) else 0
-            entries.append((line.rstrip(), column))
+        text, label = line.strip(), LABEL.match(line)
+        is_usage = line.startswith(("usage: ", "       dpo "))
+        if not text or label or is_usage or not entries or not entries[-1][0]:
+            entries.append((line.rstrip(), label.end() if label else USAGE_INDENT if is_usage else 0))
         else:
             entries[-1] = (f"{entries[-1][0]} {text}", entries[-1][1])
     return "".join(f"{line}\n" for text, column in entries for line in _filled(text, column, width))
@@ -125,11 +125,11 @@ def fitted(usage: str, width: int | None = None) -> str:
 
 def _filled(text: str, column: int, width: int) -> list[str]:
     whole = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", "\0"), text)
-    gap = re.match(r"\S+(?: \S+)*?  +(?=\S)", whole) if column else None
-    head, body = (gap[0], whole[gap.end() :]) if gap and gap.end() == column else ("", whole)
-    head = head or re.match(" *", body)[0]  # type: ignore[index]  # matches always
+    label = LABEL.match(whole)
+    indent = label.end() if label else len(whole) - len(whole.lstrip())
+    head, body = whole[:indent], whole[indent:]
     lines = textwrap.wrap(
-        body.strip(),
+        body,
         width,
         initial_indent=head,
         subsequent_indent=" " * column,
