@@ -1,6 +1,7 @@
 """dpo plan: prints what a training run will need, and loads no weights."""
 
 import json
+import shutil
 
 from dpo import distributed, terminal
 from dpo.commands.inputs import quieten_libraries
@@ -36,4 +37,10 @@ def plan(
         mismatched=needs_mismatched(config.loss),
     )
     numbers = as_json(made)
-    terminal.answer("plan", json.dumps(numbers, indent=2) if as_numbers else page(made), numbers)
+    terminal.answer(
+        "plan",
+        json.dumps(numbers, indent=2)
+        if as_numbers
+        else page(made, shutil.get_terminal_size((110, 24)).columns),
+        numbers,
+    )
