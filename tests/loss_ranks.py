@@ -30,6 +30,8 @@ from dpo.train.session import Session
 
 STEPS = 2
 BUDGETS = (48, 512)
+CUT = 12
+"""Smallest budget of cached gradients: every group is larger, and is cut into pieces."""
 SWEEP: dict[str, dict[str, Any]] = {
     **{name: {"type": name} for name in LOSSES},
     "exo_pair": {"type": "exo_pair", "label_smoothing": 0.1},
@@ -50,6 +52,7 @@ SWEEP: dict[str, dict[str, Any]] = {
     "alpha": {"f_divergence": "alpha", "f_alpha": 0.3},
     "cached": {"type": "sigmoid", "beta": 0.3},
     "cached tokens": {"ld_alpha": 0.25},
+    "cached group": {"type": "sigmoid", "beta": 0.4},
 }
 
 
@@ -123,14 +126,26 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
             dtype="float32",
         )
         for budget in BUDGETS:
-            backward = "cached" if name.startswith("cached") else "auto"
-            train = replace(config.train, max_tokens_per_micro_batch=budget, backward=backward)
+            backward, tokens = "auto", budget
+            if name.startswith("cached"):
+                assert data.tree_tokens.min() > CUT
+                backward, tokens = "cached", CUT if budget == BUDGETS[0] else budget
+            train = replace(config.train, max_tokens_per_micro_batch=tokens, backward=backward)
             policy = Engine(accelerator, load_model(config.model), config.model, train)
             policy.settle_layout(trees_of((data[0].prompt, data[0].completions)))
             run_dir = folder / out.stem / f"{name}_{budget}"
             if distributed.is_main():
                 run_dir.mkdir(parents=True)
             distributed.barrier()
+            plan = BatchPlan(
+                data.pairs_per_group,
+                seed=2,
+                num_epochs=1,
+                pairs_per_step=6 if name == "cached group" else 24,
+                max_steps=STEPS,
+            )
+            if name == "cached group":  # then a second rank has no work
+                assert [len(plan.step(number + 1).groups) for number in range(STEPS)] == [1] * STEPS
             session = Session(
                 folder=RunFolder(run_dir),
                 settings=Settings({}),
@@ -138,9 +153,7 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
                 options=train,
                 engine=policy,
                 objective=objective,
-                plan=BatchPlan(
-                    data.pairs_per_group, seed=0, num_epochs=1, pairs_per_step=24, max_steps=STEPS
-                ),
+                plan=plan,
                 tokenizer=tokenizer,
                 description="data",
                 guard=Guard(RunFolder(run_dir), "train", 600),

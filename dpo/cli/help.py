@@ -1,5 +1,6 @@
 """What `dpo COMMAND --help` prints: every key with its type, default and meaning, to the terminal's width."""
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from docstring_parser import parse_from_object
 
 from dpo.cli.expected import in_words
 
+LABEL = re.compile(r" *\S+(?: \S+)*?  +(?=\S)")
+"""What stands before a text, parted from it by two spaces."""
+USAGE_INDENT = 11
 HEAD = """usage: dpo {command} --config FILE [--KEY VALUE ...]
 
 {summary}
@@ -96,3 +100,40 @@ def _default(field: Any) -> str:
         str(value).lower() if isinstance(value, bool) else list(value) if isinstance(value, tuple) else value
     )
     return f"; default: {shown}" if value != "" else ""
+
+
+def fitted(usage: str, width: int | None = None) -> str:
+    """A usage text, written in lines of any length, to the terminal's width.
+
+    Prose is filled; a label with its text, parted by two spaces, keeps its column; brackets are not broken.
+
+    Args:
+        usage: As the commands with options of their own have it.
+        width: Default: the terminal's, at most 100.
+    """
+    width = width or min(shutil.get_terminal_size((80, 24)).columns, 100)
+    entries: list[tuple[str, int]] = []  # text, and the column of its further lines
+    for line in usage.splitlines():
+        text, label = line.strip(), LABEL.match(line)
+        is_usage = line.startswith(("usage: ", "       dpo "))
+        if not text or label or is_usage or not entries or not entries[-1][0]:
+            entries.append((line.rstrip(), label.end() if label else USAGE_INDENT if is_usage else 0))
+        else:
+            entries[-1] = (f"{entries[-1][0]} {text}", entries[-1][1])
+    return "".join(f"{line}\n" for text, column in entries for line in _filled(text, column, width))
+
+
+def _filled(text: str, column: int, width: int) -> list[str]:
+    whole = re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", "\0"), text)
+    label = LABEL.match(whole)
+    indent = label.end() if label else len(whole) - len(whole.lstrip())
+    head, body = whole[:indent], whole[indent:]
+    lines = textwrap.wrap(
+        body,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * column,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace("\0", " ") for line in lines or [""]]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo import terminal
+from dpo.cli.help import fitted
 from dpo.cli.parse import parse
 from dpo.cli.table import COMMANDS, CONFIGURED, TOOLS
 from dpo.cli.tools import run_tool
@@ -26,10 +27,12 @@ USAGE = """usage: dpo COMMAND --config FILE [--KEY VALUE ...]
 Direct Preference Optimization with an offline reference cache.
 
 commands:
+
 {commands}
 
-dpo COMMAND --help says more, and lists every key.
---quiet leaves warnings, errors and the summary; --json_lines makes standard output one JSON object per line.
+dpo COMMAND --help says more, and lists every key. --quiet leaves warnings, errors, what was asked for and the
+summary; --json_lines makes standard output one JSON object per line.
+
 Several processes: accelerate launch --config_file launch/cpu.yaml -m dpo ...
 """
 
@@ -38,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns the exit status."""
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<16} {summary}" for name, summary in COMMANDS.items())
-        print(USAGE.format(commands=commands))
+        print(fitted(USAGE.format(commands=commands)))
         return 0 if arguments else 2
     command, *rest = arguments
     rest = _choose_output(rest)

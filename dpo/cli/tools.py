@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from dpo.cli import chat, convert, init, rounds
+from dpo.cli.help import fitted
 from dpo.cli.parse import parse
 from dpo.config import Config
 from dpo.errors import UserError
@@ -88,7 +89,7 @@ def run_tool(command: str, arguments: Sequence[str]) -> int:
     """Runs a command of `dpo.cli.table.TOOLS` and returns the exit status; raises as commands do."""
     usage, tool = _TOOLS[command]
     if not arguments or any(word in ("-h", "--help") for word in arguments):
-        print(usage, end="")
+        print(fitted(usage), end="")
         return 0 if arguments else 2
     try:
         return tool(list(arguments))

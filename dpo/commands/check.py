@@ -57,7 +57,7 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     if command in ("train", "sft"):
         check_policy(config.model, local=True)
         deepspeed = deepspeed_settings(os.environ, file=Path(launcher) if launcher else None)
-        check_optimizer(config.train, config.model, deepspeed)
+        check_optimizer(config.train, deepspeed)
         check_trackers(config.train.trackers)
         if config.train.push_to_hub is not None:
             check_repository(config.train.push_to_hub)

@@ -1,11 +1,12 @@
 """dpo plan: prints what a training run will need, and loads no weights."""
 
 import json
+import shutil
 
 from dpo import distributed, terminal
 from dpo.commands.inputs import quieten_libraries
 from dpo.config import Config
-from dpo.loss.catalog import needs_mismatched
+from dpo.loss.catalog import needs_mismatched, needs_whole_step
 from dpo.planning.fit import Machine
 from dpo.planning.plan import make_plan
 from dpo.planning.text import as_json, page
@@ -32,7 +33,14 @@ def plan(
         config.train,
         machine,
         exact=exact,
+        whole_step=needs_whole_step(config.loss),
         mismatched=needs_mismatched(config.loss),
     )
     numbers = as_json(made)
-    terminal.answer("plan", json.dumps(numbers, indent=2) if as_numbers else page(made), numbers)
+    terminal.answer(
+        "plan",
+        json.dumps(numbers, indent=2)
+        if as_numbers
+        else page(made, shutil.get_terminal_size((110, 24)).columns),
+        numbers,
+    )

@@ -64,7 +64,7 @@ class Engine:
             raise UserError("model.attention: flex; it has no backward pass on CPUs: set auto or sdpa")
         self._zero = accelerator.distributed_type == DistributedType.DEEPSPEED
         settings = accelerator.deepspeed_plugin.deepspeed_config if self._zero else None
-        check_optimizer(options, config, settings)
+        check_optimizer(options, settings)
         self._accelerator = accelerator
         self._dtype = DTYPES[config.dtype]
         self._has_adapter = config.lora is not None  # authors freeze weights, too

@@ -10,7 +10,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from dpo.config import ModelConfig, OptimizationConfig
+from dpo.config import OptimizationConfig
 from dpo.engine.deepspeed_config import offloads_optimizer
 from dpo.engine.lion import Lion
 from dpo.engine.muon import MuonWithAdamW
@@ -234,14 +234,11 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def check_optimizer(
-    options: OptimizationConfig, model: ModelConfig, deepspeed: dict[str, Any] | None
-) -> None:
+def check_optimizer(options: OptimizationConfig, deepspeed: dict[str, Any] | None) -> None:
     """Refuses an optimizer that cannot run here, and options that it does not use.
 
     Args:
         options: The optimizer.
-        model: Its compute type.
         deepspeed: DeepSpeed's configuration, or None without DeepSpeed.
 
     Raises:
@@ -264,9 +261,9 @@ def check_optimizer(
             f"train.optimizer: {name}; DeepSpeed cannot run it on the host: set adamw, or use a DeepSpeed "
             "configuration without offload_optimizer"
         )
-    if kind.not_sharded and (stage != 0 or model.dtype != "float32"):
+    if kind.not_sharded:
         raise UserError(
-            f"train.optimizer: {name}; it {kind.not_sharded}, so DeepSpeed ZeRO-{stage} cannot shard it: "
+            f"train.optimizer: {name}; it {kind.not_sharded}, so DeepSpeed ZeRO-{stage} cannot take it: "
             "train without DeepSpeed (launch/one_process.yaml, launch/one_node_ddp.yaml), or set adamw, "
             "rmsprop or lion"
         )

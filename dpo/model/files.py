@@ -78,10 +78,28 @@ def ask_hub(name_or_path: str) -> None:
         return
     except Exception as error:  # the connection, in the classes of whichever HTTP library there is
         constants.HF_HUB_OFFLINE = True
-        terminal.warning(
-            f"the hub cannot be reached ({type(error).__name__}: {first_line(error)}); only its cache on "
-            "this machine is used"
+        _no_hub.append(f"the hub cannot be reached ({type(error).__name__}: {first_line(error)})")
+        terminal.warning(f"{_no_hub[0]}; only its cache on this machine is used")
+
+
+_no_hub: list[str] = []
+"""Why the hub is not asked any more."""
+
+
+def lacks(name_or_path: str, what: str, reason: str) -> UserError:
+    """The error of a model that lacks a file, with the cause first where that is the hub.
+
+    Args:
+        name_or_path: The model.
+        what: Such as `tokenizer` or `config.json`.
+        reason: What the library said.
+    """
+    if _no_hub and not Path(name_or_path).exists():
+        return UserError(
+            f"model.name_or_path: {name_or_path} is no folder here, {_no_hub[0]}, and its cache on this "
+            f"machine has no {what} of it: expected a model folder, or a hub name that was fetched before"
         )
+    return UserError(f"model.name_or_path: no {what} in {name_or_path}: {reason}")
 
 
 def raw_config(model: ModelConfig) -> dict[str, Any]:
@@ -181,6 +199,7 @@ def num_parameters(model: ModelConfig) -> int:
 def adapter_config(model: ModelConfig) -> Path | None:
     """The configuration file of a PEFT adapter, or None for a model without one."""
     check_model_path(model.name_or_path, "model.name_or_path")
+    ask_hub(model.name_or_path)
     found = find_adapter_config_file(model.name_or_path, revision=model.revision)
     return None if found is None else Path(found)
 
@@ -253,7 +272,7 @@ def _resolve(model: ModelConfig, name: str) -> Path:
     except OSError as error:
         path, reason = None, first_line(error)
     if path is None:
-        raise UserError(f"model.name_or_path: no {name} in {model.name_or_path}: {reason}")
+        raise lacks(model.name_or_path, name, reason)
     return Path(path)
 
 

@@ -29,7 +29,15 @@ from dpo.config import ModelConfig
 from dpo.errors import UserError
 from dpo.model.adapter import attach, stored_options
 from dpo.model.authors import remember, remove_noise
-from dpo.model.files import ask_hub, base_of, check_model_path, first_line, raw_config, tokenizer_home
+from dpo.model.files import (
+    ask_hub,
+    base_of,
+    check_model_path,
+    first_line,
+    lacks,
+    raw_config,
+    tokenizer_home,
+)
 from dpo.model.quantized import compute_plainly, loading_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -58,9 +66,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.name_or_path: no tokenizer in {model.name_or_path}: {first_line(error)}"
-        ) from error
+        raise lacks(model.name_or_path, "tokenizer", first_line(error)) from error
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up by transformers
         raise UserError(
             f"model.name_or_path: no tokenizer in {model.name_or_path}; save one beside the model"

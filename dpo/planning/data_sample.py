@@ -78,17 +78,39 @@ class SampledData:
         """Tokens of the longest tree."""
         return int(self.sample.tree_tokens.max())
 
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest prompt with one of its completions: the smallest piece of its group."""
+        return int(self.sample.longest.max())
+
     def trees(self, tokens: int) -> list[Tree]:
         """Groups of the sample in random order, repeated to fill `tokens`; always with the longest."""
-        longest = int(self.sample.tree_tokens.argmax())
-        chosen, room = [longest], tokens - self.longest
-        order = np.random.default_rng(SEED).permutation(len(self.sample))
+        longest = self._tree(int(self.sample.tree_tokens.argmax()))
+        return [longest, *self._filling(tokens - self.longest)]
+
+    def piece(self, tokens: int) -> list[Tree]:
+        """As `trees`, where groups are cut between completions: always with the longest sequence."""
+        prompt, completions = self._tree(int(self.sample.longest.argmax()))
+        longest, *others = sorted(completions, key=len, reverse=True)
+        kept, room = [longest], tokens - len(prompt) - len(longest)
+        for other in others:
+            if len(other) <= room:
+                kept.append(other)
+                room -= len(other)
+        return [(prompt, kept), *self._filling(room)]
+
+    def _filling(self, room: int) -> list[Tree]:
+        """Whole groups in random order, repeated until none fits any more."""
+        chosen, order = list[int](), np.random.default_rng(SEED).permutation(len(self.sample))
         while fitting := [int(group) for group in order if self.sample.tree_tokens[group] <= room]:
             for group in fitting:
                 if self.sample.tree_tokens[group] <= room:
                     chosen.append(group)
                     room -= int(self.sample.tree_tokens[group])
-        return [(self.sample[group].prompt, self.sample[group].completions) for group in chosen]
+        return [self._tree(group) for group in chosen]
+
+    def _tree(self, group: int) -> Tree:
+        return self.sample[group].prompt, self.sample[group].completions
 
 
 def sample_data(

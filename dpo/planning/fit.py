@@ -97,6 +97,8 @@ class Advice:
     gradient_checkpointing: Recomputed
     launcher: str
     reason: str
+    cached: bool
+    """Whether steps compute their gradient the cached way, in which a group may be cut into pieces."""
 
 
 class Fit:
@@ -113,6 +115,7 @@ class Fit:
         *,
         state_bytes: float,
         most_tokens: int,
+        cached: bool = False,
     ) -> None:
         """Does not rehearse yet.
 
@@ -124,18 +127,21 @@ class Fit:
             data: The training data.
             machine: Where the run is to take place.
             state_bytes: What the optimizer keeps per trained parameter.
+            cached: With a cached gradient: a micro-batch may be a piece of a group.
             most_tokens: What a rank gets of a step at most: no micro-batch is larger.
         """
         self._model, self._described, self._shape = model, described, shape
-        self._data, self._machine = data, machine
+        self._trees = data.piece if cached else data.trees
+        self._cached, self._machine = cached, machine
+        self._longest = data.longest_sequence if cached else data.longest
         self._optimizer, self._state_bytes = OPTIMIZERS[train.optimizer], state_bytes
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
         self._done: dict[tuple[int, torch.dtype, Recomputed], Rehearsal] = {}
         budget = train.max_tokens_per_micro_batch or GPU_TOKENS
-        self.requested = max(min(budget, most_tokens), data.longest)
+        self.requested = max(min(budget, most_tokens), self._longest)
         """Tokens of a micro-batch: those of the configuration, or fewer where the data makes no larger one,
-        or of the longest group if it is larger.
+        or the fewest possible if that is more.
         """
 
     def ways(self, *, recomputed: Recomputed) -> list[Way]:
@@ -144,7 +150,7 @@ class Fit:
         unsharded = whole or self._model.quantization is not None or recomputed == "selective"
         impossible = {
             "no DeepSpeed": self._machine.num_gpus > 1 and not whole,
-            "ZeRO-0": not is_offered("ZeRO-0", self._dtype),
+            "ZeRO-0": whole or not is_offered("ZeRO-0", self._dtype),
             "ZeRO-2": whole,
             "ZeRO-3": unsharded,
             "ZeRO-3 offload": unsharded or not self._optimizer.may_be_offloaded,
@@ -169,18 +175,19 @@ class Fit:
             for least in (self.requested, self.requested // LARGEST_CUT):
                 for way in ways:
                     budget = min(self.requested, way.largest_micro_batch)
-                    if budget >= max(least, self._data.longest) and (way.fits or least < self.requested):
+                    if budget >= max(least, self._longest) and (way.fits or least < self.requested):
                         return self._take(way, budget, ways, recomputed=recomputed)
         for way in ways:
-            if way.largest_micro_batch >= self._data.longest:
+            if way.largest_micro_batch >= self._longest:
                 return self._take(way, way.largest_micro_batch, ways, recomputed=kinds[-1])
         return Advice(
             sharding=None,
             max_tokens_per_micro_batch=self.requested,
             gradient_checkpointing=kinds[-1],
             launcher="",
-            reason="nothing fits, not even one group at a time with recomputed activations: use more or "
-            "larger GPUs",
+            reason=f"nothing fits, not even one {'completion' if self._cached else 'group'} at a time with "
+            "recomputed activations: use more or larger GPUs",
+            cached=self._cached,
         )
 
     def _in_order(self, *, recomputed: Recomputed) -> list[Way]:
@@ -218,6 +225,7 @@ class Fit:
             gradient_checkpointing=recomputed,
             launcher=launcher,
             reason="; ".join([*reason, kind]),
+            cached=self._cached,
         )
 
     def _way(self, sharding: Name, *, recomputed: Recomputed) -> Way:
@@ -231,9 +239,9 @@ class Fit:
                 state_bytes=self._state_bytes,
             )
 
-        requested, longest = memory(self.requested), self._data.longest
-        # The line starts at the longest group: its slope then includes the projection's peak, and is too
-        # steep rather than too flat.
+        requested, longest = memory(self.requested), self._longest
+        # The line starts at the smallest micro-batch: its slope then includes the projection's peak, and is
+        # too steep rather than too flat.
         sizes = [longest, max(self.requested, 2 * longest)]
         most = largest_fitting([(tokens, memory(tokens).total) for tokens in sizes], self._room)
         rounded = min(most, MOST_TOKENS) // ROUNDED * ROUNDED
@@ -257,7 +265,7 @@ class Fit:
             self._done[key] = rehearse(
                 self._described,
                 replace(self._model, gradient_checkpointing=recomputed),
-                self._data.trees(tokens),
+                self._trees(tokens),
                 dtype=weights,
                 autocast=weights != self._dtype,
                 gpu=True,

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dpo.config import DataConfig, ModelConfig, ReferenceConfig, TrainConfig
-from dpo.data.plan import BatchPlan, share
+from dpo.data.plan import BatchPlan, Int64s, share
 from dpo.engine.optimizer import OPTIMIZERS, state_bytes
 from dpo.errors import UserError
 from dpo.model.files import base_of, check_model_path, max_positions, num_parameters, weights_at_hand
@@ -28,6 +28,7 @@ from dpo.planning.traffic import sent, traffic
 from dpo.reference.identity import is_remembered, reference_identity, reference_model
 from dpo.reference.store import ReferenceStore
 from dpo.train.disk_space import checkpoint_bytes, exported_bytes
+from dpo.train.micro_batches import cut
 
 CACHE_ROW_BYTES, CACHE_TOKEN_BYTES = 23, 4
 """Bytes per sequence in the reference cache, measured (docs/reference-cache.md), and per completion token
@@ -92,6 +93,7 @@ def make_plan(
     machine: Machine,
     *,
     exact: bool,
+    whole_step: bool = False,
     mismatched: bool = False,
 ) -> Plan:
     """Plans a training run.
@@ -103,6 +105,7 @@ def make_plan(
         train: The optimizer, the batches and the length of the run.
         machine: What it is to run on.
         exact: Tokenize all data instead of a sample.
+        whole_step: Whether the loss needs the whole step, and so a cached gradient.
         mismatched: Whether the loss needs completions of other prompts; see `dpo.data.mismatched`.
 
     Raises:
@@ -126,28 +129,42 @@ def make_plan(
         max_steps=train.max_steps,
     )
     of_optimizer = state_bytes(bare, train.optimizer) / shape.trainable
-    fit = Fit(
-        model,
-        train,
-        described,
-        shape,
-        splits["train"],
-        machine,
-        state_bytes=of_optimizer,
-        most_tokens=_most_tokens(batches, splits["train"], machine.num_gpus),
-    )
+    needed = whole_step or train.backward == "cached"
+
+    most_tokens = _most_tokens(batches, splits["train"], machine.num_gpus)
+
+    def fit_with(*, cached: bool) -> Fit:
+        return Fit(
+            model,
+            train,
+            described,
+            shape,
+            splits["train"],
+            machine,
+            state_bytes=of_optimizer,
+            most_tokens=most_tokens,
+            cached=cached,
+        )
+
+    fit = fit_with(cached=needed)
+    if fit.advice().sharding is None and train.backward == "auto" and not needed:
+        fit = fit_with(cached=True)
     advice = fit.advice()
-    balance = _balance(batches, splits["train"], machine.num_gpus, advice.max_tokens_per_micro_batch)
+    balance = _balance(batches, splits["train"], machine.num_gpus, advice)
+    # All but the last of a rank's pieces are scored once before.
+    scored = balance.micro_batches - 1 if advice.cached else 0.0
     messages = traffic(
         advice.sharding or "ZeRO-3",
         shape,
         world_size=machine.num_gpus,
         dtype=DTYPES[model.dtype],
         micro_batches=balance.micro_batches,
+        scored=scored,
     )
     # Forward pass, gradients of inputs and of trained weights, and the forward pass again if recomputed.
     again = recomputed_share(bare, advice.gradient_checkpointing)
     passes = 2 + shape.trainable / shape.parameters + again
+    passes += scored / balance.micro_batches
     flops = passes * _forward_flops_of_run(batches, splits["train"], work)
     steps, passes_per_step = batches.num_steps, balance.micro_batches * machine.num_gpus
     launches = launch_note(
@@ -213,8 +230,9 @@ def _base_parameters(model: ModelConfig, shape: Shape) -> int:
     return shape.parameters - (shape.trainable if model.lora is not None else 0)
 
 
-def _balance(batches: BatchPlan, train: SampledData, ranks: int, budget: int) -> Balance:
+def _balance(batches: BatchPlan, train: SampledData, ranks: int, advice: Advice) -> Balance:
     """Averages over `SAMPLED_STEPS` steps that are spread over the run."""
+    budget = advice.max_tokens_per_micro_batch
     numbers = np.unique(np.linspace(1, batches.num_steps, SAMPLED_STEPS).astype(int))
     slowest, mean, micro_batches = 0.0, 0.0, []
     for number in numbers:
@@ -223,8 +241,15 @@ def _balance(batches: BatchPlan, train: SampledData, ranks: int, budget: int) ->
         shares = share(sizes, world_size=ranks, budget=budget)
         loads = [sizes.work[np.concatenate(own).astype(int)].sum() for own in shares]
         slowest, mean = slowest + float(np.max(loads)), mean + float(np.mean(loads))
-        micro_batches.append(len(shares[0]))
+        cuts = [[_num_pieces(train, groups[batch], budget) for batch in own] for own in shares]
+        micro_batches.append(max(map(sum, cuts)) if advice.cached else len(shares[0]))
     return Balance(rank_excess=slowest / mean - 1, micro_batches=float(np.mean(micro_batches)))
+
+
+def _num_pieces(train: SampledData, groups: Int64s, budget: int) -> int:
+    """Pieces of a micro-batch of these groups of the sample."""
+    trees = (train.sample[int(group)] for group in groups)
+    return len(cut([(tree.prompt, tree.completions) for tree in trees], "packed", budget))
 
 
 def _most_tokens(batches: BatchPlan, train: SampledData, ranks: int) -> int:

@@ -9,26 +9,24 @@ from dpo.planning.data_sample import SampledData
 from dpo.planning.fit import USABLE, Way
 from dpo.planning.plan import Plan
 
-COLUMNS = {
-    name: 2 + max(len(name), 8)
-    for name in ("weights", "gradients", "optimizer", "activations", "projection", "buckets", "total", "host")
-}
-"""Column of the memory table -> its width."""
+PARTS = ("weights", "gradients", "optimizer", "activations", "projection", "buckets", "total", "host")
+"""Rows of the memory table."""
+INDENT = 11
+"""Where the text of a line begins, after its label."""
 
 
-def page(plan: Plan) -> str:
-    """The whole plan, in lines of at most 110 columns."""
-    return "\n".join(
-        [
-            *_work(plan),
-            "",
-            *_memory(plan),
-            "",
-            *_advice(plan),
-            "",
-            *_time(plan),
-        ]
-    )
+def page(plan: Plan, width: int = 110) -> str:
+    """The whole plan, in lines of at most `width` columns, at least 80."""
+    text = [*_work(plan), "", *_advice(plan), "", *_time(plan)]
+    place = text.index("")
+    text[place + 1 : place + 1] = [*_memory(plan), ""]
+    return "\n".join(part for line in text for part in _filled(line, max(width, 80)))
+
+
+def _filled(line: str, width: int) -> list[str]:
+    if len(line) <= width:
+        return [line]
+    return textwrap.wrap(line, width, subsequent_indent=" " * INDENT, break_on_hyphens=False)
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -76,7 +74,7 @@ def _work(plan: Plan) -> Iterator[str]:
     lora = f", {_count(shape.trainable)} of them in an adapter and trained" if model.lora else ""
     yield f"model      {model.name_or_path}: {_count(shape.parameters)} parameters{lora}, {model.dtype}"
     for note in plan.notes:
-        yield from textwrap.wrap(note, 110, initial_indent=" " * 11, subsequent_indent=" " * 11)
+        yield f"{'':<{INDENT}}{note}"
     for name, split in plan.data.items():
         yield f"{name:<10} {split.pairs:,} pairs, {split.sequences:,} completions of {split.groups:,} prompts"
         yield f"           {_tokens(split)}, longest group {split.longest:,}"
@@ -110,24 +108,19 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield (
         f"memory of each of {machine.num_gpus} GPU(s) in GB at the peak of a step, activations {recomputed};"
     )
-    yield f"{USABLE:.0%} of {machine.gpu_memory / 1e9:,.0f} GB are planned"
-    yield (
-        "  "
-        + f"{'':<15}"
-        + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
-        + "   largest micro-batch"
-    )
-    for way in plan.ways:
-        yield (
-            "  "
-            + f"{way.sharding:<15}"
-            + "".join(f"{getattr(way.memory, name) / 1e9:>{width},.2f}" for name, width in COLUMNS.items())
-            + _largest(way)
-        )
+    planned = f"{USABLE:.0%} of {machine.gpu_memory / 1e9:,.0f} GB are planned"
+    yield f"{planned}; micro-batch: the largest that fits, in tokens"
+    rows = [("", *(way.sharding for way in plan.ways))]
+    rows += [(part, *(f"{getattr(way.memory, part) / 1e9:,.2f}" for way in plan.ways)) for part in PARTS]
+    rows += [("micro-batch", *map(_largest, plan.ways))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for label, *cells in rows:
+        values = "".join(f"  {cell:>{size}}" for cell, size in zip(cells, widths[1:], strict=True))
+        yield f"  {label:<{widths[0]}}{values}".rstrip()
 
 
 def _largest(way: Way) -> str:
-    return f"   {way.largest_micro_batch:,} tokens" if way.largest_micro_batch else "   does not fit"
+    return f"{way.largest_micro_batch:,}" if way.largest_micro_batch else "none fits"
 
 
 def _advice(plan: Plan) -> Iterator[str]:
@@ -139,6 +132,8 @@ def _advice(plan: Plan) -> Iterator[str]:
     yield f"           --train.max_tokens_per_micro_batch {advice.max_tokens_per_micro_batch}"
     if advice.gradient_checkpointing:
         yield f"           --model.gradient_checkpointing {advice.gradient_checkpointing}"
+    if advice.cached:
+        yield "           --train.backward cached (pieces of a group, for a further forward pass)"
     yield f"           {advice.reason}"
 
 

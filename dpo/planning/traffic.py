@@ -12,7 +12,13 @@ Traffic = dict[str, float]
 
 
 def traffic(
-    sharding: Name, shape: Shape, *, world_size: int, dtype: torch.dtype, micro_batches: float
+    sharding: Name,
+    shape: Shape,
+    *,
+    world_size: int,
+    dtype: torch.dtype,
+    micro_batches: float,
+    scored: float = 0.0,
 ) -> Traffic:
     """Messages of one rank in a step; gradients are sent in float32.
 
@@ -25,6 +31,7 @@ def traffic(
         world_size: Number of ranks.
         dtype: The compute type.
         micro_batches: Micro-batches of a rank per step, on average.
+        scored: Forward passes without gradient besides, with a cached gradient.
     """
     if world_size == 1:
         return {}
@@ -36,9 +43,9 @@ def traffic(
         gathered = width * shape.trainable / world_size
         return {"all_reduce": gradients * micro_batches, "all_gather_into_tensor": gathered}
     stays = min(1.0, GATHERED_ELEMENTS / shape.parameters)
-    gathered = width * shape.parameters / world_size * (2 - stays)
+    gathered = width * shape.parameters / world_size
     return {
-        "all_gather_into_tensor": gathered * micro_batches,
+        "all_gather_into_tensor": gathered * ((2 - stays) * micro_batches + scored),
         "reduce_scatter_tensor": gradients * micro_batches,
     }
 

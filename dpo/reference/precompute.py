@@ -129,7 +129,7 @@ def _compute(
             lay_out = partial(_lay_out, datasets, plan, probed.layout, windows, device)
             started = time.monotonic()
             alive.step("reference log-probs")
-            with _bar(plan, missing) as bar:
+            with _bar(plan) as bar:
                 with ShardWriter(store, options.flush_every_seconds) as unwritten:
                     for number, (batch, keys) in zip(mine, prefetch(map(lay_out, mine)), strict=True):
                         unwritten.add(_score(scorer, batch, keys, per_token=options.store_token_logps))
@@ -196,15 +196,10 @@ def _score(scorer: nn.Module, batch: TreeBatch, keys: Keys, *, per_token: bool) 
     )
 
 
-def _bar(plan: MissingPlan, missing: Missing) -> "tqdm[NoReturn]":
+def _bar(plan: MissingPlan) -> "tqdm[NoReturn]":
     """Progress over all ranks. Its unit is tokens, since the longest sequences come first."""
-    return terminal.bar(
-        int(plan.tokens.sum()),
-        description=f"reference log-probs: {missing.hits} sequences cached, "
-        f"{len(missing.sequences)} to compute",
-        unit="tokens",
-        unit_scale=True,
-    )
+    total = int(plan.tokens.sum())
+    return terminal.bar(total, description="reference log-probs", unit="tokens", unit_scale=True)
 
 
 @contextmanager

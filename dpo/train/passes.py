@@ -2,10 +2,11 @@
 
 Direct: each micro-batch is scored with gradient, its loss is computed, and its backward pass runs.
 
-Cached: all micro-batches are scored without gradient; then the loss of the whole step and its derivative with
-respect to each log-prob are computed; then each micro-batch is scored again, and its backward pass runs with
-that derivative. A preference loss is a function of one number per sequence or token, so this is exact, for
-about a third more compute. Losses may need the whole step, and a piece may be one completion with its prompt.
+Cached: all micro-batches are scored, all but the last without gradient; then the loss of the whole step and
+its derivative with respect to each log-prob are computed; then each of the others is scored again, and the
+backward passes run with that derivative. A preference loss is a function of one number per sequence or token,
+so this is exact, for at most a third more compute. Losses may need the whole step, and a piece may be one
+completion with its prompt.
 """
 
 import time
@@ -72,39 +73,34 @@ def direct_passes(
 def cached_passes(
     session: Session, batches: Iterator[MicroBatch], sums: MetricSums, timed: Timed
 ) -> list[Done]:
-    """All micro-batches without gradient, the step's loss, then a forward and a backward pass for each.
+    """All micro-batches but the last without gradient, the step's loss, then the backward passes.
 
-    See `direct_passes` for the arguments.
+    The last one is scored with gradient at once, and its backward pass is the first: it needs no second
+    forward pass, and a step of one micro-batch costs no more than the direct way. See `direct_passes` for the
+    arguments.
     """
     engine, objective = session.engine, session.objective
-    pieces = [*_step(session, batches, timed)]
-    whole, count = pieces[0].whole, pieces[0].count
-    assert whole is not None
+    *before, final = _step(session, batches, timed)
+    pieces, wanted = [final, *before], {"per_token": objective.per_token, "aligned": objective.aligned}
+    assert final.whole is not None
     with timed.forward.running():
-        scored = [
-            engine.score_only(piece.batch, per_token=objective.per_token, aligned=objective.aligned)
-            for piece in pieces
-        ]
-    lengths = [_num_values(piece, per_token=objective.per_token) for piece in pieces]
-    if sum(lengths):
-        values = torch.cat([part[:length] for part, length in zip(scored, lengths, strict=True)])
-    else:
-        values = scored[0]  # of a rank without work
-    logps = values.detach().requires_grad_()
-    loss = objective.loss(logps, whole, sums)
-    (slopes,) = torch.autograd.grad(loss / count, logps)
+        scored = [engine.score_only(piece.batch, **wanted) for piece in before]
+        graph = [engine.score(final.batch, last=not before, **wanted)]
+    lengths = [_num_values(piece, per_token=objective.per_token) for piece in (*before, final)]
+    values = [part.detach()[:length] for part, length in zip([*scored, *graph], lengths, strict=True)]
+    # a rank without work scores a sequence that does not count
+    logps = (torch.cat(values) if sum(lengths) else graph[0].detach()).requires_grad_()
+    loss = objective.loss(logps, final.whole, sums)
+    (slopes,) = torch.autograd.grad(loss / final.count, logps)
     valid = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-    done, first = list[Done](), 0
-    for piece, length in zip(pieces, lengths, strict=True):
-        own = slopes[first : first + length]
-        first += length
-        alive.step(f"step {piece.step.number}, backward pass {piece.index + 1} of {piece.of}")
+    *earlier, latest = slopes[: sum(lengths)].split(lengths)
+    done = list[Done]()
+    for number, (piece, own) in enumerate(zip(pieces, [latest, *earlier], strict=True)):
+        last = number == len(before)
+        alive.step(f"step {piece.step.number}, backward pass {number + 1} of {piece.of}")
         with timed.forward.running():
-            again = engine.score(
-                piece.batch, last=piece.last, per_token=objective.per_token, aligned=objective.aligned
-            )
-        surrogate = (again[:length] * own).sum() * valid + 0.0 * again.sum()
-        engine.accumulate(surrogate, last=piece.last)
+            again = graph.pop() if graph else engine.score(piece.batch, last=last, **wanted)
+        engine.accumulate((again[: len(own)] * own).sum() * valid + 0.0 * again.sum(), last=last)
         done.append(Done(micro=piece, loss=own.sum()))
     return done
 

@@ -82,4 +82,4 @@ def test_what_zero_cannot_shard_is_refused(measured: dict[str, Measured], shardi
     assert refused.keys() == OPTIMIZERS.keys() - set(SHARDED)
     for name, said in refused.items():
         assert said.startswith(f"train.optimizer: {name}; it ")
-        assert f"DeepSpeed {sharding} cannot shard it" in said
+        assert f"DeepSpeed {sharding} cannot take it" in said

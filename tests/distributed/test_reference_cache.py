@@ -164,7 +164,7 @@ def test_a_signal_keeps_computed_rows_and_exits_with_3(
     arguments = ["precompute-ref", *experiment(tmp_path, reference__flush_every_seconds=3600)]
     often = "from dpo import terminal; terminal.FILE_SECONDS = 0.0"
     (process,) = start_ranks(1, arguments, tmp_path / "logs", before=often)
-    wait_for(lambda: re.search(r"to compute: [1-9][\d.]*[kM]?/", output_of(tmp_path / "logs")) is not None)
+    wait_for(lambda: re.search(r"log-probs: [1-9][\d.]*[kM]?/", output_of(tmp_path / "logs")) is not None)
     os.kill(pid_of(process), signal.SIGTERM)
     assert wait([process]) == [3], output_of(tmp_path / "logs")
     assert "SIGTERM" in output_of(tmp_path / "logs")

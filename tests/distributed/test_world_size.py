@@ -49,7 +49,20 @@ def expected(rig: Rig) -> list[dict[str, float]]:
 def test_the_same_pairs_give_the_same_steps(
     rig: Rig, expected: list[dict[str, float]], ranks: int, stage: int | None, budget: int
 ) -> None:
-    found = steps(rig, ranks, stage, budget)
+    assert_same_steps(steps(rig, ranks, stage, budget), expected)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_cached_gradient_gives_the_same_steps(
+    rig: Rig, expected: list[dict[str, float]], stage: int
+) -> None:
+    """Also where its pieces are single completions."""
+    cut = ("--train.backward", "cached", "--train.max_tokens_per_micro_batch", "16")
+    assert_same_steps(metrics(rig.completed(f"cached_{stage}", *cut, stage=stage)), expected)
+
+
+def assert_same_steps(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """The same numbers of steps and evaluations, to float tolerance."""
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.keys() == theirs.keys()

@@ -6,7 +6,10 @@ import pytest
 from unit.cli.refusals import REQUIRED, parsed, refusal
 
 from dpo.cli.expected import choices, in_words
+from dpo.cli.help import fitted
+from dpo.cli.main import run
 from dpo.cli.parse import _leaves, parse
+from dpo.cli.table import TOOLS
 from dpo.config import Config, DataSource, SftConfig
 from dpo.config.foreign import BUILT_IN, KEYS, MISSING, VALUES
 from dpo.errors import UserError
@@ -292,6 +295,38 @@ def test_help_lists_every_key_in_80_columns(
     printed = capsys.readouterr().out
     assert [key for key in _leaves(kind) if f"  --{key}  " not in printed] == []
     assert max(map(len, printed.splitlines())) <= 80
+
+
+USAGE = """usage: dpo x --config FILE [--KEY VALUE ...]
+             [--other THING]
+
+Prose in lines
+of any length.
+
+--one    what it is,
+         at length
+--other  short
+"""
+
+
+def test_a_usage_is_filled_to_the_width() -> None:
+    assert fitted(USAGE, 29).splitlines() == [
+        "usage: dpo x --config FILE",
+        "           [--KEY VALUE ...]",
+        "           [--other THING]",
+        "",
+        "Prose in lines of any length.",
+        "",
+        "--one    what it is, at",
+        "         length",
+        "--other  short",
+    ]
+
+
+@pytest.mark.parametrize("command", [*TOOLS, ""])
+def test_every_usage_fits_80_columns(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run([command, "--help"] if command else ["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 def test_a_section_has_a_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,10 +229,17 @@ def test_a_hub_that_does_not_answer_is_asked_once_and_its_cache_is_used(
 
     monkeypatch.setattr(files.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(files.HfApi, "model_info", no_route)
+    monkeypatch.setattr(files, "_no_hub", [])
+    cause = (
+        r"org/some-model is no folder here, the hub cannot be reached \(ConnectionError: no route to host\)"
+    )
     started = time.monotonic()
     for _ in range(2):
-        with pytest.raises(UserError, match=r"model\.name_or_path: no tokenizer in org/some-model"):
+        assert files.adapter_config(ModelConfig(name_or_path="org/some-model")) is None
+        with pytest.raises(UserError, match=rf"model\.name_or_path: {cause}.*no tokenizer of it"):
             load_tokenizer(ModelConfig(name_or_path="org/some-model"))
+        with pytest.raises(UserError, match=rf"{cause}.*no config\.json of it"):
+            files.raw_config(ModelConfig(name_or_path="org/some-model"))
     assert asked == ["org/some-model"]
     assert time.monotonic() - started < 5  # without it each try takes half a minute
     assert "ConnectionError: no route to host" in capsys.readouterr().out

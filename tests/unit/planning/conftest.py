@@ -32,7 +32,8 @@ def plan(tmp_path: Path, pairs_file: Path, capsys: pytest.CaptureFixture[str]) -
         model: Path, *more: str, gpus: int = 8, memory: str = "80GB", data: Sequence[str] = ()
     ) -> dict[str, Any]:
         arguments = ["plan", "--num_gpus", str(gpus), "--gpu_memory", memory, "--json", *more]
-        arguments += ["--model.name_or_path", str(model), "--data.train", str(pairs_file)]
+        arguments += ["--model.name_or_path", str(model)]
+        arguments += [] if "--data.train" in more else ["--data.train", str(pairs_file)]
         arguments += ["--data.cache_dir", str(tmp_path / "tokenized")]
         status = run([*arguments, "--reference.cache_dir", str(tmp_path / "reference"), *data])
         printed = capsys.readouterr()

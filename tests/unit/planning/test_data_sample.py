@@ -75,6 +75,24 @@ def test_trees_fill_a_micro_batch_and_include_the_longest(
     assert tokens(10**5) == pytest.approx(10**5, rel=0.001), "groups are repeated"
 
 
+def test_a_piece_is_cut_between_the_completions_of_a_group(
+    write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Any
+) -> None:
+    row = {"prompt": "the cat", "completions": [" sat" * n for n in (2, 9, 4)], "scores": [1, 2, 3]}
+    found = sampled(DataConfig(train=write_jsonl([row]), cache_dir=str(tmp_path)), tokenizer)
+    prompt, completions = len(found.sample[0].prompt), [len(each) for each in found.sample[0].completions]
+    assert found.longest_sequence == prompt + max(completions)
+
+    def lengths(limit: int) -> list[tuple[int, list[int]]]:
+        return [(len(prompt), [*map(len, rest)]) for prompt, rest in found.piece(limit)]
+
+    short, long, middle = completions
+    assert lengths(1) == [(prompt, [long])]
+    assert lengths(prompt + long + middle) == [(prompt, [long, middle])]
+    assert lengths(found.longest) == [(prompt, [long, middle, short])]
+    assert len(found.piece(2 * found.longest)) == 2
+
+
 def test_the_held_out_split_is_sampled_too(data: DataConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     both = DataConfig(train=data.train, test=data.train, cache_dir=data.cache_dir)
     assert set(sample_data(both, tokenizer, 64, exact=False)) == {"train", "test"}

@@ -44,11 +44,15 @@ def fit(
     requested: int = 1000,
     longest: int = 10,
     optimizer: Any = "adamw",
+    cached: bool = False,
     most_tokens: int = 10**9,
     **model: Any,
 ) -> Fit:
-    """A policy on GPUs with `room` usable bytes."""
-    data = cast(SampledData, SimpleNamespace(longest=longest, trees=lambda tokens: tokens))
+    """A policy on GPUs with `room` usable bytes; the longest sequence is a tenth of the longest group."""
+    sizes = {"longest": longest, "longest_sequence": longest // 10}
+    data = cast(
+        SampledData, SimpleNamespace(**sizes, trees=lambda tokens: tokens, piece=lambda tokens: tokens)
+    )
     return Fit(
         ModelConfig(name_or_path="m", **model),
         TrainConfig(max_tokens_per_micro_batch=requested, optimizer=optimizer),
@@ -57,6 +61,7 @@ def fit(
         data,
         Machine(num_gpus=gpus, gpu_memory=-int(-room // USABLE), gpu_flops=1.0, mfu=0.5),
         state_bytes=8,
+        cached=cached,
         most_tokens=most_tokens,
     )
 
@@ -134,3 +139,12 @@ def test_an_optimizer_that_cannot_be_sharded_is_whole_on_every_gpu() -> None:
     assert fit(400, optimizer="muon").advice().sharding is None
     for optimizer, names in (("lion", {"ZeRO-2", "ZeRO-3"}), ("muon", {"no DeepSpeed"})):
         assert {way.sharding for way in fit(2000, optimizer=optimizer).ways(recomputed=False)} == names
+
+
+def test_a_cached_gradient_needs_room_for_one_completion_instead_of_a_group() -> None:
+    large = {"requested": 100, "longest": 5000}
+    assert fit(400, **large).advice().sharding is None
+    found = fit(400, **large, cached=True).advice()
+    assert (found.sharding, found.cached) == ("ZeRO-3", True)
+    assert found.max_tokens_per_micro_batch >= 500
+    assert "not even one completion" in fit(20, **large, cached=True).advice().reason

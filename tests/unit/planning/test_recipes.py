@@ -32,7 +32,10 @@ NUMBERS: dict[str, Numbers] = {
     "smollm3_3b": (LossConfig(type="apo_zero", beta=0.05), 1e-6, "cosine", 32, 24576),
     "simpo_llama_3_8b": (SIMPO, 1e-6, "cosine", 128, 2048),
     "simpo_gemma_2_9b": (LossConfig(type="simpo", beta=10.0, simpo_gamma=5.0), 8e-7, "cosine", 128, 2048),
-}
+    "mpo_qwen_2.5_7b": (
+        LossConfig(type=["sigmoid", "bco_pair", "sft"], weights=[0.8, 0.2, 1.0]), 1e-6, "cosine", 256, 8192,
+    ),
+}  # fmt: skip
 """Name -> loss, peak learning rate, schedule, pairs per step, longest sequence."""
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
 LLAMA |= {"num_key_value_heads": 8, "tie_word_embeddings": False}
@@ -71,6 +74,12 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
          "max_position_embeddings": 8192, "tie_word_embeddings": True},
         9242e6,
     ),
+    "mpo_qwen_2.5_7b": (
+        {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+         "num_hidden_layers": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+         "max_position_embeddings": 32768, "tie_word_embeddings": False},
+        7616e6,
+    ),
 }  # fmt: skip
 """Name -> the sizes of the model that is trained, and its published number of parameters."""
 
@@ -93,9 +102,13 @@ def test_the_numbers_are_the_published_ones(name: str) -> None:
     assert config.loss == loss
     assert (train.learning_rate, train.schedule, train.pairs_per_step) == (rate, schedule, pairs)
     assert (config.data.max_length, train.num_epochs, train.optimizer) == (longest, 1, "adamw")
-    assert (train.warmup_ratio, train.weight_decay) == (0.1, 0.0)
+    assert (train.warmup_ratio, train.weight_decay) == (
+        (0.03, 0.05) if name.startswith("mpo") else (0.1, 0.0)
+    )
     assert train.max_grad_norm == (0.2 if name == "smollm3_3b" else 1.0)
-    assert [learning_rate(step, 100, train) for step in (5, 10, 11)] == pytest.approx([rate / 2, rate, rate])
+    warm = 3 if name.startswith("mpo") else 10
+    rates = [learning_rate(step, 100, train) for step in (1, warm, warm + 1)]
+    assert rates == pytest.approx([rate / warm, rate, rate])
     assert learning_rate(101, 100, train) == pytest.approx(
         rate / 10 if name == "smollm3_3b" else 0, abs=1e-12
     )

@@ -30,6 +30,15 @@ def test_weights_that_do_not_stay_gathered_are_gathered_twice() -> None:
     assert found["all_gather_into_tensor"] == pytest.approx(2 * 10**9 * 1.75)
 
 
+def test_passes_without_gradient_gather_weights_under_zero_3_alone() -> None:
+    for sharding, more in (("ZeRO-2", 0), ("ZeRO-3", 2 * 1000)):
+        options = {"world_size": 4, "dtype": torch.float32, "micro_batches": 3}
+        direct, cached = traffic(sharding, SHAPE, **options), traffic(sharding, SHAPE, **options, scored=2)
+        gathered = "all_gather_into_tensor"
+        assert cached[gathered] - direct[gathered] == more
+        assert {**cached, gathered: 0} == {**direct, gathered: 0}
+
+
 def test_one_rank_sends_nothing() -> None:
     assert traffic("ZeRO-3", SHAPE, world_size=1, dtype=torch.float32, micro_batches=2) == {}
 

@@ -3,13 +3,17 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
-from unit.train.runs import Trained, assert_resumed_alike, changed
+import torch
+from torch import Tensor
+from unit.train.runs import STEPS, Trained, assert_resumed_alike, changed
 
 from dpo.config import Config, LossConfig
 from dpo.data.dataset import TokenizedDataset
+from dpo.engine.engine import Engine
 
 LOSSES_TO_CACHE = {
     "dpo": {},
@@ -44,6 +48,25 @@ def test_a_cached_gradient_is_the_direct_one(
         assert line.keys() == other.keys()
         for key, found in line.items():
             assert found == pytest.approx(other[key], rel=2e-5, abs=2e-6), key
+
+
+@pytest.mark.parametrize("budget", [24, 100_000])
+def test_the_last_piece_of_a_step_is_scored_once(
+    experiment: Config, run: Trained, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """So that a step of one piece costs no more than the direct way."""
+    passes: list[bool] = []
+    plain = Engine.score
+
+    def counted(self: Engine, *arguments: Any, **options: Any) -> Tensor:
+        passes.append(torch.is_grad_enabled())
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "score", counted)
+    run(changed(experiment, "counted", backward="cached", max_tokens_per_micro_batch=budget))
+    with_gradient = sum(passes)
+    assert len(passes) - with_gradient == with_gradient - STEPS
+    assert (with_gradient == STEPS) == (budget == 100_000)
 
 
 def test_a_cached_gradient_is_resumed_bit_for_bit(experiment: Config, run: Trained) -> None:

@@ -1,0 +1,41 @@
+"""`dpo check` knows the launcher that a shell will start, and refuses what would fail under it."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo.cli.main import run
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "optimizer", "refused"),
+    [
+        ("one_node.yaml", "muon", "ZeRO-2"),
+        ("one_node_zero3.yaml", "adafactor", "ZeRO-3"),
+        ("one_node.yaml", "adamw_8bit", "ZeRO-2"),
+        ("one_node.yaml", "lion", ""),
+        ("one_node_ddp.yaml", "muon", ""),
+        ("one_process.yaml", "adafactor", ""),
+    ],
+)
+def test_an_optimizer_that_the_launcher_would_shard(
+    tiny_model: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    launcher: str,
+    optimizer: str,
+    refused: str,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_CONFIG", f"launch/{launcher}")
+    keys = ["--model.name_or_path", str(tiny_model), "--data.train", str(pairs_file)]
+    keys += ["--run_dir", str(tmp_path / "run"), "--train.optimizer", optimizer]
+    status, said = run(["check", *keys]), capsys.readouterr().err
+    assert status == (2 if refused else 0), said
+    lines = [line for line in said.splitlines() if "train.optimizer" in line]
+    assert len(lines) == bool(refused)
+    assert refused in said
