@@ -45,15 +45,12 @@ Case = tuple[int, int, Dtype, int | None, str]
 """Number of ranks, ZeRO stage, compute type, the rank of an adapter or None, and one of OPTIONS."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "nf4": {"quantization": "nf4"},
-    "full": {"gradient_checkpointing": "full"},
     "selective": {"gradient_checkpointing": "selective"},
 }
 CASES: list[Case]
 CASES = [(ranks, stage, "float32", None, "plain") for ranks in (1, 2, 4) for stage in (0, 2, 3)]
 CASES += [(2, stage, "bfloat16", lora_rank, "plain") for stage in (2, 3) for lora_rank in (None, 8)]
-CASES += [(2, 2, "float32", None, "full"), (2, 2, "float32", None, "selective")]
-CASES += [(2, 2, "bfloat16", 8, "nf4")]
+CASES += [(2, 2, "float32", None, "selective")]
 
 
 Measured = dict[str, dict[str, Any]]
