@@ -82,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only the K-th of N equal parts of the training prompts: the others are for other rounds",
     )
     add(
+        "--train_only",
+        action="store_true",
+        help="hold out the same prompts, and do not sample them: they are in the folder of another round",
+    )
+    add(
         "--only_finished",
         action="store_true",
         help="leave out continuations that were cut at their longest length, and let EOS follow the others",
@@ -175,15 +180,15 @@ def _prepare(
             num_test_prompts=num_test,
             seed=args.seed,
         )
+    train = [prompt for prompt in prompts if prompt.split == "train"]
+    test = [prompt for prompt in prompts if prompt.split == "test" and not args.train_only]
     if args.part is not None:
-        train = [prompt for prompt in prompts if prompt.split == "train"]
-        own = train[args.part.number - 1 :: args.part.of]
-        if not own:
-            raise UserError(f"--part: {args.part.of} parts of {len(train)} training prompts; expected fewer")
-        prompts = [*own, *(prompt for prompt in prompts if prompt.split == "test")]
+        train = train[args.part.number - 1 :: args.part.of]
+    if not train:
+        raise UserError(f"--part: {args.part.of} parts of too few training prompts; expected fewer parts")
     positions = max_positions(model)
     prepared = []
-    for prompt in prompts:
+    for prompt in [*train, *test]:
         try:
             ids = encode_prompt(prompt.content, tokenizer, key="--model")
         except RowError as fault:

@@ -173,16 +173,16 @@ def _commands(
     config = rounds.config
     assert config.evaluate.scorer is not None
     policy = rounds.start if number == 1 else str(_run(rounds, number - 1).model())
-    has_test = config.data.test is not None and "--num_test_prompts" not in rounds.sample
+    own_held_out = number == 1 and config.data.test is None  # all rounds have one seed, and hold out the same
     yield (
         "sample",
         [
             *rounds.launcher, "data_prep", "sample", rounds.prompts,
             "--model", policy, "--dtype", config.model.dtype, "--scorer", config.evaluate.scorer,
             "--pairing", config.data.pairing, "--min_margin", f"{config.data.min_margin:g}",
-            "--seed", str(config.train.seed + number - 1), "--output", str(data), "--overwrite",
+            "--seed", str(config.train.seed), "--output", str(data), "--overwrite",
             *(["--part", f"{number}/{rounds.number}"] if rounds.number > 1 else []),
-            *(["--num_test_prompts", "0"] if has_test else []), *rounds.sample,
+            *([] if own_held_out else ["--train_only"]), *rounds.sample,
         ],
         data / "manifest.json",
     )  # fmt: skip
@@ -190,6 +190,8 @@ def _commands(
     keys = [
         *rounds.keys, "--run_dir", str(run.path), "--data.train", str(data), "--model.name_or_path", policy,
     ]  # fmt: skip
+    if number > 1 and config.data.test is None:
+        keys += ["--data.test", str(rounds.output / "round_1" / "data")]
     stage = [*rounds.launcher, *([] if rounds.launcher[-1].endswith("launch/run") else ["dpo"])]
     against = [*keys, "--reference.model", held_to]
     yield "precompute-ref", [*stage, "precompute-ref", *against], None

@@ -26,8 +26,10 @@ words = sys.argv[1:]
 command, words = (words[1], words[2:]) if words[0] in ("dpo", "data_prep") else (words[0], words[1:])
 if command == "sample":
     prompts, *words = words
-words = [word for word in words if word not in ("--overwrite", "--only_finished")]
-options = dict(zip(words[::2], words[1::2]))
+flags = {"--overwrite": "overwrite", "--train_only": "train only"}
+options = {flags[word]: True for word in words if word in flags}
+words = [word for word in words if word not in flags]
+options |= dict(zip(words[::2], words[1::2]))
 with open(os.environ["CALLS"], "a") as file:
     file.write(json.dumps([command, options]) + "\\n")
 if os.environ.get("FAILS") == f"{command} {options.get('--run_dir', options.get('--output'))}":
@@ -97,9 +99,9 @@ def test_each_round_starts_from_the_policy_before_with_prompts_of_its_own(rig: R
     samples = [options for command, options in calls if command == "sample"]
     assert [options["--model"] for options in samples] == policies
     assert [options["--part"] for options in samples] == ["1/3", "2/3", "3/3"]
-    assert len({options["--seed"] for options in samples}) == 3
+    assert {options["--seed"] for options in samples} == {"0"}  # it decides which prompts are held out
     assert samples[0]["--num_samples"] == "8"
-    assert samples[0]["--num_test_prompts"] == "0"  # held-out pairs are given
+    assert ["train only" in options for options in samples] == [True] * 3  # held-out pairs are given
     trained = [options for command, options in calls if command == "train"]
     assert [options["--model.name_or_path"] for options in trained] == policies
     assert [options["--data.train"] for options in trained] == [
@@ -112,6 +114,16 @@ def test_each_round_starts_from_the_policy_before_with_prompts_of_its_own(rig: R
     assert [summary["score/policy"] for summary in done] == [0.3, 0.5, 0.4]
     assert "| 2 | 0.500 [0.500, 0.500] |" in (rig.out / "rounds.md").read_text()
     assert (rig.out / "rounds.png").stat().st_size > 1000
+
+
+def test_held_out_pairs_are_those_of_the_first_round(rig: Rig) -> None:
+    config = rig.rounds().config
+    run_rounds(rig.rounds(config=replace(config, data=DataConfig(train="d"))))
+    calls = rig.called()
+    samples = [options for command, options in calls if command == "sample"]
+    assert ["train only" in options for options in samples] == [False, True, True]
+    held_out = [options.get("--data.test") for command, options in calls if command == "evaluate"]
+    assert held_out == [None, *[str(rig.out / "round_1" / "data")] * 2]
 
 
 def test_iterative_dpo_is_held_to_the_policy_before_and_judged_from_the_start(rig: Rig) -> None:

@@ -181,6 +181,22 @@ def test_parts_of_the_prompts_are_disjoint_and_held_out_ones_are_in_each(
     assert run(policy, folder, tmp_path / "none", "--part", "1000/1000") == 2
 
 
+def test_held_out_prompts_are_those_of_another_round_and_need_not_be_sampled(
+    policy: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ("--num_prompts", "20", "--num_test_prompts", "8")
+    for name, more in {"first": ("--part", "1/2"), "second": ("--part", "2/2", "--train_only")}.items():
+        assert run(policy, text, tmp_path / name, *options, *more) == 0
+    first, second, held_out = (
+        {row["prompt"] for row in rows(tmp_path / name, split)}
+        for name, split in (("first", "train"), ("second", "train"), ("first", "test"))
+    )
+    assert min(map(len, (first, second, held_out))) > 5
+    assert not first & second
+    assert not (first | second) & held_out
+    assert not (tmp_path / "second" / "test.parquet").exists()
+
+
 def test_only_what_the_model_finished_is_complete(policy: Path, text: Path, tmp_path: Path) -> None:
     assert run(policy, text, tmp_path / "all", "--num_prompts", "8", "--num_test_prompts", "2") == 0
     cut = run(
