@@ -227,7 +227,10 @@ def base_of(model: ModelConfig) -> ModelConfig:
 
 
 def tokenizer_home(model: ModelConfig) -> ModelConfig:
-    """The model, or the base of an adapter that was saved without a tokenizer."""
+    """The model, or a folder with a tokenizer alone, or the base of an adapter that was saved without one."""
+    folder = Path(model.name_or_path)
+    if folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file():
+        return model
     if adapter_config(model) is None:
         return model
     found = cached_file(

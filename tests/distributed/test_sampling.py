@@ -32,7 +32,7 @@ def samples_and_scores() -> dict[str, list[object]]:
     texts = ["a good day" if number % 3 else "a bad day" for number in range(200)]
     return {
         "samples": [[(one.ids.tolist(), one.finished) for one in several] for several in drawn],
-        "scores": list(score_over_ranks(load_scorer("vader"), texts)),
+        "scores": list(score_over_ranks(load_scorer("vader"), texts, texts)),
     }
 
 

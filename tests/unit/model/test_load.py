@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, PretrainedConfig
 from unit.model.local_model import Edited, model_config
 
 from dpo.config import ModelConfig
@@ -66,6 +66,12 @@ def test_a_missing_weight_is_an_error_and_never_random(edited: Edited) -> None:
 def test_what_cannot_be_loaded_is_refused(edited: Edited, change: Callable[[Path], Any]) -> None:
     with pytest.raises(UserError, match=r"model\.name_or_path: .*edited"):
         load_model(edited(change))
+
+
+def test_a_folder_with_a_tokenizer_alone_has_it(tiny_model: Path, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+    assert load_tokenizer(ModelConfig(name_or_path=str(tmp_path))).vocab_size > 0
 
 
 def test_a_folder_without_a_tokenizer_is_refused(edited: Edited) -> None:
