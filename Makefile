@@ -108,7 +108,7 @@ tensorboard: $(ready) ## show the runs under runs/ at http://localhost:6006
 
 test: $(ready) ## run all tests
 	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(slowest) $(ARGS)
-	$(py) -m pytest tests/distributed -q $(slowest) $(ARGS)
+	$(py) -m pytest tests/distributed -n 2 --dist loadfile -q $(slowest) $(ARGS)
 	$(py) -m pytest tests/end_to_end -n 2 --dist loadfile -q $(slowest) $(ARGS)
 	$(py) -m pytest tests/faults -n 2 --dist loadfile -q $(slowest) $(ARGS)
 
@@ -116,7 +116,7 @@ test-unit: $(ready) ## run the fast tests of single modules
 	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(ARGS)
 
 test-distributed: $(ready) ## run tests with real ranks, launcher and DeepSpeed
-	$(py) -m pytest tests/distributed -q $(ARGS)
+	$(py) -m pytest tests/distributed -n 2 --dist loadfile -q $(ARGS)
 
 test-e2e: $(ready) ## run tests of the commands as a user runs them
 	$(py) -m pytest tests/end_to_end -q $(ARGS)
