@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 from ranks import start_ranks
 
+from dpo.files import write_file
+
 ROOT = Path(__file__).parents[1]
 LAUNCHER = os.environ.get("TEST_LAUNCHER") == "1"
 RUN = [str(ROOT / "launch" / "run")]
@@ -304,7 +306,7 @@ def deepspeed_variables(folder: Path, stage: int | None) -> dict[str, str]:
     settings = json.loads((ROOT / "configs" / f"{name}.json").read_text())
     settings["zero_optimization"]["stage"] = min(stage, 3)
     file = folder / f"ds_zero{stage}.json"
-    file.write_text(json.dumps(settings))
+    write_file(file, json.dumps(settings))  # at once: ranks of another start may be reading it
     return {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file),
