@@ -11,7 +11,14 @@ atexit.register(os.abort)
 """
 
 
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["no-such-command"], 2)])
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["dpo", "--help"], 0),
+        (["dpo", "no-such-command"], 2),
+        (["data_prep", "preferences", "nowhere.jsonl", "--output", "nowhere"], 2),
+    ],
+)
 def test_a_rank_has_the_status_of_its_command_whatever_happens_while_the_interpreter_ends(
     tmp_path: Path, arguments: list[str], status: int
 ) -> None:
@@ -19,10 +26,10 @@ def test_a_rank_has_the_status_of_its_command_whatever_happens_while_the_interpr
     search = f"{tmp_path}:{Path(__file__).parents[2]}"
     environment = {**os.environ, "PYTHONPATH": search, "WORLD_SIZE": "1"}
     ended = subprocess.run(
-        [sys.executable, "-m", "dpo", *arguments], env=environment, capture_output=True, text=True
+        [sys.executable, "-m", *arguments], env=environment, capture_output=True, text=True
     )
     assert ended.returncode == status, ended.stderr
-    assert "dpo --help" in ended.stdout + ended.stderr or "usage" in ended.stdout
+    assert "dpo --help" in ended.stderr or "usage" in ended.stdout or "nowhere.jsonl" in ended.stderr
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_ends_with_1(
