@@ -183,9 +183,10 @@ def _prepare(
     train = [prompt for prompt in prompts if prompt.split == "train"]
     test = [prompt for prompt in prompts if prompt.split == "test" and not args.train_only]
     if args.part is not None:
-        train = train[args.part.number - 1 :: args.part.of]
-    if not train:
-        raise UserError(f"--part: {args.part.of} parts of too few training prompts; expected fewer parts")
+        own = train[args.part.number - 1 :: args.part.of]
+        if not own:
+            raise UserError(f"--part: {args.part.of} parts of {len(train)} training prompts; give fewer")
+        train = own
     positions = max_positions(model)
     prepared = []
     for prompt in [*train, *test]:

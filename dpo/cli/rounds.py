@@ -85,6 +85,7 @@ OWN = (
     "--scorer",
     "--seed",
     "--part",
+    "--train_only",
     "--pairing",
     "--min_margin",
 )

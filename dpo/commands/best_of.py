@@ -48,7 +48,7 @@ def best_of(config: Config) -> None:
 def check_best_of(options: EvaluateConfig) -> None:
     """Raises UserError, with all problems at once, if best-of has no scorer or no prompts."""
     problems = [
-        *(["evaluate.scorer: none; expected vader or hf:MODEL"] if options.scorer is None else []),
+        *(["evaluate.scorer: none; expected one, such as vader"] if options.scorer is None else []),
         *(["evaluate.num_prompts: 0; expected at least 1"] if options.num_prompts < 1 else []),
     ]
     if problems:

@@ -119,7 +119,7 @@ def run_frontier(sweep: Sweep) -> None:
 def _check(sweep: Sweep) -> None:
     config, problems = sweep.config, list[str]()
     if config.evaluate.scorer is None:
-        problems.append("evaluate.scorer: nothing; expected vader or hf:MODEL: the frontier needs scores")
+        problems.append("evaluate.scorer: none; expected one, such as vader: the frontier needs scores")
     if config.evaluate.num_prompts < 1:
         problems.append("evaluate.num_prompts: 0; expected at least 1: the frontier needs samples")
     if sweep.best_of and config.evaluate.temperature != 1:

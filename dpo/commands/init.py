@@ -16,8 +16,8 @@ def init(target: Path) -> None:
     """Copies `configs/` and `launch/` into a folder. Files that are there with the same content are kept.
 
     Raises:
-        UserError: A file of that name has other content, or the folder cannot be written to; nothing was
-            copied.
+        UserError: A file of that name has other content, and nothing was copied; or the folder cannot be
+            written to, and the same command goes on once it can.
     """
     shipped = shipped_files()
     changed = [
@@ -37,7 +37,7 @@ def init(target: Path) -> None:
             write_file(target / name, shipped[name].read_bytes(), mode=shipped[name].stat().st_mode & 0o777)
     except OSError as error:
         raise UserError(
-            f"{target}: cannot be written to: {error.strerror}; give a folder of your own"
+            f"{target}: cannot be written to: {error.strerror}; make room there, or give another folder"
         ) from error
     terminal.summary(
         "init",

@@ -51,8 +51,10 @@ def can_share(
     alone = follow([first])
     try:
         shared = follow(several, **computed_once(model, several, pad_token_id, sharded=sharded))
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False
+        return False  # what a memory of another kind raises; every prompt is then computed for itself
     return _distance(alone, shared) <= SAME_DISTRIBUTION
 
 

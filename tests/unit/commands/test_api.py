@@ -1,7 +1,6 @@
 """The Python interface, as the README shows it, and the checks of a configuration that is made in Python."""
 
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
-from unit.data.test_conversations import TEMPLATE
 
 import dpo
 from dpo.cli.main import run
@@ -27,14 +24,13 @@ def shown(language: str) -> str:
 
 
 @pytest.fixture
-def reader_folder(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def reader_folder(
+    make_chat_model: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """What the README's example needs: a chat model of that name, rows like its row, mine.yaml."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    shutil.copytree(tiny_model, MODEL)
-    tokenizer: Any = AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(MODEL)
+    make_chat_model(Path(MODEL))
     for file, words in {
         "pairs.jsonl": ("sky", "sea", "sun", "day"),
         "held_out.jsonl": ("cat", "mat"),

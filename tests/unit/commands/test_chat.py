@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoTokenizer
-from unit.data.test_conversations import TEMPLATE
 
 from dpo.cli.main import run
 from dpo.config import Config, resolved
@@ -61,20 +59,14 @@ def test_equal_models_say_the_same_and_a_seed_repeats_it(
 
 def test_a_conversation_is_remembered_until_reset(
     finished: Path,
-    tiny_model: Path,
+    make_chat_model: Callable[[Path], Path],
     tmp_path: Path,
     typed: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DPO_OUTPUT", "")
-    folder = tmp_path / "chat_model"
-    folder.mkdir()
-    for file in tiny_model.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
+    folder = make_chat_model(tmp_path / "chat_model")
     settings = yaml.safe_load((finished / "config.yaml").read_text())
     settings["model"]["name_or_path"] = str(folder)
     (finished / "config.yaml").write_text(yaml.safe_dump(settings))

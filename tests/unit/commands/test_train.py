@@ -1,27 +1,19 @@
 """The commands in one process, on a mixture of rows as public data sets have them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
-from unit.data.test_conversations import ROW, TEMPLATE
+from unit.data.test_conversations import ROW
 from unit.data.test_layouts import CHATS
 
 from dpo.cli.main import run
 
 
 @pytest.fixture
-def chat_model(tiny_model: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in tiny_model.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+def chat_model(make_chat_model: Callable[[Path], Path], tmp_path: Path) -> Path:
+    return make_chat_model(tmp_path / "model")
 
 
 def test_two_steps_on_every_layout_and_on_completions_of_several_messages(

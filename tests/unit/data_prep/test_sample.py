@@ -197,6 +197,16 @@ def test_held_out_prompts_are_those_of_another_round_and_need_not_be_sampled(
     assert not (tmp_path / "second" / "test.parquet").exists()
 
 
+def test_a_source_whose_prompts_are_all_held_out_is_one_message(
+    policy: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(policy, text, tmp_path / "made", "--num_prompts", "8", "--num_test_prompts", "4") == 0
+    none = pq.read_table(tmp_path / "made" / "train.parquet").slice(0, 0)
+    pq.write_table(none, tmp_path / "made" / "train.parquet")
+    assert run(policy, tmp_path / "made", tmp_path / "out") == 2
+    assert "no training groups" in capsys.readouterr().err
+
+
 def test_only_what_the_model_finished_is_complete(policy: Path, text: Path, tmp_path: Path) -> None:
     assert run(policy, text, tmp_path / "all", "--num_prompts", "8", "--num_test_prompts", "2") == 0
     cut = run(
