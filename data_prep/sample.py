@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep import samplers
 from data_prep.files import PreferenceWriter, describe_arguments, describe_file
 from data_prep.prompts import (
     Prompt,
@@ -20,6 +21,7 @@ from data_prep.prompts import (
     ready_prompts,
     text_prompts,
 )
+from data_prep.samplers import SAMPLERS
 from data_prep.splits import part_of
 from dpo.config import ModelConfig
 from dpo.data.fields import RowError
@@ -42,6 +44,7 @@ MINIMA = {
     "batch_size": 1,
     "min_margin": 0,
     "seed": 0,
+    **samplers.MINIMA,
 }
 
 PromptIds = tuple[Prompt, TokenIds]
@@ -98,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=64, help="sequences that a rank samples at once (default: 64)")
     add("--pairing", choices=PAIRING_RULES, default="best-vs-rest", help="how scores become pairs")
     add("--min_margin", type=float, default=0.0, help="scores that differ by no more make no pair")
+    samplers.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -116,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             "--fold: only prompts of a preference folder can be split into folds; give --num_test_prompts"
         )
+    samplers.check(args)
     check_model_path(args.model, "--model")
     distributed.start()
     model = ModelConfig(name_or_path=args.model, dtype=args.dtype)
@@ -123,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     scorer = load_scorer(args.scorer)
     tokenizer = load_tokenizer(model)
     prepared = distributed.from_main([] if writer is None else _prepare(args, model, tokenizer, writer))
-    texts = _continue(prepared, model, tokenizer, args)
+    texts = SAMPLERS[args.sampler]([ids for _, ids in prepared], model, tokenizer, args)
     asked = texts_of([ids for _, ids in prepared for _ in range(args.num_samples)], tokenizer)
     flat = score_over_ranks(scorer, asked, [text for samples in texts for text in samples])
     if writer is None:
@@ -205,41 +210,6 @@ def _prepare(
             f"{positions} positions of {args.model}; dropped: {dict(writer.drops) or 'nothing'}"
         )
     return prepared
-
-
-def _continue(
-    prepared: Sequence[PromptIds],
-    model: ModelConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    args: argparse.Namespace,
-) -> list[list[str]]:
-    """`num_samples` continuations of each prompt as text, on every rank; blank is one that is left out."""
-    from dpo import distributed
-    from dpo.evaluate.sampling import sample, stop_ids_of
-    from dpo.model.load import load_model
-
-    policy = load_model(model)
-    policy.to(distributed.device())  # type: ignore[arg-type]
-    samples = sample(
-        policy,
-        [ids for _, ids in prepared],
-        num_samples=args.num_samples,
-        max_new_tokens=args.completion_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        stop_ids=stop_ids_of(policy, tokenizer),
-        progress="sample",
-    )
-    return [
-        [
-            str(tokenizer.decode(one.ids, skip_special_tokens=True))
-            if one.finished or not args.only_finished
-            else ""
-            for one in several
-        ]
-        for several in samples
-    ]
 
 
 def _groups(
