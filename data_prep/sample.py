@@ -107,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Samples and scores on every rank; rank 0 writes the preference files. Raises UserError."""
     from dpo import distributed
+    from dpo.evaluate.asked import Asked
     from dpo.evaluate.samples import texts_of
     from dpo.evaluate.scoring import load_scorer, score_over_ranks
     from dpo.model.files import check_model_path
@@ -126,10 +127,16 @@ def run(args: argparse.Namespace) -> None:
     model = ModelConfig(name_or_path=args.model, dtype=args.dtype)
     writer = _writer(args) if distributed.is_main() else None
     scorer = load_scorer(args.scorer)
+    if writer is not None and scorer.identity is not None:
+        writer.describe(scorer_identity=scorer.identity)
     tokenizer = load_tokenizer(model)
     prepared = distributed.from_main([] if writer is None else _prepare(args, model, tokenizer, writer))
     texts = SAMPLERS[args.sampler]([ids for _, ids in prepared], model, tokenizer, args)
-    asked = texts_of([ids for _, ids in prepared for _ in range(args.num_samples)], tokenizer)
+    asked = [
+        Asked(text, None if isinstance(prompt.content, str) else prompt.content)
+        for (prompt, _), text in zip(prepared, texts_of([ids for _, ids in prepared], tokenizer), strict=True)
+        for _ in range(args.num_samples)
+    ]
     flat = score_over_ranks(scorer, asked, [text for samples in texts for text in samples])
     if writer is None:
         return

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from dpo.config import (
     FIELDS,
     SCORER_KINDS,
+    SCORER_NAMES,
     Config,
     DataConfig,
     DataSource,
@@ -170,5 +171,4 @@ def _preference_problems(config: Config) -> Iterator[str]:
     if scorer not in (None, "vader") and not any(
         scorer.startswith(f"{kind}:") and scorer[len(kind) + 1 :] for kind in SCORER_KINDS
     ):
-        expected = "vader, hf:MODEL, python:module.function, command:PROGRAM, or nothing"
-        yield f"evaluate.scorer: {scorer}; expected {expected}"
+        yield f"evaluate.scorer: {scorer}; expected {SCORER_NAMES}, or nothing"

@@ -19,6 +19,7 @@ from dpo.commands.amount import preference_plan, ran
 from dpo.commands.check import finished_model
 from dpo.commands.data_report import cached_logps
 from dpo.commands.inputs import (
+    asked_prompts,
     counted,
     open_held_out,
     open_reference_model,
@@ -150,7 +151,10 @@ def evaluate_run(
     samples: ComparedSamples | None = None
     if by_policy.prompts:
         drawn = _use_reference(config, reference, data, by_policy)
-        samples = compare(drawn, config.evaluate.scorer, tokenizer)
+        asked = asked_prompts(config.data, by_policy.prompts, tokenizer)
+        samples = compare(drawn, asked, config.evaluate.scorer, tokenizer)
+        if samples.scorer_identity is not None:
+            digests = {**digests, "scorer": f"{config.evaluate.scorer}, {samples.scorer_identity[:16]}"}
     if not distributed.is_main():
         return {}
     alive.loading("writing the report")

@@ -169,8 +169,10 @@ class TrainConfig(OptimizationConfig):
     """Pairs per optimizer step, over all ranks and micro-batches."""
 
 
-SCORER_KINDS = ("hf", "python", "command")
+SCORER_KINDS = ("hf", "reward", "reward-plain", "python", "command")
 """What stands before the colon in `evaluate.scorer`."""
+SCORER_NAMES = "vader, hf:MODEL, reward:MODEL, python:module.function or command:PROGRAM"
+"""For messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,8 @@ class EvaluateConfig:
     temperature: NotNegative = 0.7
     """Of the compared samples; 0 takes the likeliest token. The KL has separate samples at temperature 1."""
     scorer: str | None = None
-    """vader, hf:MODEL (a text classifier), python:module.function or command:PROGRAM. Default: no scores."""
+    """vader, hf:MODEL (a text classifier), reward:MODEL (a reward model), python:module.function or
+    command:PROGRAM. Default: no scores."""
     seed: CountOrZero = 0
     """Seed of the samples; policy and reference use the same one on the same prompt."""
     batch_size: Count = 64

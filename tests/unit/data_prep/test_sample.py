@@ -243,7 +243,7 @@ def test_identical_and_blank_continuations_are_dropped_and_groups_without_a_pair
     [
         (("--num_samples", "1"), "--num_samples: 1; expected at least 2"),
         (("--temperature", "0"), "--temperature: 0.0; expected at least 0.01"),
-        (("--scorer", "nothing"), "scorer: nothing; expected vader, hf:MODEL, python:module.function"),
+        (("--scorer", "nothing"), "scorer: nothing; expected vader, hf:MODEL, reward:MODEL, python:module"),
         (("--model", "/nowhere"), "--model: /nowhere does not exist"),
         (("--num_prompts", "1000"), "--num_prompts"),
         (("--num_prompts", "4", "--completion_tokens", "43"), "43 tokens"),

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.records import Pair, TokenizedGroup
 from dpo.evaluate.rewards import PairScores
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.samples import ComparedSamples
 from dpo.report.build import (
     WORST,
@@ -31,7 +32,8 @@ SUMMARY |= {f"{name}/{end}": value for name, value in SUMMARY.items() for end in
 def samples(reference: list[float] | None, policy: list[float] | None, number: int = 5) -> ComparedSamples:
     return ComparedSamples(
         seed=7,
-        prompts=[f"prompt {n}" for n in range(number)],
+        asked=[Asked(f"prompt {n}") for n in range(number)],
+        scorer_identity=None,
         reference=[f"reference {n}" for n in range(number)],
         policy=[f"policy {n}" for n in range(number)],
         reference_scores=reference,
