@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.records import Pair, TokenizedGroup
-from dpo.evaluate.rewards import PairScores
 from dpo.evaluate.asked import Asked
+from dpo.evaluate.rewards import PairScores
 from dpo.evaluate.samples import ComparedSamples
 from dpo.report.build import (
     WORST,
