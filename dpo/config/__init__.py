@@ -188,6 +188,12 @@ class EvaluateConfig:
     scorer: str | None = None
     """vader, hf:MODEL (a text classifier), reward:MODEL (a reward model), python:module.function or
     command:PROGRAM. Default: no scores."""
+    judge: str | None = None
+    """MODEL@URL: a language model on an OpenAI-compatible server that compares the samples of policy and
+    reference, in both orders. Default: none."""
+    judge_rubric: str | None = None
+    """A text file with what the judge is asked: with {conversation}, {answer_a} and {answer_b}; it asks
+    for [[A]], [[B]] or [[C]] (a tie). Default: which one is more helpful, correct and harmless."""
     seed: CountOrZero = 0
     """Seed of the samples; policy and reference use the same one on the same prompt."""
     batch_size: Count = 64

@@ -20,14 +20,12 @@ from dpo.data.records import TokenIds
 from dpo.data.tokenize import bos_prefix, without_bos
 from dpo.distributed import device
 from dpo.errors import UserError
-from dpo.evaluate.server import BadAnswerError, Server, first_choice, models_of
+from dpo.evaluate.server import FIRST_TRIES, BadAnswerError, Server, first_choice, models_of
 
 COMPARED_PROMPTS = 8
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Parts of a prompt after which the next token is compared."""
 LARGEST_SEED = 2**31
-FIRST_TRIES = 3
-"""Of the first request: a server that is not there yet should be said soon."""
 
 
 class KnownNext(NamedTuple):

@@ -21,6 +21,7 @@ from dpo.data.records import TokenIds
 from dpo.data.trees import Layout, sequence_batch
 from dpo.errors import UserError
 from dpo.evaluate.asked import Asked
+from dpo.evaluate.judge import Judge, Judged, judge_all, judged_summary
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
 from dpo.evaluate.statistics import distinct_n, mean_interval, repetition, share_by_cluster, win_rate
@@ -61,6 +62,8 @@ class ComparedSamples:
     policy_scores: list[float] | None
     summary: dict[str, float]
     """Under the names of summary.json, with intervals."""
+    judged: Sequence[Judged] = ()
+    """Verdicts on each prompt; empty without a judge."""
 
     @property
     def prompts(self) -> list[str]:
@@ -168,7 +171,11 @@ def log_probs(
 
 
 def compare(
-    samples: Samples, asked: Sequence[Asked], scorer: str | None, tokenizer: PreTrainedTokenizerBase
+    samples: Samples,
+    asked: Sequence[Asked],
+    scorer: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge | None = None,
 ) -> ComparedSamples:
     """Scores both models' samples, spread over the ranks. All ranks must call it.
 
@@ -177,9 +184,11 @@ def compare(
         asked: Their prompts, for scorers.
         scorer: Name of the scorer, as in `evaluate.scorer`; None to compare without scores.
         tokenizer: The policy's.
+        judge: Compares both models' samples too, on the main process; None: no judge.
 
     Returns:
         Texts, scores, and a summary: `score/*`, `positive_share/*` and `win_rate` where there is a scorer;
+        `judge/*` where there is a judge;
         the KL, `distinct_2/*`, `distinct_texts/*`, `repetition/*`, `sample_tokens/*` and the number of
         prompts, `samples/num_prompts`, in any case.
 
@@ -198,6 +207,11 @@ def compare(
         summary[f"distinct_texts/{name}"] = len(set(texts)) / len(texts)
         summary |= mean_interval(lengths, np.arange(len(lengths))).under(f"sample_tokens/{name}")
         summary[f"repetition/{name}"] = repetition(words, 2)
+    judged = (
+        distributed.on_main(lambda: judge_all(judge, asked, both["reference"], both["policy"]))
+        if judge
+        else []
+    )
     return ComparedSamples(
         seed=samples.seed,
         asked=[*asked],
@@ -206,7 +220,8 @@ def compare(
         policy=both["policy"],
         reference_scores=scores.get("reference"),
         policy_scores=scores.get("policy"),
-        summary=summary,
+        summary=summary | (judged_summary(judged) if judged else {}),
+        judged=judged,
     )
 
 

@@ -34,6 +34,8 @@ R = TypeVar("R")
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """HTTP statuses that may be another one a moment later."""
 LONGEST_WAIT = 60.0
+FIRST_TRIES = 3
+"""Of the first request: a server that is not there yet should be said soon."""
 KEY = "OPENAI_API_KEY"
 """Environment variable with the key of servers that ask for one."""
 
