@@ -130,7 +130,7 @@ def with_endpoint(
         del policy
         gc.collect()
         _empty_cache()
-        with served(args.serve, args.model, server):
+        with served(args.serve, model.name_or_path, server):
             endpoint = connect(
                 server, args.endpoint_model, tokenizer, vocabulary=vocabulary, stop_ids=stop_ids
             )
