@@ -265,10 +265,12 @@ def _prepare(
     train = [prompt for prompt in prompts if prompt.split == "train"]
     test = [prompt for prompt in prompts if prompt.split == "test" and not args.train_only]
     if args.part is not None:
-        own = train[args.part.number - 1 :: args.part.of]
-        if not own:
-            raise UserError(f"--part: {args.part.of} parts of {len(train)} training prompts; give fewer")
-        train = own
+        if len(train) < args.part.of:  # said in the first round, not after the others have been trained
+            raise UserError(
+                f"--part: {args.part.of} parts of {len(train)} training prompts; each part, a round of dpo "
+                "rounds, needs at least one: give more prompts, or fewer rounds"
+            )
+        train = train[args.part.number - 1 :: args.part.of]
     limits = [max_positions(model) for model, _ in readers]
     room = min((limit for limit in limits if limit is not None), default=None)
     prepared: list[PromptIds] = []

@@ -157,12 +157,13 @@ def result(folder: Path) -> dict[str, str]:
             if file.is_file() and file.name not in NOT_COMPARED:
                 content = file.read_bytes()
                 if file.name == "metrics.jsonl":
-                    content = _without_timing(content)
+                    content = without_timing(content)
                 found[str(file.relative_to(folder / "rounds"))] = hashlib.sha256(content).hexdigest()
     return found
 
 
-def _without_timing(content: bytes) -> bytes:
+def without_timing(content: bytes) -> bytes:
+    """The lines of a metrics.jsonl without what depends on the speed of the machine."""
     lines = [json.loads(line) for line in content.splitlines()]
     kept = [{key: value for key, value in line.items() if not key.startswith(NOT_TIMING)} for line in lines]
     return json.dumps(kept).encode()
