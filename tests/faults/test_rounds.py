@@ -1,4 +1,4 @@
-"""Rounds that are killed anywhere: `make torture-rounds`, whose moments and comparison are in tests/torture."""
+"""Rounds that are killed anywhere: `make torture-rounds`; moments and comparison are in tests/torture."""
 
 import os
 import subprocess
