@@ -126,7 +126,7 @@ def with_endpoint(
         policy = load_model(model)
         policy.to(distributed.device())  # type: ignore[arg-type]
         known = known_next(policy, tokenizer, prompts)
-        stop_ids, vocabulary = stop_ids_of(policy, tokenizer), policy.get_output_embeddings().weight.shape[0]
+        stop_ids, vocabulary = stop_ids_of(policy, tokenizer), policy.config.get_text_config().vocab_size
         del policy
         gc.collect()
         _empty_cache()

@@ -4,12 +4,14 @@ So each round of `dpo rounds` samples its own policy, and the memory of the GPUs
 It ends with this process, however that ends.
 """
 
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from dpo import alive, terminal
@@ -78,6 +80,8 @@ def served(command: str | None, model: str, server: Server) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        with suppress(ProcessLookupError):  # workers that it left
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _answers(server: Server) -> bool:

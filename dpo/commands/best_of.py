@@ -23,7 +23,7 @@ from dpo.evaluate.best_of import Limit, ReferenceSamples, best_of_summary, score
 from dpo.evaluate.samples import PromptAndCompletion, held_out_prompts, log_probs, texts_of
 from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
 from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
-from dpo.files import write_file
+from dpo.files import remove_abandoned, write_file
 from dpo.guards.guard import Guard
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
@@ -138,6 +138,7 @@ def _write(
         for prompt, texts, scores in zip(prompts, samples.texts, samples.scores.tolist(), strict=True)
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_file(folder / "samples.jsonl", "".join(lines))
     write_file(folder / "best_of.json", json.dumps(_as_json(options, summaries, limit), indent=2) + "\n")

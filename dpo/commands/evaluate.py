@@ -47,7 +47,7 @@ from dpo.evaluate.samples import (
     log_probs,
 )
 from dpo.evaluate.sampling import Continuation, stop_ids_of
-from dpo.files import write_file
+from dpo.files import remove_abandoned, write_file
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
@@ -117,6 +117,7 @@ def _evaluate(config: Config) -> dict[str, float]:
             train=config.train,
             ran=what,
         )
+        remove_abandoned(Path(policy.name_or_path))
         write_file(Path(policy.name_or_path) / "README.md", card)
         if config.train.push_to_hub is not None and config.evaluate.snapshot is None:
             push(Path(policy.name_or_path), config.train.push_to_hub, only="README.md")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpo.errors import UserError
-from dpo.files import WRITING, write_file
+from dpo.files import remove_abandoned, write_file
 
 CACHE = Path("cache/scores")
 
@@ -30,9 +30,9 @@ class ScoreCache:
         """
         self._folder = root / identity[:16]
         self._scores: dict[str, float] = {}
+        remove_abandoned(self._folder)
         for file in sorted(self._folder.glob("*.json")):
-            if not file.name.endswith(WRITING):
-                self._scores |= _read(file)
+            self._scores |= _read(file)
 
     def __len__(self) -> int:
         """Number of scores."""

@@ -27,6 +27,7 @@ from rig import NOT_TIMING, deepspeed_variables
 from tiny import make_tiny_model
 
 from dpo.errors import RunFailed, UserError
+from dpo.files import WRITING
 
 RANKS = 2
 SAMPLING = "--num_samples 3 --completion_tokens 6 --temperature 1"
@@ -154,7 +155,7 @@ def result(folder: Path) -> dict[str, str]:
     found = {}
     for pattern in COMPARED:
         for file in sorted((folder / "rounds").glob(pattern)):
-            if file.is_file() and file.name not in NOT_COMPARED:
+            if file.is_file() and file.name not in NOT_COMPARED and not file.name.endswith(WRITING):
                 content = file.read_bytes()
                 if file.name == "metrics.jsonl":
                     content = without_timing(content)
@@ -214,8 +215,9 @@ def killed(folder: Path, kills: int, seed: int, seconds: float) -> list[str]:
 
 
 def different(folder: Path, expected: dict[str, str]) -> list[str]:
-    """Files of a run that are not those of the undisturbed one."""
+    """Files of a run that are not those of the undisturbed one, or that a killed process left."""
     found = result(folder)
+    found |= {str(path): "left" for path in (folder / "rounds").rglob(f".*{WRITING}")}
     return sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
 
 
