@@ -96,8 +96,8 @@ study: $(ready) ## sentiment experiment on your text: make study MODEL=path/to/m
 	$(py) -m benchmarks.study_report $(if $(STUDY),--name $(STUDY))
 
 study-harmless: $(ready) ## 5-fold cross-validation on HH-RLHF: make study-harmless MODEL=path/to/model HH=test.jsonl.gz
-	$(py) -m benchmarks.study_harmless --model $(MODEL) --hh $(HH) $(ARGS)
-	$(py) -m benchmarks.study_report
+	$(py) -m benchmarks.study_harmless --model $(MODEL) --hh $(HH) $(study_keys) $(ARGS)
+	$(py) -m benchmarks.study_report $(if $(STUDY),--harmless $(STUDY))
 
 compare: $(ready) ## compare runs: make compare ARGS="runs/a runs/b"
 	$(py) -m dpo compare $(ARGS)
