@@ -40,6 +40,8 @@ $(ready): $(VERSIONS) pyproject.toml
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "setup: $$($(PYTHON3) --version) is too old; expected Python 3.11 or newer (make setup PYTHON3=...)" >&2; exit 2; }
 	$(PYTHON3) -m venv .venv
+	[ $(VERSIONS) != requirements.lock ] || \
+	    $(py) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.hashes
 	$(py) -m pip install --quiet --disable-pip-version-check -r $(VERSIONS)
 	$(py) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
