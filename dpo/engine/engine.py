@@ -33,6 +33,7 @@ from dpo.model.probe import Probed
 from dpo.model.probe_trees import ProbeTrees
 from dpo.model.quantized import num_elements
 from dpo.model.recomputation import recompute
+from dpo.model.routers import Routers
 from dpo.model.scorer import SequenceScorer
 
 
@@ -58,7 +59,7 @@ class Engine:
             universal: `load` will be given the universal form of a state from another number of ranks.
 
         Raises:
-            UserError: FlexAttention on a CPU, or an optimizer that cannot run here.
+            UserError: FlexAttention on a CPU, an optimizer that cannot run here, or routers without a loss.
         """
         if config.attention == "flex" and not torch.cuda.is_available():
             raise UserError("model.attention: flex; it has no backward pass on CPUs: set auto or sdpa")
@@ -70,6 +71,7 @@ class Engine:
         self._has_adapter = config.lora is not None  # authors freeze weights, too
         self._max_grad_norm = options.max_grad_norm
         recompute(model, config.gradient_checkpointing)
+        self.routers = Routers(model, balanced=config.router_aux_loss_weight > 0)
         _learning(model)
         scorer = make_scorer(model, config)
         self.num_parameters = num_elements(model.parameters())
