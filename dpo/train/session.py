@@ -154,7 +154,13 @@ class Session:
         self.saves_in_background = self._saves_in_background()
         self.group_flops, self.peak_flops = self._flops()
         settings = flat(self.settings.values)
-        trackers = open_trackers(self.options.trackers, self.folder.path, settings, self.folder.identity)
+        trackers = open_trackers(
+            self.options.trackers,
+            self.folder.path,
+            settings,
+            self.folder.identity,
+            resumed=self.progress.step > 0,
+        )
         self.monitor = Monitor(
             self.folder,
             num_steps=self.plan.num_steps,
