@@ -34,13 +34,13 @@ from dpo.tracking.monitor import Monitor
 from dpo.tracking.run_folder import RunFolder, settings_text
 from dpo.tracking.trackers import open_trackers
 from dpo.train.checkpoint import (
-    PendingCheckpoint,
     Progress,
     load_checkpoint,
     prepare_checkpoints,
     set_aside_newer,
 )
 from dpo.train.disk_space import checkpoint_bytes, fits_memory, here
+from dpo.train.pending import PendingCheckpoint
 from dpo.train.resume import Settings
 
 GROUPS_SHOWN = 8
@@ -132,6 +132,8 @@ class Session:
     """Whether training goes on while a checkpoint is written."""
     pending: PendingCheckpoint | None = None
     """The checkpoint that is being written while training goes on."""
+    last: PendingCheckpoint | None = None
+    """The last one that was finished, which may still be removing what it made obsolete."""
     monitor: Monitor = field(init=False)
     group_flops: npt.NDArray[np.float64] | None = field(init=False)
     """(G,) operations of each group's forward and backward pass; None where they cannot be counted."""
@@ -177,8 +179,9 @@ class Session:
             try:
                 yield
             finally:
-                if self.pending is not None:
-                    self.pending.abandon()
+                for checkpoint in (self.pending, self.last):
+                    if checkpoint is not None:
+                        checkpoint.settle()
 
     def score_only(self, batch: TreeBatch, *, per_token: bool = False, aligned: bool = False) -> Tensor:
         """`Engine.score_only` for evaluations. All ranks must call it.
@@ -197,6 +200,9 @@ class Session:
         """
         pending, self.pending = self.pending, None
         if pending is not None:
+            if self.last is not None:
+                self.last.settle()
+            self.last = pending
             pending.finish()
 
     def export(self, target: Path) -> None:
