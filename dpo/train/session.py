@@ -40,6 +40,7 @@ from dpo.train.checkpoint import (
     set_aside_newer,
 )
 from dpo.train.disk_space import checkpoint_bytes, fits_memory, here
+from dpo.train.mirror import Mirror
 from dpo.train.pending import PendingCheckpoint
 from dpo.train.resume import Settings
 
@@ -134,6 +135,8 @@ class Session:
     """The checkpoint that is being written while training goes on."""
     last: PendingCheckpoint | None = None
     """The last one that was finished, which may still be removing what it made obsolete."""
+    mirror: Mirror | None = field(init=False, default=None)
+    """The copy of the run folder; on the main process."""
     monitor: Monitor = field(init=False)
     group_flops: npt.NDArray[np.float64] | None = field(init=False)
     """(G,) operations of each group's forward and backward pass; None where they cannot be counted."""
@@ -153,6 +156,8 @@ class Session:
                 self._keep_newer_checkpoints()
             if self.options.checkpoint_every:
                 prepare_checkpoints(self.folder, resumed=self.checkpoint is not None)
+            if self.options.mirror is not None:
+                self.mirror = Mirror(self.options.mirror, self.folder)
         self.saves_in_background = self._saves_in_background()
         self.group_flops, self.peak_flops = self._flops()
         settings = flat(self.settings.values)
@@ -203,7 +208,17 @@ class Session:
             if self.last is not None:
                 self.last.settle()
             self.last = pending
+            if self.mirror is not None:
+                self.mirror.wait()  # publishing removes older checkpoints
             pending.finish()
+            if self.mirror is not None:
+                self.mirror.send()
+
+    def finish_mirror(self) -> None:
+        """Copies what is new in the run folder, the model above all, and waits for it."""
+        if self.mirror is not None:
+            self.mirror.send()
+            self.mirror.wait()
 
     def export(self, target: Path) -> None:
         """Writes the current weights as a model that transformers loads. All ranks must call it.
