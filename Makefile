@@ -40,6 +40,8 @@ $(ready): $(VERSIONS) pyproject.toml
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "setup: $$($(PYTHON3) --version) is too old; expected Python 3.11 or newer (make setup PYTHON3=...)" >&2; exit 2; }
 	$(PYTHON3) -m venv .venv
+	[ $(VERSIONS) != requirements.lock ] || \
+	    $(py) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.hashes
 	$(py) -m pip install --quiet --disable-pip-version-check -r $(VERSIONS)
 	$(py) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
@@ -96,8 +98,8 @@ study: $(ready) ## sentiment experiment on your text: make study MODEL=path/to/m
 	$(py) -m benchmarks.study_report $(if $(STUDY),--name $(STUDY))
 
 study-harmless: $(ready) ## 5-fold cross-validation on HH-RLHF: make study-harmless MODEL=path/to/model HH=test.jsonl.gz
-	$(py) -m benchmarks.study_harmless --model $(MODEL) --hh $(HH) $(ARGS)
-	$(py) -m benchmarks.study_report
+	$(py) -m benchmarks.study_harmless --model $(MODEL) --hh $(HH) $(study_keys) $(ARGS)
+	$(py) -m benchmarks.study_report $(if $(STUDY),--harmless $(STUDY))
 
 compare: $(ready) ## compare runs: make compare ARGS="runs/a runs/b"
 	$(py) -m dpo compare $(ARGS)

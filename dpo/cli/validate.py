@@ -34,6 +34,10 @@ def problems(config: Config | SftConfig) -> list[str]:
     found += _data_problems(config.data)
     found += _train_problems(config.train, config.data)
     found += _resume_allow_problems(config)
+    if config.model.router_aux_loss_weight and config.train.backward == "direct":
+        found.append(
+            "train.backward: direct; model.router_aux_loss_weight balances the whole step: set auto or cached"
+        )
     found += _sft_problems(config) if isinstance(config, SftConfig) else _preference_problems(config)
     return found
 
