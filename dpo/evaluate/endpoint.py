@@ -192,7 +192,10 @@ def check_model(endpoint: Endpoint, known: Sequence[KnownNext], tolerance: float
             f"log-probs differ by {said}; expected a mean of at most {tolerance:g}: serve that model, or "
             "raise --endpoint_tolerance for weights in few bits"
         )
-    terminal.note(f"{server.url}: {endpoint.model} is the model that is meant: log-probs differ by {said}")
+    terminal.note(
+        f"{server.url}: {endpoint.model} is the model that is meant: log-probs differ by {said}; prompts go as "
+        f"{'token ids' if endpoint.takes_ids else 'text'}, and the same seed need not give the same samples"
+    )
 
 
 def sample_endpoint(

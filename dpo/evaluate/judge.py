@@ -197,7 +197,6 @@ def conversation_of(asked: Asked) -> str:
 
 def _content(answer: Any) -> str:
     message = first_choice(answer).get("message")
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, str):
+    if not isinstance(message, dict) or "content" not in message:
         raise BadAnswerError("an answer without a message")
-    return content
+    return str(message["content"] or "")  # none: all tokens went into reasoning

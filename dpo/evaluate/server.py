@@ -154,7 +154,9 @@ def _headers() -> dict[str, str]:
 
 def _said_by(error: HTTPError) -> str:
     """The message of a refusal, in a line; servers wrap it in different ways."""
-    text = error.read(10_000).decode(errors="replace")
+    text = ""
+    with suppress(OSError, HTTPException):
+        text = error.read(10_000).decode(errors="replace")
     with suppress(ValueError, KeyError, TypeError):
         said = json.loads(text)
         said = said.get("error", said)

@@ -145,6 +145,11 @@ def test_a_judge_that_is_not_there_is_said_before_anything_is_sampled(fake: Fake
         open_judge(EvaluateConfig(judge=f"other@{fake.url}"))
 
 
+def test_a_judge_whose_tokens_all_went_into_reasoning_is_unclear(fake: FakeServer, tmp_path: Path) -> None:
+    fake.answer = lambda _: {"choices": [{"message": {"content": None, "reasoning_content": "hm [[A]]"}}]}
+    assert judge_at(fake, tmp_path).compare(ASKED[0], "a", "b") == "unclear"
+
+
 @pytest.mark.parametrize("answer", [{"choices": [{"text": "x"}]}, {"choices": [{"message": {}}]}, {}])
 def test_an_answer_without_a_message_is_tried_again(fake: FakeServer, tmp_path: Path, answer: Any) -> None:
     import json
