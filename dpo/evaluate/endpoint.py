@@ -193,8 +193,8 @@ def check_model(endpoint: Endpoint, known: Sequence[KnownNext], tolerance: float
             "raise --endpoint_tolerance for weights in few bits"
         )
     terminal.note(
-        f"{server.url}: {endpoint.model} is the model that is meant: log-probs differ by {said}; prompts go as "
-        f"{'token ids' if endpoint.takes_ids else 'text'}, and the same seed need not give the same samples"
+        f"{server.url}: {endpoint.model} is the model that is meant: log-probs differ by {said}; prompts go "
+        f"as {'token ids' if endpoint.takes_ids else 'text'}; the same seed need not give the same samples"
     )
 
 
