@@ -95,6 +95,10 @@ class PreferenceWriter:
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
+    def describe(self, **more: Any) -> None:
+        """Adds to what the data is made from, for the manifest; JSON values."""
+        self._source |= more
+
     def write(self, split: Split, group: PreferenceGroup) -> None:
         """Adds one group. Raises UserError when text and message prompts are mixed."""
         as_messages = not isinstance(group.prompt, str)

@@ -177,8 +177,10 @@ class TrainConfig(OptimizationConfig):
     """Pairs per optimizer step, over all ranks and micro-batches."""
 
 
-SCORER_KINDS = ("hf", "python", "command")
+SCORER_KINDS = ("hf", "reward", "reward-plain", "python", "command")
 """What stands before the colon in `evaluate.scorer`."""
+SCORER_NAMES = "vader, hf:MODEL, reward:MODEL, python:module.function or command:PROGRAM"
+"""For messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,14 @@ class EvaluateConfig:
     temperature: NotNegative = 0.7
     """Of the compared samples; 0 takes the likeliest token. The KL has separate samples at temperature 1."""
     scorer: str | None = None
-    """vader, hf:MODEL (a text classifier), python:module.function or command:PROGRAM. Default: no scores."""
+    """vader, hf:MODEL (a text classifier), reward:MODEL (a reward model), python:module.function or
+    command:PROGRAM. Default: no scores."""
+    judge: str | None = None
+    """MODEL@URL: a language model on an OpenAI-compatible server that compares the samples of policy and
+    reference, in both orders. Default: none."""
+    judge_rubric: str | None = None
+    """A text file with what the judge is asked: with {conversation}, {answer_a} and {answer_b}; it asks
+    for [[A]], [[B]] or [[C]] (a tie). Default: which one is more helpful, correct and harmless."""
     seed: CountOrZero = 0
     """Seed of the samples; policy and reference use the same one on the same prompt."""
     batch_size: Count = 64

@@ -1,5 +1,5 @@
-"""The files of reports: report.md, report.html and figures; summary.json, samples.jsonl, pairs.jsonl and
-provenance.json for programs; those of `dpo data`.
+"""The files of reports: report.md, report.html and figures; summary.json, samples.jsonl, pairs.jsonl,
+for_judges.jsonl, judged.jsonl and provenance.json for programs; those of `dpo data`.
 
 Each file is replaced atomically (`dpo.files`).
 """
@@ -32,6 +32,9 @@ def write_report(report: Report, folder: Path, *, title: str) -> None:
     lines = [json.dumps(asdict(row), ensure_ascii=False) for row in report.rows]
     write_file(folder / "samples.jsonl", "".join(line + "\n" for line in lines))
     write_file(folder / "pairs.jsonl", "".join(json.dumps(pair) + "\n" for pair in report.held_out))
+    for name, found in (("for_judges.jsonl", report.for_judges), ("judged.jsonl", report.judged)):
+        rows = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
+        write_file(folder / name, "".join(rows)) if rows else (folder / name).unlink(missing_ok=True)
     write_file(folder / "provenance.json", json.dumps(asdict(report.provenance), indent=2) + "\n")
     _write_numbers(report.summary, folder)
     _write_figures([*report.figures, *(one for section in report.data for one in section.figures)], folder)

@@ -84,6 +84,10 @@ def test_defaults_are_the_papers() -> None:
         ("evaluate.seed", -1),
         ("evaluate.table_rows", -1),
         ("evaluate.scorer", "siebert"),
+        ("evaluate.scorer", "judge:m@http://x"),
+        ("evaluate.judge", "mine"),
+        ("evaluate.judge", "@http://x"),
+        ("evaluate.judge_rubric", "no/such/file"),
     ],
 )
 def test_an_illegal_value_is_named_with_its_key(key: str, value: Any) -> None:
@@ -130,6 +134,9 @@ def test_a_schedule_that_makes_no_sense_is_refused() -> None:
         ("evaluate.temperature", 0.0),
         ("evaluate.scorer", "vader"),
         ("evaluate.scorer", "hf:org/model"),
+        ("evaluate.scorer", "reward:org/model"),
+        ("evaluate.scorer", "reward-plain:org/model"),
+        ("evaluate.judge", "org/model@http://localhost:8000"),
     ],
 )
 def test_values_at_the_edge_of_the_range_are_legal(key: str, value: Any) -> None:

@@ -51,6 +51,15 @@ def test_the_folder_holds_the_report_the_summary_and_every_sample(tmp_path: Path
     assert lines[2]["prompt"] == NASTY
 
 
+def test_samples_for_judges_and_verdicts_are_there_where_the_report_has_them(tmp_path: Path) -> None:
+    line = {"instruction": NASTY, "messages": [{"role": "user", "content": NASTY}], "output": "x"}
+    write_report(report([row()], for_judges=[line], judged=[{"index": 0}]), tmp_path, title="runs/a")
+    assert json.loads((tmp_path / "for_judges.jsonl").read_text()) == line
+    assert json.loads((tmp_path / "judged.jsonl").read_text()) == {"index": 0}
+    write_report(report([row()]), tmp_path, title="runs/a")
+    assert not {*tmp_path.glob("for_judges.jsonl"), *tmp_path.glob("judged.jsonl")}
+
+
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     write_report(report([row()]), tmp_path, title="runs/a")
     write_report(report([row()], summary={"eval/loss": 0.25}), tmp_path, title="runs/a")
