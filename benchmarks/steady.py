@@ -60,7 +60,7 @@ def measure(folder: Path, num_steps: int) -> Measured:
             seen.append(resident_megabytes())
             return norm
 
-        session.engine.update = update  # type: ignore[method-assign]
+        session.engine.update = update  # type: ignore[assignment, method-assign]
         return session
 
     run_training("train", config, build)
