@@ -205,3 +205,12 @@ def test_sft_names_its_own_illegal_values(tmp_path: Path) -> None:
         "model.scratch.config",
         "train.sequences_per_step",
     ]
+
+
+def test_a_balancing_loss_needs_the_whole_step() -> None:
+    balanced = with_value(CONFIG, "model.router_aux_loss_weight", 0.01)
+    assert problems(balanced) == []
+    (problem,) = problems(with_value(balanced, "train.backward", "direct"))
+    assert problem.startswith("train.backward: direct; model.router_aux_loss_weight balances the whole step")
+    (problem,) = problems(with_value(CONFIG, "model.router_aux_loss_weight", -1.0))
+    assert problem == "model.router_aux_loss_weight: -1.0; expected a number of at least 0"

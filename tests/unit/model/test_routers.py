@@ -1,5 +1,6 @@
 """The balancing loss is the family's own on separate rows, in every layout; experts are counted as used."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from dpo.errors import UserError
 from dpo.model.attention import written
 from dpo.model.authors import remove_noise
 from dpo.model.load import ready
+from dpo.model.lora import check_policy
 from dpo.model.recomputation import recompute
 from dpo.model.routers import Routed, Routers, balancing_loss, check_balancing
 from dpo.model.scorer import SequenceScorer
@@ -147,6 +149,15 @@ def test_a_family_without_a_balancing_loss_is_refused(family: str) -> None:
         with pytest.raises(UserError, match=r"router_aux_loss_weight: .*has no load-balancing loss") as error:
             refused()
         assert "\n" not in str(error.value)
+
+
+def test_check_refuses_such_a_family_by_its_configuration(tmp_path: Path) -> None:
+    for family in ("llama", "mixtral"):
+        tiny_config(family).save_pretrained(tmp_path / family)
+    options = {"dtype": "float32", "router_aux_loss_weight": 0.01}
+    check_policy(ModelConfig(name_or_path=str(tmp_path / "mixtral"), **options), local=True)
+    with pytest.raises(UserError, match="LlamaForCausalLM has no load-balancing loss"):
+        check_policy(ModelConfig(name_or_path=str(tmp_path / "llama"), **options), local=True)
 
 
 def test_other_forms_of_the_loss_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
