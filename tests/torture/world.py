@@ -15,7 +15,7 @@ from rig import Rig, Started
 from torture.plan import STUCK_AFTER, Fault, Seed
 
 LONGEST, UNDISTURBED = 60.0, 300.0
-"""Seconds after which an attempt counts as hanging, and one that nothing disturbs, which all others wait for."""
+"""Seconds after which an attempt counts as hanging, and the undisturbed one, which the others wait for."""
 PATIENCE = 3.0
 """How many times as long as the undisturbed one an attempt may take, on a busy machine."""
 TOKEN = "TORTURE_ATTEMPT"
