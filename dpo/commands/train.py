@@ -39,6 +39,7 @@ from dpo.report.model_card import policy_card
 from dpo.report.watch import watched_samples
 from dpo.tracking.metrics import Evaluation
 from dpo.tracking.run_folder import RunFolder
+from dpo.train.moving_reference import MovingReference, note_of_updates
 from dpo.train.preference_objective import PreferenceObjective
 from dpo.train.session import Session
 from dpo.train.setup import base_fingerprint, check_space, needs_resharding, start_of
@@ -97,6 +98,7 @@ def build_session(config: Config, guard: Guard) -> Session:
         accelerator,
         num_parameters=num_parameters(config.model),
         num_steps=plan.num_steps,
+        num_references=int(config.reference.update_every > 0),
     )
     audited_with_policy = checkpoint is None and reference.audit_apart(config.model)
     dtype = weight_dtype(accelerator, config.model)
@@ -110,6 +112,17 @@ def build_session(config: Config, guard: Guard) -> Session:
     distributed.on_main(lambda: folder.claim(dict(settings.values)))
     reference.record(folder.path, checkpoint)
 
+    objective = PreferenceObjective(data=parts[0], loss_config=config.loss, dtype=config.model.dtype)
+    moving = None
+    if config.reference.update_every:
+        moving = MovingReference(
+            objective=objective,
+            plan=plan,
+            model=config.model,
+            options=config.reference,
+            folder=folder.moved_reference,
+        )
+        terminal.note(note_of_updates(config.reference.update_every, plan.num_steps))
     evaluate = partial(
         evaluate_policy,
         held_out=parts[-1],
@@ -123,7 +136,8 @@ def build_session(config: Config, guard: Guard) -> Session:
         model=config.model,
         options=config.train,
         engine=policy,
-        objective=PreferenceObjective(data=parts[0], loss_config=config.loss, dtype=config.model.dtype),
+        objective=objective,
+        moving_reference=moving,
         plan=plan,
         tokenizer=tokenizer,
         description=described("train", train_data),

@@ -95,6 +95,8 @@ class ReferenceConfig:
     """Also store the log-prob of every completion token (4 bytes per token), for losses that weigh tokens."""
     audit_rows: CountOrZero = 16
     """Rows of the cache that training recomputes at start, stopping if they differ; 0: trust the cache."""
+    update_every: CountOrZero = 0
+    """Make the policy the reference every N optimizer steps (TR-DPO, arXiv 2404.09656); 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)

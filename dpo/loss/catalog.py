@@ -124,6 +124,11 @@ def compares_pairs(loss: LossConfig) -> bool:
     return any(kind_of(name).whole_step or kind_of(name).running for name in names_of(loss))
 
 
+def has_running_sums(loss: LossConfig) -> bool:
+    """Whether the loss depends on sums over the steps before."""
+    return any(is_known(name) and kind_of(name).running for name in names_of(loss))
+
+
 def title_of(loss: LossConfig) -> str:
     """The loss and every option that it uses, to be shown in reports."""
     names = names_of(loss)
