@@ -251,9 +251,8 @@ def _groups(
 ) -> Iterator[tuple[Prompt, PreferenceGroup]]:
     """The groups with a preference; identical continuations are merged, blank ones dropped."""
     for number, prompt in enumerate(prompts):
-        score_of = {
-            text: score for text, score in zip(texts[number], scores[number], strict=True) if text.strip()
-        }
+        scored = [pair for pair in zip(texts[number], scores[number], strict=True) if pair[0].strip()]
+        score_of = dict(scored)
         pairs = pairs_from_scores(list(score_of.values()), args.pairing, args.min_margin) if score_of else ()
         if not pairs:
             few = "identical_continuations"
@@ -268,6 +267,7 @@ def _groups(
                 completions=tuple(score_of),
                 pairs=pairs,
                 scores=tuple(score_of.values()),
+                reference_scores=tuple(score for _, score in scored),  # as often as they were drawn
                 id=f"{prompt.split}-{number}",
             ),
         )

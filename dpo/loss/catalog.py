@@ -36,6 +36,8 @@ class LossKind:
     """Whether each completion adds to it by itself, so that data with labels instead of pairs will do."""
     mismatched: bool = False
     """Whether it needs log-probs of completions of other prompts."""
+    quantiles: bool = False
+    """Whether it needs the quantiles of the completions' scores among those of the reference."""
 
 
 LOSSES = {
@@ -64,6 +66,7 @@ LOSSES = {
         takes_labels=True,
         mismatched=True,
     ),
+    "qrpo": LossKind(takes_labels=True, quantiles=True),
 }
 """Name -> what it needs."""
 
@@ -107,6 +110,11 @@ def needs_whole_step(loss: LossConfig) -> bool:
 def needs_mismatched(loss: LossConfig) -> bool:
     """Whether the data must have completions of other prompts, whose reference log-probs are cached too."""
     return any(kind_of(name).mismatched for name in names_of(loss))
+
+
+def needs_quantiles(loss: LossConfig) -> bool:
+    """Whether the data must have scores, of samples of the reference too."""
+    return any(kind_of(name).quantiles for name in names_of(loss))
 
 
 def needs_aligned(loss: LossConfig) -> bool:
@@ -195,6 +203,8 @@ def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
         yield f"loss.pair_weights: {loss.pair_weights}; {losses} compares the whole step: leave it out"
     elif needs_aligned(loss) and compares_pairs(loss):
         yield f"loss.pair_weights: wpo; {losses} compares pairs with those of other steps: leave it out"
+    if needs_quantiles(loss) and compares_pairs(loss):
+        yield f"loss.type: {names}; qrpo does not mix with losses that compare pairs with others"
     if averaged_over_groups(loss):
         if len(names) > 1:
             yield f"loss.type: {names}; a loss over rankings does not mix with losses over pairs"
