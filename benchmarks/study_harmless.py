@@ -7,14 +7,11 @@ once, and losses are compared on the same folds. Folds are split by first turn: 
 both parts. Every run is a public command that runs once: stop the study and start it again, and it continues.
 """
 
-import argparse
 import sys
-from pathlib import Path
 
-from benchmarks.study import Study, run_to_its_end
+from benchmarks.study import Study, parser, run_to_its_end
 
-CONFIG = "configs/hh.yaml"
-DATA, RUNS = Path("data/study_hh"), Path("runs/study_hh")
+CONFIG, NAME = "configs/hh.yaml", "study_hh"
 FOLDS = 5
 CURVE_STEPS = (4, 8, 16)
 """Optimizer steps of the learning curve's runs, 32 pairs per step; the full runs are its last point."""
@@ -24,13 +21,12 @@ LOSSES = {"ipo": ("--loss.type", "ipo"), "simpo": ("--loss.type", "simpo", "--lo
 
 def main() -> None:
     """Runs what is missing."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, help="the reference: a folder or a hub name")
-    parser.add_argument("--hh", required=True, help="dialogues of HH-RLHF: a file or a hub name")
-    parser.add_argument("--max_length", default="160", help="longer dialogues are dropped (default: 160)")
-    args = parser.parse_args()
-    study = Study(model=args.model, config=CONFIG, runs=RUNS)
-    folds = {number: DATA / f"fold_{number}" for number in range(1, FOLDS + 1)}
+    arguments = parser(__doc__, config=CONFIG, name=NAME)
+    arguments.add_argument("--hh", required=True, help="dialogues of HH-RLHF: a file or a hub name")
+    arguments.add_argument("--max_length", default="160", help="longer dialogues are dropped (default: 160)")
+    args = arguments.parse_args()
+    study = Study(model=args.model, config=args.config, name=args.name)
+    folds = {number: study.data / f"fold_{number}" for number in range(1, FOLDS + 1)}
     for number, folder in folds.items():
         prepare = ["hh", args.hh, "--fold", f"{number}/{FOLDS}", "--output", str(folder)]
         study.once("hh", [sys.executable, "-m", "data_prep", *prepare], folder / "manifest.json")

@@ -13,6 +13,7 @@ from dpo.engine.optimizer import OPTIMIZERS
 from dpo.engine.scoring import GPU_TOKENS
 from dpo.model.load import DTYPES
 from dpo.model.recomputation import Recomputed
+from dpo.planning.cut import Blocks
 from dpo.planning.data_sample import SampledData
 from dpo.planning.memory import (
     SHARDINGS,
@@ -24,7 +25,7 @@ from dpo.planning.memory import (
     rank_memory,
     weight_dtype,
 )
-from dpo.planning.rehearsal import Rehearsal, rehearse
+from dpo.planning.rehearsal import Rehearsal, policy_blocks, rehearse_with
 from dpo.planning.speed import expected_mfu
 
 USABLE = 0.9
@@ -137,6 +138,7 @@ class Fit:
         self._optimizer, self._state_bytes = OPTIMIZERS[train.optimizer], state_bytes
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
+        self._blocks: dict[torch.dtype, Blocks] = {}
         self._done: dict[tuple[int, torch.dtype, Recomputed], Rehearsal] = {}
         budget = train.max_tokens_per_micro_batch or GPU_TOKENS
         self.requested = max(min(budget, most_tokens), self._longest)
@@ -262,11 +264,12 @@ class Fit:
         weights = weight_dtype(sharding, self._dtype)
         key = tokens, weights, recomputed
         if key not in self._done:
-            self._done[key] = rehearse(
-                self._described,
+            if weights not in self._blocks:
+                self._blocks[weights] = policy_blocks(self._described, self._model, weights)
+            self._done[key] = rehearse_with(
+                self._blocks[weights],
                 replace(self._model, gradient_checkpointing=recomputed),
                 self._trees(tokens),
-                dtype=weights,
                 autocast=weights != self._dtype,
                 gpu=True,
             )

@@ -34,8 +34,8 @@ from dpo.train import loop
 from dpo.train.loop import train
 from dpo.train.moving_reference import MovingReference
 from dpo.train.preference_objective import PreferenceObjective
-from dpo.train.resume import Refuse, Resume, find_start
 from dpo.train.session import Session
+from dpo.train.setup import start_of
 
 
 @pytest.fixture
@@ -72,8 +72,7 @@ def run(
         no_room_at: int | None = None,
         reference: np.ndarray | None = None,
     ) -> Run:
-        start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
-        assert not isinstance(start, Refuse), start
+        checkpoint = start_of(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
         data, root = open_data(config), Path(config.reference.cache_dir)
         if reference is None:
             store = ReferenceStore(root, reference_identity(config.model, root))
@@ -130,11 +129,12 @@ def run(
             description="data",
             guard=Guard(folder, "train", 60),
             evaluate=evaluate if evaluation else None,
-            checkpoint=start.checkpoint if isinstance(start, Resume) else None,
+            checkpoint=checkpoint,
         )
         session.exported, session.no_room_at = result.exported, no_room_at
         with session.guard, session.opened():
             result.evaluated = train(session)
+            session.finish_mirror()
         result.weights = session.engine.weights()
         return result
 
