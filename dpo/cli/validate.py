@@ -79,7 +79,7 @@ def _lora_problems(model: ModelConfig) -> Iterator[str]:
     if not lora.target_modules or not all(lora.target_modules):
         yield f"model.lora.target_modules: {lora.target_modules}; expected all-linear, or names of layers"
     if lora.start == "merge" and model.quantization is not None:
-        yield "model.lora.start: merge; weights in 4 bits cannot hold the sum: continue, or merge it before"
+        yield "model.lora.start: merge; quantized weights cannot hold the sum: continue, or merge it before"
     if lora.start == "merge" and lora.export == "adapter":
         yield "model.lora.export: adapter; a merged start is in no folder that it could name: set merged"
     elif (
@@ -192,7 +192,7 @@ def _preference_problems(config: Config) -> Iterator[str]:
     )
     for key, sharding in (("reference", config.reference.sharding), ("evaluate", config.evaluate.sharding)):
         if sharding == "zero3" and config.model.quantization is not None:
-            yield f"{key}.sharding: zero3; weights in 4 bits cannot be sharded: set auto or replicas"
+            yield f"{key}.sharding: zero3; quantized weights cannot be sharded: set auto or replicas"
     scorer = config.evaluate.scorer
     if scorer not in (None, "vader") and not any(
         scorer.startswith(f"{kind}:") and scorer[len(kind) + 1 :] for kind in SCORER_KINDS

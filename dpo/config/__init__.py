@@ -71,8 +71,8 @@ class ModelConfig:
     """Recompute activations: full (or true), a third more time; selective, all but those of attention."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
-    quantization: Literal["nf4"] | None = None
-    """Keep an adapter's frozen base in 4 bits (QLoRA), reference too; needs bitsandbytes. Default: no."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Keep an adapter's frozen base in 4 (nf4) or 8 bits, reference too; needs bitsandbytes. Default: no."""
     lora: LoraConfig | None = None
     """Train an adapter and leave the weights as they are. Default: all weights are trained."""
 

@@ -32,7 +32,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "use_rslora": ("model.lora.rank_stabilized",),
     "use_dora": ("model.lora.dora",),
     "loraplus_lr_ratio": ("model.lora.learning_rate_ratio",),
-    "load_in_4bit": ("model.quantization",),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), ("model.quantization",)),
     "ref_model": ("reference.model",),
     "ref_model_name_or_path": ("reference.model",),
     "dataset": ("data.train",),

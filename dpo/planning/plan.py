@@ -121,7 +121,7 @@ def make_plan(
     described = _described(model)
     with torch.device("meta"):
         bare = empty_policy(described, model, dtype=DTYPES[model.dtype])
-    shape, work = shape_of(bare, quantized=model.quantization is not None), work_of(bare)
+    shape, work = shape_of(bare, quantization=model.quantization), work_of(bare)
     machine = machine.running(shape.parameters)
     splits = sample_data(
         data, load_tokenizer(model), max_positions(model), exact=exact, mismatched=mismatched
