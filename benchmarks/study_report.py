@@ -33,6 +33,8 @@ FRONTIER = "frontier"
 MAIN = Path(FRONTIER) / "beta_0.1"
 SFT = "preferred-FT"
 QUERIES = 12
+COMPARED = ("dpo", *study_harmless.LOSSES, "lora")
+"""Runs on harmless dialogues that are compared, the first with all others."""
 STUDENT_T = 2.776
 """97.5 % quantile of Student's t with 4 degrees of freedom, for 5 folds."""
 
@@ -211,7 +213,7 @@ def harmless_folds(runs: Path) -> dict[str, list[float]]:
     """
     names = [f"steps_{steps}" for steps in study_harmless.CURVE_STEPS]
     found = {}
-    for name in [*names, "dpo", *study_harmless.LOSSES]:
+    for name in [*names, *COMPARED]:
         folds = [
             _pairs_and_accuracy(runs / f"fold_{number}" / name)
             for number in range(1, study_harmless.FOLDS + 1)
@@ -241,14 +243,14 @@ def fold_interval(values: Sequence[float]) -> Interval:
 def losses_table(folds: Mapping[str, Sequence[float]]) -> str:
     """Each loss, fold by fold, and its difference from DPO."""
     rows = []
-    for name in ("dpo", *study_harmless.LOSSES):
+    for name in COMPARED:
         if name not in folds:
             continue
         differences = [a - b for a, b in zip(folds[name], folds["dpo"], strict=True)]
         cells = [name, " ".join(f"{value:.3f}" for value in folds[name]), _ends(fold_interval(folds[name]))]
         cells.append("" if name == "dpo" else _ends(fold_interval(differences), sign="+"))
         rows.append(cells)
-    return table(["loss", "folds", "mean accuracy", "difference from DPO, paired"], rows)
+    return table(["run", "folds", "mean accuracy", "difference from DPO, paired"], rows)
 
 
 def curves_figure(books: Sequence[tuple[float, float]], harmless: Sequence[tuple[float, Interval]]) -> Figure:
