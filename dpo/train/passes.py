@@ -61,9 +61,7 @@ def direct_passes(
     engine, objective, done = session.engine, session.objective, list[Done]()
     for micro in _step(session, batches, timed):
         with timed.forward.running():
-            logps = engine.score(
-                micro.batch, last=micro.last, per_token=objective.per_token, aligned=objective.aligned
-            )
+            logps = engine.score(micro.batch, per_token=objective.per_token, aligned=objective.aligned)
         loss = objective.loss(logps, micro.batch, sums)
         engine.accumulate(loss / micro.count, last=micro.last)
         done.append(Done(micro=micro, loss=loss.detach()))
@@ -85,7 +83,7 @@ def cached_passes(
     assert final.whole is not None
     with timed.forward.running():
         scored = [engine.score_only(piece.batch, **wanted) for piece in before]
-        graph = [engine.score(final.batch, last=not before, **wanted)]
+        graph = [engine.score(final.batch, **wanted)]
     lengths = [_num_values(piece, per_token=objective.per_token) for piece in (*before, final)]
     values = [part.detach()[:length] for part, length in zip([*scored, *graph], lengths, strict=True)]
     # a rank without work scores a sequence that does not count
@@ -99,7 +97,7 @@ def cached_passes(
         last = number == len(before)
         alive.step(f"step {piece.step.number}, backward pass {number + 1} of {piece.of}")
         with timed.forward.running():
-            again = graph.pop() if graph else engine.score(piece.batch, last=last, **wanted)
+            again = graph.pop() if graph else engine.score(piece.batch, **wanted)
         engine.accumulate((again[: len(own)] * own).sum() * valid + 0.0 * again.sum(), last=last)
         done.append(Done(micro=piece, loss=own.sum()))
     return done
