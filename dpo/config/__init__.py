@@ -69,6 +69,8 @@ class ModelConfig:
     """Compute each prompt once for all of its completions; false: one row a completion."""
     gradient_checkpointing: bool | Literal["full", "selective"] = False
     """Recompute activations: full (or true), a third more time; selective, all but those of attention."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile, at the first step; needs a C++ compiler on CPUs."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
     quantization: Literal["nf4"] | None = None

@@ -23,7 +23,8 @@ from dpo.model.attention import (
     windows_of,
     written,
 )
-from dpo.model.projection import TokenLogProbs, product_dtype
+from dpo.model.compiled import eagerly
+from dpo.model.projection import TokenLogProbs
 
 
 class SequenceScorer(nn.Module):
@@ -129,7 +130,7 @@ class SequenceScorer(nn.Module):
         completion = len(batch.targets) + 1
         if self._skips_logits:  # those of the prompt
             inputs["logits_to_keep"] = completion
-        with written(self.model):
+        with written(self.model), eagerly():
             logits = self.model(**inputs).logits
         if logits.shape[1] != (completion if self._skips_logits else batch.input_ids.shape[1]):
             raise ValueError(f"{logits.shape[1]} logits for {batch.input_ids.shape[1]} tokens")
@@ -142,7 +143,7 @@ class SequenceScorer(nn.Module):
         if batch.layout != "rows":
             inputs["position_ids"] = batch.positions
         if batch.layout == "trees":
-            inputs["attention_mask"] = dense_masks(batch, self.model.config, self.compute_dtype())
+            inputs["attention_mask"] = dense_masks(batch, self.model.config, self.model.dtype)
         elif batch.layout != "rows":
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), device=batch.input_ids.device)  # unused
             inputs["tree"] = TreeAttention(batch=batch)
@@ -167,10 +168,6 @@ class SequenceScorer(nn.Module):
             states = self._states(alone, own=own)
             rows.append(F.pad(states, (0, 0, 0, width - states.shape[1])))
         return torch.cat(rows)
-
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of matrix products, under autocast too."""
-        return product_dtype(self.model.device, self.model.dtype)
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module | None:

@@ -188,3 +188,10 @@ def test_sft_names_its_own_illegal_values(tmp_path: Path) -> None:
         "model.scratch.config",
         "train.sequences_per_step",
     ]
+
+
+def test_a_compiled_model_is_not_recomputed_in_part() -> None:
+    compiled = with_value(CONFIG, "model.compile", True)
+    (problem,) = problems(with_value(compiled, "model.gradient_checkpointing", "selective"))
+    assert problem.startswith("model.compile: true; selective recomputation")
+    assert problems(with_value(compiled, "model.gradient_checkpointing", "full")) == []
