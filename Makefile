@@ -12,11 +12,13 @@ NPROC ?=
 VERSIONS ?= requirements.lock
 MODEL ?=
 ARGS ?=
+STUDY ?=
 LABELS ?= sentiment
 
 py := .venv/bin/python
 launch := PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/run
 model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
+study_keys = $(if $(STUDY),--name $(STUDY)) $(if $(filter command line environment,$(origin CONFIG)),--config $(CONFIG))
 ready := .venv/.ready
 slowest := --durations=10
 
@@ -90,12 +92,12 @@ rounds: $(ready) ## on-policy rounds with CONFIG: sample, score, pair, train, ag
 	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) $(py) -m dpo rounds --config $(CONFIG) $(model_key) $(ARGS)
 
 study: $(ready) ## sentiment experiment on your text: make study MODEL=path/to/model BOOKS=books.txt (90 minutes on a CPU for 14M)
-	$(py) -m benchmarks.study_sentiment --model $(MODEL) --books $(BOOKS) $(ARGS)
-	$(py) -m benchmarks.study_report
+	$(py) -m benchmarks.study_sentiment --model $(MODEL) --books $(BOOKS) $(study_keys) $(ARGS)
+	$(py) -m benchmarks.study_report $(if $(STUDY),--name $(STUDY))
 
 study-harmless: $(ready) ## 5-fold cross-validation on HH-RLHF: make study-harmless MODEL=path/to/model HH=test.jsonl.gz
-	$(py) -m benchmarks.study_harmless --model $(MODEL) --hh $(HH) $(ARGS)
-	$(py) -m benchmarks.study_report
+	$(py) -m benchmarks.study_harmless --model $(MODEL) --hh $(HH) $(study_keys) $(ARGS)
+	$(py) -m benchmarks.study_report $(if $(STUDY),--harmless $(STUDY))
 
 compare: $(ready) ## compare runs: make compare ARGS="runs/a runs/b"
 	$(py) -m dpo compare $(ARGS)

@@ -19,7 +19,8 @@ from dpo.tracking.history import read_history
 from dpo.tracking.run_folder import RunFolder
 
 CONFIG = "configs/hh.yaml"
-DATA, RUNS = Path("data/adapters_hh"), Path("runs/adapters")
+NAME = "adapters"
+DATA, RUNS = Path("data") / NAME, Path("runs") / NAME
 ADAPTER = ("--model.lora.rank", "16", "--model.lora.export", "adapter", "--train.learning_rate", "2e-4")
 ROWS: dict[str, tuple[str, ...]] = {
     "full": ("--train.learning_rate", "1e-5"),
@@ -56,7 +57,7 @@ def main() -> None:
         return
     if args.model is None or args.hh is None:
         parser.error("--model and --hh are needed to run")
-    study = Study(model=args.model, config=CONFIG, runs=RUNS)
+    study = Study(model=args.model, config=CONFIG, name=NAME)
     prepare = ["hh", args.hh, "--fold", "1/3", "--max_rows", args.max_rows, "--output", str(DATA)]
     study.once("hh", [sys.executable, "-m", "data_prep", *prepare], DATA / "manifest.json")
     steps = ("--train.max_steps", str(args.steps), "--train.checkpoint_every", "4")

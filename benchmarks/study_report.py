@@ -3,17 +3,21 @@
     python -m benchmarks.study_report
 
 Writes tables.md, numbers.json and the figures to runs/study_report; without the parts that have not been run.
+--name and --harmless are the names that the studies were given; then the tables are in runs/NAME_report.
 """
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median, stdev
+from typing import Any
 
+import yaml
 from matplotlib.figure import Figure
 
-from benchmarks import study_harmless, study_sentiment
+from benchmarks import second_judge, study_harmless, study_sentiment
 from benchmarks.study_reward import RewardQuality
 from dpo.commands.frontier import BEST_OF, limit_points
 from dpo.evaluate.statistics import Interval
@@ -25,11 +29,12 @@ from dpo.report.markdown import scored_cell, table
 from dpo.tracking.history import read_history
 from dpo.tracking.run_folder import RunFolder
 
-OUTPUT = Path("runs/study_report")
-FRONTIER = study_sentiment.RUNS / "frontier"
-MAIN = FRONTIER / "beta_0.1"
+FRONTIER = "frontier"
+MAIN = Path(FRONTIER) / "beta_0.1"
 SFT = "preferred-FT"
 QUERIES = 12
+COMPARED = ("dpo", *study_harmless.LOSSES, "lora")
+"""Runs on harmless dialogues that are compared, the first with all others."""
 STUDENT_T = 2.776
 """97.5 % quantile of Student's t with 4 degrees of freedom, for 5 folds."""
 
@@ -47,32 +52,45 @@ MAIN_COLUMNS = (
 Summary = dict[str, float]
 
 
-def sentiment_runs() -> dict[str, Summary]:
-    """Name in the table -> summary.json of every finished run, for its last model."""
-    runs = study_sentiment.RUNS
-    folders = {f"DPO, beta {beta}": FRONTIER / f"beta_{beta}" for beta in study_sentiment.BETAS.split(",")}
-    folders |= {
-        "DPO, beta 0.1, seed 1": runs / "seed_1",
-        "DPO, beta 0.1, independent pairs": runs / "independent_pairs",
-    }
-    rates = {study_sentiment.FRONTIER_SFT_RATE: FRONTIER / "preferred_sft"}
-    rates |= {rate: runs / f"sft_{rate}" for rate in study_sentiment.SFT_RATES}
-    folders |= {f"{SFT}, rate {rate}": rates[rate] for rate in sorted(rates, key=float)}
-    folders |= {"DPO on flipped labels": runs / "flipped", "DPO on shuffled labels": runs / "shuffled"}
-    files = {name: RunFolder(folder).report() / "summary.json" for name, folder in folders.items()}
-    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
-    if (best := _best_of()) is not None:
+def sentiment_runs(runs: Path) -> dict[str, Summary]:
+    """Name in the table -> summary.json of every finished run, for its last model.
+
+    Args:
+        runs: Folder of the study's runs, here and in all functions.
+    """
+    found = {}
+    for name, folder in policies(runs).items():
+        file = RunFolder(folder).report() / "summary.json"
+        if file.is_file():
+            found[name] = dict(json.loads(file.read_text()))
+    if (best := _best_of(runs)) is not None:
         found |= {f"best of {n}": summary for n, summary in best["best_of"].items() if n != "1"}
     return found
 
 
-def main_table(runs: Mapping[str, Summary]) -> str:
+def policies(runs: Path) -> dict[str, Path]:
+    """Name in the table -> folder of every run that there can be."""
+    frontier = runs / FRONTIER
+    folders = {f"DPO, beta {beta}": frontier / f"beta_{beta}" for beta in study_sentiment.BETAS.split(",")}
+    folders |= {
+        "DPO, beta 0.1, seed 1": runs / "seed_1",
+        "DPO, beta 0.1, independent pairs": runs / "independent_pairs",
+    }
+    rates = {folder.name.removeprefix("sft_"): folder for folder in runs.glob("sft_*")}
+    if (baseline := frontier / "preferred_sft.yaml").is_file():
+        rate = float(yaml.safe_load(baseline.read_text())["train"]["learning_rate"])
+        rates[f"{rate:.0e}"] = frontier / "preferred_sft"
+    folders |= {f"{SFT}, rate {rate}": rates[rate] for rate in sorted(rates, key=float)}
+    return folders | {"DPO on flipped labels": runs / "flipped", "DPO on shuffled labels": runs / "shuffled"}
+
+
+def main_table(runs: Path) -> str:
     """One row per policy, with all metrics and their intervals."""
     rows = []
-    if (best := _best_of()) is not None:  # best of 1 is the reference itself
+    if (best := _best_of(runs)) is not None:  # best of 1 is the reference itself
         one = best["best_of"]["1"]
         rows.append(["reference", "0", *_sampled_cells(one, win_rate="50 %"), ""])
-    for name, summary in runs.items():
+    for name, summary in sentiment_runs(runs).items():
         kl, win_rate = _with_ends(summary, "kl/sequence", 2), _share(summary, "win_rate")
         accuracy = "eval/rewards/accuracies"
         accuracy_cell = _with_ends(summary, accuracy) if accuracy in summary else ""
@@ -90,23 +108,40 @@ def _sampled_cells(summary: Summary, *, win_rate: str) -> list[str]:
     ]
 
 
-def dpo_curves() -> dict[str, list[Summary]]:
+def second_judge_table(runs: Path) -> str:
+    """What a judge that did not make the labels says of the same samples."""
+    folder = RunFolder(runs / FRONTIER / "reference").best_of
+    best = _read(folder / second_judge.SCORES)
+    scores = {"reference": best.get("1", {})}
+    scores |= {
+        name: _read(RunFolder(run).report() / second_judge.SCORES) for name, run in policies(runs).items()
+    }
+    scores |= {f"best of {n}, by vader": best.get(n, {}) for n in ("2", "4", "8")}
+    rows = []
+    for name, summary in scores.items():
+        if summary:
+            shown = [_with_ends(summary, "score/policy"), _share(summary, "positive_share/policy")]
+            rows.append([name, *shown, _share(summary, "win_rate") if "win_rate" in summary else ""])
+    return table(["policy", "P(positive), second judge", "positive", "win rate"], rows)
+
+
+def dpo_curves(runs: Path) -> dict[str, list[Summary]]:
     """Beta -> summaries along its training, by ascending KL."""
     found = {}
     for beta in study_sentiment.BETAS.split(","):
-        files = sorted((FRONTIER / f"beta_{beta}").glob("**/report/summary.json"))
+        files = sorted((runs / FRONTIER / f"beta_{beta}").glob("**/report/summary.json"))
         found[beta] = sorted((json.loads(file.read_text()) for file in files), key=lambda s: s["kl/sequence"])
     return {beta: summaries for beta, summaries in found.items() if summaries}
 
 
-def equal_kl_table(runs: Mapping[str, Summary]) -> str:
+def equal_kl_table(runs: Path) -> str:
     """Each baseline beside DPO's curves at the baseline's KL, linearly interpolated between two models.
 
     A curve of score over KL is concave if training is done well: the straight line does not favour DPO.
     """
-    curves = dpo_curves()
+    curves = dpo_curves(runs)
     rows = []
-    for name, summary in runs.items():
+    for name, summary in sentiment_runs(runs).items():
         if not name.startswith((SFT, "best of")):
             continue
         kl = summary["kl/sequence"]
@@ -128,50 +163,59 @@ def _between(points: Sequence[Summary], kl: float) -> str:
     return ""
 
 
-def rewards_table() -> str:
+def rewards_table(runs: Path) -> str:
     """How each policy's implicit reward correlates with the score, and the gain that this predicts."""
     rows = []
-    for name, values in _rewards().items():
+    for name, values in _rewards(runs).items():
         reward = RewardQuality(*values)
         rows.append([name, f"{reward.rho:.2f}", f"{reward.predicted_gain:.3f}", f"{reward.gain:.3f}"])
     return table(["policy", "correlation with the score", "predicted gain", "gain"], rows)
 
 
-def _rewards() -> dict[str, list[float]]:
-    file = study_sentiment.RUNS / study_sentiment.REWARDS
-    return json.loads(file.read_text()) if file.is_file() else {}
+def _rewards(runs: Path) -> dict[str, list[float]]:
+    return _read(runs / study_sentiment.REWARDS)
 
 
-def sentiment_figure(runs: Mapping[str, Summary]) -> Figure:
+def _read(file: Path) -> dict[str, Any]:
+    """The JSON of a part of the study; empty if that part was not run."""
+    return dict(json.loads(file.read_text())) if file.is_file() else {}
+
+
+def sentiment_figure(runs: Path) -> Figure:
     """Score against KL of all policies, with the limit of any policy."""
     curves = {
         f"DPO, beta {beta}": [Point.of(summary) for summary in points]
-        for beta, points in dpo_curves().items()
+        for beta, points in dpo_curves(runs).items()
     }
-    by_kl = sorted(runs.items(), key=lambda item: item[1]["kl/sequence"])
+    summaries = sentiment_runs(runs)
+    by_kl = sorted(summaries.items(), key=lambda item: item[1]["kl/sequence"])
     curves[SFT] = [Point.of(s, name.split()[-1]) for name, s in by_kl if name.startswith(SFT)]
-    best = _best_of()
+    best = _best_of(runs)
     if best is not None:
         curves[BEST_OF] = [Point.of(summary, n) for n, summary in best["best_of"].items()]
     for control in ("flipped", "shuffled"):
-        curves[f"{control} labels"] = [Point.of(s) for name, s in runs.items() if control in name]
+        curves[f"{control} labels"] = [Point.of(s) for name, s in summaries.items() if control in name]
     drawn = {name: points for name, points in curves.items() if points}
     return score_against_kl(drawn, limit=limit_points(best["limit"]) if best else ())
 
 
-def books_curve() -> list[tuple[float, float]]:
+def books_curve(runs: Path) -> list[tuple[float, float]]:
     """(training pairs, held-out accuracy) of each run of the learning curve."""
-    runs = [study_sentiment.RUNS / f"steps_{steps}" for steps in study_sentiment.CURVE_STEPS]
-    return [point for run in (*runs, MAIN) if (point := _pairs_and_accuracy(run)) is not None]
+    shorter = [runs / f"steps_{steps}" for steps in study_sentiment.CURVE_STEPS]
+    return [point for run in (*shorter, runs / MAIN) if (point := _pairs_and_accuracy(run)) is not None]
 
 
-def harmless_folds() -> dict[str, list[float]]:
-    """Run -> held-out accuracy of each fold; only runs that are finished for all folds."""
+def harmless_folds(runs: Path) -> dict[str, list[float]]:
+    """Run -> held-out accuracy of each fold; only runs that are finished for all folds.
+
+    Args:
+        runs: Folder of the runs on harmless dialogues.
+    """
     names = [f"steps_{steps}" for steps in study_harmless.CURVE_STEPS]
     found = {}
-    for name in [*names, "dpo", *study_harmless.LOSSES]:
+    for name in [*names, *COMPARED]:
         folds = [
-            _pairs_and_accuracy(study_harmless.RUNS / f"fold_{number}" / name)
+            _pairs_and_accuracy(runs / f"fold_{number}" / name)
             for number in range(1, study_harmless.FOLDS + 1)
         ]
         if all(fold is not None for fold in folds):
@@ -179,13 +223,13 @@ def harmless_folds() -> dict[str, list[float]]:
     return found
 
 
-def harmless_curve(folds: Mapping[str, Sequence[float]]) -> list[tuple[float, Interval]]:
+def harmless_curve(runs: Path, folds: Mapping[str, Sequence[float]]) -> list[tuple[float, Interval]]:
     """(mean training pairs, mean accuracy over the folds with its interval) of each run."""
     points = []
     for name in [f"steps_{steps}" for steps in study_harmless.CURVE_STEPS] + ["dpo"]:
         if name in folds:
-            runs = [study_harmless.RUNS / f"fold_{n}" / name for n in range(1, study_harmless.FOLDS + 1)]
-            pairs = mean(point[0] for run in runs if (point := _pairs_and_accuracy(run)) is not None)
+            each = [runs / f"fold_{n}" / name for n in range(1, study_harmless.FOLDS + 1)]
+            pairs = mean(point[0] for run in each if (point := _pairs_and_accuracy(run)) is not None)
             points.append((pairs, fold_interval(folds[name])))
     return points
 
@@ -199,28 +243,28 @@ def fold_interval(values: Sequence[float]) -> Interval:
 def losses_table(folds: Mapping[str, Sequence[float]]) -> str:
     """Each loss, fold by fold, and its difference from DPO."""
     rows = []
-    for name in ("dpo", *study_harmless.LOSSES):
+    for name in COMPARED:
         if name not in folds:
             continue
         differences = [a - b for a, b in zip(folds[name], folds["dpo"], strict=True)]
         cells = [name, " ".join(f"{value:.3f}" for value in folds[name]), _ends(fold_interval(folds[name]))]
         cells.append("" if name == "dpo" else _ends(fold_interval(differences), sign="+"))
         rows.append(cells)
-    return table(["loss", "folds", "mean accuracy", "difference from DPO, paired"], rows)
+    return table(["run", "folds", "mean accuracy", "difference from DPO, paired"], rows)
 
 
-def curves_figure() -> Figure:
+def curves_figure(books: Sequence[tuple[float, float]], harmless: Sequence[tuple[float, Interval]]) -> Figure:
     """Held-out accuracy against training pairs, for both studies."""
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    if books := books_curve():
+    if books:
         axes.plot(
             *zip(*books, strict=True),
             "o-",
             color=PALETTE[0],
             label="books, preferences by vader; one run per point",
         )
-    if harmless := harmless_curve(harmless_folds()):
+    if harmless:
         pairs = [point for point, _ in harmless]
         middle = [value.mean for _, value in harmless]
         spread = [[v.mean - v.low for _, v in harmless], [v.high - v.mean for _, v in harmless]]
@@ -238,12 +282,11 @@ def curves_figure() -> Figure:
     return figure
 
 
-def trees_table() -> str:
+def trees_table(runs: Path) -> str:
     """Group trees beside independent pairs: the cost of a step, without the first one."""
     rows = []
-    runs = {"in one step, one tree": "flipped", "independent": "independent_pairs"}
-    for name, run in runs.items():
-        steps = [line for line in read_history(RunFolder(study_sentiment.RUNS / run)) if "train/loss" in line]
+    for name, run in {"in one step, one tree": "flipped", "independent": "independent_pairs"}.items():
+        steps = [line for line in read_history(RunFolder(runs / run)) if "train/loss" in line]
         if not steps:
             continue
         rate = median(line["perf/pairs_per_second"] for line in steps[1:])
@@ -257,9 +300,9 @@ def trees_table() -> str:
     return table([*columns, labels.short("perf/pairs_per_second")], rows)
 
 
-def sentiment_table() -> str:
+def sentiment_table(runs: Path) -> str:
     """The first held-out queries, not cherry-picked, continued by both models with the same seed."""
-    file = RunFolder(MAIN).report() / "samples.jsonl"
+    file = RunFolder(runs / MAIN).report() / "samples.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()[:QUERIES]] if file.is_file() else []
     cells = []
     for row in rows:
@@ -270,35 +313,47 @@ def sentiment_table() -> str:
 
 def main() -> None:
     """Writes everything."""
-    OUTPUT.mkdir(parents=True, exist_ok=True)
-    runs, folds = sentiment_runs(), harmless_folds()
-    books = [[f"{pairs:,.0f}", f"{accuracy:.3f}"] for pairs, accuracy in books_curve()]
-    harmless = [[f"{pairs:,.0f}", _ends(accuracy)] for pairs, accuracy in harmless_curve(folds)]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for option, name in {"name": study_sentiment.NAME, "harmless": study_harmless.NAME}.items():
+        parser.add_argument(f"--{option}", default=name, help=f"the study's name (default: {name})")
+    args = parser.parse_args()
+    runs, harmless_runs = Path("runs") / args.name, Path("runs") / args.harmless
+    output = Path("runs") / f"{args.name}_report"
+    output.mkdir(parents=True, exist_ok=True)
+    folds, books = harmless_folds(harmless_runs), books_curve(runs)
+    harmless = harmless_curve(harmless_runs, folds)
     columns = ("training pairs", "held-out accuracy")
     sections = {
         "Every policy": main_table(runs),
         "At equal KL": equal_kl_table(runs),
-        "How good the implicit rewards are": rewards_table(),
-        "Books: accuracy against training pairs": table(columns, books),
-        "Groups in one step, or independent pairs": trees_table(),
-        "HH: accuracy against training pairs": table(columns, harmless),
+        "The second judge": second_judge_table(runs),
+        "How good the implicit rewards are": rewards_table(runs),
+        "Books: accuracy against training pairs": table(
+            columns, [[f"{pairs:,.0f}", f"{accuracy:.3f}"] for pairs, accuracy in books]
+        ),
+        "Groups in one step, or independent pairs": trees_table(runs),
+        "HH: accuracy against training pairs": table(
+            columns, [[f"{pairs:,.0f}", _ends(accuracy)] for pairs, accuracy in harmless]
+        ),
         "HH: losses": losses_table(folds),
-        "The sentiment table": sentiment_table(),
+        "The sentiment table": sentiment_table(runs),
     }
     text = "\n\n".join(f"## {title}\n\n{content}" for title, content in sections.items())
-    (OUTPUT / "tables.md").write_text(text + "\n")
-    numbers = {"books": runs, "books_curve": books_curve(), "harmless": folds, "best_of": _best_of()}
-    numbers["rewards"] = _rewards()
-    (OUTPUT / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    save_png(curves_figure(), OUTPUT / "accuracy_against_pairs.png")
-    if runs:
-        save_png(sentiment_figure(runs), OUTPUT / "sentiment_frontier.png")
-    print(f"{OUTPUT}: tables.md, numbers.json, figures: {len(runs)} policies, {len(folds)} runs in folds")
+    (output / "tables.md").write_text(text + "\n")
+    summaries = sentiment_runs(runs)
+    numbers = {"books": summaries, "books_curve": books, "harmless": folds, "best_of": _best_of(runs)}
+    numbers["rewards"] = _rewards(runs)
+    (output / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    save_png(curves_figure(books, harmless), output / "accuracy_against_pairs.png")
+    if summaries:
+        save_png(sentiment_figure(runs), output / "sentiment_frontier.png")
+    print(
+        f"{output}: tables.md, numbers.json, figures: {len(summaries)} policies, {len(folds)} runs in folds"
+    )
 
 
-def _best_of() -> dict[str, dict[str, Summary]] | None:
-    file = RunFolder(FRONTIER / "reference").best_of / "best_of.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+def _best_of(runs: Path) -> dict[str, dict[str, Summary]] | None:
+    return _read(RunFolder(runs / FRONTIER / "reference").best_of / "best_of.json") or None
 
 
 def _pairs_and_accuracy(run: Path) -> tuple[float, float] | None:

@@ -111,6 +111,10 @@ def _train_problems(train: OptimizationConfig, data: DataConfig) -> Iterator[str
     if train.resume not in ("auto", "never") and not Path(train.resume).is_dir():
         hint = meant("train.resume", train.resume, ("auto", "never"))
         yield f"train.resume: {train.resume}; expected auto, never, or the folder of a checkpoint{hint}"
+    if train.mirror is not None and not train.checkpoint_every:
+        yield f"train.mirror: {train.mirror}; checkpoints are copied there: set train.checkpoint_every"
+    if train.mirror is not None and train.resume == "never":
+        yield f"train.mirror: {train.mirror}; a run is resumed from there, and train.resume is never"
 
 
 def _schedule_problems(train: OptimizationConfig) -> Iterator[str]:

@@ -25,6 +25,7 @@ from dpo.tracking.hub import check_repository
 from dpo.tracking.run_folder import RunFolder
 from dpo.tracking.run_lock import refuse_if_in_use
 from dpo.tracking.trackers import check_trackers
+from dpo.train.mirror import Mirror
 from dpo.train.resume import Refuse, Settings, find_start
 
 
@@ -61,6 +62,8 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         check_trackers(config.train.trackers)
         if config.train.push_to_hub is not None:
             check_repository(config.train.push_to_hub)
+        if config.train.mirror is not None:
+            Mirror(config.train.mirror, folder).check()
         refuse_if_in_use(folder, patient=False)
         check_start(folder, settings_of(config), config.train)
     if isinstance(config, SftConfig):

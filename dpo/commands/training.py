@@ -46,6 +46,7 @@ def run_training(
         with session.opened():
             run_loop(session)
         session.export(folder.model())
+        session.finish_mirror()
     if repository is not None:
         distributed.on_main(lambda: push(folder.model(), repository))
     return session

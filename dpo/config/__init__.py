@@ -159,6 +159,10 @@ class OptimizationConfig:
     """Of one device in the compute type, for perf/mfu. Default: known for common GPUs in bfloat16."""
     push_to_hub: str | None = None
     """Upload the finished model to this hub repository, such as user/name, private if it is new."""
+    mirror: str | None = None
+    """A URL (s3://, gs://, ...) that the run folder is copied to after each checkpoint, and back on an empty
+    disk, to resume there. Keep it private: a checkpoint from there is loaded.
+    """
     trackers: list[str] = field(default_factory=list)
     """Accelerate's trackers to use besides TensorBoard, such as wandb or mlflow, installed and logged in."""
 

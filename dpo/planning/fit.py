@@ -12,6 +12,7 @@ from dpo.engine.optimizer import OPTIMIZERS
 from dpo.engine.scoring import GPU_TOKENS
 from dpo.model.load import DTYPES
 from dpo.model.recomputation import Recomputed
+from dpo.planning.cut import Blocks
 from dpo.planning.data_sample import SampledData
 from dpo.planning.memory import (
     SHARDINGS,
@@ -22,7 +23,7 @@ from dpo.planning.memory import (
     largest_fitting,
     rank_memory,
 )
-from dpo.planning.rehearsal import Rehearsal, rehearse
+from dpo.planning.rehearsal import Rehearsal, policy_blocks, rehearse_with
 from dpo.planning.speed import expected_mfu
 
 USABLE = 0.9
@@ -135,6 +136,7 @@ class Fit:
         self._optimizer, self._state_bytes = OPTIMIZERS[train.optimizer], state_bytes
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
+        self._blocks: Blocks | None = None
         self._done: dict[tuple[int, Recomputed], Rehearsal] = {}
         budget = train.max_tokens_per_micro_batch or GPU_TOKENS
         self.requested = max(min(budget, most_tokens), self._longest)
@@ -258,11 +260,11 @@ class Fit:
     def _rehearsed(self, tokens: int, *, recomputed: Recomputed) -> Rehearsal:
         key = tokens, recomputed
         if key not in self._done:
-            self._done[key] = rehearse(
-                self._described,
+            self._blocks = self._blocks or policy_blocks(self._described, self._model, self._dtype)
+            self._done[key] = rehearse_with(
+                self._blocks,
                 replace(self._model, gradient_checkpointing=recomputed),
                 self._trees(tokens),
-                dtype=self._dtype,
                 gpu=True,
             )
         return self._done[key]

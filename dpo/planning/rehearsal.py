@@ -88,8 +88,17 @@ def rehearse(
     Raises:
         UserError: The model's code needs values, not only sizes.
     """
+    return rehearse_with(policy_blocks(config, model, dtype), model, trees, gpu=gpu)
+
+
+def policy_blocks(config: PreTrainedConfig, model: ModelConfig, dtype: torch.dtype) -> Blocks:
+    """The policy's blocks on the meta device, for any number of rehearsals; arguments as for `rehearse`."""
     with torch.device("meta"):
-        blocks = Blocks(empty_policy(config, model, dtype=dtype))
+        return Blocks(empty_policy(config, model, dtype=dtype))
+
+
+def rehearse_with(blocks: Blocks, model: ModelConfig, trees: Sequence[Tree], *, gpu: bool) -> Rehearsal:
+    """`rehearse` with blocks that are there already, and are not changed."""
     run = partial(_in_a_layout, blocks, model, trees, gpu=gpu)
     firsts = [kind[0] for kind in blocks.kinds]
     most = max(blocks.kinds, key=len)

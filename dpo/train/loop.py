@@ -204,6 +204,7 @@ def _save(session: Session) -> int:
 
 def _stop(session: Session, saved: int) -> None:
     session.guard.stop.ignore_more()
+    session.finish_mirror()
     distributed.barrier()
     raise StoppedBySignal(
         f"a checkpoint of step {saved} is in {session.folder.path}; run the same command again to resume"

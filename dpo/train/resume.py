@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "train.peak_tflops",
     "train.trackers",
     "train.push_to_hub",
+    "train.mirror",
     "train.max_skipped_steps",
     "train.keep_last",
     "train.keep_best",

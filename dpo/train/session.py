@@ -41,6 +41,7 @@ from dpo.train.checkpoint import (
     set_aside_newer,
 )
 from dpo.train.disk_space import checkpoint_bytes, fits_memory, here
+from dpo.train.mirror import Mirror
 from dpo.train.resume import Settings
 
 GROUPS_SHOWN = 8
@@ -132,6 +133,8 @@ class Session:
     """Whether training goes on while a checkpoint is written."""
     pending: PendingCheckpoint | None = None
     """The checkpoint that is being written while training goes on."""
+    mirror: Mirror | None = field(init=False, default=None)
+    """The copy of the run folder; on the main process."""
     monitor: Monitor = field(init=False)
     group_flops: npt.NDArray[np.float64] | None = field(init=False)
     """(G,) operations of each group's forward and backward pass; None where they cannot be counted."""
@@ -151,6 +154,8 @@ class Session:
                 self._keep_newer_checkpoints()
             if self.options.checkpoint_every:
                 prepare_checkpoints(self.folder, resumed=self.checkpoint is not None)
+            if self.options.mirror is not None:
+                self.mirror = Mirror(self.options.mirror, self.folder)
         self.saves_in_background = self._saves_in_background()
         self.group_flops, self.peak_flops = self._flops()
         settings = flat(self.settings.values)
@@ -191,7 +196,17 @@ class Session:
         """
         pending, self.pending = self.pending, None
         if pending is not None:
+            if self.mirror is not None:
+                self.mirror.wait()  # publishing removes older checkpoints
             pending.finish()
+            if self.mirror is not None:
+                self.mirror.send()
+
+    def finish_mirror(self) -> None:
+        """Copies what is new in the run folder, the model above all, and waits for it."""
+        if self.mirror is not None:
+            self.mirror.send()
+            self.mirror.wait()
 
     def export(self, target: Path) -> None:
         """Writes the current weights as a model that transformers loads. All ranks must call it.

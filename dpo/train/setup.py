@@ -16,6 +16,7 @@ from dpo.reference.identity import reference_identity
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.disk_space import checkpoint_bytes, exported_bytes, require_space
 from dpo.train.manifest import read_manifest
+from dpo.train.mirror import Mirror
 from dpo.train.resume import Refuse, Resume, Settings, check_fingerprints, find_start
 
 
@@ -25,6 +26,9 @@ def start_of(folder: RunFolder, settings: Settings, options: OptimizationConfig)
     Raises:
         UserError: The run may not start, or the run folder is not shared by all ranks.
     """
+    mirror = options.mirror
+    if mirror is not None:
+        distributed.on_main(lambda: Mirror(mirror, folder).restore())
     start = find_start(folder, settings, options)
     if isinstance(start, Refuse):
         raise UserError(start.reason)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import study_harmless, study_report, study_sentiment
+from benchmarks import study_report
 from benchmarks.study_report import fold_interval
 
 
@@ -33,12 +33,9 @@ def _report(folder: Path, kl: float, score: float) -> None:
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(study_sentiment, "RUNS", tmp_path)
-    monkeypatch.setattr(study_report, "FRONTIER", tmp_path / "frontier")
-    monkeypatch.setattr(study_report, "MAIN", tmp_path / "frontier" / "beta_0.1")
-    monkeypatch.setattr(study_report, "OUTPUT", tmp_path / "out")
-    monkeypatch.setattr(study_harmless, "RUNS", tmp_path / "hh")
-    return tmp_path
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["study_report", "--name", "books", "--harmless", "hh"])
+    return Path("runs") / "books"
 
 
 def test_a_baseline_is_compared_at_its_own_kl(runs: Path) -> None:
@@ -46,7 +43,7 @@ def test_a_baseline_is_compared_at_its_own_kl(runs: Path) -> None:
     _report(runs / "frontier" / "beta_0.1", 3.0, 0.5)
     _report(runs / "sft_3e-5", 0.5, 0.15)
     _report(runs / "sft_3e-4", 2.0, 0.2)
-    table = study_report.equal_kl_table(study_report.sentiment_runs()).splitlines()
+    table = study_report.equal_kl_table(runs).splitlines()
     assert table[0].endswith("| its score | DPO, beta 0.1 |")
     # From the reference (0 nats, 0.1) to (1, 0.3) at 0.5 nats: 0.2; from (1, 0.3) to (3, 0.5) at 2: 0.4.
     assert [line.split(" | ")[-1] for line in table[2:]] == [
@@ -60,16 +57,16 @@ def test_what_is_not_there_is_left_out_and_the_rest_is_written(runs: Path) -> No
     _report(runs / "frontier" / "beta_0.1", 3.0, 0.5)
     _run(runs / "steps_3", 0.55)
     for number in range(1, 6):
-        _run(runs / "hh" / f"fold_{number}" / "dpo", 0.6 + number / 100)
-        _run(runs / "hh" / f"fold_{number}" / "ipo", 0.61 + number / 100)
-    _run(runs / "hh" / "fold_1" / "simpo", 0.9)  # of one fold only
+        _run(runs.parent / "hh" / f"fold_{number}" / "dpo", 0.6 + number / 100)
+        _run(runs.parent / "hh" / f"fold_{number}" / "ipo", 0.61 + number / 100)
+    _run(runs.parent / "hh" / "fold_1" / "simpo", 0.9)  # of one fold only
     study_report.main()
-    text = (runs / "out" / "tables.md").read_text()
+    text = Path("runs/books_report/tables.md").read_text()
     assert "| 20 | 0.550 |\n| 40 | 0.620 |" in text
     assert "| ipo | 0.620 0.630 0.640 0.650 0.660 | 0.640" in text
     assert "+0.010 [+0.010, +0.010]" in text
     assert "simpo" not in text
-    assert {file.name for file in (runs / "out").iterdir()} == {
+    assert {file.name for file in Path("runs/books_report").iterdir()} == {
         "tables.md",
         "numbers.json",
         "accuracy_against_pairs.png",

@@ -91,6 +91,16 @@ def test_an_illegal_value_is_named_with_its_key(key: str, value: Any) -> None:
     assert problem.startswith(f"{key}: ")
 
 
+def test_a_mirror_needs_checkpoints_and_a_run_that_resumes() -> None:
+    mirrored = with_value(CONFIG, "train.mirror", "s3://bucket/run")
+    (problem,) = problems(mirrored)
+    assert problem.startswith("train.mirror: s3://bucket/run; checkpoints are copied there: set train.check")
+    regular = with_value(mirrored, "train.checkpoint_every", 10)
+    assert problems(regular) == []
+    (problem,) = problems(with_value(regular, "train.resume", "never"))
+    assert problem.endswith("a run is resumed from there, and train.resume is never")
+
+
 def test_a_schedule_that_makes_no_sense_is_refused() -> None:
     decaying = with_value(CONFIG, "train.schedule", "cosine")
     assert problems(with_value(decaying, "train.min_learning_rate", 1e-6)) == []

@@ -200,6 +200,7 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
             peak_tflops=12.0,
             trackers=["wandb"],
             push_to_hub="user/name",
+            mirror="memory://copy",
             pairs_per_step=13,
         ),
     )

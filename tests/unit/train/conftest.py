@@ -32,8 +32,8 @@ from dpo.tracking.run_folder import RunFolder
 from dpo.train import loop
 from dpo.train.loop import train
 from dpo.train.preference_objective import PreferenceObjective
-from dpo.train.resume import Refuse, Resume, find_start
 from dpo.train.session import Session
+from dpo.train.setup import start_of
 
 
 @pytest.fixture
@@ -70,8 +70,7 @@ def run(
         no_room_at: int | None = None,
         reference: np.ndarray | None = None,
     ) -> Run:
-        start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
-        assert not isinstance(start, Refuse), start
+        checkpoint = start_of(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
         data, root = open_data(config), Path(config.reference.cache_dir)
         if reference is None:
             store = ReferenceStore(root, reference_identity(config.model, root))
@@ -119,11 +118,12 @@ def run(
             description="data",
             guard=Guard(folder, "train", 60),
             evaluate=evaluate if evaluation else None,
-            checkpoint=start.checkpoint if isinstance(start, Resume) else None,
+            checkpoint=checkpoint,
         )
         session.exported, session.no_room_at = result.exported, no_room_at
         with session.guard, session.opened():
             result.evaluated = train(session)
+            session.finish_mirror()
         result.weights = session.engine.weights()
         return result
 
