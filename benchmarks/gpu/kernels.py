@@ -65,7 +65,7 @@ def attention(report: Report) -> None:
     heads, key_heads, size, tokens = (4, 2, 16, 512) if report.rehearse else (32, 8, 64, 16_384)
     dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
     groups, layer = groups_of(tokens, 600), _Layer(heads // key_heads)
-    layouts: tuple[Layout, ...] = ("flex", "packed")
+    layouts: tuple[Layout, ...] = ("flex", "varlen", "packed")
     found: dict[str, float] = {}
     for layout in layouts:
         batch = batch_of(groups, layout, device())
@@ -81,6 +81,7 @@ def attention(report: Report) -> None:
     dense = dense_attention(groups[: max(1, len(groups) // 4)], heads, size, dtype)
     report.number("a quarter of them under a dense mask", 1e3 * seconds_of(dense), "ms")
     report.number("packed over flex", found["packed"] / found["flex"], "x", low=2)
+    report.number("varlen over flex", found["varlen"] / found["flex"], "x", high=2)
 
 
 class _Layer(nn.Module):

@@ -21,7 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpo.data.key_blocks import KeyBlocks
+from dpo.data.pieces import Pieces
 from dpo.data.trees import TreeBatch
+from dpo.model.varlen import varlen_attention
 
 TREE_ATTENTION = "shared_prefix_tree"
 REPLACED = "sdpa"
@@ -50,6 +52,11 @@ class TreeAttention:
         """Tokens of each piece with its own attention: a segment, or a prompt with its only completion."""
         pieces = [segments if len(segments) > 2 else (sum(segments),) for segments in self.batch.trees]
         return [*chain.from_iterable(pieces)]
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def pieces(self) -> Pieces:
+        """What the layout `varlen` computes."""
+        return self.batch.pieces
 
     def mask(self, num_queries: int, num_keys: int, window: int | None) -> Tensor | None:
         """Which keys of a sequence its last queries attend to.
@@ -142,6 +149,8 @@ def tree_attention(
     if tree.batch.layout == "flex":
         return _flex(query, key, value, tree.block_mask(sliding_window), scaling, **options), None
     options.pop("is_causal", None)
+    if tree.batch.layout == "varlen":
+        return varlen_attention(query, key, value, tree.pieces(), sliding_window, scaling, **options), None
     return _in_pieces(module, query, key, value, scaling, tree, sliding_window, **options), None
 
 

@@ -55,8 +55,8 @@ class SequenceScorer(nn.Module):
             self.layouts.insert(0, "trees")
             if model._supports_attention_backend and self.own_attention == REPLACED:
                 self.layouts.insert(0, "packed")
-                if flex:
-                    self.layouts.insert(0, "flex")
+                if flex:  # on a GPU, whose kernel for pieces has no float32
+                    self.layouts[:0] = ["flex", "varlen"] if model.dtype == torch.bfloat16 else ["flex"]
         self.layout = self.layouts[0]
         """The layout for batches of this model; `dpo.model.probe` may change it."""
         self.windows = windows_of(model.config)
@@ -105,7 +105,7 @@ class SequenceScorer(nn.Module):
         own = own and not states
         if not own and self.projection is None:
             raise ValueError(f"{type(self.model).__name__} has no trunk and output layer that are known")
-        packed = batch.layout in ("flex", "packed")
+        packed = batch.layout in ("flex", "varlen", "packed")
         attend(self.model, self.packed_attention if packed else self.own_attention)
         apart = self.one_at_a_time if one_at_a_time is None else one_at_a_time
         found = self._states_apart(batch, own=own) if apart else self._states(self._inputs(batch), own=own)
