@@ -7,8 +7,10 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ git make python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/dpo
-COPY requirements.lock ./
-RUN python3 -m venv .venv && .venv/bin/pip install --no-cache-dir -r requirements.lock
+COPY requirements.hashes requirements.lock ./
+RUN python3 -m venv .venv \
+    && .venv/bin/pip install --no-cache-dir --no-deps --require-hashes -r requirements.hashes \
+    && .venv/bin/pip install --no-cache-dir -r requirements.lock
 COPY . .
 RUN .venv/bin/pip install --no-cache-dir --no-deps --editable . && touch .venv/.ready
 ENV PATH=/opt/dpo/.venv/bin:$PATH PYTHON=/opt/dpo/.venv/bin/python

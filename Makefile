@@ -24,7 +24,7 @@ slowest := --durations=10
 
 .PHONY: help setup demo data data-report sft plan precompute-ref train eval frontier compare sentiment tensorboard
 .PHONY: study study-harmless check cache best-of chat convert
-.PHONY: test test-unit test-distributed test-e2e test-faults torture bench bench-peers bench-cache lint docs format clean
+.PHONY: test test-unit test-distributed test-e2e test-faults torture torture-rounds bench bench-peers bench-cache lint docs format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F'\t' '{ \
@@ -40,6 +40,8 @@ $(ready): $(VERSIONS) pyproject.toml
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "setup: $$($(PYTHON3) --version) is too old; expected Python 3.11 or newer (make setup PYTHON3=...)" >&2; exit 2; }
 	$(PYTHON3) -m venv .venv
+	[ $(VERSIONS) != requirements.lock ] || \
+	    $(py) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.hashes
 	$(py) -m pip install --quiet --disable-pip-version-check -r $(VERSIONS)
 	$(py) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
@@ -144,6 +146,9 @@ test-faults: $(ready) ## test every fault through the real launcher, for docs/re
 
 torture: $(ready) ## random faults at random moments for an hour, for docs/reliability.md (ARGS="--seed N" replays one)
 	cd tests && PYTHONPATH=. ../$(py) -m torture $(ARGS)
+
+torture-rounds: $(ready) ## kill -9 at 10 random moments of two rounds on 2 ranks; the end must be the same (ARGS="--kills 3 --seed 7")
+	cd tests && PYTHONPATH=. ../$(py) -m torture.rounds --folder $${TMPDIR:-/tmp}/dpo-torture-rounds $(ARGS)
 
 lint: $(ready) ## check formatting, lint and types
 	$(py) -m ruff format --check .

@@ -27,7 +27,8 @@ from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.model.load import load_model
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.checkpoint import PendingCheckpoint, Progress, begin_checkpoint, prepare_checkpoints
+from dpo.train.checkpoint import Progress, begin_checkpoint, prepare_checkpoints
+from dpo.train.pending import PendingCheckpoint
 
 RANKS = 2
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.scoring import ClassifierScorer, Scorer
 from dpo.evaluate.statistics import mean_interval, share_by_cluster, win_rate
 from dpo.files import write_file
@@ -74,7 +75,8 @@ def train(reviews: Path, encoder: Path, output: Path) -> None:
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
     judge, texts = ClassifierScorer(str(output)), [text for text, _ in held_out]
-    right = np.asarray([judge.is_positive(s) for s in judge.score(texts, texts)]) == [y for _, y in held_out]
+    said = [judge.is_positive(score) for score in judge.score([*map(Asked, texts)], texts)]
+    right = np.asarray(said) == [label for _, label in held_out]
     agreement = share_by_cluster(right, np.arange(len(right)))
     found = {"train": len(examples), "held_out": len(held_out)} | agreement.under("accuracy")
     write_file(output / SCORES, json.dumps(found, indent=1))
@@ -88,7 +90,7 @@ def compared(judge: Scorer, rows: Sequence[dict[str, str]]) -> dict[str, float]:
         judge: The second judge.
         rows: Lines of samples.jsonl: prompt, reference and policy.
     """
-    prompts, clusters = [row["prompt"] for row in rows], np.arange(len(rows))
+    prompts, clusters = [Asked(row["prompt"]) for row in rows], np.arange(len(rows))
     scores = {name: judge.score(prompts, [row[name] for row in rows]) for name in ("reference", "policy")}
     found = win_rate(scores["policy"], scores["reference"], clusters).under("win_rate")
     for name, values in scores.items():
@@ -106,7 +108,7 @@ def best_of(judge: Scorer, rows: Sequence[dict[str, list[float]]]) -> dict[str, 
         rows: Lines of the samples.jsonl of `dpo best-of`: a prompt, M texts and their vader scores.
     """
     texts = [str(text) for row in rows for text in row["reference"]]
-    second = np.asarray(judge.score(texts, texts)).reshape(len(rows), -1)  # (P, M)
+    second = np.asarray(judge.score([*map(Asked, texts)], texts)).reshape(len(rows), -1)  # (P, M)
     first = np.asarray([row["reference_scores"] for row in rows])
     clusters, found = np.arange(len(rows)), dict[str, dict[str, float]]()
     for n in (1, 2, 4, 8):

@@ -21,7 +21,7 @@ from dpo import terminal
 from dpo.data.notes import RowNotes
 from dpo.data.records import NO_RIVAL, PreferenceGroup
 from dpo.errors import UserError
-from dpo.files import publish_folder, sha256_of, sync_tree, temporary_of
+from dpo.files import publish_folder, remove_abandoned, sha256_of, sync_tree, temporary_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -77,7 +77,9 @@ class PreferenceWriter:
 
     def __enter__(self) -> Self:
         try:
-            self.folder.mkdir(parents=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self.folder.parent)
+            self.folder.mkdir()
         except OSError as error:
             raise UserError(f"--output: {self._output} cannot be written ({error.strerror})") from error
         return self
@@ -94,6 +96,10 @@ class PreferenceWriter:
                 self._finish()
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def describe(self, **more: Any) -> None:
+        """Adds to what the data is made from, for the manifest; JSON values."""
+        self._source |= more
 
     def write(self, split: Split, group: PreferenceGroup) -> None:
         """Adds one group. Raises UserError when text and message prompts are mixed."""

@@ -6,13 +6,16 @@ the prompts and writes the files. The samples do not depend on the number of ran
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep import samplers
 from data_prep.files import PreferenceWriter, describe_arguments, describe_file
+from data_prep.pairs import Groups, Texts, delta_groups, scored_groups, with_balanced_lengths
 from data_prep.prompts import (
     Prompt,
     is_preference_folder,
@@ -20,31 +23,36 @@ from data_prep.prompts import (
     ready_prompts,
     text_prompts,
 )
+from data_prep.samplers import SAMPLERS
 from data_prep.splits import part_of
 from dpo.config import ModelConfig
 from dpo.data.fields import RowError
-from dpo.data.pairing import PAIRING_RULES, pairs_from_scores
-from dpo.data.records import PreferenceGroup, TokenIds
+from dpo.data.pairing import DEFAULT_PAIRING, PAIRING_RULES
+from dpo.data.records import TokenIds
 from dpo.errors import UserError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import, and `--help` must not
     from transformers import PreTrainedTokenizerBase
 
-SUMMARY = "Continuations sampled from a policy and scored: the one with the better score is preferred."
+SUMMARY = (
+    "Continuations sampled from a policy: that with the better score, or of the better model, is chosen."
+)
 NUM_PROMPTS = 1000
 MINIMA = {
     "num_prompts": 1,
     "num_test_prompts": 0,
     "prompt_tokens": 1,
-    "num_samples": 2,
+    "num_samples": 1,
     "completion_tokens": 1,
     "temperature": 0.01,
     "batch_size": 1,
     "min_margin": 0,
     "seed": 0,
+    **samplers.MINIMA,
 }
 
-PromptIds = tuple[Prompt, TokenIds]
+PromptIds = tuple[Prompt, tuple[TokenIds, ...]]
+"""A prompt, and its token ids for each model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="bfloat16",
         help="compute dtype of the policy (default: bfloat16)",
     )
-    add("--scorer", required=True, help="as evaluate.scorer: vader, hf:MODEL, ...")
+    add(
+        "--rejected_model",
+        metavar="MODEL",
+        help="pair each continuation of --model, chosen, with one of this weaker model, rejected, instead of "
+        "by score (arXiv 2507.06187)",
+    )
+    add(
+        "--scorer",
+        help="as evaluate.scorer: vader, hf:MODEL, ...; with --rejected_model it may be left out, else keeps "
+        "the pairs whose chosen one scores higher",
+    )
     add(
         "--num_prompts",
         type=int,
@@ -98,11 +116,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=64, help="sequences that a rank samples at once (default: 64)")
     add("--pairing", choices=PAIRING_RULES, default="best-vs-rest", help="how scores become pairs")
     add("--min_margin", type=float, default=0.0, help="scores that differ by no more make no pair")
+    add(
+        "--balance_lengths",
+        action="store_true",
+        help="drop training pairs until the chosen one is as often longer, in characters, as it is shorter",
+    )
+    samplers.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Samples and scores on every rank; rank 0 writes the preference files. Raises UserError."""
     from dpo import distributed
+    from dpo.evaluate.asked import Asked
     from dpo.evaluate.samples import texts_of
     from dpo.evaluate.scoring import load_scorer, score_over_ranks
     from dpo.model.files import check_model_path
@@ -116,28 +141,86 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             "--fold: only prompts of a preference folder can be split into folds; give --num_test_prompts"
         )
-    check_model_path(args.model, "--model")
+    _check_pairing(args)
+    samplers.check(args)
+    names = [args.model, *([args.rejected_model] if args.rejected_model else [])]
+    for name, option in zip(names, ("--model", "--rejected_model"), strict=False):
+        check_model_path(name, option)
     distributed.start()
-    model = ModelConfig(name_or_path=args.model, dtype=args.dtype)
+    models = [ModelConfig(name_or_path=name, dtype=args.dtype) for name in names]
     writer = _writer(args) if distributed.is_main() else None
-    scorer = load_scorer(args.scorer)
-    tokenizer = load_tokenizer(model)
-    prepared = distributed.from_main([] if writer is None else _prepare(args, model, tokenizer, writer))
-    texts = _continue(prepared, model, tokenizer, args)
-    asked = texts_of([ids for _, ids in prepared for _ in range(args.num_samples)], tokenizer)
-    flat = score_over_ranks(scorer, asked, [text for samples in texts for text in samples])
+    scorer = load_scorer(args.scorer) if args.scorer else None
+    if writer is not None and scorer is not None and scorer.identity is not None:
+        writer.describe(scorer_identity=scorer.identity)
+    readers = [(model, load_tokenizer(model)) for model in models]
+    prepared = distributed.from_main([] if writer is None else _prepare(args, readers, writer))
+    prompts = [prompt for prompt, _ in prepared]
+    texts = [
+        SAMPLERS[args.sampler]([ids[index] for _, ids in prepared], model, tokenizer, args)
+        for index, (model, tokenizer) in enumerate(readers)
+    ]
+    plain = texts_of([ids[0] for _, ids in prepared], readers[0][1])
+    asked = [
+        Asked(text, None if isinstance(prompt.content, str) else prompt.content)
+        for prompt, text in zip(prompts, plain, strict=True)
+        for _ in range(args.num_samples)
+    ]
+    flat = []
+    if scorer is not None:
+        flat = [score_over_ranks(scorer, asked, [*chain.from_iterable(by_model)]) for by_model in texts]
     if writer is None:
         return
-    scores = [flat[start : start + args.num_samples] for start in range(0, len(flat), args.num_samples)]
     with writer:
-        prompts = [prompt for prompt, _ in prepared]
-        for prompt, group in _groups(prompts, texts, scores, args, writer.drops):
+        for prompt, group in _groups(prompts, texts, flat, args, writer.drops):
             writer.write(prompt.split, group)
-    positive = sum(map(scorer.is_positive, flat)) / len(flat)
-    print(
-        f"sampled {len(flat):,} continuations of {len(prompts):,} prompts: "
-        f"mean score {sum(flat) / len(flat):+.3f}, {positive:.1%} positive ({scorer.name})"
-    )
+    for name, scores in zip(names, flat, strict=False):
+        assert scorer is not None
+        by = f" by {name}" if len(names) > 1 else ""
+        print(
+            f"sampled {len(scores):,} continuations of {len(prompts):,} prompts{by}: mean score "
+            f"{sum(scores) / len(scores):+.3f}, {sum(map(scorer.is_positive, scores)) / len(scores):.1%} "
+            f"positive ({scorer.name})"
+        )
+
+
+def _check_pairing(args: argparse.Namespace) -> None:
+    """Raises UserError where nothing says which continuation is preferred."""
+    if args.rejected_model is None and args.num_samples < 2:
+        raise UserError(f"--num_samples: {args.num_samples}; expected at least 2")
+    if args.rejected_model is None and args.scorer is None:
+        raise UserError("--scorer: none; expected one, such as vader, or --rejected_model")
+    if args.rejected_model is not None and args.sampler == "endpoint" and args.serve is None:
+        raise UserError(
+            "--rejected_model: the server of --endpoint has one model; give --serve, or transformers"
+        )
+    if args.rejected_model is not None and args.pairing != DEFAULT_PAIRING:
+        raise UserError(f"--pairing: {args.pairing}; with --rejected_model the models decide: leave it out")
+
+
+def _groups(
+    prompts: Sequence[Prompt],
+    texts: Sequence[Texts],
+    flat: Sequence[Sequence[float]],
+    args: argparse.Namespace,
+    drops: Counter[str],
+) -> Groups:
+    """The groups that are written."""
+    number = args.num_samples
+    scores = [[one[start : start + number] for start in range(0, len(one), number)] for one in flat]
+    if args.rejected_model is None:
+        groups = scored_groups(
+            prompts,
+            texts[0],
+            scores[0],
+            pairing=args.pairing,
+            min_margin=args.min_margin,
+            only_finished=args.only_finished,
+            drops=drops,
+        )
+    else:
+        both = (scores[0], scores[1]) if scores else None
+        groups = delta_groups(prompts, texts[0], texts[1], both, min_margin=args.min_margin, drops=drops)
+    return with_balanced_lengths(groups, args.seed, drops) if args.balance_lengths else groups
 
 
 def _writer(args: argparse.Namespace) -> PreferenceWriter:
@@ -157,8 +240,7 @@ def _writer(args: argparse.Namespace) -> PreferenceWriter:
 
 def _prepare(
     args: argparse.Namespace,
-    model: ModelConfig,
-    tokenizer: "PreTrainedTokenizerBase",
+    readers: Sequence[tuple[ModelConfig, "PreTrainedTokenizerBase"]],
     writer: PreferenceWriter,
 ) -> list[PromptIds]:
     """The prompts with their token ids, without those that leave no room for a continuation."""
@@ -174,7 +256,7 @@ def _prepare(
             num_test = round(args.test_fraction * num_train)
         prompts = text_prompts(
             read_documents(args.input, max_rows=args.max_rows, num_prompts=num_train + num_test),
-            tokenizer,
+            readers[0][1],
             prompt_tokens=args.prompt_tokens,
             num_prompts=num_train,
             num_test_prompts=num_test,
@@ -183,91 +265,28 @@ def _prepare(
     train = [prompt for prompt in prompts if prompt.split == "train"]
     test = [prompt for prompt in prompts if prompt.split == "test" and not args.train_only]
     if args.part is not None:
-        own = train[args.part.number - 1 :: args.part.of]
-        if not own:
-            raise UserError(f"--part: {args.part.of} parts of {len(train)} training prompts; give fewer")
-        train = own
-    positions = max_positions(model)
-    prepared = []
+        if len(train) < args.part.of:  # said in the first round, not after the others have been trained
+            raise UserError(
+                f"--part: {args.part.of} parts of {len(train)} training prompts; each part, a round of dpo "
+                "rounds, needs at least one: give more prompts, or fewer rounds"
+            )
+        train = train[args.part.number - 1 :: args.part.of]
+    limits = [max_positions(model) for model, _ in readers]
+    room = min((limit for limit in limits if limit is not None), default=None)
+    prepared: list[PromptIds] = []
     for prompt in [*train, *test]:
         try:
-            ids = encode_prompt(prompt.content, tokenizer, key="--model")
+            ids = [encode_prompt(prompt.content, tokenizer, key="--model") for _, tokenizer in readers]
         except RowError as fault:
             writer.notes.drop(fault.reason, f"a prompt: {fault}")
             continue
-        if positions is not None and len(ids) + args.completion_tokens > positions:
+        if room is not None and max(map(len, ids)) + args.completion_tokens > room:
             writer.drops["prompt_too_long"] += 1
         else:
-            prepared.append((prompt, np.asarray(ids, dtype=np.int32)))
+            prepared.append((prompt, tuple(np.asarray(one, dtype=np.int32) for one in ids)))
     if not prepared:
         raise UserError(
             f"input: no prompt of {args.input} leaves room for {args.completion_tokens} tokens within the "
-            f"{positions} positions of {args.model}; dropped: {dict(writer.drops) or 'nothing'}"
+            f"{room} positions of the model; dropped: {dict(writer.drops) or 'nothing'}"
         )
     return prepared
-
-
-def _continue(
-    prepared: Sequence[PromptIds],
-    model: ModelConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    args: argparse.Namespace,
-) -> list[list[str]]:
-    """`num_samples` continuations of each prompt as text, on every rank; blank is one that is left out."""
-    from dpo import distributed
-    from dpo.evaluate.sampling import sample, stop_ids_of
-    from dpo.model.load import load_model
-
-    policy = load_model(model)
-    policy.to(distributed.device())  # type: ignore[arg-type]
-    samples = sample(
-        policy,
-        [ids for _, ids in prepared],
-        num_samples=args.num_samples,
-        max_new_tokens=args.completion_tokens,
-        temperature=args.temperature,
-        seed=args.seed,
-        batch_size=args.batch_size,
-        stop_ids=stop_ids_of(policy, tokenizer),
-        progress="sample",
-    )
-    return [
-        [
-            str(tokenizer.decode(one.ids, skip_special_tokens=True))
-            if one.finished or not args.only_finished
-            else ""
-            for one in several
-        ]
-        for several in samples
-    ]
-
-
-def _groups(
-    prompts: Sequence[Prompt],
-    texts: Sequence[Sequence[str]],
-    scores: Sequence[Sequence[float]],
-    args: argparse.Namespace,
-    drops: Counter[str],
-) -> Iterator[tuple[Prompt, PreferenceGroup]]:
-    """The groups with a preference; identical continuations are merged, blank ones dropped."""
-    for number, prompt in enumerate(prompts):
-        score_of = {
-            text: score for text, score in zip(texts[number], scores[number], strict=True) if text.strip()
-        }
-        pairs = pairs_from_scores(list(score_of.values()), args.pairing, args.min_margin) if score_of else ()
-        if not pairs:
-            few = "identical_continuations"
-            if args.only_finished and sum(1 for text in texts[number] if text.strip()) < 2:
-                few = "too_few_finished_continuations"
-            drops[few if len(score_of) < 2 else "no_pair_above_margin"] += 1
-            continue
-        yield (
-            prompt,
-            PreferenceGroup(
-                prompt=prompt.content,
-                completions=tuple(score_of),
-                pairs=pairs,
-                scores=tuple(score_of.values()),
-                id=f"{prompt.split}-{number}",
-            ),
-        )

@@ -53,7 +53,22 @@ SWEEP: dict[str, dict[str, Any]] = {
     "cached": {"type": "sigmoid", "beta": 0.3},
     "cached tokens": {"ld_alpha": 0.25},
     "cached group": {"type": "sigmoid", "beta": 0.4},
+    "experts": {"type": "sigmoid", "beta": 0.2},
+    "experts, cached": {"type": "sigmoid", "beta": 0.5},
 }
+AUX_LOSS_WEIGHT = 1.0
+"""Of the balancing loss, in the entries with experts."""
+
+
+def write_experts(folder: Path, model: Path) -> None:
+    """A Mixtral with the tokenizer of `model`, for the entries with experts."""
+    from benchmarks.tiny_models import tiny_config, tiny_model  # here: ranks do not need all families
+
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(model)))
+    tiny_model("mixtral", tiny_config("mixtral", vocab_size=len(tokenizer))).save_pretrained(
+        folder / "experts"
+    )
+    tokenizer.save_pretrained(folder / "experts")
 
 
 def experiment(folder: Path, model: Path, *, labelled: bool) -> Config:
@@ -103,12 +118,18 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
     }
     store = reference_store(bases[False].model, Path(bases[False].reference.cache_dir))
     precompute(bases[False].model, bases[False].reference, [*datasets.values()], store)
+    routed = experiment(folder, folder / "experts", labelled=False)
+    routed = replace(routed, model=replace(routed.model, router_aux_loss_weight=AUX_LOSS_WEIGHT))
+    store_routed = reference_store(routed.model, Path(routed.reference.cache_dir))
+    precompute(routed.model, routed.reference, [datasets[False, False]], store_routed)
     found: dict[str, list[dict[str, float]]] = {}
     for name, options in SWEEP.items():
         loss = LossConfig(**options)
         labelled = name.startswith("labels")
-        config, data = replace(bases[labelled], loss=loss), datasets[labelled, needs_mismatched(loss)]
-        again = precompute(config.model, config.reference, [data], store)
+        with_experts = name.startswith("experts")
+        base = routed if with_experts else bases[labelled]
+        config, data = replace(base, loss=loss), datasets[labelled, needs_mismatched(loss)]
+        again = precompute(config.model, config.reference, [data], store_routed if with_experts else store)
         assert again.misses == 0, f"{name}: the reference was computed again"
         needed, per_token = needs_reference(loss), loss.ld_alpha is not None
         reference = open_reference(
@@ -127,7 +148,7 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
         )
         for budget in BUDGETS:
             backward, tokens = "auto", budget
-            if name.startswith("cached"):
+            if "cached" in name:
                 assert data.tree_tokens.min() > CUT
                 backward, tokens = "cached", CUT if budget == BUDGETS[0] else budget
             train = replace(config.train, max_tokens_per_micro_batch=tokens, backward=backward)

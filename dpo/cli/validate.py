@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from dpo.config import (
     FIELDS,
     SCORER_KINDS,
+    SCORER_NAMES,
     Config,
     DataConfig,
     DataSource,
@@ -33,6 +34,10 @@ def problems(config: Config | SftConfig) -> list[str]:
     found += _data_problems(config.data)
     found += _train_problems(config.train, config.data)
     found += _resume_allow_problems(config)
+    if config.model.router_aux_loss_weight and config.train.backward == "direct":
+        found.append(
+            "train.backward: direct; model.router_aux_loss_weight balances the whole step: set auto or cached"
+        )
     found += _sft_problems(config) if isinstance(config, SftConfig) else _preference_problems(config)
     return found
 
@@ -176,5 +181,11 @@ def _preference_problems(config: Config) -> Iterator[str]:
     if scorer not in (None, "vader") and not any(
         scorer.startswith(f"{kind}:") and scorer[len(kind) + 1 :] for kind in SCORER_KINDS
     ):
-        expected = "vader, hf:MODEL, python:module.function, command:PROGRAM, or nothing"
-        yield f"evaluate.scorer: {scorer}; expected {expected}"
+        other = ": a judge compares, set evaluate.judge" if scorer.startswith("judge:") else ""
+        yield f"evaluate.scorer: {scorer}; expected {SCORER_NAMES}, or nothing{other}"
+    judge, rubric = config.evaluate.judge, config.evaluate.judge_rubric
+    if judge is not None and not all(judge.partition("@http")[::2]):
+        yield f"evaluate.judge: {judge}; expected MODEL@URL, such as mine@http://127.0.0.1:8000"
+    if rubric is not None and (judge is None or not Path(rubric).is_file()):
+        expected = "a text file" if judge is not None else "evaluate.judge with it"
+        yield f"evaluate.judge_rubric: {rubric}; expected {expected}"

@@ -12,17 +12,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo import distributed, terminal
-from dpo.commands.inputs import open_held_out, open_reference_model, quieten_libraries
+from dpo.commands.inputs import asked_prompts, open_held_out, open_reference_model, quieten_libraries
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.errors import UserError
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.best_of import Limit, ReferenceSamples, best_of_summary, score_limit, values_of_n
 from dpo.evaluate.samples import PromptAndCompletion, held_out_prompts, log_probs, texts_of
 from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
 from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
-from dpo.files import write_file
+from dpo.files import remove_abandoned, write_file
 from dpo.guards.guard import Guard
 from dpo.model.files import max_positions
 from dpo.model.load import DTYPES
@@ -90,7 +91,8 @@ def best_of_reference(
             sharded=sharded,
         )
         scorer = load_scorer(options.scorer)
-        samples = _scored(texts_of(prompts, tokenizer), continuations, scorer, tokenizer)
+        asked = asked_prompts(config.data, prompts, tokenizer)
+        samples = _scored(asked, continuations, scorer, tokenizer)
         picks = {n: samples.best_of(n).tolist() for n in values_of_n(options.reference_samples)}
         picked = sorted({(row, pick) for of_n in picks.values() for row, pick in enumerate(of_n)})
         sequences: list[PromptAndCompletion] = [
@@ -107,7 +109,7 @@ def best_of_reference(
 
 
 def _scored(
-    prompts: Sequence[str],
+    prompts: Sequence[Asked],
     continuations: Sequence[Sequence[Continuation]],
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
@@ -136,6 +138,7 @@ def _write(
         for prompt, texts, scores in zip(prompts, samples.texts, samples.scores.tolist(), strict=True)
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(folder)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     write_file(folder / "samples.jsonl", "".join(lines))
     write_file(folder / "best_of.json", json.dumps(_as_json(options, summaries, limit), indent=2) + "\n")

@@ -19,6 +19,7 @@ from dpo.commands.amount import preference_plan, ran
 from dpo.commands.check import finished_model
 from dpo.commands.data_report import cached_logps
 from dpo.commands.inputs import (
+    asked_prompts,
     counted,
     open_held_out,
     open_reference_model,
@@ -33,6 +34,7 @@ from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
 from dpo.evaluate.described_data import HELD_OUT, TRAINING, describe
 from dpo.evaluate.divergence import kl_summary
+from dpo.evaluate.judge import open_judge
 from dpo.evaluate.rewards import PairScores, score_pairs
 from dpo.evaluate.samples import (
     ComparedSamples,
@@ -45,7 +47,7 @@ from dpo.evaluate.samples import (
     log_probs,
 )
 from dpo.evaluate.sampling import Continuation, stop_ids_of
-from dpo.files import write_file
+from dpo.files import remove_abandoned, write_file
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference
 from dpo.model.files import max_positions
@@ -115,6 +117,7 @@ def _evaluate(config: Config) -> dict[str, float]:
             train=config.train,
             ran=what,
         )
+        remove_abandoned(Path(policy.name_or_path))
         write_file(Path(policy.name_or_path) / "README.md", card)
         if config.train.push_to_hub is not None and config.evaluate.snapshot is None:
             push(Path(policy.name_or_path), config.train.push_to_hub, only="README.md")
@@ -146,11 +149,15 @@ def evaluate_run(
     Returns:
         What summary.json holds; empty on ranks other than the main one.
     """
+    judge = distributed.on_main(lambda: open_judge(config.evaluate))  # before what takes long
     by_policy = _use_policy(config, policy, data, tokenizer)
     samples: ComparedSamples | None = None
     if by_policy.prompts:
         drawn = _use_reference(config, reference, data, by_policy)
-        samples = compare(drawn, config.evaluate.scorer, tokenizer)
+        asked = asked_prompts(config.data, by_policy.prompts, tokenizer)
+        samples = compare(drawn, asked, config.evaluate.scorer, tokenizer, judge)
+        if samples.scorer_identity is not None:
+            digests = {**digests, "scorer": f"{config.evaluate.scorer}, {samples.scorer_identity[:16]}"}
     if not distributed.is_main():
         return {}
     alive.loading("writing the report")

@@ -14,11 +14,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from dpo import alive, distributed, terminal
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig, flat, resolved
-from dpo.data.build import open_datasets
+from dpo.data.build import open_datasets, test_sources_of
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.notes import RowNotes
+from dpo.data.parts import groups_of
 from dpo.data.preference_data import PreferenceData, preference_data
-from dpo.data.records import NO_RIVAL
+from dpo.data.records import NO_RIVAL, TokenIds
+from dpo.data.sources import blocks
 from dpo.errors import UserError
+from dpo.evaluate.asked import Asked, asked_of
+from dpo.evaluate.samples import texts_of
 from dpo.loss.catalog import LOSSES, averaged_over_groups, names_of, needs_mismatched, takes_labels
 from dpo.model.files import check_token_ids, max_positions
 from dpo.model.load import load_tokenizer
@@ -95,6 +100,23 @@ def open_held_out(
             f"data.test: none given and none beside data.train; {command} needs held-out preferences"
         )
     return train_data, test_data, tokenizer
+
+
+def asked_prompts(
+    data: DataConfig, prompts: Sequence[TokenIds], tokenizer: PreTrainedTokenizerBase
+) -> list[Asked]:
+    """Held-out prompts with the turns that they were made of. All ranks must call it."""
+
+    def read() -> list[Asked]:
+        groups = (
+            group
+            for source in test_sources_of(data)
+            for block in blocks(source)
+            for group in groups_of(source, block, data, RowNotes())
+        )
+        return asked_of(prompts, texts_of(prompts, tokenizer), groups, tokenizer)
+
+    return distributed.on_main(read)
 
 
 def with_reference(

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo import terminal
 from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.files import write_file
+from dpo.files import remove_abandoned, write_file
 from dpo.guards.signals import signal_handler
 
 
@@ -43,6 +43,7 @@ class Journal:
         if self.is_done(command, product, settings):
             terminal.note(f"{product.parent}: {name} is done")
             return False
+        remove_abandoned(self.file.parent)
         start(name, command)
         if not product.is_file():
             raise RunFailed(f"{name} exited with status 0 and left no {product}")

@@ -25,12 +25,13 @@ COLUMNS = (
     "score/policy",
     "positive_share/policy",
     "win_rate",
+    "judge/win_rate",
     "kl/sequence",
     "eval/rewards/accuracies",
     "sample_tokens/policy",
     "distinct_2/policy",
 )
-"""Metrics of the table, in its order; with their intervals where they have one."""
+"""Metrics of the table that a round has, in its order; with their intervals where they have one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,11 +117,11 @@ def reason_to_stop(done: Sequence[dict[str, float]], *, kl_limit: float | None, 
 
 def rounds_table(done: Sequence[dict[str, float]]) -> str:
     """One row per round, in Markdown."""
+    columns = [name for name in COLUMNS if any(name in summary for summary in done)]
     rows = [
-        [str(number), *map(_cell, [summary] * len(COLUMNS), COLUMNS)]
-        for number, summary in enumerate(done, 1)
+        [str(number), *(_cell(summary, name) for name in columns)] for number, summary in enumerate(done, 1)
     ]
-    return table(["round", *map(labels.short, COLUMNS)], rows) + "\n"
+    return table(["round", *map(labels.short, columns)], rows) + "\n"
 
 
 def _cell(summary: dict[str, float], name: str) -> str:

@@ -71,6 +71,10 @@ class ModelConfig:
     """Recompute activations: full (or true), a third more time; selective, all but those of attention."""
     compile: bool = False
     """Compile the model's blocks with torch.compile, at the first step; needs a C++ compiler on CPUs."""
+    router_aux_loss_weight: NotNegative = 0.0
+    """Adds the model's own load-balancing loss times this, over the tokens of the step's trees, a prompt's
+    once for each completion. The step is then scored once before, as with train.backward cached. 0: none.
+    """
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
     quantization: Literal["nf4"] | None = None
@@ -175,8 +179,10 @@ class TrainConfig(OptimizationConfig):
     """Pairs per optimizer step, over all ranks and micro-batches."""
 
 
-SCORER_KINDS = ("hf", "python", "command")
+SCORER_KINDS = ("hf", "reward", "reward-plain", "python", "command")
 """What stands before the colon in `evaluate.scorer`."""
+SCORER_NAMES = "vader, hf:MODEL, reward:MODEL, python:module.function or command:PROGRAM"
+"""For messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +196,14 @@ class EvaluateConfig:
     temperature: NotNegative = 0.7
     """Of the compared samples; 0 takes the likeliest token. The KL has separate samples at temperature 1."""
     scorer: str | None = None
-    """vader, hf:MODEL (a text classifier), python:module.function or command:PROGRAM. Default: no scores."""
+    """vader, hf:MODEL (a text classifier), reward:MODEL (a reward model), python:module.function or
+    command:PROGRAM. Default: no scores."""
+    judge: str | None = None
+    """MODEL@URL: a language model on an OpenAI-compatible server that compares the samples of policy and
+    reference, in both orders. Default: none."""
+    judge_rubric: str | None = None
+    """A text file with what the judge is asked: with {conversation}, {answer_a} and {answer_b}; it asks
+    for [[A]], [[B]] or [[C]] (a tie). Default: which one is more helpful, correct and harmless."""
     seed: CountOrZero = 0
     """Seed of the samples; policy and reference use the same one on the same prompt."""
     batch_size: Count = 64

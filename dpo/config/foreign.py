@@ -23,6 +23,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "gradient_checkpointing": ("model.gradient_checkpointing",),
     "activation_checkpointing": ("model.gradient_checkpointing",),
     "torch_compile": ("model.compile",),
+    "router_aux_loss_coef": ("model.router_aux_loss_weight",),
     "use_peft": ("model.lora.rank",),
     "lora_r": ("model.lora.rank",),
     "lora_rank": ("model.lora.rank",),

@@ -148,6 +148,11 @@ def _pieces(
     return found
 
 
+def dialogue_text(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A whole dialogue as text. Raises RowError if the template refuses the turns."""
+    return _rendered(turns, tokenizer, {})
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The special token that the chat template writes after an answer; None without such a template."""
     if tokenizer.chat_template is None:

@@ -64,6 +64,8 @@ class TreeBatch:
     """(R, T) int32: number of the token's segment in the batch, -1 for padding."""
     prefixes: Tensor
     """(R, T) int32: number of the segment of the token's prompt, -1 for padding."""
+    num_readers: Tensor
+    """(R, T) int32: number of sequences that the token is part of, in these rows; 0 for padding."""
     predicts: Tensor
     """(N,) int64: index in the flattened rows of the hidden state that predicts each completion token."""
     targets: Tensor
@@ -180,6 +182,7 @@ def tree_batch(trees: Sequence[Tree], layout: Layout, pairs: Sequence[tuple[int,
         positions=placed(structure.positions, np.int64),
         segments=placed(structure.segments, np.int32, PADDING),
         prefixes=placed(structure.prefixes, np.int32, PADDING),
+        num_readers=placed(structure.num_readers * bool(trees), np.int32),
         predicts=torch.from_numpy(predicts),
         targets=torch.from_numpy(targets[trained]),
         sequences=torch.from_numpy(np.repeat(np.arange(len(num_tokens)), num_tokens)),
@@ -258,6 +261,8 @@ class _Structure(NamedTuple):
     """Number of its prompt's segment."""
     positions: Int64s
     """Position in its sequence."""
+    num_readers: Int64s
+    """Number of sequences that it is part of: its tree's, for a token of a prompt."""
     predictors: Int64s
     """For each completion token, the number of the token whose hidden state predicts it."""
 
@@ -277,5 +282,6 @@ def _structure(lengths: Sequence[tuple[int, ...]]) -> _Structure:
         segments=segments,
         prefixes=prompt_of[segments],
         positions=tokens - starts[segments] + first_position[segments],
+        num_readers=np.where(is_prompt, np.repeat(per_tree - 1, per_tree), 1)[segments],
         predictors=predictors[~is_prompt[segments]],
     )

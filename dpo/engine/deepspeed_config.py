@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dpo.errors import UserError
+from dpo.model.authors import kept_in_float32
 from dpo.model.quantized import num_elements
 
 OWNED = {
@@ -151,6 +154,27 @@ def set_ours(settings: dict[str, Any], *, max_grad_norm: float, universal: bool)
     settings.pop("train_batch_size", None)  # DeepSpeed multiplies the others
     if settings["zero_optimization"].get("stage") == 3:  # DeepSpeed's default is a run without a model
         settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def refuse_rounding(model: PreTrainedModel, dtype: torch.dtype, otherwise: str) -> None:
+    """Refuses a model some of whose weights DeepSpeed would round against its authors' will.
+
+    It has one type for all weights; buffers it leaves as they are.
+
+    Args:
+        model: Before DeepSpeed has it.
+        dtype: The compute type.
+        otherwise: How to do without DeepSpeed, for people.
+
+    Raises:
+        UserError: There are such weights.
+    """
+    kept = sorted(kept_in_float32(model, (name for name, _ in model.named_parameters())))
+    if kept and dtype != torch.float32:
+        raise UserError(
+            f"model.dtype: bfloat16; DeepSpeed would round {len(kept)} weights of {type(model).__name__} "
+            f"that its authors keep in float32, such as {kept[0]}: set model.dtype float32, or {otherwise}"
+        )
 
 
 def _part(settings: dict[str, Any], key: str) -> dict[str, Any]:

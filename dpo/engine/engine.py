@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, TreeBatch
-from dpo.engine.deepspeed_config import fit_buckets, set_ours, without_waiting
+from dpo.engine.deepspeed_config import fit_buckets, refuse_rounding, set_ours, without_waiting
 from dpo.engine.masters import Masters
 from dpo.engine.optimizer import check_optimizer, load_state, make_optimizer, set_learning_rate
 from dpo.engine.scoring import gathered, make_scorer, not_of_text, register_head, settle_layout
 from dpo.engine.sharded_state import is_part, load_sharded, save_sharded
-from dpo.engine.snapshot import snapshot
+from dpo.engine.snapshot import Snapshots
 from dpo.engine.world import kind_here, unsharded
 from dpo.errors import UserError
 from dpo.model.authors import kept_in_float32
@@ -33,6 +33,7 @@ from dpo.model.probe import Probed
 from dpo.model.probe_trees import ProbeTrees
 from dpo.model.quantized import num_elements
 from dpo.model.recomputation import recompute
+from dpo.model.routers import Routers
 from dpo.model.scorer import SequenceScorer
 
 
@@ -58,7 +59,8 @@ class Engine:
             universal: `load` will be given the universal form of a state from another number of ranks.
 
         Raises:
-            UserError: FlexAttention on a CPU, or an optimizer that cannot run here.
+            UserError: FlexAttention on a CPU, an optimizer or type that cannot be here, or routers without
+                a balancing loss.
         """
         if config.attention == "flex" and not torch.cuda.is_available():
             raise UserError("model.attention: flex; it has no backward pass on CPUs: set auto or sdpa")
@@ -69,7 +71,9 @@ class Engine:
         self._dtype = DTYPES[config.dtype]
         self._has_adapter = config.lora is not None  # authors freeze weights, too
         self._max_grad_norm = options.max_grad_norm
+        self._copies = Snapshots()
         recompute(model, config.gradient_checkpointing)
+        self.routers = Routers(model, balanced=config.router_aux_loss_weight > 0)
         _learning(model)
         scorer = make_scorer(model, config)
         self._scorer: Any  # ours, or DeepSpeed's engine around it
@@ -84,6 +88,7 @@ class Engine:
             optimizer = make_optimizer(scorer, options, zero_half_ratio=ratio, updated=self._masters.of)
             self._scorer, self._optimizer = scorer, accelerator.prepare(optimizer)
             return
+        refuse_rounding(model, self._dtype, "start without DeepSpeed")
         fit_buckets(settings, model)
         set_ours(settings, max_grad_norm=options.max_grad_norm, universal=universal)
         without_waiting(settings)
@@ -247,7 +252,7 @@ class Engine:
 
         Args:
             folder: Where the files go.
-            copied: Whether training may go on before they are written.
+            copied: Whether training may go on before they are written; then no earlier copy may be in use.
 
         Returns:
             A function that writes this rank's files and returns them; it raises OSError or RuntimeError, and
@@ -255,14 +260,14 @@ class Engine:
         """
         states: list[tuple[Path, Any]] = []
         if self._zero:
-            states = save_sharded(self._scorer, folder, self._frozen, copied=copied)
+            states = save_sharded(self._scorer, folder, self._frozen, self._copies if copied else None)
         elif distributed.is_main():
             bare = self._accelerator.unwrap_model(self._scorer)
             state = {
                 "model": self._without_frozen(bare.state_dict()) | dict(self._masters.named(bare)),
                 "optimizer": self._optimizer.state_dict(),
             }
-            states = [(folder / "engine.pt", snapshot(state) if copied else state)]
+            states = [(folder / "engine.pt", self._copies.take("engine", state) if copied else state)]
 
         def write() -> list[Path]:
             for file, state in states:

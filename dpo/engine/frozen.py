@@ -14,7 +14,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dpo import alive, distributed
 from dpo.config import ModelConfig
-from dpo.engine.deepspeed_config import without_waiting
+from dpo.engine.deepspeed_config import refuse_rounding, without_waiting
 from dpo.engine.scoring import make_scorer, register_head
 from dpo.model.files import num_parameters
 from dpo.model.load import DTYPES, load_model
@@ -44,6 +44,9 @@ def frozen_scorer(model: ModelConfig, *, sharded: bool) -> Iterator[nn.Module]:
         sharding = HfDeepSpeedConfig(settings)  # from_pretrained shards while this object lives
         scorer = make_scorer(load_model(model), model)
         del sharding
+        refuse_rounding(
+            scorer.model, DTYPES[model.dtype], "hold replicas (reference.sharding, evaluate.sharding)"
+        )
         sharded_scorer, *_ = deepspeed.initialize(model=scorer, config=settings)
         register_head(scorer)
         sharded_scorer.eval()

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo.engine.snapshot import snapshot
+from dpo.engine.snapshot import Snapshots
 
 ENGINE_TAG = "engine"
 """Name of the folder that DeepSpeed writes into."""
 
 
-def save_sharded(engine: Any, folder: Path, frozen: set[str], *, copied: bool) -> list[tuple[Path, Any]]:
+def save_sharded(
+    engine: Any, folder: Path, frozen: set[str], copies: Snapshots | None
+) -> list[tuple[Path, Any]]:
     """This rank's part of weights and optimizer, in the files of DeepSpeed. All ranks must call it.
 
     DeepSpeed's save has barriers inside; nothing is written within them.
@@ -22,7 +24,7 @@ def save_sharded(engine: Any, folder: Path, frozen: set[str], *, copied: bool) -
         engine: DeepSpeed's engine.
         folder: Where.
         frozen: Names of the weights that are not trained, which are left out.
-        copied: Whether the state is copied; else training on changes it.
+        copies: Copies the state; without it, training on changes what is returned.
 
     Returns:
         Each file of this rank, and what `torch.save` is to write into it.
@@ -34,7 +36,8 @@ def save_sharded(engine: Any, folder: Path, frozen: set[str], *, copied: bool) -
             weights = state_dict["module"].items()
             kept = {name: weight for name, weight in weights if not is_part(name, frozen)}
             state_dict = {**state_dict, "module": kept}
-        states.append((Path(path), snapshot(state_dict) if copied else state_dict))
+        file = Path(path)
+        states.append((file, state_dict if copies is None else copies.take(file.name, state_dict)))
 
     writer.save = save
     engine._copy_recovery_script = lambda folder: None  # of no use to us, and it may fail on rank 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo.config.own import find_function
 from dpo.errors import UserError
+from dpo.evaluate.asked import Asked
 
 
 class FunctionScorer:
@@ -24,11 +25,14 @@ class FunctionScorer:
 
     def __init__(self, path: str) -> None:
         self.name = f"python:{path}"
+        self.identity: str | None = None
         self._function = find_function(path, f"scorer {self.name}")
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
         """What the function returns for these texts."""
-        return _numbers(self._function([*prompts], [*completions]), len(completions), self.name)
+        return _numbers(
+            self._function([prompt.text for prompt in prompts], [*completions]), len(completions), self.name
+        )
 
     def is_positive(self, score: float) -> bool:
         """Whether the score exceeds 0."""
@@ -46,16 +50,17 @@ class CommandScorer:
 
     def __init__(self, command: str) -> None:
         self.name = f"command:{command}"
+        self.identity: str | None = None
         self._command = shlex.split(command)
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
         """The numbers that the program prints.
 
         Raises:
             UserError: It cannot be started, fails, or prints something else.
         """
         pairs = zip(prompts, completions, strict=True)
-        lines = [json.dumps({"prompt": prompt, "completion": text}) for prompt, text in pairs]
+        lines = [json.dumps({"prompt": prompt.text, "completion": text}) for prompt, text in pairs]
         try:
             done = subprocess.run(
                 self._command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False

@@ -6,6 +6,7 @@ same seeds; the KL has samples of its own, at temperature 1. Nothing here depend
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,8 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.records import TokenIds
 from dpo.data.trees import Layout, sequence_batch
 from dpo.errors import UserError
+from dpo.evaluate.asked import Asked
+from dpo.evaluate.judge import Judge, Judged, judge_all, judged_summary
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
 from dpo.evaluate.statistics import distinct_n, mean_interval, repetition, share_by_cluster, win_rate
@@ -48,7 +51,10 @@ class ComparedSamples:
     """The samples as text, their scores and what follows from them."""
 
     seed: int
-    prompts: list[str]
+    asked: list[Asked]
+    """The prompts."""
+    scorer_identity: str | None
+    """Of the scorer, where it has one."""
     reference: list[str]
     policy: list[str]
     reference_scores: list[float] | None
@@ -56,6 +62,13 @@ class ComparedSamples:
     policy_scores: list[float] | None
     summary: dict[str, float]
     """Under the names of summary.json, with intervals."""
+    judged: Sequence[Judged] = ()
+    """Verdicts on each prompt; empty without a judge."""
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts as text."""
+        return [one.text for one in self.asked]
 
 
 def held_out_prompts(
@@ -157,16 +170,25 @@ def log_probs(
     return np.concatenate([gathered[start] for start in starts])
 
 
-def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizerBase) -> ComparedSamples:
+def compare(
+    samples: Samples,
+    asked: Sequence[Asked],
+    scorer: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Judge | None = None,
+) -> ComparedSamples:
     """Scores both models' samples, spread over the ranks. All ranks must call it.
 
     Args:
         samples: At least one prompt.
+        asked: Their prompts, for scorers.
         scorer: Name of the scorer, as in `evaluate.scorer`; None to compare without scores.
         tokenizer: The policy's.
+        judge: Compares both models' samples too, on the main process; None: no judge.
 
     Returns:
         Texts, scores, and a summary: `score/*`, `positive_share/*` and `win_rate` where there is a scorer;
+        `judge/*` where there is a judge;
         the KL, `distinct_2/*`, `distinct_texts/*`, `repetition/*`, `sample_tokens/*` and the number of
         prompts, `samples/num_prompts`, in any case.
 
@@ -175,9 +197,9 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
     """
     drawn = {"reference": samples.reference, "policy": samples.policy}
     both = {name: texts_of([one.ids for one in several], tokenizer) for name, several in drawn.items()}
-    prompts = texts_of(samples.prompts, tokenizer)
-    scores, summary = _scored(prompts, both, scorer) if scorer is not None else ({}, {})
-    summary |= samples.kl | {"samples/num_prompts": float(len(prompts))}
+    scored = _scored(asked, both, scorer) if scorer is not None else _Scored({}, {}, None)
+    scores, summary = scored.scores, scored.summary
+    summary |= samples.kl | {"samples/num_prompts": float(len(asked))}
     for name, texts in both.items():
         words = [text.split() for text in texts]
         lengths = [len(continuation.ids) for continuation in drawn[name]]
@@ -185,14 +207,21 @@ def compare(samples: Samples, scorer: str | None, tokenizer: PreTrainedTokenizer
         summary[f"distinct_texts/{name}"] = len(set(texts)) / len(texts)
         summary |= mean_interval(lengths, np.arange(len(lengths))).under(f"sample_tokens/{name}")
         summary[f"repetition/{name}"] = repetition(words, 2)
+    judged = (
+        distributed.on_main(lambda: judge_all(judge, asked, both["reference"], both["policy"]))
+        if judge
+        else []
+    )
     return ComparedSamples(
         seed=samples.seed,
-        prompts=prompts,
+        asked=[*asked],
+        scorer_identity=scored.identity,
         reference=both["reference"],
         policy=both["policy"],
         reference_scores=scores.get("reference"),
         policy_scores=scores.get("policy"),
-        summary=summary,
+        summary=summary | (judged_summary(judged) if judged else {}),
+        judged=judged,
     )
 
 
@@ -213,10 +242,16 @@ def _text_of(ids: TokenIds, special: set[int], tokenizer: PreTrainedTokenizerBas
     return "\n".join(text.strip("\n") for text in texts if text.strip())
 
 
-def _scored(
-    prompts: Sequence[str], both: dict[str, list[str]], name: str
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Model -> scores of its texts, and the metrics that follow from them."""
+class _Scored(NamedTuple):
+    scores: dict[str, list[float]]
+    """Model -> scores of its texts."""
+    summary: dict[str, float]
+    """The metrics that follow from them."""
+    identity: str | None
+    """Of the scorer."""
+
+
+def _scored(prompts: Sequence[Asked], both: dict[str, list[str]], name: str) -> _Scored:
     scorer = load_scorer(name)
     scores = {model: score_over_ranks(scorer, prompts, texts) for model, texts in both.items()}
     clusters = np.arange(len(both["policy"]))
@@ -226,4 +261,4 @@ def _scored(
         summary |= mean_interval(values, clusters).under(f"score/{model}")
         summary |= share_by_cluster(positive, clusters).under(f"positive_share/{model}")
     summary |= win_rate(scores["policy"], scores["reference"], clusters).under("win_rate")
-    return scores, summary
+    return _Scored(scores, summary, scorer.identity)

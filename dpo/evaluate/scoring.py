@@ -1,5 +1,7 @@
 """Scorers of text: how positive a continuation is, by a lexicon (vader) or by a classifier (hf:MODEL).
 
+Reward models are in `reward_model`, what users bring in `own_scorers`.
+
 A scorer gives one number per text, higher is better, and decides which scores count as positive. Scores do
 not depend on the number of ranks.
 """
@@ -11,9 +13,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from dpo.config import SCORER_NAMES
 from dpo.distributed import device, gather_objects, share_of
 from dpo.errors import UserError
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.own_scorers import CommandScorer, FunctionScorer
+from dpo.evaluate.reward_model import RewardScorer, plain_reward
 
 CLASSIFIER_BATCH = 64
 
@@ -22,9 +27,11 @@ class Scorer(Protocol):
     """One number per text, higher is better."""
 
     name: str
-    """As in evaluate.scorer: vader, hf:MODEL, python:module.function or command:PROGRAM."""
+    """As in evaluate.scorer: vader, hf:MODEL, reward:MODEL, python:module.function or command:PROGRAM."""
+    identity: str | None
+    """Hex digest of what decides its scores; None where only its name is known."""
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
         """The score of each completion, whose prompt has the same index."""
 
     def is_positive(self, score: float) -> bool:
@@ -35,11 +42,12 @@ class VaderScorer:
     """The compound sentiment of the vader lexicon, in [-1, 1]; positive above 0.05, as its authors advise."""
 
     name = "vader"
+    identity: str | None = None
 
     def __init__(self) -> None:
         self._analyzer = SentimentIntensityAnalyzer()
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
         """The compound score of each completion alone, in [-1, 1]."""
         return [float(self._analyzer.polarity_scores(text)["compound"]) for text in completions]
 
@@ -61,6 +69,7 @@ class ClassifierScorer:
 
     def __init__(self, model: str) -> None:
         self.name = f"hf:{model}"
+        self.identity: str | None = None
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model)
             loaded, report = AutoModelForSequenceClassification.from_pretrained(
@@ -87,7 +96,7 @@ class ClassifierScorer:
         self._model = loaded.to(device()).eval()
 
     @torch.inference_mode()
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
         """P(positive) of each completion alone; of one that is too long, only the start is read."""
         scores: list[float] = []
         for start in range(0, len(completions), CLASSIFIER_BATCH):
@@ -119,18 +128,20 @@ def load_scorer(name: str) -> Scorer:
         return VaderScorer()
     if kind in SCORERS and argument:
         return SCORERS[kind](argument)
-    raise UserError(f"scorer: {name}; expected vader, hf:MODEL, python:module.function or command:PROGRAM")
+    raise UserError(f"scorer: {name}; expected {SCORER_NAMES}")
 
 
 SCORERS: dict[str, Callable[[str], Scorer]] = {
     "hf": ClassifierScorer,
+    "reward": RewardScorer,
+    "reward-plain": plain_reward,
     "python": FunctionScorer,
     "command": CommandScorer,
 }
 """What stands before the colon -> the scorer of what stands behind it."""
 
 
-def score_over_ranks(scorer: Scorer, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+def score_over_ranks(scorer: Scorer, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
     """Scores of all completions, in order, on every rank; each rank scores its share.
 
     Batches are formed before they are divided among the ranks, so that a classifier's scores do not depend on

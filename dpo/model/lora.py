@@ -22,6 +22,7 @@ from dpo.model.files import adapter_files, base_of
 from dpo.model.load import DTYPES, check_class, empty_model, load_config, load_model
 from dpo.model.lora_layers import cannot_adapt, cannot_stack, left_out, new_options, refuse_other_layers
 from dpo.model.quantized import check_quantization
+from dpo.model.routers import check_balancing
 
 
 def load_policy(model: ModelConfig, *, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -99,6 +100,8 @@ def check_policy(model: ModelConfig, *, local: bool = False) -> None:
     if local and not Path(base_of(model).name_or_path).is_dir():
         return
     check_class(model)
+    if model.router_aux_loss_weight:
+        check_balancing(load_config(model))
     if local and model.lora is not None:
         num_adapter_parameters(model)  # raises if the model lacks the layers
 

@@ -129,7 +129,7 @@ def make_plan(
         max_steps=train.max_steps,
     )
     of_optimizer = state_bytes(bare, train.optimizer) / shape.trainable
-    needed = whole_step or train.backward == "cached"
+    needed = whole_step or train.backward == "cached" or model.router_aux_loss_weight > 0
 
     most_tokens = _most_tokens(batches, splits["train"], machine.num_gpus)
 

@@ -5,6 +5,7 @@ Pure: it takes what `dpo.evaluate` measured and decides what a reader sees of it
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,8 @@ def compose(
         figures=figures,
         data=sections,
         held_out=pair_values(scores),
+        for_judges=for_judges(samples) if samples is not None else (),
+        judged=[{"index": n, **one._asdict()} for n, one in enumerate(samples.judged)] if samples else (),
         worst_pairs=worst_pairs(scores, data, tokenizer),
         worst_samples=worst_samples(rows),
     )
@@ -109,6 +112,21 @@ def sample_rows(samples: ComparedSamples) -> list[SampleRow]:
                 strict=True,
             )
         )
+    ]
+
+
+def for_judges(samples: ComparedSamples) -> list[dict[str, Any]]:
+    """Both models' samples in AlpacaEval's layout, with the turns of chats, which it does not know."""
+    return [
+        {
+            "dataset": "held-out",
+            "instruction": asked.turns[0]["content"] if asked.turns and len(asked.turns) == 1 else asked.text,
+            "messages": [{"role": "user", "content": asked.text}] if asked.turns is None else [*asked.turns],
+            "output": output,
+            "generator": generator,
+        }
+        for generator, outputs in (("reference", samples.reference), ("policy", samples.policy))
+        for asked, output in zip(samples.asked, outputs, strict=True)
     ]
 
 

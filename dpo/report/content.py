@@ -5,6 +5,7 @@ Records and the fixed texts around them; nothing here computes or writes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dpo.report.figures import Captioned
 
@@ -102,6 +103,10 @@ class Report:
     """The data that was trained and evaluated on."""
     held_out: Sequence[Mapping[str, float]] = ()
     """Values of every held-out pair, for `dpo compare`: prompt, correct, margin, loss, unit."""
+    for_judges: Sequence[Mapping[str, Any]] = ()
+    """Samples in AlpacaEval's layout, one per prompt and model."""
+    judged: Sequence[Mapping[str, Any]] = ()
+    """Verdicts of the judge, one per prompt."""
     worst_pairs: Sequence[PairRow] = ()
     """Held-out pairs that the policy ranks wrong, the worst first."""
     worst_samples: Sequence[SampleRow] = ()

@@ -37,6 +37,17 @@ def headline_cards(summary: dict[str, float]) -> list[Card]:
                 f"{_of(summary, 'win_rate')}",
             )
         )
+    if "judge/win_rate" in summary:
+        low, high = summary["judge/win_rate/low"], summary["judge/win_rate/high"]
+        first = summary.get("judge/first_wins", 0.5)
+        cards.append(
+            Card(
+                "What does the judge say?",
+                f"{summary['judge/win_rate']:.0%}",
+                f"win rate over the reference, {low:.0%} to {high:.0%}; the answer that stood first won "
+                f"{first:.0%}",
+            )
+        )
     if "kl/sequence" in summary:
         low, high = summary["kl/sequence/low"], summary["kl/sequence/high"]
         cards.append(
@@ -70,6 +81,11 @@ def headline(summary: dict[str, float]) -> str:
             f"scored positive: reference {summary['positive_share/reference']:.1%}, "
             f"policy {summary['positive_share/policy']:.1%}; win rate {summary['win_rate']:.1%}"
             f"{_of(summary, 'win_rate')}"
+        )
+    if "judge/win_rate" in summary:
+        lines.append(
+            f"judge: win rate {summary['judge/win_rate']:.1%} [{summary['judge/win_rate/low']:.1%}, "
+            f"{summary['judge/win_rate/high']:.1%}]"
         )
     if "kl/sequence" in summary:
         lines.append(

@@ -28,6 +28,13 @@ LABELS = {
     "positive_share/reference": Label("share scored positive, reference"),
     "positive_share/policy": Label("share scored positive, policy", "share scored positive"),
     "win_rate": Label("win rate of the policy over the reference (a tie counts half)", "win rate"),
+    "judge/win_rate": Label(
+        "win rate by the judge, in both orders (a tie counts half)", "win rate by the judge"
+    ),
+    "judge/ties": Label("verdicts of the judge that are ties"),
+    "judge/orders_agree": Label("prompts on which the judge says the same in both orders"),
+    "judge/first_wins": Label("verdicts for the answer that stands first (unbiased: 50 %)"),
+    "judge/unclear": Label("prompts without a clear verdict, left out"),
     "kl/sequence": Label("KL(policy || reference), nats per sequence", "KL, nats per sequence"),
     "kl/token": Label("KL(policy || reference), nats per token", "KL, nats per token"),
     "distinct_2/reference": Label("distinct word pairs, reference"),

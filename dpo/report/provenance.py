@@ -55,6 +55,9 @@ def provenance_of(
         "held-out data": held_out,
         "samples": f"{num_sampled} prompts{fewer}, temperature {evaluate.temperature}, up to "
         f"{evaluate.completion_tokens} tokens, seed {evaluate.seed}, scorer {evaluate.scorer or 'none'}",
+        **(
+            {"judge": f"{evaluate.judge}, rubric {evaluate.judge_rubric or 'ours'}"} if evaluate.judge else {}
+        ),
         "KL": "estimated from separate samples at temperature 1, without top-k or top-p",
         "intervals": "95 %: of shares Wilson's, of the rest bootstrapped; both by prompt, not by pair",
     }

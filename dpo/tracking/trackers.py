@@ -5,7 +5,7 @@ from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
-from dpo import distributed
+from dpo import distributed, terminal
 from dpo.errors import UserError
 
 PROJECT = "dpo"
@@ -31,7 +31,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def open_trackers(
-    names: list[str], run_dir: Path, settings: dict[str, Any], run_id: str | None
+    names: list[str], run_dir: Path, settings: dict[str, Any], run_id: str | None, *, resumed: bool = False
 ) -> list[GeneralTracker]:
     """Opens them on the main process and gives them the settings; empty elsewhere. All ranks must call it.
 
@@ -40,9 +40,10 @@ def open_trackers(
         run_dir: The run folder: its name names the run, and trackers write there.
         settings: Option -> value, flat.
         run_id: The same whenever the run is resumed, so that W&B goes on with one run; None: a new one.
+        resumed: Whether the run has steps already: what cannot be opened is then said and left out.
 
     Raises:
-        UserError: One could not be opened, because it is not logged in or its server cannot be reached.
+        UserError: A new run's could not be opened: it is not logged in, or its server cannot be reached.
     """
     opened: list[GeneralTracker] = []
     own_options: dict[str, dict[str, Any]] = {
@@ -59,6 +60,11 @@ def open_trackers(
                 tracker.start()
                 tracker.store_init_configuration(settings)
             except Exception as error:  # each has its own
+                if resumed:
+                    terminal.warning(
+                        f"train.trackers: {name} could not be opened and receives nothing: {error}"
+                    )
+                    continue
                 raise UserError(
                     f"train.trackers: {name} could not be opened ({error}): log in and check that its server "
                     "can be reached, or leave it out"

@@ -8,10 +8,8 @@ of (seed, epoch).
 import json
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -22,7 +20,7 @@ from dpo import alive, distributed
 from dpo.engine.engine import Engine
 from dpo.engine.sharded_state import ENGINE_TAG
 from dpo.errors import UserError
-from dpo.files import REPLACED, WRITING, publish_folder, sync, write_file
+from dpo.files import REPLACED, WRITING, publish_folder, sync, temporary_of, write_file
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.manifest import (
     MANIFEST,
@@ -33,6 +31,7 @@ from dpo.train.manifest import (
     read_manifest,
     write_manifest,
 )
+from dpo.train.pending import PendingCheckpoint
 
 T = TypeVar("T")
 
@@ -83,56 +82,6 @@ def prepare_checkpoints(folder: RunFolder, resumed: bool) -> None:
         write_file(folder.no_checkpoint_yet, "")
 
 
-class PendingCheckpoint:
-    """A checkpoint that is being written, perhaps by a thread while training goes on."""
-
-    def __init__(
-        self,
-        write: Callable[[], FileDigests],
-        finish: Callable[[Callable[[], FileDigests]], Path],
-        *,
-        in_background: bool,
-    ) -> None:
-        """Starts to write.
-
-        Args:
-            write: Writes this rank's files and returns their digests, or raises.
-            finish: Publishes the checkpoint, given what `write` gives. All ranks call it.
-            in_background: Whether to write in a thread; else `finish` does.
-        """
-        self._write, self._finish = write, finish
-        self._outcome: Future[FileDigests] = Future()
-        self._thread = Thread(target=self._work, name="checkpoint", daemon=True)
-        if in_background:
-            self._thread.start()
-
-    @property
-    def written(self) -> bool:
-        """Whether this rank has written its files, or failed to."""
-        return self._outcome.done()
-
-    def finish(self) -> Path:
-        """Waits for all ranks and publishes the checkpoint. All ranks must call it.
-
-        Raises:
-            UserError: A rank could not write; the checkpoints before it are still there.
-        """
-        if self._thread.ident is None:
-            self._work()
-        return self._finish(self._outcome.result)
-
-    def abandon(self) -> None:
-        """Waits for this rank's thread alone, since the run ends with an error: there is no checkpoint."""
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _work(self) -> None:
-        try:
-            self._outcome.set_result(self._write())
-        except Exception as error:  # raised by `finish`, where all ranks learn of it
-            self._outcome.set_exception(error)
-
-
 def save_checkpoint(
     engine: Engine, progress: Progress, folder: RunFolder, keep_last: int, fingerprints: dict[str, str]
 ) -> Path:
@@ -175,7 +124,7 @@ def begin_checkpoint(
         files = [*write(), _write_random_states(states, building)]
         return {str(path.relative_to(building)): digest_of(sync(path)) for path in files}
 
-    def finish(own: Callable[[], FileDigests]) -> Path:
+    def finish(own: Callable[[], FileDigests]) -> tuple[Path, list[Path]]:
         alive.step(f"finishing {final.name}")
         parts = _on_all_ranks(own, building)
         manifest = Manifest(
@@ -185,8 +134,8 @@ def begin_checkpoint(
             fingerprints=fingerprints,
             files={name: known for part in parts for name, known in part.items()},
         )
-        _on_all_ranks(lambda: _publish(manifest, building, final, folder, keep_last), building)
-        return final
+        obsolete = _on_all_ranks(lambda: _publish(manifest, building, final, folder, keep_last), building)
+        return final, obsolete[distributed.rank()]
 
     return PendingCheckpoint(write_own, finish, in_background=in_background)
 
@@ -245,22 +194,30 @@ def _prepare(building: Path, progress: Progress) -> None:
         (building / PROGRESS).write_text(json.dumps(asdict(progress)))
 
 
-def _publish(manifest: Manifest, building: Path, final: Path, folder: RunFolder, keep_last: int) -> None:
-    """Signs the checkpoint, renames it into its place, and removes those that it makes obsolete."""
+def _publish(
+    manifest: Manifest, building: Path, final: Path, folder: RunFolder, keep_last: int
+) -> list[Path]:
+    """Signs the checkpoint and renames it into its place.
+
+    Returns:
+        On the main rank, what is to be removed, under names that are no checkpoints: those that it makes
+        obsolete, and what a killed process left.
+    """
     if not distributed.is_main():
-        return
+        return []
     there = {str(path.relative_to(building)): path for path in building.rglob("*") if path.is_file()}
     rest = {name: digest_of(sync(path)) for name, path in sorted(there.items()) if name not in manifest.files}
     write_manifest(manifest.with_files(rest), building, folder)
     publish_folder(building, final)
     folder.no_checkpoint_yet.unlink(missing_ok=True)
-    for abandoned in final.parent.glob(f".step_*{WRITING}"):  # by a process that was killed
-        shutil.rmtree(abandoned, ignore_errors=True)
+    abandoned = [*final.parent.glob(f".step_*{WRITING}")]
     # A run that was resumed from an earlier checkpoint writes those after it anew.
     given_up = [path for path in complete_checkpoints(folder) if path.name > final.name]
     old = complete_checkpoints(folder)[: -keep_last - len(given_up)]
-    for path in (*given_up, *old):
-        shutil.rmtree(path)
+    obsolete = [(path, temporary_of(path.with_name(path.name.lstrip(".")))) for path in (*given_up, *old)]
+    for path, place in obsolete:
+        path.rename(place)
+    return abandoned + [place for _, place in obsolete]
 
 
 def _random_state_file(checkpoint: Path) -> Path:

@@ -26,6 +26,7 @@ from dpo.tracking.metrics import MetricSums
 from dpo.train.checkpoint import Progress, begin_checkpoint
 from dpo.train.micro_batches import MicroBatch, micro_batches
 from dpo.train.passes import Done, Timed, cached_passes, direct_passes, token_counts, uses_cached_gradient
+from dpo.train.routing import routing_metrics
 from dpo.train.session import Session
 
 
@@ -135,6 +136,7 @@ def train_step(
         "num_tokens": totals["real"],
         "perf/data_wait_fraction": timed.waited / took,
         "perf/rank_imbalance": first.imbalance,
+        **routing_metrics([passed.routed for passed in done], session.engine.routers.num_experts),
         **_throughput(session, totals, first, took),
         **_balance(np.array([totals[name] for name in seconds])),
     }

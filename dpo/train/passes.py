@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from dpo import alive
+from dpo.model.routers import Routed
 from dpo.tracking.metrics import MetricSums
 from dpo.train.micro_batches import MicroBatch
+from dpo.train.routing import step_balance
 from dpo.train.session import Session
 from dpo.train.stopwatch import Stopwatch
 
@@ -30,6 +32,8 @@ class Done:
     micro: MicroBatch
     loss: Tensor
     """Detached scalar, not finite where the micro-batch's part of the loss is not."""
+    routed: Routed
+    """What its routers chose, without gradient."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,7 +48,8 @@ class Timed:
 def uses_cached_gradient(session: Session) -> bool:
     """Whether steps compute their gradient the cached way."""
     chosen = session.options.backward
-    return session.objective.needs_whole_step if chosen == "auto" else chosen == "cached"
+    whole = session.objective.needs_whole_step or session.model.router_aux_loss_weight > 0
+    return whole if chosen == "auto" else chosen == "cached"
 
 
 def direct_passes(
@@ -60,11 +65,10 @@ def direct_passes(
     """
     engine, objective, done = session.engine, session.objective, list[Done]()
     for micro in _step(session, batches, timed):
-        with timed.forward.running():
-            logps = engine.score(micro.batch, per_token=objective.per_token, aligned=objective.aligned)
+        logps, routed = _score(session, micro, timed)
         loss = objective.loss(logps, micro.batch, sums)
         engine.accumulate(loss / micro.count, last=micro.last)
-        done.append(Done(micro=micro, loss=loss.detach()))
+        done.append(Done(micro=micro, loss=loss.detach(), routed=routed))
     return done
 
 
@@ -79,27 +83,33 @@ def cached_passes(
     """
     engine, objective = session.engine, session.objective
     *before, final = _step(session, batches, timed)
-    pieces, wanted = [final, *before], {"per_token": objective.per_token, "aligned": objective.aligned}
+    pieces = [final, *before]
     assert final.whole is not None
-    with timed.forward.running():
-        scored = [engine.score_only(piece.batch, **wanted) for piece in before]
-        graph = [engine.score(final.batch, **wanted)]
+    with torch.no_grad():
+        first = [_score(session, piece, timed) for piece in before]
+    graph = [_score(session, final, timed)]
+    scored, routed = zip(*first, *graph, strict=True)
     lengths = [_num_values(piece, per_token=objective.per_token) for piece in (*before, final)]
-    values = [part.detach()[:length] for part, length in zip([*scored, *graph], lengths, strict=True)]
+    values = [part.detach()[:length] for part, length in zip(scored, lengths, strict=True)]
     # a rank without work scores a sequence that does not count
-    logps = (torch.cat(values) if sum(lengths) else graph[0].detach()).requires_grad_()
+    logps = (torch.cat(values) if sum(lengths) else scored[-1].detach()).requires_grad_()
     loss = objective.loss(logps, final.whole, sums)
     (slopes,) = torch.autograd.grad(loss / final.count, logps)
     valid = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+    weight = session.model.router_aux_loss_weight
+    balance = step_balance(routed) if weight else None
+    del scored, routed  # a piece's graph is freed by its backward pass
     *earlier, latest = slopes[: sum(lengths)].split(lengths)
     done = list[Done]()
     for number, (piece, own) in enumerate(zip(pieces, [latest, *earlier], strict=True)):
         last = number == len(before)
         alive.step(f"step {piece.step.number}, backward pass {number + 1} of {piece.of}")
-        with timed.forward.running():
-            again = graph.pop() if graph else engine.score(piece.batch, **wanted)
-        engine.accumulate((again[: len(own)] * own).sum() * valid + 0.0 * again.sum(), last=last)
-        done.append(Done(micro=piece, loss=own.sum()))
+        again, chosen = graph.pop() if graph else _score(session, piece, timed)
+        part = (again[: len(own)] * own).sum() * valid + 0.0 * again.sum()
+        if balance is not None:
+            part = part + weight * balance.part(chosen)
+        engine.accumulate(part, last=last)
+        done.append(Done(micro=piece, loss=own.sum(), routed=chosen.detached()))
     return done
 
 
@@ -112,6 +122,14 @@ def token_counts(done: list[Done]) -> dict[str, float]:
         "in_rows": float(sum(batch.num_row_tokens for batch in batches)),
         "padded": float(sum(passed.micro.batch.input_ids.numel() for passed in done)),
     }
+
+
+def _score(session: Session, micro: MicroBatch, timed: Timed) -> tuple[Tensor, Routed]:
+    """A micro-batch's log-probs, as the objective takes them, and what its routers chose."""
+    engine, objective = session.engine, session.objective
+    with timed.forward.running(), engine.routers.watching(micro.batch) as routed:
+        logps = engine.score(micro.batch, per_token=objective.per_token, aligned=objective.aligned)
+    return logps, routed
 
 
 def _step(session: Session, batches: Iterator[MicroBatch], timed: Timed) -> Iterator[MicroBatch]:

@@ -34,7 +34,6 @@ from dpo.tracking.monitor import Monitor
 from dpo.tracking.run_folder import RunFolder, settings_text
 from dpo.tracking.trackers import open_trackers
 from dpo.train.checkpoint import (
-    PendingCheckpoint,
     Progress,
     load_checkpoint,
     prepare_checkpoints,
@@ -42,6 +41,7 @@ from dpo.train.checkpoint import (
 )
 from dpo.train.disk_space import checkpoint_bytes, fits_memory, here
 from dpo.train.mirror import Mirror
+from dpo.train.pending import PendingCheckpoint
 from dpo.train.resume import Settings
 
 GROUPS_SHOWN = 8
@@ -133,6 +133,8 @@ class Session:
     """Whether training goes on while a checkpoint is written."""
     pending: PendingCheckpoint | None = None
     """The checkpoint that is being written while training goes on."""
+    last: PendingCheckpoint | None = None
+    """The last one that was finished, which may still be removing what it made obsolete."""
     mirror: Mirror | None = field(init=False, default=None)
     """The copy of the run folder; on the main process."""
     monitor: Monitor = field(init=False)
@@ -159,7 +161,13 @@ class Session:
         self.saves_in_background = self._saves_in_background()
         self.group_flops, self.peak_flops = self._flops()
         settings = flat(self.settings.values)
-        trackers = open_trackers(self.options.trackers, self.folder.path, settings, self.folder.identity)
+        trackers = open_trackers(
+            self.options.trackers,
+            self.folder.path,
+            settings,
+            self.folder.identity,
+            resumed=self.progress.step > 0,
+        )
         self.monitor = Monitor(
             self.folder,
             num_steps=self.plan.num_steps,
@@ -176,8 +184,9 @@ class Session:
             try:
                 yield
             finally:
-                if self.pending is not None:
-                    self.pending.abandon()
+                for checkpoint in (self.pending, self.last):
+                    if checkpoint is not None:
+                        checkpoint.settle()
 
     def score_only(self, batch: TreeBatch, *, per_token: bool = False, aligned: bool = False) -> Tensor:
         """`Engine.score_only` for evaluations. All ranks must call it.
@@ -196,6 +205,9 @@ class Session:
         """
         pending, self.pending = self.pending, None
         if pending is not None:
+            if self.last is not None:
+                self.last.settle()
+            self.last = pending
             if self.mirror is not None:
                 self.mirror.wait()  # publishing removes older checkpoints
             pending.finish()

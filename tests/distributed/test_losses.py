@@ -5,13 +5,14 @@ import math
 from pathlib import Path
 
 import pytest
-from loss_ranks import BUDGETS, STEPS, SWEEP, sweep, write_scored
+from loss_ranks import BUDGETS, STEPS, SWEEP, sweep, write_experts, write_scored
 from ranks import FORKS, free_port, rank_environment, wait
 from rig import Rig, make_rig
 
 Steps = list[dict[str, float]]
 Both = tuple[dict[str, Steps], dict[str, Steps]]
 
+OF_EXPERTS = ("router/aux_loss", "router/max_load", "router/unused_experts")
 COMPARED = ("loss", "grad_norm", "rewards/margins", "rewards/chosen", "logps/chosen", "num_tokens")
 
 
@@ -35,6 +36,7 @@ def both(
     """The same sweep on one rank and on two; the second reuses the cache of the first."""
     folder = tmp_path_factory.mktemp("losses")
     write_scored(folder)
+    write_experts(folder, tiny_model)
     return measured(folder, tiny_model, 1), measured(folder, tiny_model, 2)
 
 
@@ -46,7 +48,7 @@ def test_results_do_not_depend_on_ranks_or_micro_batches(both: Both, name: str) 
     assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 1e-4 for step in expected)
     for found in (alone[f"{name}, {BUDGETS[0]}"], *(together[f"{name}, {budget}"] for budget in BUDGETS)):
         for ours, theirs in zip(found, expected, strict=True):
-            for key in COMPARED:
+            for key in COMPARED + (OF_EXPERTS if name.startswith("experts") else ()):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=2e-6), key
 
 

@@ -8,6 +8,7 @@ import torch
 from ranks import output_of, start_ranks, wait
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.sampling import sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
 
@@ -32,7 +33,7 @@ def samples_and_scores() -> dict[str, list[object]]:
     texts = ["a good day" if number % 3 else "a bad day" for number in range(200)]
     return {
         "samples": [[(one.ids.tolist(), one.finished) for one in several] for several in drawn],
-        "scores": list(score_over_ranks(load_scorer("vader"), texts, texts)),
+        "scores": list(score_over_ranks(load_scorer("vader"), [*map(Asked, texts)], texts)),
     }
 
 

@@ -47,6 +47,17 @@ def test_the_lock_satisfies_the_project() -> None:
                 assert locked[re.sub(r"\[.*", "", name).lower()] >= oldest, requirement
 
 
+def test_every_locked_package_but_torch_has_hashes() -> None:
+    blocks = (ROOT / "requirements.hashes").read_text().replace("\\\n", " ").splitlines()
+    hashed = [block.split() for block in blocks if block and not block.startswith("#")]
+    assert all(len(words) > 1 and all(len(word) == 78 for word in words[1:]) for words in hashed)
+    locked = dict(map(split, lines_of("requirements.lock")))
+    torch = locked.pop("torch")
+    assert torch == (2, 13)
+    found = dict(split(words[0]) for words in hashed)
+    assert {re.sub(r"[._]", "-", name.lower()): version for name, version in locked.items()} == found
+
+
 def test_the_citation_and_the_changelog_name_the_version() -> None:
     assert f"\nversion: {dpo.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {dpo.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.second_judge import best_of, compared, sentences
+from dpo.evaluate.asked import Asked
 
 
 class Exclamations:
     name = "exclamations"
+    identity: str | None = None
 
-    def score(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    def score(self, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
         return [float(text.count("!")) for text in completions]
 
     def is_positive(self, score: float) -> bool:

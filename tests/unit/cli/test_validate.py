@@ -84,6 +84,10 @@ def test_defaults_are_the_papers() -> None:
         ("evaluate.seed", -1),
         ("evaluate.table_rows", -1),
         ("evaluate.scorer", "siebert"),
+        ("evaluate.scorer", "judge:m@http://x"),
+        ("evaluate.judge", "mine"),
+        ("evaluate.judge", "@http://x"),
+        ("evaluate.judge_rubric", "no/such/file"),
     ],
 )
 def test_an_illegal_value_is_named_with_its_key(key: str, value: Any) -> None:
@@ -130,6 +134,9 @@ def test_a_schedule_that_makes_no_sense_is_refused() -> None:
         ("evaluate.temperature", 0.0),
         ("evaluate.scorer", "vader"),
         ("evaluate.scorer", "hf:org/model"),
+        ("evaluate.scorer", "reward:org/model"),
+        ("evaluate.scorer", "reward-plain:org/model"),
+        ("evaluate.judge", "org/model@http://localhost:8000"),
     ],
 )
 def test_values_at_the_edge_of_the_range_are_legal(key: str, value: Any) -> None:
@@ -205,3 +212,12 @@ def test_a_compiled_model_is_not_recomputed_in_part() -> None:
     (problem,) = problems(with_value(compiled, "model.gradient_checkpointing", "selective"))
     assert problem.startswith("model.compile: true; selective recomputation")
     assert problems(with_value(compiled, "model.gradient_checkpointing", "full")) == []
+
+
+def test_a_balancing_loss_needs_the_whole_step() -> None:
+    balanced = with_value(CONFIG, "model.router_aux_loss_weight", 0.01)
+    assert problems(balanced) == []
+    (problem,) = problems(with_value(balanced, "train.backward", "direct"))
+    assert problem.startswith("train.backward: direct; model.router_aux_loss_weight balances the whole step")
+    (problem,) = problems(with_value(CONFIG, "model.router_aux_loss_weight", -1.0))
+    assert problem == "model.router_aux_loss_weight: -1.0; expected a number of at least 0"

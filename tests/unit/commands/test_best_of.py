@@ -14,6 +14,7 @@ from dpo.commands.best_of import best_of_reference, check_best_of
 from dpo.config import Config, EvaluateConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.errors import UserError
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.scoring import VaderScorer
 
 
@@ -43,7 +44,7 @@ def test_the_reference_is_sampled_and_its_numbers_are_those_of_its_samples(
     found = json.loads((folder / "best_of.json").read_text())
     assert [len(row["reference"]) for row in rows] == [8] * 5
     assert all(len(set(row["reference"])) > 4 for row in rows)  # every sample has its own random stream
-    assert rows[0]["reference_scores"] == VaderScorer().score(["", ""], rows[0]["reference"])
+    assert rows[0]["reference_scores"] == VaderScorer().score([Asked("")] * 2, rows[0]["reference"])
     scores = np.asarray([row["reference_scores"] for row in rows])
     one, two = found["best_of"]["1"], found["best_of"]["2"]
     assert one["score/policy"] == pytest.approx(scores.mean())

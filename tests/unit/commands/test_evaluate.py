@@ -1,15 +1,17 @@
 """One evaluation on a tiny model: what it writes, for equal models and for different ones."""
 
 import json
+import re
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_server import FakeServer, serving
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
@@ -99,6 +101,33 @@ def test_the_summary_is_flat_and_has_the_documented_names_and_intervals(
     for name in (*pairs, *sampled, *kl):
         assert summary[f"{name}/low"] <= summary[name] <= summary[f"{name}/high"]
     assert all(isinstance(value, int | float) for value in summary.values())
+
+
+def test_a_judge_compares_the_samples_and_both_are_kept_for_other_judges(
+    experiment: Config, summarize: Summarize, other_model: ModelConfig
+) -> None:
+    def longer(body: Mapping[str, Any]) -> Any:
+        first, second = re.findall(r"<(.*?)>", body["messages"][0]["content"], re.DOTALL)
+        letter = "C" if len(first) == len(second) else "A" if len(first) > len(second) else "B"
+        return {"choices": [{"message": {"content": f"I say [[{letter}]]"}}]}
+
+    rubric = Path(experiment.run_dir).parent / "rubric.txt"
+    rubric.write_text("{conversation} <{answer_a}> <{answer_b}>")
+    with serving(FakeServer(answer=longer, models=["judge"])) as server:
+        options = replace(experiment.evaluate, judge=f"judge@{server.url}", judge_rubric=str(rubric))
+        summary = summarize(replace(experiment, evaluate=options), other_model)
+    report = Path(experiment.run_dir, "report")
+    lines = [json.loads(line) for line in (report / "for_judges.jsonl").read_text().splitlines()]
+    policy, reference = (
+        [line["output"] for line in lines if line["generator"] == name] for name in ("policy", "reference")
+    )
+    assert len(policy) == len(reference) == 6
+    wins = [(np.sign(len(p) - len(r)) + 1) / 2 for p, r in zip(policy, reference, strict=True)]
+    assert summary["judge/win_rate"] == pytest.approx(np.mean(wins))
+    assert summary["judge/orders_agree"] == 1.0
+    assert summary["judge/first_wins"] == 0.5
+    assert len((report / "judged.jsonl").read_text().splitlines()) == 6
+    assert "win rate by the judge" in (report / "report.md").read_text()
 
 
 def test_a_different_policy_has_a_kl_and_margins(

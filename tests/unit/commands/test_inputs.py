@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo.commands.inputs import check_labels, described, open_data, settings_of, with_reference
+from dpo.commands.inputs import asked_prompts, check_labels, described, open_data, settings_of, with_reference
 from dpo.commands.sft import refuse_undesirable
 from dpo.commands.train import cautions
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig, SftModelConfig, flat, resolved
 from dpo.data.dataset import TokenizedDataset
 from dpo.errors import UserError
+from dpo.evaluate.samples import held_out_prompts
 from dpo.reference.values import ReferenceUse
 
 CONFIG = Config(model=ModelConfig(name_or_path="m"), data=DataConfig(train="d"))
@@ -31,6 +33,39 @@ def test_the_defaults_are_those_of_a_configuration_that_gives_only_what_it_must(
 
 def test_data_is_described_in_one_line() -> None:
     assert described("test", None) == "test: none"
+
+
+def test_held_out_prompts_have_the_turns_that_they_were_made_of(
+    make_chat_model: Callable[[Path], Path], write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    turns = [
+        [
+            {"role": "user", "content": f"{n} the cat"},
+            *other,
+            {"role": "user", "content": "go on " + "on " * n},
+        ]
+        for n, other in enumerate(
+            [
+                [],
+                [{"role": "assistant", "content": "sat"}],
+                [{"role": "assistant", "content": "on the mat " * 9}],
+            ]
+        )
+    ]
+    rows = [{"prompt": prompt, "chosen": "a good day", "rejected": "a bad day"} for prompt in turns]
+    model = ModelConfig(name_or_path=str(make_chat_model(tmp_path / "chat")), dtype="float32")
+    data = DataConfig(
+        train=write_jsonl(rows, "train.jsonl"),
+        test=write_jsonl(rows, "test.jsonl"),
+        cache_dir=str(tmp_path / "t"),
+    )
+    _, held_out, tokenizer = open_data(data, model)
+    assert held_out is not None
+    prompts = held_out_prompts(held_out, 3, completion_tokens=8, positions=40)
+    assert max(map(len, prompts)) == 32  # the longest is cut
+    asked = asked_prompts(data, prompts, tokenizer)
+    assert [list(one.turns or ()) for one in asked] == turns
+    assert "0 the cat" in asked[0].text
 
 
 def test_weights_by_margin_need_scores(

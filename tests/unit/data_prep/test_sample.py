@@ -1,9 +1,7 @@
 """The source `sample` through its command, with a tiny random policy: files, splits, counts and errors."""
 
-import argparse
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,6 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 
 from data_prep.cli import main
 from data_prep.files import PreferenceWriter
-from data_prep.prompts import Prompt
-from data_prep.sample import _groups
 from dpo.data.records import Message, Pair, PreferenceGroup
 
 WORDS = ("good", "bad", "happy", "sad", "awful", "lovely", "table", "chair", "love", "hate", "wonderful")
@@ -158,7 +154,7 @@ def test_a_prompt_that_the_chat_template_refuses_is_dropped_and_counted(policy: 
 
 
 def test_parts_of_the_prompts_are_disjoint_and_held_out_ones_are_in_each(
-    policy: Path, tmp_path: Path
+    policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ready = tmp_path / "ready.jsonl"
     ready.write_text(
@@ -177,8 +173,8 @@ def test_parts_of_the_prompts_are_disjoint_and_held_out_ones_are_in_each(
         held_out = {row["prompt"] for row in rows(output, "test")}
         assert held_out <= {row["prompt"] for row in rows(folder, "test")}
     assert sum(map(len, prompts)) == len(set.union(*prompts)) > 10
-    assert run(policy, folder, tmp_path / "none", "--part", "1/1000") == 0
-    assert run(policy, folder, tmp_path / "none", "--part", "1000/1000") == 2
+    assert run(policy, folder, tmp_path / "none", "--part", "1/1000") == 2
+    assert "1000 parts of 27 training prompts; each part, a round" in capsys.readouterr().err
 
 
 def test_held_out_prompts_are_those_of_another_round_and_need_not_be_sampled(
@@ -220,30 +216,68 @@ def test_only_what_the_model_finished_is_complete(policy: Path, text: Path, tmp_
     assert all(len(text.split()) < 3 for text in kept)  # the third token is EOS
 
 
-def test_identical_and_blank_continuations_are_dropped_and_groups_without_a_pair_are_counted() -> None:
-    args = argparse.Namespace(pairing="best-vs-rest", min_margin=0.2, only_finished=False)
-    prompts = [Prompt("train", "p"), Prompt("train", "q"), Prompt("test", "r"), Prompt("test", "s")]
-    texts = [["a", "b", "a", " "], ["a", "a", "", "a"], ["a", "b", "c", "d"], [" ", "", "", " "]]
-    scores = [[0.5, 0.1, 0.5, 0.0], [0.5, 0.5, 0.0, 0.5], [0.1, 0.2, 0.3, 0.15], [0.0, 0.0, 0.0, 0.0]]
-    drops: Counter[str] = Counter()
-    groups = list(_groups(prompts, texts, scores, args, drops))
-    assert groups == [
-        (
-            prompts[0],
-            PreferenceGroup(
-                prompt="p", completions=("a", "b"), pairs=(Pair(0, 1),), scores=(0.5, 0.1), id="train-0"
-            ),
-        )
+def test_a_weaker_models_continuations_are_rejected_with_and_without_a_scorer(
+    policy: Path, text: Path, tmp_path: Path
+) -> None:
+    weaker = tmp_path / "weaker"
+    shutil.copytree(policy, weaker)
+    model = GPT2LMHeadModel.from_pretrained(weaker)
+    tokenizer = AutoTokenizer.from_pretrained(weaker)
+    with torch.no_grad():  # it says one word alone
+        model.transformer.wte.weight[tokenizer(" awful").input_ids[0], 0] = 30.0
+    model.save_pretrained(weaker)
+    options = ["--rejected_model", str(weaker), "--num_prompts", "8", "--num_test_prompts", "2"]
+    assert run(policy, text, tmp_path / "scored", *options) == 0
+    defaults = [
+        "--dtype",
+        "float32",
+        "--num_samples",
+        "1",
+        "--completion_tokens",
+        "3",
+        "--prompt_tokens",
+        "6",
     ]
-    assert drops == {"identical_continuations": 2, "no_pair_above_margin": 1}
+    plain = ["--model", str(policy), "--output", str(tmp_path / "plain"), *defaults, *options]
+    assert main(["sample", str(text), *plain]) == 0
+    for name, scored in (("scored", True), ("plain", False)):
+        kept = rows(tmp_path / name, "train")
+        assert len(kept) >= 6
+        for row in kept:
+            for pair in row["pairs"]:
+                assert row["completions"][pair["rejected"]] == " awful awful awful"
+                assert row["completions"][pair["chosen"]] != " awful awful awful"
+            assert (row["scores"] is not None) is scored
+    assert all(len(row["pairs"]) == 1 for row in rows(tmp_path / "plain", "train"))
+
+
+def test_lengths_can_be_balanced(policy: Path, text: Path, tmp_path: Path) -> None:
+    few = ("--num_prompts", "40", "--num_test_prompts", "0", "--pairing", "best-vs-worst")
+    assert run(policy, text, tmp_path / "out", *few, "--balance_lengths") == 0
+    longer = [
+        len(row["completions"][pair["chosen"]]) - len(row["completions"][pair["rejected"]])
+        for row in rows(tmp_path / "out", "train")
+        for pair in row["pairs"]
+    ]
+    assert len(longer) >= 4
+    assert sum(difference > 0 for difference in longer) == sum(difference < 0 for difference in longer)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--num_samples", "1"), "--num_samples: 1; expected at least 2"),
+        (("--rejected_model", "/nowhere"), "--rejected_model: /nowhere does not exist"),
+        (
+            ("--rejected_model", "x", "--pairing", "all"),
+            "--pairing: all; with --rejected_model the models decide",
+        ),
+        (
+            ("--rejected_model", "x", "--sampler", "endpoint"),
+            "--rejected_model: the server of --endpoint has one",
+        ),
         (("--temperature", "0"), "--temperature: 0.0; expected at least 0.01"),
-        (("--scorer", "nothing"), "scorer: nothing; expected vader, hf:MODEL, python:module.function"),
+        (("--scorer", "nothing"), "scorer: nothing; expected vader, hf:MODEL, reward:MODEL, python:module"),
         (("--model", "/nowhere"), "--model: /nowhere does not exist"),
         (("--num_prompts", "1000"), "--num_prompts"),
         (("--num_prompts", "4", "--completion_tokens", "43"), "43 tokens"),

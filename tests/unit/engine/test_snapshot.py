@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpo.engine.snapshot import snapshot
+from dpo.engine.snapshot import Snapshots
 
 Pair = namedtuple("Pair", "left right")
+
+
+def snapshot(state: Any) -> Any:
+    return Snapshots().take("state", state)
 
 
 def test_every_tensor_is_copied_wherever_it_is() -> None:
@@ -57,3 +61,29 @@ def test_what_is_no_tensor_is_copied_too_and_keeps_its_class(tmp_path: Path) -> 
     assert isinstance(taken["shape"], torch.Size)
     torch.save(taken, tmp_path / "state.pt")
     assert torch.load(tmp_path / "state.pt", weights_only=True)["model"].keys() == {"weight", "bias"}
+
+
+def test_the_memory_of_a_copy_is_used_again_and_holds_the_new_state() -> None:
+    copies, weight = Snapshots(), torch.arange(6.0).reshape(2, 3)
+    state = {"in": weight, "out": weight, "turned": weight.t(), "step": torch.tensor(1.0)}
+    first = copies.take("engine", state)
+    places = {name: tensor.data_ptr() for name, tensor in first.items()}
+    weight += 10
+    state["step"] += 1
+    other = copies.take("other", state)
+    second = copies.take("engine", state)
+    assert {name: tensor.data_ptr() for name, tensor in second.items()} == places
+    assert not {tensor.data_ptr() for tensor in other.values()} & {*places.values()}
+    for name, tensor in state.items():
+        assert torch.equal(second[name], tensor), name
+        assert second[name].stride() == tensor.stride()
+
+
+def test_a_state_that_has_changed_its_shape_gets_other_memory() -> None:
+    copies = Snapshots()
+    copies.take("engine", [torch.zeros(2), torch.zeros(3), torch.zeros(2, 2)])
+    state = [torch.ones(2), torch.ones(4), torch.ones(3), torch.ones(2, 2).bool(), torch.ones(5)]
+    for copied, tensor in zip(copies.take("engine", state), state, strict=True):
+        assert torch.equal(copied, tensor)
+        assert copied.dtype == tensor.dtype
+    assert len(copies.take("engine", state[:1])) == 1

@@ -6,6 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.best_of import (
     ReferenceSamples,
     best_of_kl,
@@ -79,7 +80,7 @@ def test_equal_scores_have_a_limit_at_kl_0_only() -> None:
 
 
 def reference_samples() -> ReferenceSamples:
-    scores = np.asarray([VaderScorer().score(texts, texts) for texts in TEXTS])
+    scores = np.asarray([VaderScorer().score([*map(Asked, texts)], texts) for texts in TEXTS])
     return ReferenceSamples(texts=TEXTS, scores=scores, tokens=np.asarray([[3, 3, 2, 2], [2, 2, 1, 1]]))
 
 

@@ -7,9 +7,10 @@ import pytest
 
 from dpo.config import SCORER_KINDS
 from dpo.errors import UserError
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.scoring import SCORERS, load_scorer
 
-PROMPTS, COMPLETIONS = ["one", "three"], ["a", "a b c\nd"]
+PROMPTS, COMPLETIONS = [Asked("one"), Asked("three")], ["a", "a b c\nd"]
 MODULE = """
 def words(prompts, completions):
     return [len(text.split()) - len(prompt) for prompt, text in zip(prompts, completions)]

@@ -12,6 +12,7 @@ from dpo.config import EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
 from dpo.data.records import Pair, TokenizedGroup
 from dpo.data.trees import sequence_batch
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.samples import (
     Samples,
     compare,
@@ -86,6 +87,9 @@ def test_samples_of_the_kl_have_their_own_seed_and_temperature_1(tiny_model: Pat
     assert drawn(0.3, 0, for_kl=True) != drawn(0.3, 0, for_kl=False)
 
 
+ASKED = [Asked("prompt 0"), Asked("prompt 1")]
+
+
 def both(tokenizer: PreTrainedTokenizerFast, reference: list[str], policy: list[str]) -> Samples:
     def continuations(texts: list[str]) -> list[Continuation]:
         return [
@@ -104,13 +108,13 @@ def both(tokenizer: PreTrainedTokenizerFast, reference: list[str], policy: list[
 def test_scores_win_rate_and_repetition_by_hand(tokenizer: PreTrainedTokenizerFast) -> None:
     reference, policy = ["a bad day", "a day"], ["a good day", "a day a day"]
     samples = both(tokenizer, reference, policy)
-    found = compare(samples, "vader", tokenizer)
+    found = compare(samples, ASKED, "vader", tokenizer)
     assert (found.prompts, found.reference, found.policy) == (["prompt 0", "prompt 1"], reference, policy)
     assert found.seed == 7
-    assert found.reference_scores == VaderScorer().score(found.prompts, reference)
-    assert found.policy_scores == VaderScorer().score(found.prompts, policy)
+    assert found.reference_scores == VaderScorer().score(ASKED, reference)
+    assert found.policy_scores == VaderScorer().score(ASKED, policy)
     summary = found.summary
-    assert summary["score/policy"] == pytest.approx(np.mean(VaderScorer().score(found.prompts, policy)))
+    assert summary["score/policy"] == pytest.approx(np.mean(VaderScorer().score(ASKED, policy)))
     assert (summary["positive_share/reference"], summary["positive_share/policy"]) == (0.0, 0.5)
     assert summary["win_rate"] == 0.75  # one win, one tie
     assert summary["kl/sequence"] == 1.5
@@ -122,7 +126,7 @@ def test_scores_win_rate_and_repetition_by_hand(tokenizer: PreTrainedTokenizerFa
 
 
 def test_without_a_scorer_only_the_texts_are_compared(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = compare(both(tokenizer, ["a", "a"], ["a", "b"]), None, tokenizer)
+    found = compare(both(tokenizer, ["a", "a"], ["a", "b"]), ASKED, None, tokenizer)
     assert found.reference_scores is None
     assert found.policy_scores is None
     assert not any(name.startswith(("score/", "positive_share/", "win_rate")) for name in found.summary)

@@ -14,13 +14,14 @@ from transformers import (
 )
 
 from dpo.errors import UserError
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.scoring import CLASSIFIER_BATCH, Scorer, load_scorer, score_over_ranks
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "good", "bad", "film", "a"]
 
 
 def scores_of(scorer: Scorer, texts: list[str]) -> list[float]:
-    return scorer.score(["a prompt"] * len(texts), texts)
+    return scorer.score([Asked("a prompt")] * len(texts), texts)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -123,5 +124,5 @@ def test_missing_models_pickled_weights_and_unknown_names_are_errors(tmp_path: P
 
 def test_all_texts_are_scored_in_order() -> None:
     texts = ["wonderful" if number % 3 == 0 else "horrible" for number in range(2 * CLASSIFIER_BATCH + 5)]
-    scores = score_over_ranks(load_scorer("vader"), texts, texts)
+    scores = score_over_ranks(load_scorer("vader"), [*map(Asked, texts)], texts)
     assert [score > 0 for score in scores] == [text == "wonderful" for text in texts]

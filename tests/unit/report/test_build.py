@@ -1,6 +1,7 @@
 """From measurements to a report: which rows, figures and worst cases it gets."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ from nasty import history
 from transformers import PreTrainedTokenizerFast
 
 from dpo.data.dataset import TokenizedDataset, map_dataset, write_dataset
-from dpo.data.records import Pair, TokenizedGroup
+from dpo.data.records import Message, Pair, TokenizedGroup
+from dpo.evaluate.asked import Asked
 from dpo.evaluate.rewards import PairScores
 from dpo.evaluate.samples import ComparedSamples
 from dpo.report.build import (
     WORST,
     compose,
+    for_judges,
     margin_figures,
     sample_rows,
     score_figures,
@@ -31,13 +34,29 @@ SUMMARY |= {f"{name}/{end}": value for name, value in SUMMARY.items() for end in
 def samples(reference: list[float] | None, policy: list[float] | None, number: int = 5) -> ComparedSamples:
     return ComparedSamples(
         seed=7,
-        prompts=[f"prompt {n}" for n in range(number)],
+        asked=[Asked(f"prompt {n}") for n in range(number)],
+        scorer_identity=None,
         reference=[f"reference {n}" for n in range(number)],
         policy=[f"policy {n}" for n in range(number)],
         reference_scores=reference,
         policy_scores=policy,
         summary=SUMMARY,
     )
+
+
+def test_samples_for_judges_have_messages_in_alpaca_evals_layout() -> None:
+    chat = (Message(role="user", content="one"), Message(role="assistant", content="two"))
+    asked = [
+        Asked("p"),
+        Asked("one", chat[:1]),
+        Asked("one\ntwo", (*chat, Message(role="user", content="3"))),
+    ]
+    rows = for_judges(replace(samples(None, None, number=3), asked=asked))
+    assert [row["generator"] for row in rows] == ["reference"] * 3 + ["policy"] * 3
+    assert [row["output"] for row in rows[3:]] == ["policy 0", "policy 1", "policy 2"]
+    assert [row["instruction"] for row in rows[:3]] == ["p", "one", "one\ntwo"]
+    assert [len(row["messages"]) for row in rows[:3]] == [1, 1, 3]
+    assert rows[0]["messages"] == [{"role": "user", "content": "p"}]
 
 
 def scores(margins: list[float], reference: float = -1.0) -> PairScores:

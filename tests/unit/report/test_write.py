@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from nasty import NASTY, nasty_report
 
+from dpo.processes import this_process
 from dpo.report.content import Provenance, Report, SampleRow
 from dpo.report.write import write_report
 
@@ -49,6 +51,29 @@ def test_the_folder_holds_the_report_the_summary_and_every_sample(tmp_path: Path
         "policy_score": 0.75,
     }
     assert lines[2]["prompt"] == NASTY
+
+
+def test_samples_for_judges_and_verdicts_are_there_where_the_report_has_them(tmp_path: Path) -> None:
+    line = {"instruction": NASTY, "messages": [{"role": "user", "content": NASTY}], "output": "x"}
+    write_report(report([row()], for_judges=[line], judged=[{"index": 0}]), tmp_path, title="runs/a")
+    assert json.loads((tmp_path / "for_judges.jsonl").read_text()) == line
+    assert json.loads((tmp_path / "judged.jsonl").read_text()) == {"index": 0}
+    write_report(report([row()]), tmp_path, title="runs/a")
+    assert not {*tmp_path.glob("for_judges.jsonl"), *tmp_path.glob("judged.jsonl")}
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:
+    dead = replace(this_process(), began="1").tag()
+    left = [
+        tmp_path / f".summary.json.0123456789ab.{dead}.writing",
+        tmp_path / f"figures/.a.png.0.{dead}.writing",
+    ]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    write_report(report([row()]), tmp_path, title="runs/a")
+    assert not any(path.exists() for path in left)
+    assert not [*tmp_path.rglob("*.writing")]
 
 
 def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:

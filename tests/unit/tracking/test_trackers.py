@@ -97,3 +97,13 @@ def test_all_faulty_names_are_said_at_once() -> None:
 def test_a_tracker_that_cannot_be_opened_ends_the_run_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unreachable could not be opened \(no route to host\)"):
         open_trackers(["unreachable"], tmp_path, {}, None)
+
+
+def test_a_resumed_run_goes_on_without_a_tracker_that_cannot_be_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = open_trackers(["unreachable", "recorder"], tmp_path, {}, None, resumed=True)
+    assert [type(tracker) for tracker in opened] == [Recorder]
+    assert (
+        capsys.readouterr().out.count("unreachable could not be opened and receives nothing: no route") == 1
+    )

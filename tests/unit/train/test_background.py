@@ -11,10 +11,13 @@ from unit.train.runs import KilledError, Trained, changed
 
 from dpo.config import Config
 from dpo.errors import UserError
+from dpo.files import leftovers_of
 from dpo.tracking.run_folder import RunFolder
 from dpo.train import disk_space, loop
-from dpo.train.checkpoint import PendingCheckpoint, Progress, begin_checkpoint, load_checkpoint
+from dpo.train import pending as pending_module
+from dpo.train.checkpoint import Progress, begin_checkpoint, load_checkpoint
 from dpo.train.disk_space import fits_memory, here
+from dpo.train.pending import PendingCheckpoint
 
 
 def begin(engine: Any, run_dir: Path, step: int) -> PendingCheckpoint:
@@ -50,6 +53,28 @@ def test_an_error_of_the_writer_is_the_same_as_without_one(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"could not be written \(rank 0: disk full; .* are free there\)"):
         pending.finish()
     assert names(tmp_path) == ["step_00000002"]
+
+
+def test_training_does_not_wait_for_the_removal_of_old_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_remove, plain = threading.Event(), pending_module._remove
+
+    def slowly(folders: list[Path]) -> None:
+        may_remove.wait(60)
+        plain(folders)
+
+    begin(FakeEngine("old"), tmp_path, 2).finish()
+    monkeypatch.setattr(pending_module, "_remove", slowly)
+    folder, engine = RunFolder(tmp_path), FakeEngine("new")
+    pending = begin_checkpoint(engine, Progress(step=4), folder, 1, {}, in_background=True)  # type: ignore[arg-type]
+    assert pending.finish().name == "step_00000004"
+    (left,) = folder.checkpoints.glob(".step_00000002.*.writing")  # as a kill would leave it
+    assert names(tmp_path) == [left.name, "step_00000004"]
+    assert left in leftovers_of(folder.checkpoint(2))
+    may_remove.set()
+    pending.settle()
+    assert not left.exists()
 
 
 def options(**more: Any) -> dict[str, Any]:
