@@ -77,6 +77,8 @@ def _range_of(hint: Any) -> Within | None:
 
 
 def _lora_problems(model: ModelConfig) -> Iterator[str]:
+    if model.compile and model.gradient_checkpointing == "selective":
+        yield "model.compile: true; selective recomputation sees no single operations in it: set full"
     if model.quantization is not None and model.lora is None:
         yield f"model.quantization: {model.quantization}; such weights are not trained: set model.lora.rank"
     if (lora := model.lora) is None:

@@ -318,6 +318,9 @@ def test_zero_3_is_refused_before_a_model_is_loaded(base: Path, scheme: Any) -> 
     selective = replace(configured(base, scheme), quantization=None, gradient_checkpointing="selective")
     with pytest.raises(UserError, match=r"gradient_checkpointing: selective; .* under ZeRO-3.*: set full"):
         check_launcher(environment, trained=selective)
+    compiled = ModelConfig(name_or_path="m", compile=True)
+    with pytest.raises(UserError, match=r"model\.compile: true; .* under ZeRO-3.*: leave it out"):
+        check_launcher(environment, trained=compiled)
 
 
 def test_the_commands_agree(
