@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--trees", type=int, default=1, help="trees per micro-batch")
     parser.add_argument("--gradient_checkpointing", choices=["full", "selective"], default=False)
     parser.add_argument("--lora_rank", type=int, help="train only an adapter of this rank")
-    parser.add_argument("--quantization", choices=["nf4"], help="of the frozen base of an adapter")
+    parser.add_argument("--quantization", choices=["nf4", "int8"], help="of the frozen base of an adapter")
     parser.add_argument("--output", type=Path, required=True, help="file for the numbers of rank 0")
     args = parser.parse_args(arguments)
     measured = {}
@@ -116,7 +116,7 @@ def predict_traffic(config: ModelConfig, sharding: Name, world_size: int) -> Tra
 def _shape(config: ModelConfig) -> Shape:
     with torch.device("meta"):
         bare = empty_policy(load_config(config), config, dtype=DTYPES[config.dtype])
-    return shape_of(bare, quantized=config.quantization is not None)
+    return shape_of(bare, quantization=config.quantization)
 
 
 if __name__ == "__main__":

@@ -77,8 +77,8 @@ class ModelConfig:
     """
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
-    quantization: Literal["nf4"] | None = None
-    """Keep an adapter's frozen base in 4 bits (QLoRA), reference too; needs bitsandbytes. Default: no."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Keep an adapter's frozen base in 4 (nf4) or 8 bits, reference too; needs bitsandbytes. Default: no."""
     lora: LoraConfig | None = None
     """Train an adapter and leave the weights as they are. Default: all weights are trained."""
 
@@ -101,6 +101,8 @@ class ReferenceConfig:
     """Also store the log-prob of every completion token (4 bytes per token), for losses that weigh tokens."""
     audit_rows: CountOrZero = 16
     """Rows of the cache that training recomputes at start, stopping if they differ; 0: trust the cache."""
+    update_every: CountOrZero = 0
+    """Make the policy the reference every N optimizer steps (TR-DPO, arXiv 2404.09656); 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,8 @@ class TreeBatch:
     """(M,) int64: sequences whose completion is of another prompt; None where none are needed."""
     reference: Tensor | None = None
     """(S,) float64 reference log-probs in nats, or (N,) of completion tokens; None where none are needed."""
+    quantiles: Tensor | None = None
+    """(S,) float64 quantile of each completion's score among the reference's; None where not needed."""
     pair_weights: Tensor | None = None
     """(B,) float64 weight of each pair, for training on preferences."""
     loss_count: float = 0.0

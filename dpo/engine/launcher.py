@@ -71,7 +71,7 @@ def _check_zero_3(model: ModelConfig) -> None:
     """Refuses what does not go together with ZeRO-3."""
     if model.quantization is not None:
         raise UserError(
-            f"model.quantization: {model.quantization}; ZeRO-3 cannot shard weights in 4 bits: take a "
+            f"model.quantization: {model.quantization}; ZeRO-3 cannot shard such weights: take a "
             "launch file of ZeRO-2, launch/one_node.yaml, or leave model.quantization out"
         )
     if model.gradient_checkpointing == "selective":

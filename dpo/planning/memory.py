@@ -6,7 +6,7 @@ rehearsed (`rehearsal`). The sizes of DeepSpeed's own buffers were found by coun
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo.engine.deepspeed_config import blocks_of, bucket_elements
-from dpo.model.quantized import BYTES as PACKED
-from dpo.model.quantized import packed_weights
+from dpo.model.quantized import packed_bytes, packed_weights
 from dpo.planning.rehearsal import Rehearsal
 
 FLOAT32 = 4
@@ -47,9 +46,9 @@ class Shape:
     module: int
     """Parameters of the module that has most of its own, such as the experts of a block."""
     packed: int = 0
-    """Frozen parameters in 4 bits."""
-    largest_packed: int = 0
-    """Elements of the largest of their weights, which a product takes back to the compute type."""
+    """Frozen parameters that are quantized."""
+    packed_bytes: int = 0
+    """What these take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +75,14 @@ class Memory:
         return kept + self.activations + self.projection + self.buckets
 
 
-def shape_of(model: PreTrainedModel, *, quantized: bool = False) -> Shape:
+def shape_of(model: PreTrainedModel, *, quantization: str | None = None) -> Shape:
     """Counts the parameters of a model, which may be on the meta device.
 
     Args:
         model: With all weights in full.
-        quantized: Whether training will have its frozen linear layers in 4 bits.
+        quantization: How training will have its frozen linear layers; None: in full.
     """
-    packed = [weight.numel() for weight in packed_weights(model)] if quantized else []
+    weights = packed_weights(model) if quantization is not None else []
     trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -92,8 +91,8 @@ def shape_of(model: PreTrainedModel, *, quantized: bool = False) -> Shape:
         trained_block=max(blocks_of(model, trained=True), default=0),
         largest=max(trainable, default=0),
         module=max(sum(p.numel() for p in each.parameters(recurse=False)) for each in model.modules()),
-        packed=sum(packed),
-        largest_packed=max(packed, default=0),
+        packed=sum(weight.numel() for weight in weights),
+        packed_bytes=int(sum(packed_bytes(weight, quantization or "") for weight in weights)),
     )
 
 
@@ -121,10 +120,9 @@ def rank_memory(
         dtype: The compute type.
         state_bytes: Bytes that the optimizer keeps per trained parameter: 8 for AdamW, 4 for RMSprop.
     """
-    unpacked = dtype.itemsize * shape.largest_packed
     rank = _Rank(
         shape=shape,
-        step=replace(step, projection=step.projection + unpacked),
+        step=step,
         world_size=world_size,
         width=dtype.itemsize,
         state_bytes=state_bytes,
@@ -147,7 +145,7 @@ class _Rank:
     def all_weights(self) -> int:
         """Bytes of the whole model."""
         shape = self.shape
-        return self.width * (shape.parameters - shape.packed) + int(PACKED * shape.packed)
+        return self.width * (shape.parameters - shape.packed) + shape.packed_bytes
 
     @property
     def part(self) -> int:

@@ -27,7 +27,7 @@ from dpo.model.recomputation import recompute
 from dpo.model.scorer import SequenceScorer
 from dpo.planning.cut import Blocks
 from dpo.planning.live_bytes import LiveBytes
-from dpo.planning.stand_ins import ONE_KERNEL, experts_of_any_dtype
+from dpo.planning.stand_ins import ONE_KERNEL, experts_of_any_dtype, quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +160,8 @@ def _rehearse_blocks(
 ) -> _Pass:
     with FakeTensorMode() as fake:
         _to_fake(bare)
+        if model.quantization is not None:
+            quantize(bare, model.quantization)
         recompute(bare, model.gradient_checkpointing)
         bare.train()
         scorer = SequenceScorer(bare)

@@ -60,6 +60,7 @@ def batch_on_meta(scorer: SequenceScorer, layout: Layout, *, per_token: bool) ->
         pair_weights=torch.ones(len(batch.pairs), dtype=torch.float64),
         loss_count=3.0,
         mismatched=torch.tensor([2, 4]),
+        quantiles=torch.full(batch.num_tokens.shape, 0.5, dtype=torch.float64),
     )
     return batch.to(META, scorer.windows)
 
