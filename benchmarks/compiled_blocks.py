@@ -1,6 +1,6 @@
 """What `model.compile` gains: forward and backward passes with blocks as they are and compiled, in turn.
 
-    python -m benchmarks.compiled_blocks [--layers 2] [--rounds 3]        the numbers of docs/performance.md
+    python -m benchmarks.compiled_blocks [--layers 2] [--rounds 3]
 
 Models of GPT-2's width (768) with few blocks and a small vocabulary, since the output projection is not
 compiled; float32, trees of a prompt of 64 tokens and four completions of 24, about 1,000 tokens per pass.
