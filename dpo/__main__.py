@@ -7,6 +7,10 @@ import traceback
 from dpo.cli.main import run
 from dpo.processes import end_with_launcher
 
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""Where torch reads how a GPU's memory is managed. Our batches vary in width, and segments that cannot grow
+would leave holes between them."""
+
 
 def main() -> None:
     """Runs the command line and exits with its status.
@@ -16,6 +20,8 @@ def main() -> None:
     Everything that must be on disk is there when `run` returns.
     """
     end_with_launcher()
+    if not ALLOCATOR & os.environ.keys():  # before torch is loaded
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     status = 1
     try:
         status = run(sys.argv[1:])

@@ -14,7 +14,6 @@ from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Tree, tree_batch
 from dpo.engine import world
 from dpo.engine.engine import Engine
-from dpo.engine.world import weight_dtype
 from dpo.errors import UserError
 from dpo.model.load import load_model
 from dpo.model.probe_trees import trees_of
@@ -66,7 +65,7 @@ def on_ranks(environments: list[Mapping[str, str]], models: Path, out: Path) -> 
 def _engine(config: ModelConfig) -> Engine:
     accelerator = world.start(config)
     options = OptimizationConfig(learning_rate=RATE, max_grad_norm=0.0)
-    model = load_model(config, dtype=weight_dtype(accelerator, config))
+    model = load_model(config)
     return Engine(accelerator, model, config, options)
 
 

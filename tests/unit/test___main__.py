@@ -70,3 +70,31 @@ def test_a_reader_that_has_gone_is_no_traceback() -> None:
         ["bash", "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("users", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_of_gpus_grows_in_place_unless_the_user_says_otherwise(
+    users: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpo import __main__ as entry
+
+    found: list[dict[str, str]] = []
+
+    def run(arguments: list[str]) -> int:
+        found.append({name: os.environ[name] for name in entry.ALLOCATOR if name in os.environ})
+        return 0
+
+    monkeypatch.setattr(entry, "run", run)
+    monkeypatch.setattr(entry, "end_with_launcher", lambda: None)
+    for name in entry.ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if users:
+        monkeypatch.setenv(users, "max_split_size_mb:64")
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 0
+    assert found == [
+        {users: "max_split_size_mb:64"} if users else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    ]

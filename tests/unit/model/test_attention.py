@@ -117,6 +117,20 @@ def test_flex_attention_has_the_gradients_of_rows(
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own
 @pytest.mark.usefixtures("flex_backward")
+def test_rows_of_many_widths_are_compiled_twice() -> None:
+    """So that widths need not be rounded to a few sizes: the second width compiles for all others."""
+    scorer, made = SequenceScorer(tiny("llama"), flex=True), list[int]()
+    for seed in range(5):
+        batch = tree_batch([random_tree(np.random.default_rng(seed), 2, longest=40 + 150 * seed)], "flex")
+        scorer(batch).sum().backward()
+        made.append(int(torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    assert made[1] - made[0] <= 1
+    assert made[1:] == [made[1]] * 4
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own
+@pytest.mark.usefixtures("flex_backward")
 def test_one_kernel_too_many_is_an_error_and_never_dense_scores() -> None:
     batch = tree_batch([random_tree(np.random.default_rng(0), 2)], "flex")
     with torch._dynamo.config.patch(recompile_limit=1):

@@ -57,6 +57,7 @@ def data_of(groups: Sequence[Group]) -> TokenizedDataset:
         pairs=np.zeros((0, 2), dtype=np.int32),
         group_pairs=np.zeros(len(groups) + 1, dtype=np.int64),
         margins=np.zeros(0),
+        quantiles=np.zeros(num_sequences),
         keys=np.zeros(num_sequences, dtype="V16"),
     )
 
