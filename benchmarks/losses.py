@@ -35,7 +35,7 @@ SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{
         name: ({"type": name}, {"loss_types": [{"ipo_norm": "ipo"}.get(name, name)]})
         for name, kind in LOSSES.items()
-        if kind.needs_reference and name not in ("plackett_luce", "ipo", "kto")
+        if kind.needs_reference and name not in ("plackett_luce", "ipo", "kto", "qrpo")
     },
     "forward KL": ({"f_divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
     "JS": ({"f_divergence": "js"}, {"f_divergence_type": "js_divergence"}),

@@ -56,7 +56,8 @@ def _beside_others(name: str, rows: list[Row]) -> Iterator[str]:
         loaded = {
             "not quantized": load_model(model),
             "nf4": load_model(replace(model, quantization="nf4")),
-            "int8 of bitsandbytes": _in_8_bits(name, dtype),
+            "int8": load_model(replace(model, quantization="int8")),
+            "int8, as bitsandbytes multiplies": _in_8_bits(name, dtype),
         }
         for kind, each in loaded.items():
             alone = torch.cat([_scores(each, model, [row]) for row in rows])

@@ -139,6 +139,7 @@ class PreferenceWriter:
                 "completions": group.completions,
                 **_preferences(group),
                 "scores": group.scores,
+                "reference_scores": group.reference_scores,
                 "id": group.id,
             }
             for group in groups
@@ -154,6 +155,7 @@ class PreferenceWriter:
                 ("pairs", _PAIRS),
                 ("labels", pa.list_(pa.bool_())),
                 ("scores", pa.list_(pa.float64())),
+                ("reference_scores", pa.list_(pa.float64())),
                 ("id", pa.string()),
             ]
         )

@@ -39,9 +39,8 @@ def scored_groups(
         drops: Counts prompts without a pair by reason.
     """
     for number, prompt in enumerate(prompts):
-        score_of = {
-            text: score for text, score in zip(texts[number], scores[number], strict=True) if text.strip()
-        }
+        scored = [pair for pair in zip(texts[number], scores[number], strict=True) if pair[0].strip()]
+        score_of = dict(scored)
         pairs = pairs_from_scores(list(score_of.values()), pairing, min_margin) if score_of else ()
         if not pairs:
             few = "identical_continuations"
@@ -56,6 +55,7 @@ def scored_groups(
                 completions=tuple(score_of),
                 pairs=pairs,
                 scores=tuple(score_of.values()),
+                reference_scores=tuple(score for _, score in scored),  # as often as they were drawn
                 id=f"{prompt.split}-{number}",
             ),
         )

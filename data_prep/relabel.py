@@ -32,7 +32,8 @@ def relabel(group: PreferenceGroup, labels: Labels, seed: int) -> PreferenceGrou
         return replace(
             group,
             pairs=tuple(Pair(chosen=pair.rejected, rejected=pair.chosen) for pair in group.pairs),
-            scores=None if group.scores is None else tuple(-score for score in group.scores),
+            scores=_negative(group.scores),
+            reference_scores=_negative(group.reference_scores),
         )
     content = "\0".join((str(seed), prompt_key(group), *group.completions))
     stream = random.Random(hashlib.blake2b(content.encode("utf-8", "surrogatepass")).digest())
@@ -44,3 +45,7 @@ def relabel(group: PreferenceGroup, labels: Labels, seed: int) -> PreferenceGrou
         pairs=tuple(Pair(chosen=place[pair.chosen], rejected=place[pair.rejected]) for pair in group.pairs),
         scores=None if group.scores is None else tuple(group.scores[was] for was in order),
     )
+
+
+def _negative(scores: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    return None if scores is None else tuple(-score for score in scores)

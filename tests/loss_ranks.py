@@ -16,7 +16,7 @@ from dpo.data.preference_data import preference_data
 from dpo.engine.engine import Engine
 from dpo.engine.world import start
 from dpo.guards.guard import Guard
-from dpo.loss.catalog import LOSSES, averaged_over_groups, needs_mismatched, needs_reference
+from dpo.loss.catalog import LOSSES, averaged_over_groups, needs_mismatched, needs_quantiles, needs_reference
 from dpo.model.load import load_model, load_tokenizer
 from dpo.model.probe_trees import trees_of
 from dpo.reference.precompute import precompute
@@ -142,6 +142,7 @@ def sweep(environment: Mapping[str, str], folder: Path, model: Path, out: Path) 
                 by_margin=loss.pair_weights == "score_margin",
                 over_groups=averaged_over_groups(loss),
                 mismatched=needs_mismatched(loss),
+                with_quantiles=needs_quantiles(loss),
             ),
             loss_config=loss,
             dtype="float32",

@@ -24,7 +24,14 @@ from dpo.config import (
     sources_of,
 )
 from dpo.config.foreign import meant
-from dpo.loss.catalog import loss_problems, names_of, needs_whole_step
+from dpo.loss.catalog import (
+    has_running_sums,
+    is_known,
+    loss_problems,
+    names_of,
+    needs_reference,
+    needs_whole_step,
+)
 
 
 def problems(config: Config | SftConfig) -> list[str]:
@@ -70,6 +77,8 @@ def _range_of(hint: Any) -> Within | None:
 
 
 def _lora_problems(model: ModelConfig) -> Iterator[str]:
+    if model.compile and model.gradient_checkpointing == "selective":
+        yield "model.compile: true; selective recomputation sees no single operations in it: set full"
     if model.quantization is not None and model.lora is None:
         yield f"model.quantization: {model.quantization}; such weights are not trained: set model.lora.rank"
     if (lora := model.lora) is None:
@@ -77,7 +86,7 @@ def _lora_problems(model: ModelConfig) -> Iterator[str]:
     if not lora.target_modules or not all(lora.target_modules):
         yield f"model.lora.target_modules: {lora.target_modules}; expected all-linear, or names of layers"
     if lora.start == "merge" and model.quantization is not None:
-        yield "model.lora.start: merge; weights in 4 bits cannot hold the sum: continue, or merge it before"
+        yield "model.lora.start: merge; quantized weights cannot hold the sum: continue, or merge it before"
     if lora.start == "merge" and lora.export == "adapter":
         yield "model.lora.export: adapter; a merged start is in no folder that it could name: set merged"
     elif (
@@ -155,6 +164,20 @@ def _sft_problems(config: SftConfig) -> Iterator[str]:
         yield f"model.scratch.config: {scratch.config}; no such file"
 
 
+def _moving_problems(config: Config) -> Iterator[str]:
+    key, losses = f"reference.update_every: {config.reference.update_every}", names_of(config.loss)
+    if all(map(is_known, losses)) and not needs_reference(config.loss):
+        yield f"{key}; {', '.join(losses)} compares with no reference: leave it out"
+    if has_running_sums(config.loss):
+        yield f"{key}; {', '.join(losses)} averages rewards over all steps, against one reference: set 0"
+    if (lora := config.model.lora) is None:
+        return
+    if lora.start == "merge":
+        yield f"{key}; an adapter cannot name its base, a merged start: merge it before"
+    if config.model.revision is not None and lora.start == "new":
+        yield f"{key}; an adapter cannot name revision {config.model.revision} of its base: set 0"
+
+
 def _preference_problems(config: Config) -> Iterator[str]:
     if not config.model.name_or_path:
         yield "model.name_or_path: empty; expected a folder or a hub name"
@@ -169,12 +192,14 @@ def _preference_problems(config: Config) -> Iterator[str]:
         )
     if "plackett_luce" in names_of(config.loss) and not config.data.group_pairs:
         yield "data.group_pairs: false; plackett_luce ranks the completions of a group: set true"
+    if config.reference.update_every:
+        yield from _moving_problems(config)
     yield from _budget_problems(
         "reference.max_tokens_per_batch", config.reference.max_tokens_per_batch, config.data.max_length
     )
     for key, sharding in (("reference", config.reference.sharding), ("evaluate", config.evaluate.sharding)):
         if sharding == "zero3" and config.model.quantization is not None:
-            yield f"{key}.sharding: zero3; weights in 4 bits cannot be sharded: set auto or replicas"
+            yield f"{key}.sharding: zero3; quantized weights cannot be sharded: set auto or replicas"
     scorer = config.evaluate.scorer
     if scorer not in (None, "vader") and not any(
         scorer.startswith(f"{kind}:") and scorer[len(kind) + 1 :] for kind in SCORER_KINDS

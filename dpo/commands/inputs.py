@@ -24,7 +24,14 @@ from dpo.data.sources import blocks
 from dpo.errors import UserError
 from dpo.evaluate.asked import Asked, asked_of
 from dpo.evaluate.samples import texts_of
-from dpo.loss.catalog import LOSSES, averaged_over_groups, names_of, needs_mismatched, takes_labels
+from dpo.loss.catalog import (
+    LOSSES,
+    averaged_over_groups,
+    names_of,
+    needs_mismatched,
+    needs_quantiles,
+    takes_labels,
+)
 from dpo.model.files import check_token_ids, max_positions
 from dpo.model.load import load_tokenizer
 from dpo.reference.identity import reference_model
@@ -132,13 +139,18 @@ def with_reference(
                 by_margin=by_margin,
                 over_groups=over_groups,
                 mismatched=needs_mismatched(loss),
+                with_quantiles=needs_quantiles(loss),
             )
             for data, values in zip(datasets, reference.values, strict=True)
         ]
     except ValueError as error:
+        wanted, instead = (
+            ("loss.pair_weights: score_margin", "set equal")
+            if by_margin
+            else ("loss.type: qrpo", "another loss")
+        )
         raise UserError(
-            f"loss.pair_weights: score_margin; the data has {error}: give data with prompt, completions and "
-            "scores, or set equal"
+            f"{wanted}; the data has {error}: give data with prompt, completions and scores, or {instead}"
         ) from error
 
 

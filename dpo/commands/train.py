@@ -25,20 +25,23 @@ from dpo.config import Config, EvaluateConfig, LossConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import PreferenceData
 from dpo.data.records import NO_RIVAL
+from dpo.data.tokenize import ENOUGH_REFERENCE_SCORES, FEW_REFERENCE_SCORES
 from dpo.engine.engine import Engine
 from dpo.engine.scoring import token_budget
-from dpo.engine.world import make_repeatable, start, weight_dtype
+from dpo.engine.world import make_repeatable, start
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.samples import held_out_prompts
 from dpo.guards.guard import Guard
-from dpo.loss.catalog import names_of, needs_reference, needs_whole_step
+from dpo.loss.catalog import names_of, needs_quantiles, needs_reference, needs_whole_step
 from dpo.model.files import max_positions, num_parameters
+from dpo.model.load import DTYPES
 from dpo.model.lora import check_policy, load_policy
 from dpo.reference.values import open_reference
 from dpo.report.model_card import policy_card
 from dpo.report.watch import watched_samples
 from dpo.tracking.metrics import Evaluation
 from dpo.tracking.run_folder import RunFolder
+from dpo.train.moving_reference import MovingReference, note_of_updates
 from dpo.train.preference_objective import PreferenceObjective
 from dpo.train.session import Session
 from dpo.train.setup import base_fingerprint, check_space, needs_resharding, start_of
@@ -75,6 +78,8 @@ def build_session(config: Config, guard: Guard) -> Session:
     fingerprints |= base_fingerprint(config.model, Path(config.reference.cache_dir))
     if config.loss.pair_weights == "score_margin":
         fingerprints["scores of data.train"] = train_data.margins_digest()
+    if needs_quantiles(config.loss):
+        fingerprints["quantiles of data.train"] = train_data.quantiles_digest()
     resharded = needs_resharding(checkpoint, fingerprints, config.train)
 
     reference = open_reference(
@@ -97,9 +102,10 @@ def build_session(config: Config, guard: Guard) -> Session:
         accelerator,
         num_parameters=num_parameters(config.model),
         num_steps=plan.num_steps,
+        num_references=int(config.reference.update_every > 0),
     )
     audited_with_policy = checkpoint is None and reference.audit_apart(config.model)
-    dtype = weight_dtype(accelerator, config.model)
+    dtype = DTYPES[config.model.dtype]
     alive.loading("loading the policy")
     model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
     alive.loading("preparing the engine")
@@ -110,6 +116,17 @@ def build_session(config: Config, guard: Guard) -> Session:
     distributed.on_main(lambda: folder.claim(dict(settings.values)))
     reference.record(folder.path, checkpoint)
 
+    objective = PreferenceObjective(data=parts[0], loss_config=config.loss, dtype=config.model.dtype)
+    moving = None
+    if config.reference.update_every:
+        moving = MovingReference(
+            objective=objective,
+            plan=plan,
+            model=config.model,
+            options=config.reference,
+            folder=folder.moved_reference,
+        )
+        terminal.note(note_of_updates(config.reference.update_every, plan.num_steps))
     evaluate = partial(
         evaluate_policy,
         held_out=parts[-1],
@@ -123,7 +140,8 @@ def build_session(config: Config, guard: Guard) -> Session:
         model=config.model,
         options=config.train,
         engine=policy,
-        objective=PreferenceObjective(data=parts[0], loss_config=config.loss, dtype=config.model.dtype),
+        objective=objective,
+        moving_reference=moving,
         plan=plan,
         tokenizer=tokenizer,
         description=described("train", train_data),
@@ -163,6 +181,11 @@ def cautions(loss: LossConfig, pairs_per_step: int, data: TokenizedDataset) -> l
         found.append(
             f"train.pairs_per_step: {pairs_per_step}; {', '.join(names)} compares the pairs of a step, and "
             f"so few say little about all: take {FEW_PAIRS} or more"
+        )
+    if needs_quantiles(loss) and (few := data.counts.get(FEW_REFERENCE_SCORES)):
+        found.append(
+            f"data.train: {few} prompts have fewer than {ENOUGH_REFERENCE_SCORES} scores of the reference; "
+            "qrpo learns where a completion lies among them: give more samples of each prompt"
         )
     if "kto" in names:
         desirable, undesirable = (int((data.pairs[:, place] != NO_RIVAL).sum()) for place in (0, 1))

@@ -69,14 +69,16 @@ class ModelConfig:
     """Compute each prompt once for all of its completions; false: one row a completion."""
     gradient_checkpointing: bool | Literal["full", "selective"] = False
     """Recompute activations: full (or true), a third more time; selective, all but those of attention."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile, at the first step; needs a C++ compiler on CPUs."""
     router_aux_loss_weight: NotNegative = 0.0
     """Adds the model's own load-balancing loss times this, over the tokens of the step's trees, a prompt's
     once for each completion. The step is then scored once before, as with train.backward cached. 0: none.
     """
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
-    quantization: Literal["nf4"] | None = None
-    """Keep an adapter's frozen base in 4 bits (QLoRA), reference too; needs bitsandbytes. Default: no."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Keep an adapter's frozen base in 4 (nf4) or 8 bits, reference too; needs bitsandbytes. Default: no."""
     lora: LoraConfig | None = None
     """Train an adapter and leave the weights as they are. Default: all weights are trained."""
 
@@ -99,6 +101,8 @@ class ReferenceConfig:
     """Also store the log-prob of every completion token (4 bytes per token), for losses that weigh tokens."""
     audit_rows: CountOrZero = 16
     """Rows of the cache that training recomputes at start, stopping if they differ; 0: trust the cache."""
+    update_every: CountOrZero = 0
+    """Make the policy the reference every N optimizer steps (TR-DPO, arXiv 2404.09656); 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True)

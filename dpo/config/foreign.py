@@ -22,6 +22,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "use_flash_attention_2": ("model.attention",),
     "gradient_checkpointing": ("model.gradient_checkpointing",),
     "activation_checkpointing": ("model.gradient_checkpointing",),
+    "torch_compile": ("model.compile",),
     "router_aux_loss_coef": ("model.router_aux_loss_weight",),
     "use_peft": ("model.lora.rank",),
     "lora_r": ("model.lora.rank",),
@@ -33,7 +34,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "use_rslora": ("model.lora.rank_stabilized",),
     "use_dora": ("model.lora.dora",),
     "loraplus_lr_ratio": ("model.lora.learning_rate_ratio",),
-    "load_in_4bit": ("model.quantization",),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), ("model.quantization",)),
     "ref_model": ("reference.model",),
     "ref_model_name_or_path": ("reference.model",),
     "dataset": ("data.train",),
@@ -108,6 +109,7 @@ _BATCHES = "micro-batches are filled by tokens, train.max_tokens_per_micro_batch
 _RECORDED = "every optimizer step is recorded"
 _COMMANDS = "training, evaluation and reference are commands"
 _HUB = "models stay in RUN_DIR/model: upload that folder"
+_MOVES = "a reference that moves takes the policy whole: reference.update_every"
 _NO_NOISE = "policy and reference always run without noise"
 
 BUILT_IN: dict[str, str] = {
@@ -154,6 +156,7 @@ BUILT_IN: dict[str, str] = {
 """Their keys that need no option here, and why."""
 
 MISSING: dict[str, str] = {
+    **dict.fromkeys(("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha"), _MOVES),
     "fp16": "float16 is not supported: model.dtype is bfloat16 or float32",
     "lora_dropout": _NO_NOISE,
     "neftune_noise_alpha": _NO_NOISE,

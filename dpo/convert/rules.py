@@ -174,9 +174,11 @@ def _lora(theirs: Given, given: Given) -> Lines:
             yield _plain(key, given[key])
 
 
-def _in_4_bits(theirs: Given, given: Given) -> Lines:
-    if theirs and not given.get("load_in_4bit"):
-        yield not_needed(theirs, "load_in_4bit is off")
+def _in_few_bits(theirs: Given, given: Given) -> Lines:
+    if given.get("load_in_8bit"):
+        yield mapped(theirs, {"model.quantization": "int8"}, "activations are not rounded")
+    elif theirs and not given.get("load_in_4bit"):
+        yield not_needed(theirs, "off")
     elif theirs and given.get("bnb_4bit_quant_type", "nf4") == "nf4":
         yield mapped(theirs, {"model.quantization": "nf4"}, "the scales are quantized too")
     elif theirs:
@@ -295,7 +297,7 @@ _RULES: dict[tuple[str, ...], Callable[[Given, Given], Lines]] = {
     ("torch_dtype", "dtype", "bf16", "fp16"): _dtype,
     ("attn_implementation", "use_flash_attention_2"): _attention,
     (*_LORA, *_LORA_KINDS, "lora_dropout", "lora_task_type"): _lora,
-    ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"): _in_4_bits,
+    ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"): _in_few_bits,
     data.KEYS: data.data_lines,
     ("loss_type", "loss_weights", "rpo_alpha", "label_smoothing"): _loss,
     ("ld_alpha",): _ld_alpha,

@@ -22,7 +22,7 @@ from dpo.data.tokenize import tokenizer_digest
 from dpo.errors import UserError
 
 DEFAULT_MAX_LENGTH = 1024
-READER_VERSION = 4
+READER_VERSION = 5
 """Part of the digest of tokenized data: what an earlier version read or encoded otherwise is made again."""
 
 

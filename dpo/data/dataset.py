@@ -26,7 +26,7 @@ from dpo.data.records import KEY_BYTES, NO_RIVAL, Pair, TokenIds, TokenizedGroup
 from dpo.data.trees import Layout
 from dpo.files import atomic_folder
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of the files in a folder; part of every digest that names one, so another version is not read."""
 TOKENS = "tokens.bin"
 COUNTS = "counts.json"
@@ -37,6 +37,7 @@ ARRAYS = {
     "pairs": False,
     "group_pairs": True,
     "margins": False,
+    "quantiles": False,
     "keys": False,
 }
 """The arrays of a folder -> whether it holds places, which start at 0, in another array."""
@@ -89,6 +90,8 @@ class TokenizedDataset:
     """(G + 1,) first pair of each group."""
     margins: npt.NDArray[np.float64]
     """(P,) score of the chosen minus score of the rejected completion; NaN where the data has no scores."""
+    quantiles: npt.NDArray[np.float64]
+    """(S,) share of the reference's completions that score no more than this one; NaN without scores."""
     keys: npt.NDArray[np.void]
     """(S,) content key of each sequence, dtype V16."""
 
@@ -104,11 +107,14 @@ class TokenizedDataset:
         mine = slice(int(self.group_pairs[index]), int(self.group_pairs[index + 1]))
         margins = tuple(self.margins[mine].tolist())
         scored = bool(margins) and not any(map(math.isnan, margins))
+        start = first - index  # each group before it has one segment that is no sequence
+        shares = tuple(self.quantiles[start : start + len(segments) - 1].tolist())
         return TokenizedGroup(
             prompt=segments[0],
             completions=tuple(segments[1:]),
             pairs=tuple(Pair(chosen, rejected) for chosen, rejected in self.pairs[mine].tolist()),
             margins=margins if scored else None,
+            quantiles=shares if scored else None,
         )
 
     def content_digest(self) -> str:
@@ -121,6 +127,10 @@ class TokenizedDataset:
     def margins_digest(self) -> str:
         """SHA-256 (hex) of the pairs' score margins, for losses that weight pairs by them."""
         return hashlib.sha256(np.ascontiguousarray(self.margins).tobytes()).hexdigest()
+
+    def quantiles_digest(self) -> str:
+        """SHA-256 (hex) of the completions' quantiles, for losses that learn them."""
+        return hashlib.sha256(np.ascontiguousarray(self.quantiles).tobytes()).hexdigest()
 
     @cached_property
     def has_rivals(self) -> npt.NDArray[np.bool_]:
@@ -249,7 +259,7 @@ def new_dataset(folder: Path) -> Iterator[Path]:
 def write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Counter[str]) -> None:
     """Writes the arrays and counts of groups into a folder; see `write_dataset`."""
     segment_offsets, group_segments, margins = array("q", [0]), array("q", [0]), array("d")
-    pairs, group_pairs, keys = array("i"), array("q", [0]), bytearray()
+    pairs, group_pairs, keys, quantiles = array("i"), array("q", [0]), bytearray(), array("d")
     largest, read_only = -1, 0
     with (building / TOKENS).open("wb") as file:
         for group in groups:
@@ -263,6 +273,7 @@ def write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Count
             for pair in group.pairs:
                 pairs.extend(pair)
             margins.extend(group.margins or [math.nan] * len(group.pairs))
+            quantiles.extend(group.quantiles or [math.nan] * len(group.completions))
             group_segments.append(len(segment_offsets) - 1)
             group_pairs.append(len(pairs) // 2)
     np.save(building / "segment_offsets.npy", np.frombuffer(segment_offsets, dtype=np.int64))
@@ -270,6 +281,7 @@ def write_arrays(groups: Iterable[TokenizedGroup], building: Path, counts: Count
     np.save(building / "pairs.npy", np.asarray(pairs, dtype=np.int32).reshape(-1, 2))
     np.save(building / "group_pairs.npy", np.frombuffer(group_pairs, dtype=np.int64))
     np.save(building / "margins.npy", np.frombuffer(margins, dtype=np.float64))
+    np.save(building / "quantiles.npy", np.frombuffer(quantiles, dtype=np.float64))
     np.save(building / "keys.npy", np.frombuffer(bytes(keys), dtype=f"V{KEY_BYTES}"))
     counts.update(groups=len(group_segments) - 1, pairs=len(pairs) // 2, tokens=segment_offsets[-1])
     if read_only:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from dpo.data.pairing import quantiles
 from dpo.data.records import NO_RIVAL, Pair, TokenIds, TokenizedGroup
 
 
@@ -21,6 +22,7 @@ def split_pairs(group: TokenizedGroup) -> Iterator[TokenizedGroup]:
             completions=tuple(group.completions[index] for index in named),
             pairs=(Pair(0, 1) if len(named) == 2 else alone,),
             margins=None if margin is None else (margin,),
+            quantiles=group.quantiles and tuple(group.quantiles[index] for index in named),
         )
 
 
@@ -43,8 +45,17 @@ def without_unused(
     completions: list[list[int]],
     pairs: tuple[Pair, ...],
     scores: tuple[float, ...] | None,
+    of_reference: tuple[float, ...] | None = None,
 ) -> TokenizedGroup:
-    """Keeps each distinct completion that some pair names, once: nothing is computed for the others."""
+    """Keeps each distinct completion that some pair names, once: nothing is computed for the others.
+
+    Args:
+        prompt: Token ids.
+        completions: Token ids of each.
+        pairs: Indices of completions.
+        scores: Of each completion; None without scores.
+        of_reference: Scores of what the reference wrote to this prompt. Default: `scores`.
+    """
     position: dict[tuple[int, ...], int] = {}
     for index in sorted({index for pair in pairs for index in pair} - {NO_RIVAL}):
         position.setdefault(tuple(completions[index]), len(position))
@@ -52,13 +63,19 @@ def without_unused(
     def place(index: int) -> int:
         return NO_RIVAL if index == NO_RIVAL else position[tuple(completions[index])]
 
+    shares = quantiles(scores, of_reference or scores) if scores else ()
+    kept: dict[tuple[int, ...], float] = {}  # of completions that became equal the first counts
+    for ids, share in zip(completions, shares, strict=False):
+        kept.setdefault(tuple(ids), share)
     margins: dict[Pair, float] = {}  # of pairs that became equal the first counts
     for chosen, rejected in pairs:
         renamed = Pair(place(chosen), place(rejected))
-        margins.setdefault(renamed, scores[chosen] - scores[rejected] if scores else 0.0)
+        rivals = NO_RIVAL not in renamed
+        margins.setdefault(renamed, scores[chosen] - scores[rejected] if scores and rivals else 0.0)
     return TokenizedGroup(
         prompt=prompt,
         completions=tuple(np.asarray(ids, dtype=np.int32) for ids in position),
         pairs=tuple(margins),
         margins=tuple(margins.values()) if scores else None,
+        quantiles=tuple(kept[ids] for ids in position) if scores else None,
     )

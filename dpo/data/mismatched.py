@@ -7,6 +7,7 @@ a step's estimate does not depend on how the step is cut. Made of a tokenized da
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -83,4 +84,5 @@ def mismatched_groups(dataset: TokenizedDataset, key: str) -> Iterator[Tokenized
                 f"{key}: all rows have the same prompt; the loss compares completions of different prompts"
             )
         completion = other.completions[index % len(other.completions)][: longest - len(group.prompt)]
-        yield replace(group, completions=(*group.completions, completion))
+        shares = group.quantiles and (*group.quantiles, math.nan)  # in no pair
+        yield replace(group, completions=(*group.completions, completion), quantiles=shares)

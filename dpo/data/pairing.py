@@ -14,6 +14,16 @@ DEFAULT_PAIRING: PairingRule = "best-vs-rest"
 PAIRING_RULES: tuple[PairingRule, ...] = get_args(PairingRule)
 
 
+def quantiles(scores: Sequence[float], of_reference: Sequence[float]) -> tuple[float, ...]:
+    """The share of the reference's completions that score no more than each completion, in [0, 1].
+
+    Args:
+        scores: Of the completions.
+        of_reference: Of completions that the reference wrote to the same prompt; at least one.
+    """
+    return tuple(sum(other <= score for other in of_reference) / len(of_reference) for score in scores)
+
+
 def pairs_from_scores(
     scores: Sequence[float], rule: PairingRule, min_margin: float = 0.0
 ) -> tuple[Pair, ...]:

@@ -30,6 +30,8 @@ class PreferenceData:
     """(P,) what each pair adds to the denominator of a mean: its weight, or its share of its group."""
     mismatched: bool = False
     """Whether the last completion of each group is of another prompt; see `dpo.data.mismatched`."""
+    with_quantiles: bool = False
+    """Whether the loss reads the quantiles of the completions' scores."""
 
     def count(self, groups: Int64s) -> float:
         """The denominator of the mean loss over these groups."""
@@ -43,6 +45,9 @@ class PreferenceData:
         if self.mismatched:
             last = np.cumsum(self.dataset.sequences_per_group[groups]) - 1
             batch = replace(batch, mismatched=torch.from_numpy(last))
+        if self.with_quantiles:
+            shares = self.dataset.values_of(self.dataset.quantiles, groups)
+            batch = replace(batch, quantiles=torch.from_numpy(shares))
         if self.reference is None:
             return batch
         return replace(batch, reference=torch.from_numpy(self.dataset.values_of(self.reference, groups)))
@@ -60,6 +65,7 @@ def preference_data(
     by_margin: bool = False,
     over_groups: bool = False,
     mismatched: bool = False,
+    with_quantiles: bool = False,
 ) -> PreferenceData:
     """Combines a data set with reference values and pair weights.
 
@@ -69,15 +75,21 @@ def preference_data(
         by_margin: Weight each pair by its score margin.
         over_groups: Means are over groups: the pairs of a group together count as one.
         mismatched: The data set is one of `dpo.data.mismatched`.
+        with_quantiles: The loss reads the quantiles of the completions' scores.
 
     Raises:
-        ValueError: `by_margin`, and the data has pairs without scores.
+        ValueError: `by_margin` or `with_quantiles`, and the data has pairs without scores.
     """
     ones = np.ones(len(dataset.pairs))
     weights = np.asarray(dataset.margins, dtype=np.float64) if by_margin else ones
-    if not np.isfinite(weights).all():
+    if not np.isfinite(weights).all() or (with_quantiles and not np.isfinite(dataset.margins).all()):
         raise ValueError("pairs without scores")
     units = np.repeat(1 / dataset.pairs_per_group, dataset.pairs_per_group) if over_groups else weights
     return PreferenceData(
-        dataset=dataset, reference=reference, weights=weights, units=units, mismatched=mismatched
+        dataset=dataset,
+        reference=reference,
+        weights=weights,
+        units=units,
+        mismatched=mismatched,
+        with_quantiles=with_quantiles,
     )

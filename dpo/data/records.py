@@ -57,6 +57,8 @@ class PreferenceGroup:
     pairs: tuple[Pair, ...]
     scores: tuple[float, ...] | None = None
     """One score per completion, higher is better; None where the data has none."""
+    reference_scores: tuple[float, ...] | None = None
+    """Scores of completions that the reference wrote to this prompt; None: `scores` are of such."""
     id: str | None = None
     """The data's own name for the group, if it has one."""
     conversations: tuple[tuple[Message, ...], ...] = ()
@@ -84,6 +86,8 @@ class TokenizedGroup:
     pairs: tuple[Pair, ...]
     margins: tuple[float, ...] | None = None
     """Score of the chosen minus score of the rejected completion, one per pair; None without scores."""
+    quantiles: tuple[float, ...] | None = None
+    """Share of the reference's completions that score no more than each completion; None without scores."""
 
 
 def plain_ids(ids: TokenIds) -> TokenIds:

@@ -18,10 +18,12 @@ from dpo.data.fields import Fields, RowError, as_list, brief, broken_at, holds
 from dpo.data.layouts import in_our_columns
 from dpo.data.messages import list_of_objects, parsed
 from dpo.data.notes import RowNotes
-from dpo.data.pairing import DEFAULT_PAIRING, PairingRule, pairs_from_scores
+from dpo.data.pairing import DEFAULT_PAIRING, PairingRule, pairs_from_scores, quantiles
 from dpo.data.records import NO_RIVAL, Pair, PreferenceGroup
 from dpo.errors import UserError
 
+MEDIAN = 0.5
+"""A score above this quantile of the reference's is desirable, where the row does not say."""
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 """How a label is written -> whether the completion is desirable."""
 
@@ -94,10 +96,13 @@ def group_from_row(
     template_fields = _template_fields(fields)
     pairs: tuple[Pair, ...]
     scores: tuple[float, ...] | None = None
+    of_reference = _scores_of_reference(fields)
     if fields.get("completions") is not None:
         values = as_list(fields.needed("completions"), "completions")
-        kinds = (name for name in ("pairs", "scores", "labels") if fields.get(name) is not None)
-        given = next(kinds, "pairs")
+        kinds = ("pairs", "scores", "labels")
+        if of_reference is not None:  # then scores need not be there to make pairs
+            kinds = ("pairs", "labels", "scores")
+        given = next((name for name in kinds if fields.get(name) is not None), "pairs")
         if len(values) < (1 if given == "labels" else 2):
             raise RowError("too_few_completions", f"completions has {len(values)}; expected at least 2")
         dialogue = read_dialogue(fields, values, notes, may_imply=False)
@@ -113,7 +118,12 @@ def group_from_row(
             pairs = pairs_from_scores(scores, pairing, min_margin)
     elif fields.get("chosen") is None and fields.get("completion") is not None:
         dialogue = read_dialogue(fields, [fields.needed("completion")], notes, may_imply=False)
-        pairs = _labelled([fields.needed("label")], 1)
+        if of_reference is not None and fields.get("score") is not None:  # or it says nothing by itself
+            scores = _scores([fields.get("score")], 1)
+        label = fields.get("label")
+        if label is None and scores is not None and of_reference is not None:
+            label = quantiles(scores, of_reference)[0] > MEDIAN
+        pairs = _labelled([fields.needed("label") if label is None else label], 1)
     else:
         values = [fields.needed("chosen"), fields.needed("rejected")]
         dialogue = read_dialogue(fields, values, notes, may_imply=True)
@@ -125,7 +135,7 @@ def group_from_row(
             "unusable_field", f"{', '.join(template_fields)} beside a prompt of plain text; expected turns"
         )
     _check_pairs(pairs, dialogue)
-    if scores is not None:
+    if scores is not None and NO_RIVAL not in pairs[0]:
         pairs = _above_margin(pairs, scores, min_margin, notes)
     identifier = fields.get("id")
     notes.ignored.update(fields.unread())
@@ -134,6 +144,7 @@ def group_from_row(
         completions=dialogue.completions,
         pairs=pairs,
         scores=scores,
+        reference_scores=of_reference,
         id=None if identifier is None else str(identifier),
         conversations=dialogue.conversations,
         message_fields=dialogue.message_fields,
@@ -194,12 +205,19 @@ def _above_margin(
     return kept
 
 
-def _scores(value: Any, num_completions: int) -> tuple[float, ...]:
-    scores = _numbers(as_list(value, "scores"))
-    if len(scores) != num_completions or not all(_is_number(score) for score in scores):
-        raise RowError("bad_scores", f"scores is {brief(value)}; expected {num_completions} numbers")
+def _scores_of_reference(fields: Fields) -> tuple[float, ...] | None:
+    """The scores of completions that the reference wrote, where the row has some."""
+    value = fields.get("reference_scores")
+    return _scores(value, None, "reference_scores") if holds(value) else None
+
+
+def _scores(value: Any, number: int | None, name: str = "scores") -> tuple[float, ...]:
+    """So many numbers, or any."""
+    scores = _numbers(as_list(value, name))
+    if number not in (None, len(scores)) or not all(_is_number(score) for score in scores):
+        raise RowError("bad_scores", f"{name} is {brief(value)}; expected {number or 'only'} numbers")
     if not all(map(math.isfinite, scores)):
-        raise RowError("scores_not_finite", f"scores is {brief(value)}; expected finite numbers")
+        raise RowError("scores_not_finite", f"{name} is {brief(value)}; expected finite numbers")
     return tuple(map(float, scores))
 
 

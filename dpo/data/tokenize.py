@@ -22,6 +22,9 @@ from dpo.data.fields import RowError
 from dpo.data.notes import RowNotes
 from dpo.data.records import Message, PreferenceGroup, TokenizedGroup
 
+FEW_REFERENCE_SCORES = "prompts_with_few_reference_scores"
+"""In counts: how many prompts have too few scores of the reference for quantiles."""
+ENOUGH_REFERENCE_SCORES = 8
 GROUPS_PER_CALL = 512  # the fast tokenizers work in parallel inside one call
 
 
@@ -276,6 +279,11 @@ def _fit(
             "nothing_left_after_tokenization",
             "no pair has two different completions in token ids, and no label is left",
         )
-    group = without_unused(np.asarray(prompt, dtype=np.int32), completions, kept, source.scores)
+    group = without_unused(
+        np.asarray(prompt, dtype=np.int32), completions, kept, source.scores, source.reference_scores
+    )
+    num_scores = len(source.reference_scores or source.scores or ())
+    if 0 < num_scores < ENOUGH_REFERENCE_SCORES:
+        counts[FEW_REFERENCE_SCORES] += 1
     counts["dropped/pairs_repeated"] += len(kept) - len(group.pairs)
     return group

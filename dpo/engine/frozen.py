@@ -62,8 +62,8 @@ def is_sharded(choice: Literal["auto", "replicas", "zero3"], model: ModelConfig)
     """Whether to shard the model over the ranks; rank 0 decides for all.
 
     Args:
-        choice: The option; auto: if the weights need more than half of a device's memory. Weights in 4 bits
-            are never sharded.
+        choice: The option; auto: if the weights need more than half of a device's memory. Quantized
+            weights are never sharded.
         model: Which model.
     """
     if distributed.world_size() == 1 or model.quantization is not None:

@@ -71,13 +71,18 @@ def _check_zero_3(model: ModelConfig) -> None:
     """Refuses what does not go together with ZeRO-3."""
     if model.quantization is not None:
         raise UserError(
-            f"model.quantization: {model.quantization}; ZeRO-3 cannot shard weights in 4 bits: take a "
+            f"model.quantization: {model.quantization}; ZeRO-3 cannot shard such weights: take a "
             "launch file of ZeRO-2, launch/one_node.yaml, or leave model.quantization out"
         )
     if model.gradient_checkpointing == "selective":
         raise UserError(
             "model.gradient_checkpointing: selective; it has not been tried under ZeRO-3, which gathers "
             "weights between what is kept: set full"
+        )
+    if model.compile:
+        raise UserError(
+            "model.compile: true; it has not been tried under ZeRO-3, which gathers weights inside of what "
+            "would be compiled: leave it out, or take a launch file of ZeRO-2, launch/one_node.yaml"
         )
 
 

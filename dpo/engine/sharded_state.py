@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from dpo.engine.snapshot import Snapshots
 
+OF_8_BITS = ("SCB", "weight_format")
+"""What bitsandbytes stores beside a weight in 8 bits."""
 ENGINE_TAG = "engine"
 """Name of the folder that DeepSpeed writes into."""
 
@@ -51,8 +53,10 @@ def save_sharded(
 
 
 def is_part(name: str, weights: set[str]) -> bool:
-    """Whether an entry of a state dict is one of these weights, or a scale of one that is in 4 bits."""
+    """Whether an entry of a state dict is one of these weights, or belongs to one that is quantized."""
     parts = name.split(".")
+    if parts[-1] in OF_8_BITS and ".".join([*parts[:-1], "weight"]) in weights:
+        return True
     return any(".".join(parts[:length]) in weights for length in range(len(parts), 0, -1))
 
 

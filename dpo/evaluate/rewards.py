@@ -186,7 +186,7 @@ def _records(
         loss: The training loss.
         dtype: Compute type of the policy.
     """
-    named = (batch.pairs, batch.num_tokens, loss.ld_alpha, batch.mismatched)
+    named = (batch.pairs, batch.num_tokens, loss.ld_alpha, batch.mismatched, batch.quantiles)
     policy = aligned_pair_logps(logps, *named) if needs_aligned(loss) else pair_logps(logps, *named)
     reference = pair_logps(batch.reference, *named) if batch.reference is not None else None
     result = preference_loss(policy, reference, loss)

@@ -36,6 +36,8 @@ class LossKind:
     """Whether each completion adds to it by itself, so that data with labels instead of pairs will do."""
     mismatched: bool = False
     """Whether it needs log-probs of completions of other prompts."""
+    quantiles: bool = False
+    """Whether it needs the quantiles of the completions' scores among those of the reference."""
 
 
 LOSSES = {
@@ -64,6 +66,7 @@ LOSSES = {
         takes_labels=True,
         mismatched=True,
     ),
+    "qrpo": LossKind(takes_labels=True, quantiles=True),
 }
 """Name -> what it needs."""
 
@@ -109,6 +112,11 @@ def needs_mismatched(loss: LossConfig) -> bool:
     return any(kind_of(name).mismatched for name in names_of(loss))
 
 
+def needs_quantiles(loss: LossConfig) -> bool:
+    """Whether the data must have scores, of samples of the reference too."""
+    return any(kind_of(name).quantiles for name in names_of(loss))
+
+
 def needs_aligned(loss: LossConfig) -> bool:
     """Whether the policy's log-probs are also needed aligned to its samples."""
     return loss.pair_weights == "wpo"
@@ -122,6 +130,11 @@ def takes_labels(loss: LossConfig) -> bool:
 def compares_pairs(loss: LossConfig) -> bool:
     """Whether the loss of a pair depends on others, of its step or of steps before."""
     return any(kind_of(name).whole_step or kind_of(name).running for name in names_of(loss))
+
+
+def has_running_sums(loss: LossConfig) -> bool:
+    """Whether the loss depends on sums over the steps before."""
+    return any(is_known(name) and kind_of(name).running for name in names_of(loss))
 
 
 def title_of(loss: LossConfig) -> str:
@@ -190,6 +203,8 @@ def _problems_of_use(loss: LossConfig, names: list[str]) -> Iterator[str]:
         yield f"loss.pair_weights: {loss.pair_weights}; {losses} compares the whole step: leave it out"
     elif needs_aligned(loss) and compares_pairs(loss):
         yield f"loss.pair_weights: wpo; {losses} compares pairs with those of other steps: leave it out"
+    if needs_quantiles(loss) and compares_pairs(loss):
+        yield f"loss.type: {names}; qrpo does not mix with losses that compare pairs with others"
     if averaged_over_groups(loss):
         if len(names) > 1:
             yield f"loss.type: {names}; a loss over rankings does not mix with losses over pairs"

@@ -4,6 +4,7 @@ The notation is that of `dpo.loss.functions`. The chosen completion of a pair is
 undesirable. A completion with a label is a pair with one side; the other adds nothing.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -53,6 +54,25 @@ def kto(pairs: Pairs, loss: LossConfig) -> Tensor:
     desirable = loss.desirable_weight * torch.sigmoid(loss.beta * (pairs.kl - pairs.chosen_logratios))
     undesirable = loss.undesirable_weight * torch.sigmoid(loss.beta * (pairs.rejected_logratios - pairs.kl))
     return pairs.by_side(desirable, undesirable) / (pairs.has_chosen.long() + pairs.has_rejected.long())
+
+
+def qrpo(pairs: Pairs, loss: LossConfig) -> Tensor:
+    """QRPO: regression to the policy that is optimal for a completion's quantile reward.
+
+        [(q_w - beta ln Z - beta h_w)^2 + (q_l - beta ln Z - beta h_l)^2] / (number of sides)
+
+    arXiv 2507.08068, Eq. 11: q = P(R(y') <= R(y)) over completions y' of the reference to the same prompt,
+    estimated by `Pairs.quantiles`. Under the reference q is uniform in [0, 1], and so the partition function
+    has a closed form, Z = beta (exp(1 / beta) - 1), whose logarithm is computed as
+    ln beta + 1 / beta + ln(1 - exp(-1 / beta)). beta > 0. [(q_w - beta ln Z)^2 + (q_l - beta ln Z)^2] / 2 for
+    a pair where policy = reference.
+    """
+    assert pairs.policy.quantiles is not None
+    level = loss.beta * (math.log(loss.beta) + math.log1p(-math.exp(-1 / loss.beta))) + 1
+    of_chosen, of_rejected = pairs.policy.quantiles.unbind(1)
+    chosen = (of_chosen - level - loss.beta * pairs.chosen_logratios) ** 2
+    rejected = (of_rejected - level - loss.beta * pairs.rejected_logratios) ** 2
+    return pairs.by_side(chosen, rejected) / (pairs.has_chosen.long() + pairs.has_rejected.long())
 
 
 def _mean(sums: Mapping[str, float] | Mapping[str, Tensor], total: str, number: str) -> float | Tensor:

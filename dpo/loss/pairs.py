@@ -32,6 +32,9 @@ class PairLogProbs:
     logarithm of the sum of all tokens' squared probabilities; no gradient. None where no weights need it."""
     mismatched: Tensor | None = None
     """(M,) log p(completion of another prompt | prompt); None for losses that need none."""
+    quantiles: Tensor | None = None
+    """(B, 2) share of the reference's completions that score no more than the chosen and the rejected one;
+    None for losses that need none."""
 
     def joined(self, parts: Sequence["PairLogProbs"], own: int) -> "PairLogProbs":
         """The pairs of all ranks, with this rank's own tensors, and their gradient, at place `own`.
@@ -128,6 +131,7 @@ def pair_logps(
     num_tokens: Tensor,
     ld_alpha: float | None = None,
     mismatched: Tensor | None = None,
+    quantiles: Tensor | None = None,
 ) -> PairLogProbs:
     """Selects the values of pairs from one value per sequence, or with `ld_alpha` from one per token.
 
@@ -141,6 +145,7 @@ def pair_logps(
         num_tokens: (S,) int64, completion tokens of each sequence.
         ld_alpha: Weight of the tokens beyond the shorter length, in [0, 1].
         mismatched: (M,) int64, sequences whose completion belongs to another prompt.
+        quantiles: (S,) of the sequences' scores; see `PairLogProbs`.
 
     Returns:
         (B,) values; float64 with `ld_alpha`, else in the dtype of `logps`.
@@ -173,6 +178,7 @@ def pair_logps(
         rejected_tokens=tokens[1],
         chosen_sequences=chosen,
         mismatched=None if mismatched is None else logps[mismatched],
+        quantiles=None if quantiles is None else quantiles[pairs.clamp(min=0)],
     )
 
 
@@ -182,9 +188,10 @@ def aligned_pair_logps(
     num_tokens: Tensor,
     ld_alpha: float | None = None,
     mismatched: Tensor | None = None,
+    quantiles: Tensor | None = None,
 ) -> PairLogProbs:
     """`pair_logps` of values with a second column, (S, 2), for weights by the policy's own samples."""
-    plain = pair_logps(values[:, 0], pairs, num_tokens, ld_alpha, mismatched)
+    plain = pair_logps(values[:, 0], pairs, num_tokens, ld_alpha, mismatched, quantiles)
     means = values[:, 1].detach() / num_tokens.clamp(min=1)
     return replace(plain, aligned=means[pairs[:, 0]] + means[pairs[:, 1]])
 

@@ -48,7 +48,7 @@ def export_trained(
 def merged_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """The base with an adapter merged into its weights, in the compute dtype; each sum is rounded once.
 
-    Of a base in 4 bits the values that these stand for.
+    Of a quantized base the values that its weights stand for.
 
     Args:
         config: Base and adapter.

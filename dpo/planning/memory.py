@@ -6,7 +6,7 @@ rehearsed (`rehearsal`). The sizes of DeepSpeed's own buffers were found by coun
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -14,8 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo.engine.deepspeed_config import blocks_of, bucket_elements
-from dpo.model.quantized import BYTES as PACKED
-from dpo.model.quantized import packed_weights
+from dpo.model.quantized import packed_bytes, packed_weights
 from dpo.planning.rehearsal import Rehearsal
 
 FLOAT32 = 4
@@ -47,9 +46,9 @@ class Shape:
     module: int
     """Parameters of the module that has most of its own, such as the experts of a block."""
     packed: int = 0
-    """Frozen parameters in 4 bits."""
-    largest_packed: int = 0
-    """Elements of the largest of their weights, which a product takes back to the compute type."""
+    """Frozen parameters that are quantized."""
+    packed_bytes: int = 0
+    """What these take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +75,14 @@ class Memory:
         return kept + self.activations + self.projection + self.buckets
 
 
-def shape_of(model: PreTrainedModel, *, quantized: bool = False) -> Shape:
+def shape_of(model: PreTrainedModel, *, quantization: str | None = None) -> Shape:
     """Counts the parameters of a model, which may be on the meta device.
 
     Args:
         model: With all weights in full.
-        quantized: Whether training will have its frozen linear layers in 4 bits.
+        quantization: How training will have its frozen linear layers; None: in full.
     """
-    packed = [weight.numel() for weight in packed_weights(model)] if quantized else []
+    weights = packed_weights(model) if quantization is not None else []
     trainable = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -92,14 +91,9 @@ def shape_of(model: PreTrainedModel, *, quantized: bool = False) -> Shape:
         trained_block=max(blocks_of(model, trained=True), default=0),
         largest=max(trainable, default=0),
         module=max(sum(p.numel() for p in each.parameters(recurse=False)) for each in model.modules()),
-        packed=sum(packed),
-        largest_packed=max(packed, default=0),
+        packed=sum(weight.numel() for weight in weights),
+        packed_bytes=int(sum(packed_bytes(weight, quantization or "") for weight in weights)),
     )
-
-
-def weight_dtype(sharding: Name, dtype: torch.dtype) -> torch.dtype:
-    """Type of the trained weights: without DeepSpeed they are their own masters."""
-    return torch.float32 if sharding == "no DeepSpeed" else dtype
 
 
 def is_offered(sharding: Name, dtype: torch.dtype) -> bool:
@@ -121,18 +115,16 @@ def rank_memory(
     Args:
         sharding: How the policy is sharded.
         shape: Of the model.
-        step: The rehearsed micro-batch, with weights in the type that `sharding` keeps (`weight_dtype`).
+        step: The rehearsed micro-batch.
         world_size: Number of ranks.
         dtype: The compute type.
         state_bytes: Bytes that the optimizer keeps per trained parameter: 8 for AdamW, 4 for RMSprop.
     """
-    unpacked = dtype.itemsize * shape.largest_packed
     rank = _Rank(
         shape=shape,
-        step=replace(step, projection=step.projection + unpacked),
+        step=step,
         world_size=world_size,
-        width=weight_dtype(sharding, dtype).itemsize,
-        frozen_width=dtype.itemsize,
+        width=dtype.itemsize,
         state_bytes=state_bytes,
     )
     return _BY_SHARDING[sharding](rank)
@@ -146,17 +138,14 @@ class _Rank:
     step: Rehearsal
     world_size: int
     width: int
-    """Bytes of a trained weight."""
-    frozen_width: int
-    """Bytes of a frozen weight, which never has a master."""
+    """Bytes of a weight."""
     state_bytes: float
 
     @property
     def all_weights(self) -> int:
         """Bytes of the whole model."""
         shape = self.shape
-        in_full = shape.parameters - shape.trainable - shape.packed
-        return self.width * shape.trainable + self.frozen_width * in_full + int(PACKED * shape.packed)
+        return self.width * (shape.parameters - shape.packed) + shape.packed_bytes
 
     @property
     def part(self) -> int:
@@ -190,9 +179,8 @@ class _Kept:
 
 
 def _no_deepspeed(rank: _Rank) -> Memory:
-    """Everything on every rank; with several ranks, DDP's buckets, which are as large as the gradients."""
-    buckets = FLOAT32 * rank.shape.trainable if rank.world_size > 1 else 0
-    return _peak(_unsharded(rank), rank.step, buckets=buckets)
+    """Everything on every rank; gradients are sent as they are kept."""
+    return _peak(_unsharded(rank), rank.step)
 
 
 def _zero_0(rank: _Rank) -> Memory:
@@ -240,10 +228,11 @@ _BY_SHARDING: dict[Name, Callable[[_Rank], Memory]] = {
 
 def _unsharded(rank: _Rank) -> _Kept:
     trained = rank.shape.trainable
+    masters = 0 if rank.width == FLOAT32 else FLOAT32  # weights in float32 are their own
     return _Kept(
         weights=rank.all_weights,
         gradients=FLOAT32 * trained,
-        optimizer=round(rank.state_bytes * trained),  # the weights are the masters
+        optimizer=round((masters + rank.state_bytes) * trained),
     )
 
 

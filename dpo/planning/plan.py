@@ -29,6 +29,7 @@ from dpo.reference.identity import is_remembered, reference_identity, reference_
 from dpo.reference.store import ReferenceStore
 from dpo.train.disk_space import checkpoint_bytes, exported_bytes
 from dpo.train.micro_batches import cut
+from dpo.train.moving_reference import num_updates
 
 CACHE_ROW_BYTES, CACHE_TOKEN_BYTES = 23, 4
 """Bytes per sequence in the reference cache, measured (docs/reference-cache.md), and per completion token
@@ -81,6 +82,10 @@ class Plan:
     sent_bytes: float
     """By a rank in a step."""
     reference: CacheWork
+    updates: int
+    """How often the reference moves."""
+    update_hours: float
+    """Time of all of these updates together."""
     checkpoint_bytes: int
     model_bytes: int
 
@@ -116,7 +121,7 @@ def make_plan(
     described = _described(model)
     with torch.device("meta"):
         bare = empty_policy(described, model, dtype=DTYPES[model.dtype])
-    shape, work = shape_of(bare, quantized=model.quantization is not None), work_of(bare)
+    shape, work = shape_of(bare, quantization=model.quantization), work_of(bare)
     machine = machine.running(shape.parameters)
     splits = sample_data(
         data, load_tokenizer(model), max_positions(model), exact=exact, mismatched=mismatched
@@ -165,7 +170,9 @@ def make_plan(
     again = recomputed_share(bare, advice.gradient_checkpointing)
     passes = 2 + shape.trainable / shape.parameters + again
     passes += scored / balance.micro_batches
-    flops = passes * _forward_flops_of_run(batches, splits["train"], work)
+    forward = _forward_flops_of_run(batches, splits["train"], work)
+    flops, updates = passes * forward, num_updates(reference.update_every, batches.num_steps)
+    after_first = 1 - reference.update_every / batches.num_steps if updates else 0.0
     steps, passes_per_step = batches.num_steps, balance.micro_batches * machine.num_gpus
     launches = launch_note(
         fit.operations(advice),
@@ -188,6 +195,8 @@ def make_plan(
         hours=flops * (1 + balance.rank_excess) / machine.flops_per_hour,
         sent_bytes=sent(messages, machine.num_gpus),
         reference=_cache_work(model, reference, splits, work, machine),
+        updates=updates,
+        update_hours=after_first * forward / machine.flops_per_hour,
         checkpoint_bytes=checkpoint_bytes(
             shape.trainable, DTYPES[model.dtype], train, sharded=advice.sharding != "no DeepSpeed"
         ),

@@ -1,14 +1,18 @@
-"""Stand-ins for kernels of GPUs in a rehearsal: they keep what the kernels keep, and compute nothing."""
+"""Stand-ins in a rehearsal, for kernels of GPUs and quantized layers: they allocate what these allocate."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations import moe
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
+
+from dpo.model.quantized import packed_layers
 
 ONE_KERNEL = "rehearsed_one_kernel"
 """Attention of a whole row by one kernel, like FlexAttention on GPUs: it keeps its inputs, its output and one
@@ -38,6 +42,43 @@ def _one_kernel(
 ) -> tuple[Tensor, None]:
     output: Tensor = _OneKernel.apply(query, key, value)  # type: ignore[no-untyped-call]  # torch has no types
     return output.transpose(1, 2).contiguous(), None
+
+
+class _OfQuantized(torch.autograd.Function):
+    """A product with values that are made in each pass, from a weight that is kept in few bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, quantization: str) -> Tensor:
+        ctx.packed = weight, quantization
+        return x @ _values(weight, quantization, x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        (slope,), (weight, quantization) = slopes, ctx.packed
+        return slope @ _values(weight, quantization, slope.dtype), None, None
+
+
+def _values(weight: Tensor, quantization: str, dtype: torch.dtype) -> Tensor:
+    """Allocates what taking a weight back to the compute type does; 8 bits go by way of float32."""
+    first = torch.float32 if quantization == "int8" else dtype
+    return torch.empty(weight.shape, dtype=first, device=weight.device).to(dtype)
+
+
+def quantize(model: PreTrainedModel, quantization: str) -> None:
+    """Makes the layers that would be quantized allocate their values in each pass; changed in place.
+
+    Args:
+        model: Made of FakeTensors, with all weights in full.
+        quantization: `model.quantization`.
+    """
+    for layer in packed_layers(model):
+        layer.forward = partial(_product, layer, quantization)  # type: ignore[method-assign]
+
+
+def _product(layer: nn.Linear | Conv1D, quantization: str, x: Tensor) -> Tensor:
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    product: Tensor = _OfQuantized.apply(x, weight, quantization)  # type: ignore[no-untyped-call]
+    return product if layer.bias is None else product + layer.bias
 
 
 @contextmanager

@@ -64,6 +64,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "hours": plan.hours,
         "sent_bytes": plan.sent_bytes,
         "reference": asdict(plan.reference),
+        "updates": plan.updates,
+        "update_hours": plan.update_hours,
         "checkpoint_bytes": plan.checkpoint_bytes,
         "model_bytes": plan.model_bytes,
     }
@@ -145,6 +147,11 @@ def _time(plan: Plan) -> Iterator[str]:
         f"reference  {reference.hits:,} sequences are in the cache, {reference.misses:,} are not: "
         f"{_hours(reference.hours)}, {_bytes(reference.bytes)}"
     )
+    if plan.updates:
+        yield (
+            f"           it moves {plan.updates} times, {_hours(plan.update_hours / plan.updates)} each: a "
+            f"forward pass over the steps that follow, and {_bytes(plan.model_bytes)} on the disk"
+        )
     yield (
         f"training   {plan.step_flops / 1e12:,.1f} TFLOP per step, {_hours(plan.hours)} on "
         f"{machine.num_gpus} GPU(s) at {rate}, without communication"

@@ -208,16 +208,21 @@ def reference_token_logps(dataset: TokenizedDataset, store: ReferenceStore, comm
     def join() -> Float32s:
         table = store.load(with_tokens=True)
         _rows_of(dataset, table, store, f"{command} with reference.store_token_logps: true")
-        values = np.empty(int(dataset.completion_offsets[-1]), dtype=np.float32)
-
-        def read(shards: list[Path]) -> None:
-            for path in reversed(shards):  # the oldest copy of a row is written last and stays
-                _copy_tokens(read_shard(path, store.identity.digest, token_logps=True), dataset, values)
-
-        store.read_shards(read)
-        return values
+        return known_token_logps(dataset, store)
 
     return distributed.on_main(join)
+
+
+def known_token_logps(dataset: TokenizedDataset, store: ReferenceStore) -> Float32s:
+    """(N,) as `reference_token_logps`, NaN for those that the cache lacks; one process may call it alone."""
+    values = np.full(int(dataset.completion_offsets[-1]), np.nan, dtype=np.float32)
+
+    def read(shards: list[Path]) -> None:
+        for path in reversed(shards):  # the oldest copy of a row is written last and stays
+            _copy_tokens(read_shard(path, store.identity.digest, token_logps=True), dataset, values)
+
+    store.read_shards(read)
+    return values
 
 
 def _rows_of(dataset: TokenizedDataset, table: ReferenceTable, store: ReferenceStore, command: str) -> Int64s:

@@ -81,6 +81,11 @@ def policy_card(
     against = (
         f", with reference {_code(reference.model or model.name_or_path)}" if needs_reference(loss) else ""
     )
+    if reference.update_every:
+        against += (
+            f", which the policy itself replaces every {reference.update_every} steps "
+            "([TR-DPO](https://arxiv.org/abs/2404.09656))"
+        )
     sources = _sources(data)
     return _written(
         _Card(

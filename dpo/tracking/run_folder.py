@@ -92,6 +92,11 @@ class RunFolder:
         return self.path / "reference.json"
 
     @property
+    def moved_reference(self) -> Path:
+        """The policy of an earlier step as a model, where that is the reference now."""
+        return self.path / "moved_reference"
+
+    @property
     def tokenizer(self) -> Path:
         """A tokenizer that `sft` trained."""
         return self.path / "tokenizer"
@@ -202,7 +207,7 @@ class RunFolder:
             self.no_checkpoint_yet,
             self.exit_record,
         )
-        folders = (self.model(), self.best, self.tokenizer)
+        folders = (self.model(), self.best, self.moved_reference, self.tokenizer)
         steps = {
             _final(path) for place in (self.checkpoints, self.snapshots) for path in place.glob(".step_*")
         }

@@ -60,6 +60,12 @@ class Progress:
     """How many of the last steps were skipped."""
     loss_sums: dict[str, float] = field(default_factory=dict)
     """The loss's named sums over all steps so far, which the next step's loss may read; see `Objective`."""
+    reference_step: int = 0
+    """The step whose policy is the reference, where that moves; 0: the reference of the start."""
+    reference: str = ""
+    """Its identity; empty for the reference of the start."""
+    reference_rows: str = ""
+    """Digest of the values that the run has of it."""
 
 
 def prepare_checkpoints(folder: RunFolder, resumed: bool) -> None:

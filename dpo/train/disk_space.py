@@ -63,7 +63,14 @@ def exported_bytes(model: ModelConfig, num_parameters: int, num_trained: int) ->
     return num_parameters * DTYPES[model.dtype].itemsize
 
 
-def require_space(run_dir: Path, one: int, model: int, options: OptimizationConfig, num_steps: int) -> None:
+def require_space(
+    run_dir: Path,
+    one: int,
+    model: int,
+    options: OptimizationConfig,
+    num_steps: int,
+    num_references: int = 0,
+) -> None:
     """Raises UserError if checkpoints and models do not fit the disk, given what the run has written already.
 
     While one checkpoint is written, `keep_last` others exist.
@@ -74,10 +81,11 @@ def require_space(run_dir: Path, one: int, model: int, options: OptimizationConf
         model: Bytes of what is exported.
         options: How many are kept.
         num_steps: Optimizer steps of the whole run.
+        num_references: Models that are kept because the reference moves.
     """
     number = options.keep_last + 1 if options.checkpoint_every else 0
     snapshots = num_steps // options.snapshot_every if options.snapshot_every else 0
-    models = ((2 if options.keep_best else 1) + snapshots) * model
+    models = ((2 if options.keep_best else 1) + snapshots + num_references) * model
     files = (path for path in run_dir.rglob("*") if path.is_file()) if run_dir.is_dir() else ()
     written = sum(path.stat().st_size for path in files)
     place = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())

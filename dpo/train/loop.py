@@ -8,9 +8,9 @@ big batch.
 import math
 import resource
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,15 +39,20 @@ class DueActions:
     keep_snapshot: bool
     finish: bool
     """All steps are done."""
+    move_reference: bool
+    """Before the next step."""
 
 
-def due_actions(progress: Progress, options: OptimizationConfig, num_steps: int) -> DueActions:
+def due_actions(
+    progress: Progress, options: OptimizationConfig, num_steps: int, *, move_every: int = 0
+) -> DueActions:
     """What is due after the steps that are done. Pure.
 
     Args:
         progress: How far the run is.
         options: How often to evaluate and save.
         num_steps: Optimizer steps of the run.
+        move_every: How often the reference moves, in steps; 0: never.
     """
     step, last = progress.step, progress.step == num_steps
 
@@ -64,6 +69,7 @@ def due_actions(progress: Progress, options: OptimizationConfig, num_steps: int)
         and (last or regular(options.checkpoint_every))
         and finite,
         finish=last,
+        move_reference=regular(move_every) and progress.reference_step < step and not last,
     )
 
 
@@ -76,15 +82,14 @@ def train(session: Session) -> dict[str, float]:
         UserError: A checkpoint could not be written: the one before the last step, too.
     """
     progress, saved, stopping = session.progress, session.progress.step, False
+    move_every = session.moving_reference.options.update_every if session.moving_reference else 0
     session.guard.stop.wait_for_step()
-    with closing(batches_of(session)) as batches:
+    batches = batches_of(session)
+    try:
         while True:
-            due = due_actions(progress, session.options, session.plan.num_steps)
+            due = due_actions(progress, session.options, session.plan.num_steps, move_every=move_every)
             if due.evaluate and session.evaluate and not stopping:
-                try:
-                    _evaluate(session)
-                except StopRequestedError:
-                    stopping = True
+                stopping = _stopped_in(partial(_evaluate, session))
             if saved < progress.step and (stopping or due.save_checkpoint):
                 saved = _save(session)
             if stopping:
@@ -94,7 +99,13 @@ def train(session: Session) -> dict[str, float]:
             if due.finish:
                 session.finish_checkpoint()
                 return session.evaluated
-            stopping = _advance(session, batches)
+            if due.move_reference:
+                batches.close()  # the one that was built ahead has values of the old reference
+                stopping = _stopped_in(session.move_reference)
+                batches = batches_of(session)
+            stopping = stopping or _advance(session, batches)
+    finally:
+        batches.close()
 
 
 def train_step(
@@ -159,6 +170,15 @@ def batches_of(session: Session) -> Generator[MicroBatch, None, None]:
             world_size=distributed.world_size(),
         )
     )
+
+
+def _stopped_in(work: Callable[[], None]) -> bool:
+    """Does the work; returns whether a rank has been asked to stop, so that it is not done."""
+    try:
+        work()
+    except StopRequestedError:
+        return True
+    return False
 
 
 def _evaluate(session: Session) -> None:

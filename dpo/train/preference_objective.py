@@ -75,7 +75,7 @@ class PreferenceObjective:
         """Sum of the pairs' losses; over all ranks where the loss needs the whole step. See `Objective`."""
         alpha = self.loss_config.ld_alpha
         assert batch.pair_weights is not None
-        named = (batch.pairs, batch.num_tokens, alpha, batch.mismatched)
+        named = (batch.pairs, batch.num_tokens, alpha, batch.mismatched, batch.quantiles)
         policy = aligned_pair_logps(logps, *named) if self.aligned else pair_logps(logps, *named)
         reference = None if batch.reference is None else pair_logps(batch.reference, *named)
         first = 0

@@ -47,6 +47,7 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "train.backward",
     "model.gradient_checkpointing",
     "model.attention",
+    "model.compile",
     "model.share_prompts",
     "model.lora.export",
 )

@@ -41,6 +41,7 @@ from dpo.train.checkpoint import (
 )
 from dpo.train.disk_space import checkpoint_bytes, fits_memory, here
 from dpo.train.mirror import Mirror
+from dpo.train.moving_reference import MovingReference
 from dpo.train.pending import PendingCheckpoint
 from dpo.train.resume import Settings
 
@@ -118,6 +119,8 @@ class Session:
     guard: Guard
     evaluate: Callable[["Session"], Evaluation] | None = None
     """Of the current policy on held-out data, with `score_only`; None without held-out data."""
+    moving_reference: MovingReference | None = None
+    """What moves the reference; None where it stays."""
     card: Callable[[dict[str, float]], str] = lambda results: ""
     """The model card, given the last evaluation."""
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -149,6 +152,8 @@ class Session:
         torch.manual_seed(self.options.seed)  # for models that draw; ours have no dropout
         self.progress = self._load()
         self.objective.restore(self.progress.loss_sums)
+        if self.moving_reference is not None:
+            self.moving_reference.restore(self.progress)
         if distributed.is_main():
             self.folder.claim(dict(self.settings.values))
             self.folder.describe(world_size=distributed.world_size(), engine=self.engine.description)
@@ -197,6 +202,16 @@ class Session:
         self.guard.may_continue("evaluation")
         return self.engine.score_only(batch, per_token=per_token, aligned=aligned)
 
+    def move_reference(self) -> None:
+        """Makes the policy the reference of the steps that follow. All ranks must call it.
+
+        Raises:
+            StopRequestedError: A rank has been asked to stop.
+            UserError: The model or the cache could not be written.
+        """
+        assert self.moving_reference is not None
+        self.moving_reference.update(self.progress, self.engine, self.export, self.guard.may_continue)
+
     def finish_checkpoint(self) -> None:
         """Waits for the checkpoint that is being written, if there is one. All ranks must call it.
 
@@ -220,19 +235,23 @@ class Session:
             self.mirror.send()
             self.mirror.wait()
 
-    def export(self, target: Path) -> None:
+    def export(self, target: Path, kind: ModelConfig | None = None) -> None:
         """Writes the current weights as a model that transformers loads. All ranks must call it.
+
+        Args:
+            target: The folder.
+            kind: Says what is written of a model with an adapter. Default: as the run's model says.
 
         Raises:
             UserError: There is no room for it.
         """
         alive.step(f"writing {target.name}")
-        weights, card = self.engine.weights(), self.card(self.evaluated)
+        weights, card, kind = self.engine.weights(), self.card(self.evaluated), kind or self.model
 
         def write() -> None:
             try:
                 with self.engine.unsharded():
-                    export_trained(self.model, self.engine.model, weights, self.tokenizer, target, card)
+                    export_trained(kind, self.engine.model, weights, self.tokenizer, target, card)
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{target}: the model could not be written ({error}): make room, and run the same "

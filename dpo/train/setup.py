@@ -80,6 +80,7 @@ def check_space(
     *,
     num_parameters: int,
     num_steps: int,
+    num_references: int = 0,
 ) -> None:
     """Raises UserError on all ranks if the disk cannot hold the checkpoints and models.
 
@@ -90,6 +91,7 @@ def check_space(
         accelerator: From `dpo.engine.world.start`.
         num_parameters: Of the whole model.
         num_steps: Optimizer steps of the whole run.
+        num_references: Models that are kept because the reference moves.
     """
     sharded = kind_here().startswith("DeepSpeed")
 
@@ -100,6 +102,6 @@ def check_space(
                 trained = num_adapter_parameters(model)
         one = checkpoint_bytes(trained, DTYPES[model.dtype], options, sharded=sharded)
         exported = exported_bytes(model, num_parameters, trained)
-        require_space(folder.path, one, exported, options, num_steps)
+        require_space(folder.path, one, exported, options, num_steps, num_references)
 
     distributed.on_main(check)

@@ -126,17 +126,17 @@ def test_the_other_kinds_of_adapters_do_not_depend_on_the_world_either(rigs: dic
     assert_same_policy(sharded, alone)
 
 
-@pytest.mark.parametrize("stage", [2, None])
-def test_a_base_in_4_bits_is_trained_in_replicas_and_with_a_sharded_optimizer(
-    rigs: dict[str, Rig], stage: int | None
+@pytest.mark.parametrize(("scheme", "stage"), [("nf4", 2), ("nf4", None), ("int8", 2)])
+def test_a_quantized_base_is_trained_in_replicas_and_with_a_sharded_optimizer(
+    rigs: dict[str, Rig], scheme: str, stage: int | None
 ) -> None:
-    rig, more = rigs["untied"], (*LORA, "--model.quantization", "nf4")
+    rig, more = rigs["untied"], (*LORA, "--model.quantization", scheme)
     assert rig.run("cached", *more, command="precompute-ref", **ALONE).statuses == [0]
-    alone = rig.folder / "nf4_alone"
+    alone = rig.folder / f"{scheme}_alone"
     if not alone.is_dir():
-        rig.completed("nf4_alone", *more, **ALONE)
+        rig.completed(f"{scheme}_alone", *more, **ALONE)
     assert metrics(alone)[1]["train/loss"] == pytest.approx(math.log(2), abs=1e-6)
-    run_dir = rig.completed(f"nf4_{stage}", *more, world_size=2, stage=stage)
+    run_dir = rig.completed(f"{scheme}_{stage}", *more, world_size=2, stage=stage)
     assert_same_metrics(run_dir, alone)
     assert_same_policy(run_dir, alone)
     for file in (run_dir / "checkpoints" / "step_00000002").rglob("*.pt"):

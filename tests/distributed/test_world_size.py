@@ -61,6 +61,34 @@ def test_a_cached_gradient_gives_the_same_steps(
     assert_same_steps(metrics(rig.completed(f"cached_{stage}", *cut, stage=stage)), expected)
 
 
+def test_a_moving_reference_gives_the_same_steps(rig: Rig) -> None:
+    """Also where a rank dies in an update, and the sharded run is resumed on as many ranks."""
+    keys = (
+        "--reference.update_every",
+        "4",
+        "--train.checkpoint_every",
+        "3",
+        "--reference.max_tokens_per_batch",
+    )
+    expected = metrics(rig.completed("moving_alone", *keys, "64", world_size=1, stage=None))
+    sharded = (*keys, "64", "--reference.flush_every_seconds", "0")
+    assert set(rig.run("moving", *sharded, stage=3, before=DIE_IN_UPDATE).statuses) != {0}
+    assert_same_steps(metrics(rig.completed("moving", *sharded, stage=3)), expected)
+
+
+DIE_IN_UPDATE = """
+import os, signal
+from dpo.reference import fill
+plain, calls = fill._rows, []
+def rows(*given, **options):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(*given, **options)
+fill._rows = rows
+"""
+
+
 def assert_same_steps(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
     """The same numbers of steps and evaluations, to float tolerance."""
     assert len(found) == len(expected)

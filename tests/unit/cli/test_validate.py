@@ -11,6 +11,7 @@ from dpo.config import (
     Config,
     DataConfig,
     DataSource,
+    LoraConfig,
     ModelConfig,
     ScratchConfig,
     SftConfig,
@@ -152,6 +153,30 @@ def test_a_budget_must_hold_the_longest_row(key: str) -> None:
     assert problems(with_value(config, key, None)) == []
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("loss.type", "simpo", "compares with no reference"),
+        ("loss.type", "bco_pair", "averages rewards over all steps"),
+        ("model.lora", LoraConfig(start="merge"), "a merged start"),
+    ],
+)
+def test_a_moving_reference_that_cannot_work_is_refused(key: str, value: Any, reason: str) -> None:
+    moving = with_value(CONFIG, "reference.update_every", 100)
+    assert problems(moving) == []
+    (problem,) = problems(with_value(moving, key, value))
+    assert problem.startswith("reference.update_every: 100; ")
+    assert reason in problem
+    assert problems(with_value(CONFIG, key, value)) == []
+
+
+def test_a_moving_reference_of_an_adapter_needs_a_base_that_it_can_name() -> None:
+    config = with_value(with_value(CONFIG, "model.lora", LoraConfig()), "reference.update_every", 100)
+    assert problems(config) == []
+    (problem,) = problems(with_value(config, "model.revision", "v2"))
+    assert problem == "reference.update_every: 100; an adapter cannot name revision v2 of its base: set 0"
+
+
 def test_all_problems_are_found_at_once() -> None:
     config = with_value(with_value(CONFIG, "loss.beta", 0.0), "train.seed", -1)
     config = with_value(config, "evaluate.batch_size", 0)
@@ -205,6 +230,13 @@ def test_sft_names_its_own_illegal_values(tmp_path: Path) -> None:
         "model.scratch.config",
         "train.sequences_per_step",
     ]
+
+
+def test_a_compiled_model_is_not_recomputed_in_part() -> None:
+    compiled = with_value(CONFIG, "model.compile", True)
+    (problem,) = problems(with_value(compiled, "model.gradient_checkpointing", "selective"))
+    assert problem.startswith("model.compile: true; selective recomputation")
+    assert problems(with_value(compiled, "model.gradient_checkpointing", "full")) == []
 
 
 def test_a_balancing_loss_needs_the_whole_step() -> None:

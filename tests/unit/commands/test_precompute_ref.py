@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo.cli.main import run
 from dpo.guards.signals import STOPPING
-from dpo.reference import precompute as precompute_module
+from dpo.reference import fill as fill_module
 from dpo.reference.store import ReferenceStore
 
 
@@ -107,15 +107,15 @@ def test_a_signal_keeps_what_was_computed_and_ends_with_status_3(
     number: signal.Signals,
 ) -> None:
     handlers = [signal.getsignal(each) for each in STOPPING]
-    score, calls = precompute_module._score, iter(range(1000))
+    rows, calls = fill_module._rows, iter(range(1000))
 
     def signalled(*arguments: Any, **options: Any) -> Any:
         if next(calls) == 2:
             os.kill(os.getpid(), number)
-        return score(*arguments, **options)
+        return rows(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(precompute_module, "_score", signalled)
+        patch.setattr(fill_module, "_rows", signalled)
         assert run(arguments) == 3
     output = capsys.readouterr().err
     assert number.name in output

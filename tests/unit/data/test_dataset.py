@@ -125,6 +125,6 @@ def test_a_folder_that_lost_files_is_written_again(tmp_path: Path) -> None:
 def test_other_files_are_another_format(tmp_path: Path) -> None:
     """A change of the files needs a new FORMAT_VERSION, or folders of an earlier version cannot be read."""
     written(tmp_path / "data")
-    arrays = {"group_pairs", "group_segments", "keys", "margins", "pairs", "segment_offsets"}
+    arrays = {"group_pairs", "group_segments", "keys", "margins", "pairs", "quantiles", "segment_offsets"}
     files = {"counts.json", "tokens.bin", *(f"{name}.npy" for name in arrays)}
-    assert (FORMAT_VERSION, {path.name for path in (tmp_path / "data").iterdir()}) == (3, files)
+    assert (FORMAT_VERSION, {path.name for path in (tmp_path / "data").iterdir()}) == (4, files)

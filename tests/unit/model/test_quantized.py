@@ -1,4 +1,4 @@
-"""A frozen base in 4 bits: one function in training, scoring and export, and what is counted of it."""
+"""A frozen base in 4 or 8 bits: one function in training, scoring and export, and what is counted of it."""
 
 import math
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from dpo.model.load import load_model, load_tokenizer
 from dpo.model.lora import check_policy, load_policy
 from dpo.model.lora_export import export_trained
 from dpo.model.probe_trees import ProbeTrees
-from dpo.model.quantized import num_elements, packed_weights, plain
+from dpo.model.quantized import num_elements, packed_bytes, packed_weights, plain
 from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -62,9 +62,15 @@ def base(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def configured(base: Path, **lora: Any) -> ModelConfig:
+@pytest.fixture(params=["nf4", "int8"])
+def scheme(request: pytest.FixtureRequest) -> Any:
+    """How the base is quantized."""
+    return request.param
+
+
+def configured(base: Path, scheme: Any = "nf4", **lora: Any) -> ModelConfig:
     options = LoraConfig(**{"rank": 4, "alpha": 8.0, **lora})
-    return ModelConfig(name_or_path=str(base), dtype="float32", quantization="nf4", lora=options)
+    return ModelConfig(name_or_path=str(base), dtype="float32", quantization=scheme, lora=options)
 
 
 def engine_of(config: ModelConfig, seed: int = 0) -> Engine:
@@ -91,20 +97,22 @@ def logps_of(engine: Engine) -> Tensor:
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_loss_is_ln_2_and_the_reference_is_the_quantized_base(
-    base: Path, kind: dict[str, Any], dtype: Any
+    base: Path, scheme: Any, kind: dict[str, Any], dtype: Any
 ) -> None:
-    config = replace(configured(base, **kind), dtype=dtype)
+    config = replace(configured(base, scheme, **kind), dtype=dtype)
     engine, reference = engine_of(config), reference_of(config)
     margins = logps_of(engine) - logps_of(reference)
     within = 1e-6 if dtype == "float32" else 0.02
     loss = -torch.nn.functional.logsigmoid(0.1 * margins).mean().item()
     assert loss == pytest.approx(math.log(2), abs=within)
     plainly = reference_of(replace(config, quantization=None))
-    assert (logps_of(reference) - logps_of(plainly)).abs().max() > 0.1
+    assert (logps_of(reference) - logps_of(plainly)).abs().max() > (0.1 if scheme == "nf4" else 0.01)
 
 
-def test_what_is_computed_is_the_function_of_the_values_that_4_bits_hold(base: Path) -> None:
-    config = configured(base)
+def test_what_is_computed_is_the_function_of_the_values_that_so_few_bits_hold(
+    base: Path, scheme: Any
+) -> None:
+    config = configured(base, scheme)
     engine, twin = reference_of(config), load_model(replace(config, quantization=None))
     with torch.no_grad():
         for (name, weight), packed in zip(
@@ -112,7 +120,8 @@ def test_what_is_computed_is_the_function_of_the_values_that_4_bits_hold(base: P
         ):
             values = plain(packed)
             assert values.shape == weight.shape, name
-            assert (values - weight).abs().max() <= 0.16 * weight.abs().max()  # half the widest step of nf4
+            widest = 0.16 if scheme == "nf4" else 0.5 / 127 + 2**-11  # half the widest step; float16
+            assert (values - weight).abs().max() <= widest * weight.abs().max()
             weight.copy_(values)
     other = Engine(world.start(config), twin, replace(config, quantization=None), OptimizationConfig())
     with torch.enable_grad():
@@ -121,23 +130,48 @@ def test_what_is_computed_is_the_function_of_the_values_that_4_bits_hold(base: P
         torch.testing.assert_close(found, logps_of(other), rtol=0, atol=2e-5)
 
 
-def test_log_probs_do_not_depend_on_the_layout(base: Path) -> None:
-    engine = engine_of(configured(base))
+def test_8_bits_keep_no_weight_for_the_backward_pass_and_their_scales_in_float32(base: Path) -> None:
+    """Not even where DeepSpeed casts the whole model to the compute type."""
+    model = load_policy(configured(base, "int8"), dtype=torch.float32, seed=0)
+    values, ids, saved = logits_of(model), torch.arange(4)[None], []
+    layer = model.model.layers[0].mlp.up_proj.base_layer
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids)
+    assert layer.weight.shape not in saved
+    scales = layer.weight.SCB.clone()
+    torch.nn.ModuleList([model]).to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(getattr(layer, quantized.SCALES).view(torch.float32), scales)
+    assert (logits_of(model) - values).abs().max() < 0.2  # norms and embeddings were rounded
+
+
+def logits_of(model: torch.nn.Module) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=torch.arange(4)[None]).logits
+    return found
+
+
+def test_log_probs_do_not_depend_on_the_layout(base: Path, scheme: Any) -> None:
+    engine = engine_of(configured(base, scheme))
     probed = engine.settle_layout(ProbeTrees(short=TREES[:2], long=TREES))
     assert (probed.layout, probed.notes) == ("packed", ())
     rows, packed = (engine.score_only(tree_batch(TREES, layout)) for layout in ("rows", "packed"))
     torch.testing.assert_close(rows, packed, rtol=0, atol=2e-5)
 
 
-def test_a_model_in_bfloat16_is_compared_with_its_values_in_float32(base: Path) -> None:
-    probed = engine_of(replace(configured(base), dtype="bfloat16")).settle_layout(
+def test_a_model_in_bfloat16_is_compared_with_its_values_in_float32(base: Path, scheme: Any) -> None:
+    probed = engine_of(replace(configured(base, scheme), dtype="bfloat16")).settle_layout(
         ProbeTrees(short=TREES[:2], long=TREES)
     )
     assert (probed.layout, probed.notes) == ("packed", ())
 
 
-def test_gradients_of_the_adapter_are_those_on_a_base_with_the_same_values(base: Path) -> None:
-    config = configured(base)
+def test_gradients_of_the_adapter_are_those_on_a_base_with_the_same_values(base: Path, scheme: Any) -> None:
+    config = configured(base, scheme)
     engine, twin = (
         engine_of(config),
         load_policy(replace(config, quantization=None), dtype=torch.float32, seed=0),
@@ -155,25 +189,27 @@ def test_gradients_of_the_adapter_are_those_on_a_base_with_the_same_values(base:
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5)
 
 
-def test_the_scheme_and_its_library_are_part_of_the_identity(base: Path, tmp_path: Path) -> None:
-    config = configured(base)
+def test_the_scheme_and_its_library_are_part_of_the_identity(base: Path, scheme: Any, tmp_path: Path) -> None:
+    config = configured(base, scheme)
     model = reference_model(config, ReferenceConfig())
-    assert (model.quantization, model.lora) == ("nf4", None)
+    assert (model.quantization, model.lora) == (scheme, None)
     found = reference_identity(model, tmp_path)
     whole = reference_identity(replace(model, quantization=None), tmp_path)
     assert found.quantization is not None
-    assert found.quantization.startswith("nf4 bitsandbytes 0.")
+    assert found.quantization.startswith(f"{scheme} bitsandbytes 0.")
     assert "quantization" not in whole.to_json()
     assert found.differences(whole) == [f"quantization: {found.quantization} -> None"]
     assert type(found).from_json(found.to_json()) == found
-    newer = replace(found, quantization="nf4 bitsandbytes 99.0")
+    newer = replace(found, quantization=f"{scheme} bitsandbytes 99.0")
     assert len({each.digest for each in (found, whole, newer)}) == 3
     assert policy_is_reference(config, found, tmp_path)
     assert not policy_is_reference(config, whole, tmp_path)
 
 
-def test_a_checkpoint_holds_only_the_adapter_and_resumes_bit_for_bit(base: Path, tmp_path: Path) -> None:
-    config = configured(base)
+def test_a_checkpoint_holds_only_the_adapter_and_resumes_bit_for_bit(
+    base: Path, scheme: Any, tmp_path: Path
+) -> None:
+    config = configured(base, scheme)
     engine = engine_of(config)
     advance(engine)
     folder = save_checkpoint(engine, Progress(step=1), RunFolder(tmp_path), 1, {})
@@ -189,17 +225,19 @@ def test_a_checkpoint_holds_only_the_adapter_and_resumes_bit_for_bit(base: Path,
 
 
 @pytest.mark.parametrize("kind", [{}, {"dora": True}])
-def test_both_exports_are_the_trained_policy(base: Path, kind: dict[str, Any], tmp_path: Path) -> None:
-    config = configured(base, **kind)
+def test_both_exports_are_the_trained_policy(
+    base: Path, scheme: Any, kind: dict[str, Any], tmp_path: Path
+) -> None:
+    config = configured(base, scheme, **kind)
     engine = engine_of(config)
     advance(engine)
     advance(engine)
     for export in ("adapter", "merged"):
-        exporting = configured(base, **kind, export=export)
+        exporting = configured(base, scheme, **kind, export=export)
         weights, tokenizer = engine.weights(), load_tokenizer(config)
         export_trained(exporting, engine.model, weights, tokenizer, tmp_path / export, "card")
     ended = logps_of(engine)
-    adapter = ModelConfig(name_or_path=str(tmp_path / "adapter"), dtype="float32", quantization="nf4")
+    adapter = ModelConfig(name_or_path=str(tmp_path / "adapter"), dtype="float32", quantization=scheme)
     torch.testing.assert_close(logps_of(reference_of(adapter)), ended, rtol=0, atol=2e-5)
     merged = ModelConfig(name_or_path=str(tmp_path / "merged"), dtype="float32")
     torch.testing.assert_close(logps_of(reference_of(merged)), ended, rtol=0, atol=5e-5)
@@ -210,12 +248,12 @@ def test_both_exports_are_the_trained_policy(base: Path, kind: dict[str, Any], t
     torch.testing.assert_close(logps_of(engine_of(going_on)), ended, rtol=0, atol=2e-5)
 
 
-def test_weights_are_counted_as_what_they_stand_for(base: Path) -> None:
-    config = configured(base)
+def test_weights_are_counted_as_what_they_stand_for(base: Path, scheme: Any) -> None:
+    config = configured(base, scheme)
     packed, whole = load_model(config), load_model(replace(config, quantization=None))
     assert num_elements(packed.parameters()) == num_elements(whole.parameters())
     assert work_of(packed) == work_of(whole)
-    names = {name for name, weight in packed.named_parameters() if weight.dtype == torch.uint8}
+    names = {name for name, weight in packed.named_parameters() if weight.dtype in (torch.uint8, torch.int8)}
     expected = {id(weight) for weight in packed_weights(whole.requires_grad_(False))}
     assert names == {name for name, weight in whole.named_parameters() if id(weight) in expected}
     assert len(names) == 14
@@ -224,13 +262,17 @@ def test_weights_are_counted_as_what_they_stand_for(base: Path) -> None:
         for name, weight in packed.named_parameters()
         if name in names
     )
-    elements = sum(weight.numel() for weight in packed_weights(whole))
-    assert stored == pytest.approx(quantized.BYTES * elements, rel=0.25)  # small weights round scales up
+    counted = sum(packed_bytes(weight, scheme) for weight in packed_weights(whole))
+    assert stored == pytest.approx(
+        counted, rel=0.25 if scheme == "nf4" else 0
+    )  # small weights round scales up
 
 
 def parts(weight: Tensor) -> list[Tensor]:
-    state: Any = weight.quant_state  # type: ignore[attr-defined]  # of bitsandbytes
-    return [state.absmax, state.state2.absmax]
+    held: Any = weight  # by bitsandbytes
+    if weight.dtype == torch.int8:
+        return [held.SCB]
+    return [held.quant_state.absmax, held.quant_state.state2.absmax]
 
 
 def test_without_bitsandbytes_the_error_is_one_line_with_the_remedy(
@@ -246,8 +288,8 @@ def test_without_bitsandbytes_the_error_is_one_line_with_the_remedy(
     ("options", "said"),
     [
         ({"lora": None}, "such weights are not trained: set model.lora.rank"),
-        ({"lora": LoraConfig(start="merge")}, "weights in 4 bits cannot hold the sum"),
-        ({"reference": "zero3"}, "reference.sharding: zero3; weights in 4 bits cannot be sharded"),
+        ({"lora": LoraConfig(start="merge")}, "quantized weights cannot hold the sum"),
+        ({"reference": "zero3"}, "reference.sharding: zero3; quantized weights cannot be sharded"),
     ],
 )
 def test_what_cannot_work_is_refused(base: Path, options: dict[str, Any], said: str) -> None:
@@ -266,24 +308,27 @@ def test_a_model_that_is_quantized_already_is_not_quantized_again(base: Path, tm
         check_policy(replace(configured(base), name_or_path=str(tmp_path)), local=True)
 
 
-def test_zero_3_is_refused_before_a_model_is_loaded(base: Path) -> None:
+def test_zero_3_is_refused_before_a_model_is_loaded(base: Path, scheme: Any) -> None:
     environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
-    check_launcher(environment, trained=replace(configured(base), quantization=None))
+    check_launcher(environment, trained=replace(configured(base, scheme), quantization=None))
     check_launcher(environment)  # nothing is trained
-    check_launcher(environment | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, trained=configured(base))
-    with pytest.raises(UserError, match=r"model\.quantization: nf4; ZeRO-3 cannot shard"):
-        check_launcher(environment, trained=configured(base))
-    selective = replace(configured(base), quantization=None, gradient_checkpointing="selective")
+    check_launcher(environment | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, trained=configured(base, scheme))
+    with pytest.raises(UserError, match=rf"model\.quantization: {scheme}; ZeRO-3 cannot shard"):
+        check_launcher(environment, trained=configured(base, scheme))
+    selective = replace(configured(base, scheme), quantization=None, gradient_checkpointing="selective")
     with pytest.raises(UserError, match=r"gradient_checkpointing: selective; .* under ZeRO-3.*: set full"):
         check_launcher(environment, trained=selective)
+    compiled = ModelConfig(name_or_path="m", compile=True)
+    with pytest.raises(UserError, match=r"model\.compile: true; .* under ZeRO-3.*: leave it out"):
+        check_launcher(environment, trained=compiled)
 
 
 def test_the_commands_agree(
-    base: Path, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, scheme: Any, pairs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--model.name_or_path", str(base), "--data.train", str(pairs_file)]
     arguments += ["--data.test", str(pairs_file), "--data.cache_dir", str(tmp_path / "tokenized")]
-    arguments += ["--model.quantization", "nf4", "--model.lora.rank", "4", "--model.dtype", "float32"]
+    arguments += ["--model.quantization", scheme, "--model.lora.rank", "4", "--model.dtype", "float32"]
     arguments += ["--run_dir", str(tmp_path / "run"), "--reference.cache_dir", str(tmp_path / "cache")]
     arguments += ["--train.max_steps", "2", "--evaluate.num_prompts", "0", "--evaluate.watched_prompts", "0"]
     for export in ("adapter", "merged"):

@@ -16,6 +16,9 @@ CASES: dict[str, dict[str, Any]] = {
     "4 bits": {"quantization": "nf4", **LORA},
     "4 bits, bfloat16": {"quantization": "nf4", "dtype": "bfloat16", **LORA},
     "4 bits, selective": {"quantization": "nf4", "gradient_checkpointing": "selective", **LORA},
+    "8 bits": {"quantization": "int8", **LORA},
+    "8 bits, bfloat16": {"quantization": "int8", "dtype": "bfloat16", **LORA},
+    "8 bits, full": {"quantization": "int8", "gradient_checkpointing": "full", **LORA},
     "selective": {"gradient_checkpointing": "selective"},
     "full": {"gradient_checkpointing": "full"},
 }

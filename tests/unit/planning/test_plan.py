@@ -181,14 +181,16 @@ def test_an_8b_model_in_4_bits_is_trained_on_one_card_of_24_gb(
     plan: Planned, described: Callable[..., Path], long_steps: tuple[str, ...]
 ) -> None:
     model, lora = described("llama", **LLAMA, **LLAMA_8B), ("--model.lora.rank", "16")
-    whole, packed = (
+    whole, packed, in_8_bits = (
         plan(model, *lora, *more, gpus=1, memory="24GB", data=long_steps)
-        for more in ((), ("--model.quantization", "nf4"))
+        for more in ((), ("--model.quantization", "nf4"), ("--model.quantization", "int8"))
     )
     assert set(packed["memory"]) == {"no DeepSpeed", "ZeRO-2"}
     weights = [each["memory"]["no DeepSpeed"]["weights"] for each in (whole, packed)]
     in_blocks = 32 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)
     assert weights[0] - weights[1] == pytest.approx(in_blocks * (2 - 0.516), rel=1e-3)
+    of_8_bits = in_8_bits["memory"]["no DeepSpeed"]["weights"]
+    assert weights[0] - of_8_bits == pytest.approx(in_blocks * (2 - 1), rel=2e-3)  # but 4 bytes a row
     assert weights[1] < 5.9e9  # of which the two vocabulary matrices take 2.1e9, and the adapter 0.2e9
     assert packed["advice"]["sharding"] == "no DeepSpeed"
     assert packed["advice"]["max_tokens_per_micro_batch"] >= 4096

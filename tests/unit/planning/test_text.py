@@ -42,6 +42,22 @@ def test_every_part_of_the_plan_has_its_line(plan: Plan) -> None:
     assert "no checkpoints (train.checkpoint_every: 0)" in page(plan)
 
 
+def test_a_reference_that_moves_costs_a_forward_pass_over_what_follows(
+    tiny_model: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    made = make_plan(
+        ModelConfig(name_or_path=str(tiny_model)),
+        DataConfig(train=str(pairs_file), cache_dir=str(tmp_path)),
+        ReferenceConfig(cache_dir=str(tmp_path), update_every=2),
+        TrainConfig(pairs_per_step=8, num_epochs=2, checkpoint_every=0),
+        Machine(num_gpus=1, gpu_memory=10**9, gpu_flops=1e12, mfu=0.4),
+        exact=True,
+    )
+    assert (made.steps, made.updates) == (10, 4)
+    assert made.update_hours == pytest.approx(made.hours / 3 * 8 / 10)  # of 3 passes, in 8 of 10 steps
+    assert "it moves 4 times, " in page(made)
+
+
 def test_without_a_sharding_that_fits_the_advice_is_its_reason(plan: Plan) -> None:
     assert plan.advice.sharding is None
     assert "none fits" in page(plan)
@@ -75,6 +91,8 @@ def test_json_has_the_keys_that_scripts_read(plan: Plan) -> None:
         "hours",
         "sent_bytes",
         "reference",
+        "updates",
+        "update_hours",
         "checkpoint_bytes",
         "model_bytes",
     }

@@ -17,7 +17,7 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.data.trees import TreeBatch, tree_batch
 from dpo.errors import StoppedBySignal, UserError
 from dpo.model.load import load_model
-from dpo.reference import precompute as precompute_module
+from dpo.reference import fill as fill_module
 from dpo.reference.batches import plan_batches
 from dpo.reference.precompute import find_missing
 from dpo.reference.store import ReferenceStore
@@ -128,7 +128,7 @@ def test_batches_are_put_on_the_device_of_the_main_thread(
         return tree_batch(*arguments)
 
     monkeypatch.setattr(distributed, "device", device)
-    monkeypatch.setattr(precompute_module, "tree_batch", laying_out)
+    monkeypatch.setattr(fill_module, "tree_batch", laying_out)
     fill(config, [data], store)
     assert threads
     assert threading.main_thread().name not in threads

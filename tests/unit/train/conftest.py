@@ -22,7 +22,8 @@ from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import averaged_over_groups
-from dpo.model.load import load_model
+from dpo.model.load import DTYPES
+from dpo.model.lora import load_policy
 from dpo.reference.identity import reference_identity
 from dpo.reference.precompute import precompute
 from dpo.reference.store import ReferenceStore
@@ -31,6 +32,7 @@ from dpo.tracking.metrics import Evaluation, MetricSums
 from dpo.tracking.run_folder import RunFolder
 from dpo.train import loop
 from dpo.train.loop import train
+from dpo.train.moving_reference import MovingReference
 from dpo.train.preference_objective import PreferenceObjective
 from dpo.train.session import Session
 from dpo.train.setup import start_of
@@ -93,6 +95,7 @@ def run(
             max_steps=config.train.max_steps,
         )
         accelerator = world.start(config.model)
+        model = load_policy(config.model, dtype=DTYPES[config.model.dtype], seed=config.train.seed)
         result = Run(Path(config.run_dir))
 
         def evaluate(session: Session) -> Evaluation:
@@ -106,12 +109,20 @@ def run(
             return Evaluation(values={"eval/loss": evaluation(step)})
 
         folder = RunFolder(result.folder)
+        moving = MovingReference(
+            objective=objective,
+            plan=plan,
+            model=config.model,
+            options=config.reference,
+            folder=folder.moved_reference,
+        )
         session = WithoutExport(
             folder=folder,
+            moving_reference=moving if config.reference.update_every else None,
             settings=settings_of(config),
             model=config.model,
             options=config.train,
-            engine=Engine(accelerator, load_model(config.model), config.model, config.train),
+            engine=Engine(accelerator, model, config.model, config.train),
             objective=objective,
             plan=plan,
             tokenizer=tokenizer,
