@@ -318,6 +318,9 @@ def test_zero_3_is_refused_before_a_model_is_loaded(base: Path, scheme: Any) -> 
     selective = replace(configured(base, scheme), quantization=None, gradient_checkpointing="selective")
     with pytest.raises(UserError, match=r"gradient_checkpointing: selective; .* under ZeRO-3.*: set full"):
         check_launcher(environment, trained=selective)
+    moved = replace(configured(base, scheme), quantization=None, offload_activations=True)
+    with pytest.raises(UserError, match=r"model\.offload_activations: .* under ZeRO-3"):
+        check_launcher(environment, trained=moved)
 
 
 def test_the_commands_agree(
