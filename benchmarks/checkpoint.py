@@ -62,6 +62,7 @@ def measure(folder: Path, repeats: int) -> None:
         while distributed.any_rank(not pending[0].written):
             timed("during", lambda: step(engine))
         timed("finish", pending[0].finish)
+        pending[0].settle()
     size = sum(path.stat().st_size for path in run.checkpoints.rglob("*") if path.is_file())
     ranks = distributed.gather_objects(seconds)
     if distributed.is_main():

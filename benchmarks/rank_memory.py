@@ -26,7 +26,7 @@ from dpo.engine.engine import Engine
 from dpo.model.load import DTYPES, load_config
 from dpo.model.lora import empty_policy, load_policy
 from dpo.planning.live_bytes import LiveBytes
-from dpo.planning.memory import Name, Shape, rank_memory, shape_of, weight_dtype
+from dpo.planning.memory import Name, Shape, rank_memory, shape_of
 from dpo.planning.rehearsal import rehearse
 from dpo.planning.traffic import Traffic, traffic
 
@@ -72,7 +72,7 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
     live = LiveBytes()
     with live:
         accelerator = world.start(config)
-        model = load_policy(config, dtype=world.weight_dtype(accelerator, config), seed=0)
+        model = load_policy(config, dtype=DTYPES[config.dtype], seed=0)
         live.count(model.parameters())
         policy = Engine(accelerator, model, config, OptimizationConfig(learning_rate=1e-6))
         gc.collect()
@@ -85,7 +85,7 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
             comms_logger.reset_data()
             for number in range(MICRO_BATCHES):
                 last = number == MICRO_BATCHES - 1
-                policy.accumulate(policy.score(batch, last=last).sum() * 1e-3, last=last)
+                policy.accumulate(policy.score(batch).sum() * 1e-3, last=last)
             policy.update(1e-6)
     sent = {
         name: sum(size * record[0] for size, record in sizes.items())
@@ -97,8 +97,7 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
 def predict(config: ModelConfig, trees: list[Tree], sharding: Name, world_size: int) -> dict[str, int]:
     """The memory that `dpo plan` predicts for this rank, by component, and the total."""
     described, dtype, shape = load_config(config), DTYPES[config.dtype], _shape(config)
-    weights = weight_dtype(sharding, dtype)
-    step = rehearse(described, config, trees, dtype=weights, autocast=weights != dtype, gpu=False)
+    step = rehearse(described, config, trees, dtype=dtype, gpu=False)
     memory = rank_memory(sharding, shape, step, world_size=world_size, dtype=dtype, state_bytes=8)
     return {**asdict(memory), "total": memory.total + memory.host, "parameters": shape.parameters}
 

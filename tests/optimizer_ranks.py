@@ -4,10 +4,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from accelerate.state import AcceleratorState
 
 from dpo import distributed
@@ -20,6 +19,8 @@ from dpo.errors import UserError
 from dpo.model.load import load_model
 
 STEPS, RATE = 3, 1e-3
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
 
 def options_of(name: str) -> OptimizationConfig:
@@ -27,16 +28,16 @@ def options_of(name: str) -> OptimizationConfig:
     return OptimizationConfig(optimizer=name, learning_rate=RATE, weight_decay=0.1, max_grad_norm=0.5)  # type: ignore[arg-type]
 
 
-def measure(model: Path, folder: Path) -> dict[str, Any]:
+def measure(model: Path, folder: Path, dtype: Dtype) -> dict[str, Any]:
     """Optimizer -> loss and gradient norm of each step, the same after a resume, or why it is refused."""
     found: dict[str, Any] = {}
     for name in OPTIMIZERS:
         try:
-            found[name] = {"straight": _steps(_engine(model, name), 0)}
+            found[name] = {"straight": _steps(_engine(model, name, dtype), 0)}
         except UserError as refused:
             found[name] = str(refused)
             continue
-        stopped, resumed = _engine(model, name), _engine(model, name)
+        stopped, resumed = _engine(model, name, dtype), _engine(model, name, dtype)
         first = _steps(stopped, 0, until=STEPS - 1)
         place = folder / name
         if distributed.is_main():
@@ -50,19 +51,18 @@ def measure(model: Path, folder: Path) -> dict[str, Any]:
 
 
 def on_ranks(environments: list[Mapping[str, str]], model: Path, folder: Path) -> None:
-    """One rank's work: `measure` under each sharding; rank 0 writes the results."""
+    """One rank's work: `measure` under each sharding in each compute type; rank 0 writes the results."""
     for number, environment in enumerate(environments):
         os.environ.update(environment)
         AcceleratorState._reset_state()
-        found = measure(model, folder / str(number))
+        found = {dtype: measure(model, folder / str(number) / dtype, dtype) for dtype in DTYPES}
         if distributed.is_main():
             (folder / f"{number}.json").write_text(json.dumps(found))
 
 
-def _engine(folder: Path, name: str) -> Engine:
-    model = ModelConfig(name_or_path=str(folder), dtype="float32")
-    accelerator = world.start(model)
-    return Engine(accelerator, load_model(model, dtype=torch.float32), model, options_of(name))
+def _engine(folder: Path, name: str, dtype: Dtype) -> Engine:
+    model = ModelConfig(name_or_path=str(folder), dtype=dtype)
+    return Engine(world.start(model), load_model(model), model, options_of(name))
 
 
 def _steps(engine: Engine, first: int, *, until: int = STEPS) -> list[list[float]]:

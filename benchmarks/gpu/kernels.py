@@ -20,7 +20,7 @@ from dpo.data.key_blocks import key_blocks
 from dpo.data.records import TokenizedGroup
 from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
 from dpo.model.attention import TreeAttention, dense_masks, mask_function, tree_attention
-from dpo.model.projection import TokenLogProbs
+from dpo.model.projection import TokenLogProbs, kernels_on
 from dpo.model.scorer import SequenceScorer
 
 
@@ -65,7 +65,7 @@ def attention(report: Report) -> None:
     heads, key_heads, size, tokens = (4, 2, 16, 512) if report.rehearse else (32, 8, 64, 16_384)
     dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
     groups, layer = groups_of(tokens, 600), _Layer(heads // key_heads)
-    layouts: tuple[Layout, ...] = ("flex", "packed")
+    layouts: tuple[Layout, ...] = ("flex", "varlen", "packed")
     found: dict[str, float] = {}
     for layout in layouts:
         batch = batch_of(groups, layout, device())
@@ -81,6 +81,7 @@ def attention(report: Report) -> None:
     dense = dense_attention(groups[: max(1, len(groups) // 4)], heads, size, dtype)
     report.number("a quarter of them under a dense mask", 1e3 * seconds_of(dense), "ms")
     report.number("packed over flex", found["packed"] / found["flex"], "x", low=2)
+    report.number("varlen over flex", found["varlen"] / found["flex"], "x", high=2)
 
 
 class _Layer(nn.Module):
@@ -117,20 +118,23 @@ def dense_attention(
 
 
 def projection(report: Report) -> None:
-    """The sliced output projection against whole logits, plain and compiled."""
+    """The sliced output projection, with Triton kernels where they run and without, against whole logits."""
     tokens, width, vocabulary = (64, 64, 600) if report.rehearse else (8192, 2048, 128_256)
     dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
     head = nn.Linear(width, vocabulary, bias=False, dtype=dtype, device=device())
     hidden = torch.randn(tokens, width, dtype=dtype, device=device(), requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,), device=device())
-    sliced = TokenLogProbs(head, next(iter(configs(rehearse=True).values())))
+    config = next(iter(configs(rehearse=True).values()))
+    sliced, without = TokenLogProbs(head, config), TokenLogProbs(head, config)
+    without.kernels = False
+    report.number("the Triton kernels are at hand", float(kernels_on(device()) is not None), "")
 
     def whole(states: Tensor, targets: Tensor) -> Tensor:
         return -nn.functional.cross_entropy(head(states).float(), targets, reduction="none")
 
     compiled = torch.compile(whole, backend="inductor" if device().type == "cuda" else "aot_eager")
     ways: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "sliced": sliced, "whole": whole, "whole, compiled": compiled,
+        "sliced": sliced, "sliced, no kernels": without, "whole": whole, "whole, compiled": compiled,
     }  # fmt: skip
     useful = 3 * 2 * tokens * width * vocabulary
     for name, way in ways.items():

@@ -52,7 +52,7 @@ def train(report: Report, config: PreTrainedConfig) -> None:
         name_or_path="", gradient_checkpointing=not report.rehearse and config.hidden_size > 2048
     )
     accelerator = world.start(options)
-    model = random_model(config, torch.float32, device())
+    model = random_model(config, torch.bfloat16, device())
     shape, work = shape_of(model), work_of(model)
     engine = Engine(accelerator, model, options, OptimizationConfig(learning_rate=1e-6))
     groups = groups_of(tokens, config.vocab_size)
@@ -71,14 +71,8 @@ def train(report: Report, config: PreTrainedConfig) -> None:
     report.number(
         "useful operations over the peak", flops / took / peak, "", low=0.7 * share, high=1.5 * share
     )
-    rehearsed = rehearse(
-        config,
-        options,
-        [(group.prompt, group.completions) for group in groups],
-        dtype=torch.float32,
-        autocast=True,
-        gpu=True,
-    )
+    trees = [(group.prompt, group.completions) for group in groups]
+    rehearsed = rehearse(config, options, trees, dtype=torch.bfloat16, gpu=True)
     memory = rank_memory("no DeepSpeed", shape, rehearsed, world_size=1, dtype=torch.bfloat16, state_bytes=8)
     if torch.cuda.is_available():
         used = float(torch.cuda.max_memory_allocated())
@@ -110,8 +104,7 @@ def timed_steps(engine: Engine, batch: TreeBatch) -> tuple[float, float]:
         engine.accumulate(loss, last=True)
         launched += time.perf_counter() - launching
     wait()
-    for parameter in engine.model.parameters():
-        parameter.grad = None
+    engine.update(0.0)
     began = time.perf_counter()
     for _ in range(STEPS):
         step(engine, batch)

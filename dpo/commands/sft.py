@@ -17,12 +17,12 @@ from dpo.data.records import NO_RIVAL
 from dpo.data.text import is_text, open_text_or_preferences, read_lines
 from dpo.engine.engine import Engine
 from dpo.engine.scoring import token_budget
-from dpo.engine.world import make_repeatable, start, weight_dtype
+from dpo.engine.world import make_repeatable, start
 from dpo.errors import UserError
 from dpo.guards.guard import Guard
 from dpo.model.files import check_token_ids, max_positions, num_parameters
 from dpo.model.from_scratch import scratch_model, scratch_positions, scratch_tokenizer
-from dpo.model.load import load_tokenizer
+from dpo.model.load import DTYPES, load_tokenizer
 from dpo.model.lora import check_policy, load_policy
 from dpo.model.quantized import num_elements
 from dpo.report.model_card import sft_card
@@ -69,7 +69,7 @@ def build_session(config: SftConfig, guard: Guard) -> Session:
     )
     warn_of_amount(plan.num_steps, config.model, config.train)
     alive.loading("loading the model")
-    dtype, scratch = weight_dtype(accelerator, config.model), config.model.scratch
+    dtype, scratch = DTYPES[config.model.dtype], config.model.scratch
     model = None
     if scratch is not None:
         model = scratch_model(

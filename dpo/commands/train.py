@@ -28,12 +28,13 @@ from dpo.data.records import NO_RIVAL
 from dpo.data.tokenize import ENOUGH_REFERENCE_SCORES, FEW_REFERENCE_SCORES
 from dpo.engine.engine import Engine
 from dpo.engine.scoring import token_budget
-from dpo.engine.world import make_repeatable, start, weight_dtype
+from dpo.engine.world import make_repeatable, start
 from dpo.evaluate.rewards import score_pairs
 from dpo.evaluate.samples import held_out_prompts
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import names_of, needs_quantiles, needs_reference, needs_whole_step
 from dpo.model.files import max_positions, num_parameters
+from dpo.model.load import DTYPES
 from dpo.model.lora import check_policy, load_policy
 from dpo.reference.values import open_reference
 from dpo.report.model_card import policy_card
@@ -104,7 +105,7 @@ def build_session(config: Config, guard: Guard) -> Session:
         num_references=int(config.reference.update_every > 0),
     )
     audited_with_policy = checkpoint is None and reference.audit_apart(config.model)
-    dtype = weight_dtype(accelerator, config.model)
+    dtype = DTYPES[config.model.dtype]
     alive.loading("loading the policy")
     model = load_policy(config.model, dtype=dtype, seed=config.train.seed)
     alive.loading("preparing the engine")

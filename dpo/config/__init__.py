@@ -69,6 +69,8 @@ class ModelConfig:
     """Compute each prompt once for all of its completions; false: one row a completion."""
     gradient_checkpointing: bool | Literal["full", "selective"] = False
     """Recompute activations: full (or true), a third more time; selective, all but those of attention."""
+    compile: bool = False
+    """Compile the model's blocks with torch.compile, at the first step; needs a C++ compiler on CPUs."""
     router_aux_loss_weight: NotNegative = 0.0
     """Adds the model's own load-balancing loss times this, over the tokens of the step's trees, a prompt's
     once for each completion. The step is then scored once before, as with train.backward cached. 0: none.

@@ -22,6 +22,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "use_flash_attention_2": ("model.attention",),
     "gradient_checkpointing": ("model.gradient_checkpointing",),
     "activation_checkpointing": ("model.gradient_checkpointing",),
+    "torch_compile": ("model.compile",),
     "router_aux_loss_coef": ("model.router_aux_loss_weight",),
     "use_peft": ("model.lora.rank",),
     "lora_r": ("model.lora.rank",),

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from dpo.data.key_blocks import FLEX_BLOCK, KeyBlocks, key_blocks
+from dpo.data.pieces import Pieces, pieces_of
 from dpo.data.records import NO_RIVAL, TokenIds, TokenizedGroup, num_trained, plain_ids
 
-Layout = Literal["flex", "packed", "trees", "rows"]
+Layout = Literal["flex", "varlen", "packed", "trees", "rows"]
 """How trees are placed in a batch.
 
 packed: all trees in one row, for attention that skips what a token does not attend to. flex: the same, padded
-to whole blocks of FlexAttention. trees: one tree per row under a mask, padded. rows: one completion per row
-with its own copy of the prompt, padded, for models that cannot share a prompt.
+to whole blocks of FlexAttention. varlen: as packed, for FlashAttention over pieces of the row. trees: one
+tree per row under a mask, padded. rows: one completion per row with its own copy of the prompt, padded, for
+models that cannot share a prompt.
 """
 
 PADDING = -1
@@ -94,6 +96,8 @@ class TreeBatch:
     """Tokens that the same sequences have in the layout `rows`, without padding."""
     blocks: Mapping[int | None, KeyBlocks] = field(default_factory=dict)
     """Window -> what FlexAttention computes under it, for windows that were asked for."""
+    own_pieces: Pieces | None = None
+    """What the layout `varlen` computes, once the batch is on its device."""
 
     def to(self, device: torch.device, windows: Sequence[int | None] = ()) -> "TreeBatch":
         """The same batch on `device`.
@@ -116,7 +120,15 @@ class TreeBatch:
         tensors["blocks"] = {
             window: KeyBlocks(*map(moved, blocks)) for window, blocks in {**self.blocks, **found}.items()
         }
+        if self.layout == "varlen":
+            keys, queries, sizes, *most = self.pieces
+            tensors["own_pieces"] = Pieces(moved(keys), moved(queries), moved(sizes), *most)
         return replace(self, **tensors)
+
+    @property
+    def pieces(self) -> Pieces:
+        """The pieces of the row: found before, or on the CPU now; layout `varlen` only."""
+        return self.own_pieces or pieces_of(self.trees)
 
     def blocks_of(self, window: int | None) -> KeyBlocks:
         """What FlexAttention computes under a window: found before, or on the CPU now; layout `flex` only."""
@@ -230,6 +242,7 @@ def _rows(trees: Sequence[Tree]) -> _LaidOut:
 
 LAYOUTS: dict[Layout, Callable[[Sequence[Tree]], _LaidOut]] = {
     "flex": _flex,
+    "varlen": _packed,
     "packed": _packed,
     "trees": _trees,
     "rows": _rows,

@@ -1,4 +1,4 @@
-"""The policy and its optimizer on ZeRO, DDP or one device, behind three calls for the loop.
+"""The policy and its optimizer on ZeRO, replicas or one device, behind three calls for the loop.
 
 `Engine` scores a batch, accumulates a gradient and updates the weights. No other package knows Accelerate and
 DeepSpeed; `dpo.engine.frozen` is the same for models that only score.
@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, TreeBatch
 from dpo.engine.deepspeed_config import fit_buckets, refuse_rounding, set_ours, without_waiting
+from dpo.engine.masters import Masters
 from dpo.engine.optimizer import check_optimizer, load_state, make_optimizer, set_learning_rate
 from dpo.engine.scoring import gathered, make_scorer, not_of_text, register_head, settle_layout
 from dpo.engine.sharded_state import is_part, load_sharded, save_sharded
@@ -79,23 +79,25 @@ class Engine:
         self.routers = Routers(model, balanced=config.router_aux_loss_weight > 0)
         _learning(model)
         scorer = make_scorer(model, config)
+        self._scorer: Any  # ours, or DeepSpeed's engine around it
         self.num_parameters = num_elements(model.parameters())
         self.num_frozen = num_elements(p for p in model.parameters() if not p.requires_grad)
         named = scorer.named_parameters(remove_duplicate=False)  # tied weights have two names
         self._frozen = {name for name, parameter in named if not parameter.requires_grad}
         ratio = config.lora.learning_rate_ratio if config.lora is not None else 1.0
+        if settings is None:
+            unreached, named = set(not_of_text(scorer)), scorer.to(accelerator.device).named_parameters()
+            self._masters = Masters([w for name, w in named if w.requires_grad and name not in unreached])
+            optimizer = make_optimizer(scorer, options, zero_half_ratio=ratio, updated=self._masters.of)
+            self._scorer, self._optimizer = scorer, accelerator.prepare(optimizer)
+            return
+        refuse_rounding(model, self._dtype, "start without DeepSpeed")
+        fit_buckets(settings, model)
+        set_ours(settings, max_grad_norm=options.max_grad_norm, universal=universal)
+        without_waiting(settings)
         optimizer = make_optimizer(scorer, options, zero_half_ratio=ratio)
-        if settings is not None:
-            refuse_rounding(model, self._dtype, "start without DeepSpeed")
-            fit_buckets(settings, model)
-            set_ours(settings, max_grad_norm=options.max_grad_norm, universal=universal)
-            without_waiting(settings)
-        elif distributed.is_distributed():
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(scorer, not_of_text(scorer))
         self._scorer, self._optimizer = accelerator.prepare(scorer, optimizer)
-        if distributed.is_distributed() and self._scorer is scorer:
-            raise RuntimeError("Accelerate did not wrap the policy: every rank would train alone")
-        if self._zero and self._stage == 3:
+        if self._stage == 3:
             register_head(scorer)
 
     def settle_layout(self, trees: ProbeTrees) -> Probed:
@@ -134,24 +136,17 @@ class Engine:
     def _stage(self) -> int:
         return int(self._accelerator.deepspeed_plugin.zero_stage)
 
-    def score(
-        self, batch: TreeBatch, *, last: bool = True, per_token: bool = False, aligned: bool = False
-    ) -> Tensor:
+    def score(self, batch: TreeBatch, *, per_token: bool = False, aligned: bool = False) -> Tensor:
         """(S,) float64 log-probs of the batch's completions under the policy; see
         `SequenceScorer.forward`.
 
         Args:
             batch: What to score.
-            last: Whether it is the step's last micro-batch, after which gradients are averaged over ranks.
             per_token: Give (N,) float32 log-probs of the completion tokens instead.
             aligned: Give (S, 2), the second column aligned to samples of the policy.
         """
-        if last or self._zero:
-            logps: Tensor = self._scorer(batch, per_token=per_token, aligned=aligned)
-            return logps
-        with self._accelerator.no_sync(self._scorer):  # DDP decides in the forward pass
-            logps = self._scorer(batch, per_token=per_token, aligned=aligned)
-            return logps
+        logps: Tensor = self._scorer(batch, per_token=per_token, aligned=aligned)
+        return logps
 
     @torch.no_grad()
     def score_only(self, batch: TreeBatch, *, per_token: bool = False, aligned: bool = False) -> Tensor:
@@ -168,14 +163,13 @@ class Engine:
         """
         # A loss that is not finite must not give a finite gradient: `update` looks at the gradient alone.
         valid = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-        scaled = loss * valid * distributed.world_size()  # DeepSpeed and DDP average over ranks
-        if self._zero:
-            self._scorer.set_gradient_accumulation_boundary(last)
-            self._scorer.backward(scaled)
-            if not last:
-                self._scorer.step()  # counts the micro-batch; weights change at the boundary only
-        else:
-            self._accelerator.backward(scaled)
+        if not self._zero:
+            self._masters.backward(loss * valid, last=last)
+            return
+        self._scorer.set_gradient_accumulation_boundary(last)
+        self._scorer.backward(loss * valid * distributed.world_size())  # DeepSpeed averages over ranks
+        if not last:
+            self._scorer.step()  # counts the micro-batch; weights change at the boundary only
 
     def update(self, learning_rate: float) -> float:
         """One optimizer step with the accumulated gradient.
@@ -188,17 +182,18 @@ class Engine:
             self._scorer.step()  # skips the update itself, and reports an infinite norm or -1
             reported = float(self._scorer.get_global_grad_norm())
             return reported if reported >= 0 else math.inf
-        parameters = [p for p in self._scorer.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if not norm.isfinite():
-            self._scorer.zero_grad()
-        elif self._zero:
-            self._scorer.step()
-        else:
+        updated = self._scorer.parameters() if self._zero else self._masters.of.values()
+        parameters = [p for p in updated if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._zero:
+            self._scorer.step() if norm.isfinite() else self._scorer.zero_grad()
+            return float(norm)
+        if norm.isfinite():
             if self._max_grad_norm:
                 nn.utils.clip_grads_with_norm_(parameters, self._max_grad_norm, norm)
             self._optimizer.step()
-            self._optimizer.zero_grad()
+            self._masters.round()
+        self._masters.zero_gradients()
         return float(norm)
 
     def weights(self) -> dict[str, Tensor]:
@@ -251,8 +246,7 @@ class Engine:
         """The bare policy, ready to generate: in evaluation mode, with its key-value cache."""
         self.model.eval()  # in training mode checkpointed blocks would ignore that cache
         try:
-            with self._accelerator.autocast():
-                yield self.model
+            yield self.model
         finally:
             _learning(self.model)
 
@@ -273,7 +267,7 @@ class Engine:
         elif distributed.is_main():
             bare = self._accelerator.unwrap_model(self._scorer)
             state = {
-                "model": self._without_frozen(bare.state_dict()),
+                "model": self._without_frozen(bare.state_dict()) | dict(self._masters.named(bare)),
                 "optimizer": self._optimizer.state_dict(),
             }
             states = [(folder / "engine.pt", self._copies.take("engine", state) if copied else state)]
@@ -291,7 +285,11 @@ class Engine:
             load_sharded(self._scorer, folder, self._load_trained if self._frozen else None)
             return
         state = torch.load(folder / "engine.pt", map_location="cpu", weights_only=True)
-        self._load_trained(state["model"], self._accelerator.unwrap_model(self._scorer))
+        bare = self._accelerator.unwrap_model(self._scorer)
+        self._load_trained(state["model"], bare)
+        with torch.no_grad():
+            for name, master in self._masters.named(bare):
+                master.copy_(state["model"][name])
         load_state(self._optimizer, state["optimizer"])
 
     def _without_frozen(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:

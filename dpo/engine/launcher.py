@@ -84,6 +84,11 @@ def _check_zero_3(model: ModelConfig) -> None:
             "model.gradient_checkpointing: selective; it has not been tried under ZeRO-3, which gathers "
             "weights between what is kept: set full"
         )
+    if model.compile:
+        raise UserError(
+            "model.compile: true; it has not been tried under ZeRO-3, which gathers weights inside of what "
+            "would be compiled: leave it out, or take a launch file of ZeRO-2, launch/one_node.yaml"
+        )
 
 
 def deepspeed_settings(environment: Mapping[str, str], *, file: Path | None = None) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """The optimizers, and the learning rate, which is a function of the optimizer step alone."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -159,7 +159,11 @@ OPTIMIZERS = {
 
 
 def make_optimizer(
-    module: nn.Module, options: OptimizationConfig, *, zero_half_ratio: float = 1.0
+    module: nn.Module,
+    options: OptimizationConfig,
+    *,
+    zero_half_ratio: float = 1.0,
+    updated: Mapping[nn.Parameter, nn.Parameter] | None = None,
 ) -> torch.optim.Optimizer:
     """The configured optimizer over the parameters that need a gradient; weight decay on matrices only.
 
@@ -167,6 +171,7 @@ def make_optimizer(
         module: What is trained.
         options: The optimizer.
         zero_half_ratio: Learning rate of the halves of adapters that start at zero, over that of the rest.
+        updated: Weight -> what is updated in its place; others are left alone. None: the weights.
     """
     in_blocks = _matrices_of_blocks(module) if options.optimizer == "muon" else set()
     decay = options.weight_decay
@@ -178,10 +183,10 @@ def make_optimizer(
         {"params": [], "weight_decay": decay, "in_blocks": False, RATIO: zero_half_ratio},
     ]
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and (updated is None or parameter in updated):
             kind = 0 if parameter in in_blocks else 1 if len(_shape(parameter)) >= 2 else 2
             kind += 3 if zero_half_ratio != 1 and ZERO_HALF in name else 0  # always a matrix
-            groups[kind]["params"].append(parameter)
+            groups[kind]["params"].append(parameter if updated is None else updated[parameter])
     return OPTIMIZERS[options.optimizer].make([group for group in groups if group["params"]], options)
 
 

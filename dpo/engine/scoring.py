@@ -18,6 +18,7 @@ from dpo import distributed
 from dpo.config import ModelConfig
 from dpo.data.trees import Tree, sequence_batch
 from dpo.errors import UserError
+from dpo.model.compiled import compile_blocks
 from dpo.model.first_blocks import enough_blocks, in_float32
 from dpo.model.probe import Comparison, Probed, Score, probe
 from dpo.model.probe_trees import ProbeTrees
@@ -38,7 +39,9 @@ def token_budget(given: int | None) -> int:
 
 
 def make_scorer(model: PreTrainedModel, config: ModelConfig) -> SequenceScorer:
-    """The model as a scorer with the configured attention."""
+    """The model as a scorer with the configured attention, compiled if that is asked for."""
+    if config.compile:
+        compile_blocks(model)
     flex = config.attention == "flex" or (config.attention == "auto" and torch.cuda.is_available())
     scorer = SequenceScorer(model, flex=flex)
     if not config.share_prompts:

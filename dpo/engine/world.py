@@ -19,7 +19,6 @@ from dpo import distributed, terminal
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.engine.deepspeed_config import offloads_optimizer
 from dpo.engine.launcher import check_launcher, overridden
-from dpo.model.load import DTYPES
 
 
 def start(model: ModelConfig) -> Accelerator:
@@ -37,7 +36,9 @@ def start(model: ModelConfig) -> Accelerator:
     handlers: list[KwargsHandler] = []
     if distributed.is_distributed():
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=distributed.COLLECTIVE_TIMEOUT))
-    mixed_precision = "bf16" if model.dtype == "bfloat16" else "no"
+    # of DeepSpeed; without it nothing is cast: the weights have the compute type
+    narrow = model.dtype == "bfloat16" and not distributed.trains_without_deepspeed()
+    mixed_precision = "bf16" if narrow else "no"
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()  # of a run before in this process, in another compute type
     cpu = distributed.is_distributed() and distributed.trains_on_cpu_alone()
@@ -66,11 +67,6 @@ def kind_here() -> str:
         )
         return f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}{offloaded}"
     return "DDP" if distributed.is_distributed() else "one device"
-
-
-def weight_dtype(accelerator: Accelerator, model: ModelConfig) -> torch.dtype:
-    """Type in which the policy is loaded; without DeepSpeed the weights are their own float32 masters."""
-    return DTYPES[model.dtype] if accelerator.distributed_type == DistributedType.DEEPSPEED else torch.float32
 
 
 @contextmanager

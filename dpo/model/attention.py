@@ -21,7 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpo.data.key_blocks import KeyBlocks
+from dpo.data.pieces import Pieces
 from dpo.data.trees import TreeBatch
+from dpo.model.varlen import varlen_attention
 
 TREE_ATTENTION = "shared_prefix_tree"
 REPLACED = "sdpa"
@@ -51,6 +53,11 @@ class TreeAttention:
         pieces = [segments if len(segments) > 2 else (sum(segments),) for segments in self.batch.trees]
         return [*chain.from_iterable(pieces)]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def pieces(self) -> Pieces:
+        """What the layout `varlen` computes."""
+        return self.batch.pieces
+
     def mask(self, num_queries: int, num_keys: int, window: int | None) -> Tensor | None:
         """Which keys of a sequence its last queries attend to.
 
@@ -72,6 +79,7 @@ class TreeAttention:
             self.masks[key] = visible if window is None else visible & (distance < window)
         return self.masks[key]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def block_mask(self, window: int | None) -> BlockMask:
         """FlexAttention's mask of the row: blocks that no token attends to are skipped.
 
@@ -141,10 +149,27 @@ def tree_attention(
     if tree.batch.layout == "flex":
         return _flex(query, key, value, tree.block_mask(sliding_window), scaling, **options), None
     options.pop("is_causal", None)
+    if tree.batch.layout == "varlen":
+        return varlen_attention(query, key, value, tree.pieces(), sliding_window, scaling, **options), None
+    return _in_pieces(module, query, key, value, scaling, tree, sliding_window, **options), None
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its calls depend on every batch's lengths
+def _in_pieces(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    tree: TreeAttention,
+    window: int | None,
+    **options: Any,
+) -> Tensor:
+    """(1, T, heads, d) outputs, with one SDPA call for each segment."""
 
     def attend(*states: Tensor) -> Tensor:
         queries, keys, values = (part.transpose(1, 2) for part in states)
-        mask = tree.mask(queries.shape[2], keys.shape[2], sliding_window)
+        mask = tree.mask(queries.shape[2], keys.shape[2], window)
         attended: Tensor = sdpa_attention_forward(
             module,
             queries,
@@ -169,7 +194,7 @@ def tree_attention(
             queries, keys, values = next(pieces)
             keys, values = torch.cat([prompt_keys, keys], 1), torch.cat([prompt_values, values], 1)
             outputs.append(attend(queries, keys, values))
-    return torch.cat(outputs, 1), None
+    return torch.cat(outputs, 1)
 
 
 def _flex(

@@ -2,10 +2,13 @@
 
 The vocabulary is processed in slices: a product with a slice of the output matrix stays in the cache and is
 faster than one with the whole matrix. For the backward pass, hidden states and one log-sum-exp per token are
-saved; slices of logits are kept within a fixed memory budget and recomputed beyond it.
+saved; slices of logits are kept within a fixed memory budget and recomputed beyond it. On a GPU the Triton
+kernels of `dpo.model.projection_kernels` do what is between the products.
 """
 
-from typing import Any
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +44,8 @@ class TokenLogProbs(nn.Module):
         self._cap: float | None = cap
         self.slice_elements: int | None = None
         """Number of logits in one slice; None: as in `SLICE_ELEMENTS`."""
+        self.kernels: ModuleType | Literal[False] | None = None
+        """The Triton kernels; False: without them; None: where they run."""
 
     def forward(self, hidden: Tensor, targets: Tensor, *, squares: bool = False) -> Tensor:
         """Log softmax(y)[target] with y = cap * tanh(scale * (W h + b) / cap), or without the cap.
@@ -55,17 +60,16 @@ class TokenLogProbs(nn.Module):
             (N, 2), the second column without gradient.
         """
         head = self._head[0]
-        dtype = product_dtype(hidden.device, hidden.dtype)
         elements = self.slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
         size = _slice_size(len(hidden), elements)
+        kernels = kernels_on(hidden.device) if self.kernels is None else self.kernels
         logps: Tensor = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
-            hidden, head.weight, head.bias, targets, self._scale, self._cap, dtype, size
+            hidden, head.weight, head.bias, targets, self._scale, self._cap, size, kernels or None
         )
         if not squares:
             return logps
         with torch.no_grad():
-            states = hidden.to(dtype)
-            of_squares = _log_sum_squares(states, head.weight, head.bias, size, self._scale, self._cap)
+            of_squares = _log_sum_squares(hidden, head.weight, head.bias, size, self._scale, self._cap)
         return torch.stack([logps, of_squares], dim=1)
 
     @property
@@ -84,34 +88,38 @@ class _TokenLogProbs(torch.autograd.Function):
         targets: Tensor,
         scale: float,
         cap: float | None,
-        dtype: torch.dtype,
         size: int,
+        kernels: ModuleType | None,
     ) -> Tensor:
-        states = hidden.to(dtype)
+        shape = (scale, cap) if kernels is None else (1.0, None)  # the kernels scale and cap
         total: Tensor | None = None
         picked = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         kept: list[Tensor] = []
         may_keep = KEPT_BYTES if any(ctx.needs_input_grad) else 0
         for start in range(0, len(weight), size):
-            logits = _logits(states, weight, bias, start, size, scale, cap)
-            ours, place = _in_slice(targets, start, logits.shape[1])
-            picked += torch.where(ours, logits.gather(1, place)[:, 0].float(), 0.0)
-            slice_total = logits.float().logsumexp(1)
+            logits = _logits(hidden, weight, bias, start, size, *shape)
+            if kernels is None:
+                ours, place = _in_slice(targets, start, logits.shape[1])
+                picked += torch.where(ours, logits.gather(1, place)[:, 0].float(), 0.0)
+                slice_total = logits.float().logsumexp(1)
+            else:
+                slice_total, found = kernels.reduced(logits, targets, start, scale, cap)
+                picked += found
             total = slice_total if total is None else torch.logaddexp(total, slice_total)
             may_keep -= logits.nbytes
             if may_keep >= 0:
                 kept.append(logits)
         assert total is not None
         ctx.save_for_backward(hidden, weight, bias, targets, total)
-        ctx.options, ctx.kept = (size, scale, cap, dtype), kept
+        ctx.options, ctx.kept = (size, scale, cap, shape, kernels), kept
         return picked - total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, total = ctx.saved_tensors
-        (size, scale, cap, dtype), kept = ctx.options, ctx.kept
+        (size, scale, cap, shape, kernels), kept = ctx.options, ctx.kept
         ctx.kept = []  # they are overwritten below; a second backward pass recomputes them
-        states, outer = hidden.to(dtype), gradients[0].float()
+        outer, dtype = gradients[0].float(), hidden.dtype
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         for_hidden = torch.zeros_like(hidden, dtype=torch.float32) if to_hidden else None
         for_weight = torch.empty_like(weight) if to_weight else None
@@ -120,28 +128,52 @@ class _TokenLogProbs(torch.autograd.Function):
             if number < len(kept):
                 logits = kept[number]
             else:
-                logits = _logits(states, weight, bias, start, size, scale, cap)
+                logits = _logits(hidden, weight, bias, start, size, *shape)
             end = start + logits.shape[1]
-            ours, place = _in_slice(targets, start, logits.shape[1])
-            flat = 1 - (logits.float() / cap) ** 2 if cap is not None else None
-            # d logp / d y = [target] - softmax(y)
-            slopes = logits.float().sub_(total[:, None]).exp_().mul_(-outer[:, None])
-            slopes.scatter_add_(1, place, torch.where(ours, outer, 0.0)[:, None])
-            if flat is not None:
-                slopes.mul_(flat)
-            if scale != 1:
-                slopes.mul_(scale)
+            if kernels is None:
+                slopes = _slopes(logits, targets, start, scale, cap, total, outer)
+            else:
+                slopes = kernels.slopes_(logits, targets, start, scale, cap, total, outer)
             if for_bias is not None:
-                for_bias[start:end] = slopes.sum(0)
+                for_bias[start:end] = slopes.sum(0, dtype=torch.float32)
             narrow = slopes.to(dtype)
             if for_hidden is not None:
                 _add_product(for_hidden, slopes, narrow, weight[start:end].to(dtype))
             if for_weight is not None and weight.dtype == dtype:
-                torch.mm(narrow.T, states, out=for_weight[start:end])
+                torch.mm(narrow.T, hidden, out=for_weight[start:end])
             elif for_weight is not None:
-                for_weight[start:end] = narrow.T @ states
+                for_weight[start:end] = narrow.T @ hidden
         wanted = None if for_hidden is None else for_hidden.to(hidden.dtype)
         return wanted, for_weight, for_bias, None, None, None, None, None
+
+
+def _slopes(
+    logits: Tensor,
+    targets: Tensor,
+    start: int,
+    scale: float,
+    cap: float | None,
+    total: Tensor,
+    outer: Tensor,
+) -> Tensor:
+    """(N, M) float32 gradient of the product over a slice of scaled and capped logits."""
+    ours, place = _in_slice(targets, start, logits.shape[1])
+    flat = 1 - (logits.float() / cap) ** 2 if cap is not None else None
+    # d logp / d y = [target] - softmax(y)
+    slopes = logits.float().sub_(total[:, None]).exp_().mul_(-outer[:, None])
+    slopes.scatter_add_(1, place, torch.where(ours, outer, 0.0)[:, None])
+    if flat is not None:
+        slopes.mul_(flat)
+    return slopes.mul_(scale) if scale != 1 else slopes
+
+
+def kernels_on(device: torch.device) -> ModuleType | None:
+    """The Triton kernels where they run: on a GPU, with Triton and what it needs."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from dpo.model import projection_kernels  # here: it imports triton
+
+    return projection_kernels if projection_kernels.run_here() else None
 
 
 def _log_sum_squares(
@@ -156,13 +188,6 @@ def _log_sum_squares(
     return doubled - 2 * total
 
 
-def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of matrix products on a device, under autocast too, of tensors of a dtype."""
-    kind = device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast else dtype
-
-
 def _add_product(total: Tensor, wide: Tensor, narrow: Tensor, right: Tensor) -> None:
     """Adds the float32 product of `narrow` (`wide`, rounded) and `right`: no sum is rounded."""
     if narrow.dtype == torch.float32:
@@ -170,7 +195,7 @@ def _add_product(total: Tensor, wide: Tensor, narrow: Tensor, right: Tensor) -> 
     elif narrow.device.type == "cpu":  # CPUs have no such kernel: few rows at a time are widened
         for start in range(0, len(right), MIN_SLICE):
             rows = slice(start, start + MIN_SLICE)
-            total.addmm_(wide[:, rows], right[rows].float())
+            total.addmm_(wide[:, rows].float(), right[rows].float())
     else:
         total += torch.mm(narrow, right, out_dtype=torch.float32)
 

@@ -23,7 +23,8 @@ from dpo.model.attention import (
     windows_of,
     written,
 )
-from dpo.model.projection import TokenLogProbs, product_dtype
+from dpo.model.compiled import eagerly
+from dpo.model.projection import TokenLogProbs
 
 
 class SequenceScorer(nn.Module):
@@ -54,8 +55,8 @@ class SequenceScorer(nn.Module):
             self.layouts.insert(0, "trees")
             if model._supports_attention_backend and self.own_attention == REPLACED:
                 self.layouts.insert(0, "packed")
-                if flex:
-                    self.layouts.insert(0, "flex")
+                if flex:  # on a GPU, whose kernel for pieces has no float32
+                    self.layouts[:0] = ["flex", "varlen"] if model.dtype == torch.bfloat16 else ["flex"]
         self.layout = self.layouts[0]
         """The layout for batches of this model; `dpo.model.probe` may change it."""
         self.windows = windows_of(model.config)
@@ -104,7 +105,7 @@ class SequenceScorer(nn.Module):
         own = own and not states
         if not own and self.projection is None:
             raise ValueError(f"{type(self.model).__name__} has no trunk and output layer that are known")
-        packed = batch.layout in ("flex", "packed")
+        packed = batch.layout in ("flex", "varlen", "packed")
         attend(self.model, self.packed_attention if packed else self.own_attention)
         apart = self.one_at_a_time if one_at_a_time is None else one_at_a_time
         found = self._states_apart(batch, own=own) if apart else self._states(self._inputs(batch), own=own)
@@ -129,7 +130,7 @@ class SequenceScorer(nn.Module):
         completion = len(batch.targets) + 1
         if self._skips_logits:  # those of the prompt
             inputs["logits_to_keep"] = completion
-        with written(self.model):
+        with written(self.model), eagerly():
             logits = self.model(**inputs).logits
         if logits.shape[1] != (completion if self._skips_logits else batch.input_ids.shape[1]):
             raise ValueError(f"{logits.shape[1]} logits for {batch.input_ids.shape[1]} tokens")
@@ -142,7 +143,7 @@ class SequenceScorer(nn.Module):
         if batch.layout != "rows":
             inputs["position_ids"] = batch.positions
         if batch.layout == "trees":
-            inputs["attention_mask"] = dense_masks(batch, self.model.config, self.compute_dtype())
+            inputs["attention_mask"] = dense_masks(batch, self.model.config, self.model.dtype)
         elif batch.layout != "rows":
             inputs["attention_mask"] = torch.ones((1, 1, 1, 1), device=batch.input_ids.device)  # unused
             inputs["tree"] = TreeAttention(batch=batch)
@@ -167,10 +168,6 @@ class SequenceScorer(nn.Module):
             states = self._states(alone, own=own)
             rows.append(F.pad(states, (0, 0, 0, width - states.shape[1])))
         return torch.cat(rows)
-
-    def compute_dtype(self) -> torch.dtype:
-        """The dtype of matrix products, under autocast too."""
-        return product_dtype(self.model.device, self.model.dtype)
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module | None:

@@ -5,7 +5,6 @@ Combines the memory of each sharding (`memory`) with rehearsed micro-batches (`r
 
 from dataclasses import dataclass, replace
 
-import torch
 from transformers import PreTrainedConfig
 
 from dpo.config import ModelConfig, TrainConfig
@@ -23,7 +22,6 @@ from dpo.planning.memory import (
     is_offered,
     largest_fitting,
     rank_memory,
-    weight_dtype,
 )
 from dpo.planning.rehearsal import Rehearsal, policy_blocks, rehearse_with
 from dpo.planning.speed import expected_mfu
@@ -138,8 +136,8 @@ class Fit:
         self._optimizer, self._state_bytes = OPTIMIZERS[train.optimizer], state_bytes
         self._dtype = DTYPES[model.dtype]
         self._room = int(USABLE * machine.gpu_memory)
-        self._blocks: dict[torch.dtype, Blocks] = {}
-        self._done: dict[tuple[int, torch.dtype, Recomputed], Rehearsal] = {}
+        self._blocks: Blocks | None = None
+        self._done: dict[tuple[int, Recomputed], Rehearsal] = {}
         budget = train.max_tokens_per_micro_batch or GPU_TOKENS
         self.requested = max(min(budget, most_tokens), self._longest)
         """Tokens of a micro-batch: those of the configuration, or fewer where the data makes no larger one,
@@ -236,7 +234,7 @@ class Fit:
             return rank_memory(
                 sharding,
                 self._shape,
-                self._rehearsed(tokens, sharding, recomputed=recomputed),
+                self._rehearsed(tokens, recomputed=recomputed),
                 world_size=self._machine.num_gpus,
                 dtype=self._dtype,
                 state_bytes=self._state_bytes,
@@ -257,21 +255,17 @@ class Fit:
 
     def operations(self, advice: Advice) -> int:
         """What the host launches for the forward and backward pass of an advised micro-batch."""
-        sharding = advice.sharding or "ZeRO-3"
         tokens, recomputed = advice.max_tokens_per_micro_batch, advice.gradient_checkpointing
-        return self._rehearsed(tokens, sharding, recomputed=recomputed).operations
+        return self._rehearsed(tokens, recomputed=recomputed).operations
 
-    def _rehearsed(self, tokens: int, sharding: Name, *, recomputed: Recomputed) -> Rehearsal:
-        weights = weight_dtype(sharding, self._dtype)
-        key = tokens, weights, recomputed
+    def _rehearsed(self, tokens: int, *, recomputed: Recomputed) -> Rehearsal:
+        key = tokens, recomputed
         if key not in self._done:
-            if weights not in self._blocks:
-                self._blocks[weights] = policy_blocks(self._described, self._model, weights)
+            self._blocks = self._blocks or policy_blocks(self._described, self._model, self._dtype)
             self._done[key] = rehearse_with(
-                self._blocks[weights],
+                self._blocks,
                 replace(self._model, gradient_checkpointing=recomputed),
                 self._trees(tokens),
-                autocast=weights != self._dtype,
                 gpu=True,
             )
         return self._done[key]

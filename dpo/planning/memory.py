@@ -96,11 +96,6 @@ def shape_of(model: PreTrainedModel, *, quantization: str | None = None) -> Shap
     )
 
 
-def weight_dtype(sharding: Name, dtype: torch.dtype) -> torch.dtype:
-    """Type of the trained weights: without DeepSpeed they are their own masters."""
-    return torch.float32 if sharding == "no DeepSpeed" else dtype
-
-
 def is_offered(sharding: Name, dtype: torch.dtype) -> bool:
     """Whether DeepSpeed supports it: at stage 0 it does not sum bfloat16 gradients in float32."""
     return sharding != "ZeRO-0" or dtype == torch.float32
@@ -120,7 +115,7 @@ def rank_memory(
     Args:
         sharding: How the policy is sharded.
         shape: Of the model.
-        step: The rehearsed micro-batch, with weights in the type that `sharding` keeps (`weight_dtype`).
+        step: The rehearsed micro-batch.
         world_size: Number of ranks.
         dtype: The compute type.
         state_bytes: Bytes that the optimizer keeps per trained parameter: 8 for AdamW, 4 for RMSprop.
@@ -129,8 +124,7 @@ def rank_memory(
         shape=shape,
         step=step,
         world_size=world_size,
-        width=weight_dtype(sharding, dtype).itemsize,
-        frozen_width=dtype.itemsize,
+        width=dtype.itemsize,
         state_bytes=state_bytes,
     )
     return _BY_SHARDING[sharding](rank)
@@ -144,17 +138,14 @@ class _Rank:
     step: Rehearsal
     world_size: int
     width: int
-    """Bytes of a trained weight."""
-    frozen_width: int
-    """Bytes of a frozen weight, which never has a master."""
+    """Bytes of a weight."""
     state_bytes: float
 
     @property
     def all_weights(self) -> int:
         """Bytes of the whole model."""
         shape = self.shape
-        in_full = shape.parameters - shape.trainable - shape.packed
-        return self.width * shape.trainable + self.frozen_width * in_full + shape.packed_bytes
+        return self.width * (shape.parameters - shape.packed) + shape.packed_bytes
 
     @property
     def part(self) -> int:
@@ -188,9 +179,8 @@ class _Kept:
 
 
 def _no_deepspeed(rank: _Rank) -> Memory:
-    """Everything on every rank; with several ranks, DDP's buckets, which are as large as the gradients."""
-    buckets = FLOAT32 * rank.shape.trainable if rank.world_size > 1 else 0
-    return _peak(_unsharded(rank), rank.step, buckets=buckets)
+    """Everything on every rank; gradients are sent as they are kept."""
+    return _peak(_unsharded(rank), rank.step)
 
 
 def _zero_0(rank: _Rank) -> Memory:
@@ -238,10 +228,11 @@ _BY_SHARDING: dict[Name, Callable[[_Rank], Memory]] = {
 
 def _unsharded(rank: _Rank) -> _Kept:
     trained = rank.shape.trainable
+    masters = 0 if rank.width == FLOAT32 else FLOAT32  # weights in float32 are their own
     return _Kept(
         weights=rank.all_weights,
         gradients=FLOAT32 * trained,
-        optimizer=round(rank.state_bytes * trained),  # the weights are the masters
+        optimizer=round((masters + rank.state_bytes) * trained),
     )
 
 

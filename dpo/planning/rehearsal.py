@@ -79,7 +79,6 @@ def rehearse(
     trees: Sequence[Tree],
     *,
     dtype: torch.dtype,
-    autocast: bool = False,
     gpu: bool,
 ) -> Rehearsal:
     """The bytes of a pass over these trees in one micro-batch.
@@ -88,14 +87,13 @@ def rehearse(
         config: The model's configuration, at its full depth.
         model: Attention, tree layout and gradient checkpointing.
         trees: At least one.
-        dtype: Type of the trained weights.
-        autocast: Products are in bfloat16 and weights are not, as without DeepSpeed.
+        dtype: The compute type.
         gpu: With FlexAttention and a GPU's slices of the vocabulary; otherwise as on a CPU.
 
     Raises:
         UserError: The model's code needs values, not only sizes.
     """
-    return rehearse_with(policy_blocks(config, model, dtype), model, trees, autocast=autocast, gpu=gpu)
+    return rehearse_with(policy_blocks(config, model, dtype), model, trees, gpu=gpu)
 
 
 def policy_blocks(config: PreTrainedConfig, model: ModelConfig, dtype: torch.dtype) -> Blocks:
@@ -104,11 +102,9 @@ def policy_blocks(config: PreTrainedConfig, model: ModelConfig, dtype: torch.dty
         return Blocks(empty_policy(config, model, dtype=dtype))
 
 
-def rehearse_with(
-    blocks: Blocks, model: ModelConfig, trees: Sequence[Tree], *, autocast: bool = False, gpu: bool
-) -> Rehearsal:
+def rehearse_with(blocks: Blocks, model: ModelConfig, trees: Sequence[Tree], *, gpu: bool) -> Rehearsal:
     """`rehearse` with blocks that are there already, and are not changed."""
-    run = partial(_in_a_layout, blocks, model, trees, autocast=autocast, gpu=gpu)
+    run = partial(_in_a_layout, blocks, model, trees, gpu=gpu)
     firsts = [kind[0] for kind in blocks.kinds]
     most = max(blocks.kinds, key=len)
     base = run(firsts)
@@ -143,7 +139,6 @@ def _in_a_layout(
     trees: Sequence[Tree],
     numbers: Sequence[int],
     *,
-    autocast: bool,
     gpu: bool,
 ) -> _Pass:
     """A pass through these blocks in the first layout that the model can be called with."""
@@ -153,7 +148,7 @@ def _in_a_layout(
     problem: Exception | None = None
     for layout in layouts:
         try:
-            return _rehearse_blocks(blocks.keeping(numbers), model, trees, layout, autocast=autocast, gpu=gpu)
+            return _rehearse_blocks(blocks.keeping(numbers), model, trees, layout, gpu=gpu)
         except Exception as error:  # a model's code may raise anything for inputs that it does not expect
             problem = error
     assert problem is not None
@@ -170,7 +165,6 @@ def _rehearse_blocks(
     trees: Sequence[Tree],
     layout: Layout,
     *,
-    autocast: bool,
     gpu: bool,
 ) -> _Pass:
     with FakeTensorMode() as fake:
@@ -198,8 +192,7 @@ def _rehearse_blocks(
         moments: dict[str, int] = {}
         with experts_of_any_dtype(), _recorded(scorer, bare, live, moments), live:
             masks = _block_masks(laid_out, scorer.windows) if layout == "flex" else []
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logps = scorer(batch)
+            logps = scorer(batch)
             saved = live.now
             logps.sum().backward()
         del masks

@@ -5,7 +5,7 @@ From the shape of the model alone, for `dpo plan`; tests compare them with real 
 
 import torch
 
-from dpo.planning.memory import FLOAT32, GATHERED_ELEMENTS, Name, Shape, weight_dtype
+from dpo.planning.memory import FLOAT32, GATHERED_ELEMENTS, Name, Shape
 
 Traffic = dict[str, float]
 """Kind of collective -> bytes that a rank passes to it."""
@@ -35,7 +35,7 @@ def traffic(
     """
     if world_size == 1:
         return {}
-    width = weight_dtype(sharding, dtype).itemsize
+    width = dtype.itemsize
     gradients = float(FLOAT32 * shape.trainable)
     if sharding in ("no DeepSpeed", "ZeRO-0"):
         return {"all_reduce": gradients}

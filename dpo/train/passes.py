@@ -65,7 +65,7 @@ def direct_passes(
     """
     engine, objective, done = session.engine, session.objective, list[Done]()
     for micro in _step(session, batches, timed):
-        logps, routed = _score(session, micro, timed, last=micro.last)
+        logps, routed = _score(session, micro, timed)
         loss = objective.loss(logps, micro.batch, sums)
         engine.accumulate(loss / micro.count, last=micro.last)
         done.append(Done(micro=micro, loss=loss.detach(), routed=routed))
@@ -86,8 +86,8 @@ def cached_passes(
     pieces = [final, *before]
     assert final.whole is not None
     with torch.no_grad():
-        first = [_score(session, piece, timed, last=True) for piece in before]
-    graph = [_score(session, final, timed, last=not before)]
+        first = [_score(session, piece, timed) for piece in before]
+    graph = [_score(session, final, timed)]
     scored, routed = zip(*first, *graph, strict=True)
     lengths = [_num_values(piece, per_token=objective.per_token) for piece in (*before, final)]
     values = [part.detach()[:length] for part, length in zip(scored, lengths, strict=True)]
@@ -104,7 +104,7 @@ def cached_passes(
     for number, (piece, own) in enumerate(zip(pieces, [latest, *earlier], strict=True)):
         last = number == len(before)
         alive.step(f"step {piece.step.number}, backward pass {number + 1} of {piece.of}")
-        again, chosen = graph.pop() if graph else _score(session, piece, timed, last=last)
+        again, chosen = graph.pop() if graph else _score(session, piece, timed)
         part = (again[: len(own)] * own).sum() * valid + 0.0 * again.sum()
         if balance is not None:
             part = part + weight * balance.part(chosen)
@@ -124,11 +124,11 @@ def token_counts(done: list[Done]) -> dict[str, float]:
     }
 
 
-def _score(session: Session, micro: MicroBatch, timed: Timed, *, last: bool) -> tuple[Tensor, Routed]:
+def _score(session: Session, micro: MicroBatch, timed: Timed) -> tuple[Tensor, Routed]:
     """A micro-batch's log-probs, as the objective takes them, and what its routers chose."""
     engine, objective = session.engine, session.objective
     with timed.forward.running(), engine.routers.watching(micro.batch) as routed:
-        logps = engine.score(micro.batch, last=last, per_token=objective.per_token, aligned=objective.aligned)
+        logps = engine.score(micro.batch, per_token=objective.per_token, aligned=objective.aligned)
     return logps, routed
 
 

@@ -48,6 +48,7 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "model.gradient_checkpointing",
     "model.offload_activations",
     "model.attention",
+    "model.compile",
     "model.share_prompts",
     "model.lora.export",
 )

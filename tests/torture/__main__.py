@@ -67,8 +67,8 @@ class Torture:
             trained = self._baseline(replace(seed, stage="train"))[0] if seed.stage == "evaluate" else None
             for name in ("first", "second"):
                 world = self._world(f"{'_'.join(map(str, kind))}_{name}", calm, trained)
-                ended = world.attempt([], 0.0)
-                assert {*ended.statuses} == {0}, ended.output[-4000:]
+                ended = world.attempt([], None)
+                assert {*ended.statuses} == {0}, (ended.statuses, ended.hanging, ended.output[-4000:])
             self._undisturbed[kind] = (world.folder, ended.seconds)
         return self._undisturbed[kind]
 

@@ -14,8 +14,10 @@ from rig import Rig, Started
 
 from torture.plan import STUCK_AFTER, Fault, Seed
 
-LONGEST = 60.0
-"""Seconds after which an attempt counts as hanging."""
+LONGEST, UNDISTURBED = 60.0, 300.0
+"""Seconds after which an attempt counts as hanging, and the undisturbed one, which the others wait for."""
+PATIENCE = 3.0
+"""How many times as long as the undisturbed one an attempt may take, on a busy machine."""
 TOKEN = "TORTURE_ATTEMPT"
 ARM = """
 import ctypes, os
@@ -66,23 +68,29 @@ class World:
     def run_dir(self) -> Path:
         return self.folder / "run"
 
-    def attempt(self, faults: list[Fault], duration: float, *, last: bool = False) -> Attempt:
-        """One start of the command, and what happens to it."""
+    def attempt(self, faults: list[Fault], duration: float | None, *, last: bool = False) -> Attempt:
+        """One start of the command, and what happens to it.
+
+        Args:
+            faults: What happens.
+            duration: Seconds that the undisturbed attempt took; None: it is that one.
+            last: Whether it may have another number of ranks.
+        """
+        longest = UNDISTURBED if duration is None else max(LONGEST, PATIENCE * duration)
         world_size = self.seed.last_ranks if last else self.seed.ranks
         token = f"{self.folder.name}_{time.monotonic_ns()}"
         started = self._start(faults, token, world_size)
         happened = {fault for fault in faults if fault.call is None and fault.kind != "second launch"}
         second = None
-        stopped: set[int] = set()
         for fault in sorted((fault for fault in faults if fault.call is None), key=lambda fault: fault.at):
-            time.sleep(max(0.0, started.began + fault.at * duration - time.monotonic()))
+            time.sleep(max(0.0, started.began + fault.at * (duration or 0.0) - time.monotonic()))
             if fault.kind == "second launch":
                 other = self._start([], f"{token}_second", world_size)
-                second = self._end(other, [], f"{token}_second", set(), read_record=False)
+                second = self._end(other, [], f"{token}_second", longest, read_record=False)
                 happened.add(fault)
-            elif not self._break(fault, started, token, stopped):
+            elif not self._break(fault, started, token):
                 happened.discard(fault)
-        ended = self._end(started, faults, token, stopped, read_record=True)
+        ended = self._end(started, faults, token, longest, read_record=True)
         happened |= {fault for n, fault in enumerate(faults) if self._mark(token, n).exists()}
         ended.faults, ended.second = [fault for fault in faults if fault in happened], second
         return ended
@@ -124,7 +132,7 @@ class World:
     def _mark(self, token: str, number: int) -> Path:
         return self.rig.folder / f"{token}.{number}.fired"
 
-    def _break(self, fault: Fault, started: Started, token: str, stopped: set[int]) -> bool:
+    def _break(self, fault: Fault, started: Started, token: str) -> bool:
         tree = processes_of(started, token)
         if not tree:
             return False
@@ -140,9 +148,9 @@ class World:
         return True
 
     def _end(
-        self, started: Started, faults: list[Fault], token: str, stopped: set[int], *, read_record: bool
+        self, started: Started, faults: list[Fault], token: str, longest: float, *, read_record: bool
     ) -> Attempt:
-        until, hanging = time.monotonic() + LONGEST, []
+        until, hanging = time.monotonic() + longest, []
         for_ever = any(fault.kind == "stop for ever" for fault in faults)
         while left := processes_of(started, token):
             stops = [pid for pid in left if state_of(pid) in "Tt"]

@@ -42,9 +42,10 @@ ROOMS = {  # a room -> the rooms it may import, besides itself and the ground
 LATE = {
     "dpo.__main__": {"dpo.distributed"},
     "dpo.cli": {"dpo.commands"},
+    "dpo.model": {"dpo.model.projection_kernels"},
     "data_prep": {"dpo.data", "dpo.distributed", "dpo.evaluate", "dpo.model"},
 }
-"""A room -> what it may import inside functions: `--help` must not load torch."""
+"""A room -> what it may import inside functions: `--help` must not load torch, nor a CPU triton."""
 MODULES = [
     path
     for package in ("dpo", "data_prep")

@@ -232,6 +232,13 @@ def test_sft_names_its_own_illegal_values(tmp_path: Path) -> None:
     ]
 
 
+def test_a_compiled_model_is_not_recomputed_in_part() -> None:
+    compiled = with_value(CONFIG, "model.compile", True)
+    (problem,) = problems(with_value(compiled, "model.gradient_checkpointing", "selective"))
+    assert problem.startswith("model.compile: true; selective recomputation")
+    assert problems(with_value(compiled, "model.gradient_checkpointing", "full")) == []
+
+
 def test_a_balancing_loss_needs_the_whole_step() -> None:
     balanced = with_value(CONFIG, "model.router_aux_loss_weight", 0.01)
     assert problems(balanced) == []

@@ -154,6 +154,7 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
             dtype="float32",
             attention="eager",
             share_prompts=False,
+            compile=True,
             gradient_checkpointing=True,
             offload_activations=True,
             quantization="nf4",

@@ -12,7 +12,9 @@ from dpo.data.trees import sequence_batch
 from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.errors import UserError
+from dpo.model import compiled
 from dpo.model.load import load_model
+from dpo.model.probe_trees import trees_of
 
 
 def tiny_engine(folder: Path, **options: object) -> Engine:
@@ -194,3 +196,34 @@ def test_flex_attention_cannot_train_on_a_cpu_and_says_what_to_do(tiny_model: Pa
     config = ModelConfig(name_or_path=str(tiny_model), dtype="float32", attention="flex")
     with pytest.raises(UserError, match=r"model\.attention: flex; .* no backward pass on CPUs"):
         Engine(world.start(config), load_model(config), config, OptimizationConfig())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.*:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)
+def test_a_compiled_policy_resumes_with_the_same_bits(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    config = ModelConfig(name_or_path=str(tiny_model), dtype="float32", compile=True)
+
+    def made() -> Engine:
+        torch._dynamo.reset()  # as in a new process
+        engine = Engine(world.start(config), load_model(config), config, OptimizationConfig())
+        assert engine.settle_layout(trees_of((SEQUENCES[0][0], [ids for _, ids in SEQUENCES]))).notes == ()
+        return engine
+
+    def step(engine: Engine, number: int) -> float:
+        engine.accumulate(-engine.score(sequence_batch(SEQUENCES[: number + 1])).sum(), last=True)
+        return engine.update(0.01)
+
+    first = made()
+    step(first, 0)
+    first.save(tmp_path)()
+    norms = [step(first, 1), step(first, 2)]
+    second = made()
+    second.load(tmp_path)
+    assert [step(second, 1), step(second, 2)] == norms
+    plain = tiny_engine(tiny_model)
+    assert [step(plain, number) for number in range(3)][1:] == pytest.approx(norms, rel=1e-4)
+    assert first.weights().keys() == plain.weights().keys()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from dpo.engine.scoring import (
     token_budget,
 )
 from dpo.errors import UserError
+from dpo.model import compiled
 from dpo.model.first_blocks import in_float32
 from dpo.model.load import load_model
 from dpo.model.probe import Score
@@ -174,3 +176,37 @@ def test_weights_that_no_text_reaches_are_those_of_other_towers(family: str) -> 
         {"vision_tower", "multi_modal_projector"} if family == "gemma3" else set()
     )
     assert all(weight.grad is None for weight in scorer.parameters())
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.*:DeprecationWarning", "ignore:The .grad attribute:UserWarning"
+)
+@pytest.mark.parametrize("wrong", [False, True])
+def test_compiled_blocks_are_compared_with_the_authors_model(
+    config: ModelConfig, wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler whose code is wrong, and one whose code is right."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return lambda *args: [1.5 * part if wrong else part for part in graph(*args)]
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    scorer = make_scorer(load_model(config), replace(config, compile=True))
+    if wrong:
+        with pytest.raises(UserError, match="cannot be used"):
+            settle_layout(scorer, TREES, torch.float32)
+    else:
+        assert settle_layout(scorer, TREES, torch.float32).notes == ()
+    torch._dynamo.reset()
+
+
+def test_compiling_without_a_compiler_is_refused_in_one_line(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise compiled.InvalidCxxCompiler
+
+    monkeypatch.setattr(compiled, "get_cpp_compiler", none)
+    with pytest.raises(UserError, match=r"model\.compile: true; torch found no C\+\+ compiler"):
+        make_scorer(load_model(config), replace(config, compile=True))

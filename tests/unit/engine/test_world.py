@@ -1,8 +1,8 @@
 """What this process says of its world before a model is there."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,18 +12,10 @@ from dpo.engine import world
 from dpo.errors import UserError
 
 
-def test_alone_a_policy_is_on_one_device_with_float32_masters(tiny_model: Path) -> None:
-    model = ModelConfig(name_or_path=str(tiny_model), dtype="float32")
-    accelerator = world.start(model)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_alone_a_policy_is_on_one_device_and_nothing_is_cast(tiny_model: Path, dtype: Any) -> None:
+    assert world.start(ModelConfig(name_or_path=str(tiny_model), dtype=dtype)).mixed_precision == "no"
     assert world.kind_here() == "one device"
-    assert world.weight_dtype(accelerator, replace(model, dtype="bfloat16")) == torch.float32
-
-
-def test_a_process_may_train_in_one_type_after_the_other(tiny_model: Path) -> None:
-    """As a program does that trains several configurations through the Python interface."""
-    for dtype, expected in (("float32", "no"), ("bfloat16", "bf16"), ("float32", "no")):
-        model = ModelConfig(name_or_path=str(tiny_model), dtype=dtype)  # type: ignore[arg-type]
-        assert world.start(model).mixed_precision == expected
 
 
 def test_a_deepspeed_file_that_owns_our_numbers_is_refused_before_anything_starts(

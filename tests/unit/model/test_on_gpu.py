@@ -13,7 +13,7 @@ from dpo.loss.pairs import pair_logps
 from dpo.model.first_blocks import in_float32
 from dpo.model.probe import Comparison, probe
 from dpo.model.probe_trees import trees_of
-from dpo.model.projection import TokenLogProbs
+from dpo.model.projection import TokenLogProbs, kernels_on
 from dpo.model.scorer import SequenceScorer
 
 pytestmark = [
@@ -69,6 +69,23 @@ def test_products_of_slices_are_summed_in_float32() -> None:
         layer.slice_elements = 32 * head.out_features // num_slices
         found.append(torch.autograd.grad(layer(hidden, targets).sum(), hidden)[0].float())
     torch.testing.assert_close(found[0], found[1], rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_projections_kernels_equal_the_sliced_path(dtype: torch.dtype) -> None:
+    head = nn.Linear(64, 16 * 1024 + 3, bias=False, dtype=dtype, device=CARD)
+    hidden = torch.randn(100, 64, dtype=dtype, device=CARD, requires_grad=True)
+    targets = torch.randint(16 * 1024 + 3, (100,), device=CARD)
+    layer, found = TokenLogProbs(head, tiny("llama").config), []
+    layer.slice_elements = 100 * 4096
+    assert kernels_on(hidden.device) is not None
+    for kernels in (None, False):
+        layer.kernels = kernels  # type: ignore[assignment]
+        logps = layer(hidden, targets)
+        found.append([logps.detach(), *torch.autograd.grad(logps.sum(), [hidden, head.weight])])
+    for ours, plain in zip(*found, strict=True):
+        within = 2**-7 if ours.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours, plain, rtol=within, atol=within)
 
 
 def test_length_weights_have_deterministic_kernels() -> None:

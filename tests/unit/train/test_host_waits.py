@@ -19,7 +19,7 @@ from dpo.config import LossConfig
 from dpo.data.records import Pair, TokenizedGroup
 from dpo.data.trees import Layout, TreeBatch, group_batch
 from dpo.loss.catalog import LOSSES, NEEDS_SMOOTHING
-from dpo.model import attention
+from dpo.model import attention, varlen
 from dpo.model.scorer import SequenceScorer
 from dpo.tracking.metrics import MetricSums
 from dpo.train import preference_objective
@@ -70,7 +70,10 @@ def batch_on_meta(scorer: SequenceScorer, layout: Layout, *, per_token: bool) ->
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # torch's own
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own
 @pytest.mark.usefixtures("flex")
-def test_a_scored_micro_batch_and_its_backward_pass(family: str, layout: Layout) -> None:
+def test_a_scored_micro_batch_and_its_backward_pass(
+    family: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen, "_kernel_takes", lambda query: True)  # as on a GPU
     scorer = SequenceScorer(tiny(family).to("meta"), flex=True)
     batch = batch_on_meta(scorer, layout, per_token=False)
     with nullcontext() if layout == "flex" else NoCopiesToDevice():  # nothing is compiled under such a mode
