@@ -79,6 +79,10 @@ def _range_of(hint: Any) -> Within | None:
 def _lora_problems(model: ModelConfig) -> Iterator[str]:
     if model.compile and model.gradient_checkpointing == "selective":
         yield "model.compile: true; selective recomputation sees no single operations in it: set full"
+    if model.compile and model.offload_activations:
+        yield "model.compile: true; it has not been tried with model.offload_activations: leave one out"
+    if model.compile and model.quantization == "int8":
+        yield "model.compile: true; it has not been tried with model.quantization: int8: leave one out"
     if model.quantization is not None and model.lora is None:
         yield f"model.quantization: {model.quantization}; such weights are not trained: set model.lora.rank"
     if (lora := model.lora) is None:

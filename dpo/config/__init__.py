@@ -75,6 +75,8 @@ class ModelConfig:
     """Adds the model's own load-balancing loss times this, over the tokens of the step's trees, a prompt's
     once for each completion. The step is then scored once before, as with train.backward cached. 0: none.
     """
+    offload_activations: bool = False
+    """Keep activations in the host's memory until the backward pass, for GPUs; not under ZeRO-3."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub repository. Off unless asked for by name."""
     quantization: Literal["nf4", "int8"] | None = None

@@ -29,6 +29,7 @@ from dpo.engine.world import kind_here, unsharded
 from dpo.errors import UserError
 from dpo.model.authors import kept_in_float32
 from dpo.model.load import DTYPES
+from dpo.model.offload import Offload, offload
 from dpo.model.probe import Probed
 from dpo.model.probe_trees import ProbeTrees
 from dpo.model.quantized import num_elements
@@ -73,6 +74,8 @@ class Engine:
         self._max_grad_norm = options.max_grad_norm
         self._copies = Snapshots()
         recompute(model, config.gradient_checkpointing)
+        if config.offload_activations:
+            offload(model, Offload(model))
         self.routers = Routers(model, balanced=config.router_aux_loss_weight > 0)
         _learning(model)
         scorer = make_scorer(model, config)

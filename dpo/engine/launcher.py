@@ -74,6 +74,11 @@ def _check_zero_3(model: ModelConfig) -> None:
             f"model.quantization: {model.quantization}; ZeRO-3 cannot shard such weights: take a "
             "launch file of ZeRO-2, launch/one_node.yaml, or leave model.quantization out"
         )
+    if model.offload_activations:
+        raise UserError(
+            "model.offload_activations: it has not been tried under ZeRO-3, whose gathered weights would be "
+            "moved too: take a launch file of ZeRO-2, or set model.gradient_checkpointing: full instead"
+        )
     if model.gradient_checkpointing == "selective":
         raise UserError(
             "model.gradient_checkpointing: selective; it has not been tried under ZeRO-3, which gathers "

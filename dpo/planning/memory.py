@@ -271,7 +271,7 @@ def _peak(kept: _Kept, step: Rehearsal, *, gathered: int = 0, buckets: int = 0, 
         activations=step.activations if in_pass else 0,
         projection=step.projection if in_pass else update,
         buckets=buckets if in_pass else 0,
-        host=kept.host,
+        host=kept.host + step.offloaded,
     )
 
 

@@ -22,12 +22,13 @@ from dpo.data.trees import Layout, Tree, TreeBatch, tree_batch
 from dpo.errors import UserError
 from dpo.model.files import first_line
 from dpo.model.lora import empty_policy
+from dpo.model.offload import offload
 from dpo.model.projection import SLICE_ELEMENTS
 from dpo.model.recomputation import recompute
 from dpo.model.scorer import SequenceScorer
 from dpo.planning.cut import Blocks
 from dpo.planning.live_bytes import LiveBytes
-from dpo.planning.stand_ins import ONE_KERNEL, experts_of_any_dtype, quantize
+from dpo.planning.stand_ins import ONE_KERNEL, Dropped, experts_of_any_dtype, quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,8 @@ class Rehearsal:
     """In addition at the peak: the output projection, the backward pass of a block, its gradients."""
     operations: int
     """Number of operations, without views: what the host launches."""
+    offloaded: int = 0
+    """Kept in the host's memory for the backward pass."""
 
     @property
     def peak(self) -> int:
@@ -66,6 +69,8 @@ class _Pass:
     """Peak of the whole pass."""
     operations: int
     """Of the whole pass."""
+    offloaded: int
+    """To the host."""
 
 
 def rehearse(
@@ -105,7 +110,7 @@ def rehearse_with(blocks: Blocks, model: ModelConfig, trees: Sequence[Tree], *, 
     base = run(firsts)
     if len(most) == 1:
         last, of_kinds = base, [base.in_blocks // len(firsts)] * len(firsts)
-        more = operations = 0
+        more = operations = offloaded = 0
     else:
         doubled = [run(sorted([*firsts, kind[1]])) if len(kind) > 1 else base for kind in blocks.kinds]
         last = doubled[blocks.kinds.index(most)]
@@ -115,12 +120,16 @@ def rehearse_with(blocks: Blocks, model: ModelConfig, trees: Sequence[Tree], *, 
         operations = sum(
             count * (each.operations - base.operations) for count, each in zip(counts, doubled, strict=True)
         )
+        offloaded = sum(
+            count * (each.offloaded - base.offloaded) for count, each in zip(counts, doubled, strict=True)
+        )
     activations = last.in_blocks + more
     return Rehearsal(
         activations=activations,
         of_a_block=of_kinds[blocks.last] or max(of_kinds),
         projection=max(last.late + more, last.peak) - activations,
         operations=last.operations + operations,
+        offloaded=last.offloaded + offloaded,
     )
 
 
@@ -163,6 +172,9 @@ def _rehearse_blocks(
         if model.quantization is not None:
             quantize(bare, model.quantization)
         recompute(bare, model.gradient_checkpointing)
+        offloading = Dropped(bare)
+        if model.offload_activations:
+            offload(bare, offloading)
         bare.train()
         scorer = SequenceScorer(bare)
         if gpu:
@@ -191,6 +203,7 @@ def _rehearse_blocks(
         late=moments.get("late", live.peak),
         peak=live.peak,
         operations=live.operations,
+        offloaded=offloading.bytes,
     )
 
 

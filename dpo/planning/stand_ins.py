@@ -12,6 +12,7 @@ from transformers.integrations import moe
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
+from dpo.model.offload import Offload
 from dpo.model.quantized import packed_layers
 
 ONE_KERNEL = "rehearsed_one_kernel"
@@ -62,6 +63,19 @@ def _values(weight: Tensor, quantization: str, dtype: torch.dtype) -> Tensor:
     """Allocates what taking a weight back to the compute type does; 8 bits go by way of float32."""
     first = torch.float32 if quantization == "int8" else dtype
     return torch.empty(weight.shape, dtype=first, device=weight.device).to(dtype)
+
+
+class Dropped(Offload):
+    """Moves activations to a host that holds nothing."""
+
+    def to_host(self, tensor: Tensor) -> Any:
+        """What is needed to allocate it again."""
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+    def from_host(self, waiting: Any) -> Tensor:
+        """As large as it was."""
+        shape, stride, dtype, device = waiting
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 def quantize(model: PreTrainedModel, quantization: str) -> None:

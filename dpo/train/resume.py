@@ -46,6 +46,7 @@ FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "train.max_tokens_per_micro_batch",
     "train.backward",
     "model.gradient_checkpointing",
+    "model.offload_activations",
     "model.attention",
     "model.compile",
     "model.share_prompts",

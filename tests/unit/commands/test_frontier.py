@@ -156,6 +156,7 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
             share_prompts=False,
             compile=True,
             gradient_checkpointing=True,
+            offload_activations=True,
             quantization="nf4",
             router_aux_loss_weight=0.01,
             trust_remote_code=True,

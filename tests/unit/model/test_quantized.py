@@ -288,6 +288,8 @@ def test_without_bitsandbytes_the_error_is_one_line_with_the_remedy(
     ("options", "said"),
     [
         ({"lora": None}, "such weights are not trained: set model.lora.rank"),
+        ({"compile": True, "quantization": "int8"}, "not been tried with model.quantization: int8"),
+        ({"compile": True, "offload_activations": True}, "not been tried with model.offload_activations"),
         ({"lora": LoraConfig(start="merge")}, "quantized weights cannot hold the sum"),
         ({"reference": "zero3"}, "reference.sharding: zero3; quantized weights cannot be sharded"),
     ],
@@ -318,6 +320,9 @@ def test_zero_3_is_refused_before_a_model_is_loaded(base: Path, scheme: Any) -> 
     selective = replace(configured(base, scheme), quantization=None, gradient_checkpointing="selective")
     with pytest.raises(UserError, match=r"gradient_checkpointing: selective; .* under ZeRO-3.*: set full"):
         check_launcher(environment, trained=selective)
+    moved = replace(configured(base, scheme), quantization=None, offload_activations=True)
+    with pytest.raises(UserError, match=r"model\.offload_activations: .* under ZeRO-3"):
+        check_launcher(environment, trained=moved)
     compiled = ModelConfig(name_or_path="m", compile=True)
     with pytest.raises(UserError, match=r"model\.compile: true; .* under ZeRO-3.*: leave it out"):
         check_launcher(environment, trained=compiled)

@@ -20,6 +20,8 @@ CASES: dict[str, dict[str, Any]] = {
     "8 bits, bfloat16": {"quantization": "int8", "dtype": "bfloat16", **LORA},
     "8 bits, full": {"quantization": "int8", "gradient_checkpointing": "full", **LORA},
     "selective": {"gradient_checkpointing": "selective"},
+    "offloaded": {"offload_activations": True},
+    "offloaded, full": {"offload_activations": True, "gradient_checkpointing": "full"},
     "full": {"gradient_checkpointing": "full"},
 }
 
