@@ -17,7 +17,7 @@ class FakeServer:
     """What it serves, what goes wrong, and what it was asked."""
 
     answer: Callable[[Mapping[str, Any]], Any]
-    """A request's body -> the answer, as JSON."""
+    """A request's body -> the answer, as JSON; a ValueError becomes status 500."""
     models: list[str] = field(default_factory=lambda: ["policy"])
     faults: list[Fault] = field(default_factory=list)
     """Each is used once, for a POST, in this order."""
@@ -45,8 +45,11 @@ def serving(server: FakeServer) -> Iterator[FakeServer]:
                 fault = server.faults.pop(0) if server.faults else None
             if fault is not None:
                 fault(self)
-            else:
+                return
+            try:
                 reply(self, 200, json.dumps(server.answer(body)))
+            except ValueError as error:
+                reply(self, 500, str(error))
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True

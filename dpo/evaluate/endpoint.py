@@ -153,12 +153,22 @@ def connect(
         stop_ids=stop_ids,
         takes_ids=True,
     )
+    if _answers(by_ids, tries=1):
+        return by_ids
+    # llama-cpp-python takes text alone, and says status 500, as a server does that is not well for a moment
+    by_text = replace(by_ids, takes_ids=False)
+    _answers(by_text, tries=server.tries)
+    return by_ids if _answers(by_ids, tries=1) else by_text
+
+
+def _answers(endpoint: Endpoint, *, tries: int) -> bool:
+    ids = np.asarray(endpoint.stop_ids[:1], np.int32)
+    body = endpoint.body(ids, max_tokens=1, temperature=0.0, seed=0)
     try:
-        body = by_ids.body(np.asarray(stop_ids[:1], np.int32), max_tokens=1, temperature=0.0, seed=0)
-        server.post("completions", body, first_choice)
-    except UserError:  # llama-cpp-python takes text alone
-        return replace(by_ids, takes_ids=False)
-    return by_ids
+        replace(endpoint.server, tries=tries).post("completions", body, first_choice)
+    except UserError:
+        return False
+    return True
 
 
 def check_model(endpoint: Endpoint, known: Sequence[KnownNext], tolerance: float) -> None:

@@ -1,11 +1,13 @@
 """Rounds that are killed anywhere: `make torture-rounds`; moments and comparison are in tests/torture."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torture import rounds
 from torture.rounds import without_timing
 
 TESTS = Path(__file__).parents[1]
@@ -22,7 +24,29 @@ def test_two_rounds_that_are_killed_ten_times_end_as_those_that_are_not(tmp_path
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=1700)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert "kills; the same end" in done.stdout
+    assert "; the same end" in done.stdout
+
+
+def test_runs_follow_each_other_until_there_were_enough_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def killed(folder: Path, kills: int, moments: random.Random, seconds: float) -> int:
+        asked.append(kills)
+        return min(kills, 4)  # then it has finished
+
+    for name, stand_in in {
+        "preload": lambda: None,
+        "undisturbed": lambda _: ({"a": "1"}, 60.0),
+        "killed": killed,
+        "different": lambda run, _: ["a"] if run.name.endswith("_2") else [],
+    }.items():
+        monkeypatch.setattr(rounds, name, stand_in)
+    monkeypatch.setattr(sys, "argv", ["rounds", "--folder", str(tmp_path), "--kills", "10"])
+    assert rounds.main() == 1
+    assert asked == [10, 6, 2]
+    assert "10 kills of 3 run(s); other files: ['killed_0_2: a']" in capsys.readouterr().out
 
 
 def test_only_timing_is_left_out_of_the_comparison() -> None:

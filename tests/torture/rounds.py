@@ -182,36 +182,33 @@ def undisturbed(folder: Path) -> tuple[dict[str, str], float]:
     return expected, seconds
 
 
-def killed(folder: Path, kills: int, seed: int, seconds: float) -> list[str]:
-    """A run that is killed again and again, and then finishes.
+def killed(folder: Path, kills: int, moments: random.Random, seconds: float) -> int:
+    """A run that is killed again and again, and then finishes; prints when and where it was killed.
 
     Args:
         folder: Where to run.
         kills: How often everything is killed, at most: the run may finish before.
-        seed: Of the moments.
-        seconds: Of an undisturbed run; a kill comes at most a quarter of it after a start.
+        moments: Draws them.
+        seconds: Of an undisturbed run; a kill comes at most half of it after a start.
 
     Returns:
-        When and where it was killed.
+        How often it was killed.
     """
     shutil.rmtree(folder, ignore_errors=True)
     assert status_of(in_a_fork(lambda: prepare(folder))) == 0
-    moments, said = random.Random(seed), list[str]()
-    while len(said) < kills:
-        after, pid = moments.uniform(0.0, seconds / 4), start(folder)
+    for done in range(kills):
+        after, pid = moments.uniform(0.0, seconds / 2), start(folder)
         until = time.monotonic() + after
         while time.monotonic() < until:
             if os.waitpid(pid, os.WNOHANG) != (0, 0):
-                print("ended before it was killed", flush=True)
-                finish(folder)
-                return said
+                finish(folder)  # nothing is left to do, if it ended well
+                return done
             time.sleep(0.01)
         os.killpg(pid, signal.SIGKILL)
         status_of(pid)
-        said.append(f"kill {len(said) + 1}, {after:.1f} s after the start: {stage_of(folder)}")
-        print(said[-1], flush=True)
+        print(f"{folder.name}: killed {after:.1f} s after a start, in {stage_of(folder)}", flush=True)
     finish(folder)
-    return said
+    return kills
 
 
 def different(folder: Path, expected: dict[str, str]) -> list[str]:
@@ -245,10 +242,13 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     expected, seconds = undisturbed(folder)
     print(f"undisturbed: {seconds:.0f} s, {len(expected)} files", flush=True)
-    run = folder / f"killed_{args.seed}"
-    said = killed(run, args.kills, args.seed, seconds)
-    wrong = different(run, expected)
-    print(f"{len(said)} kills; {f'other files: {wrong}' if wrong else 'the same end'}")
+    moments, done, wrong, runs = random.Random(args.seed), 0, list[str](), 0
+    while done < args.kills:  # a run that finishes before is followed by another
+        runs += 1
+        run = folder / f"killed_{args.seed}_{runs}"
+        done += killed(run, args.kills - done, moments, seconds)
+        wrong += [f"{run.name}: {name}" for name in different(run, expected)]
+    print(f"{done} kills of {runs} run(s); {f'other files: {wrong}' if wrong else 'the same end'}")
     return bool(wrong)
 
 

@@ -77,7 +77,7 @@ def run(policy: Path, text: Path, output: Path, *options: str) -> int:
 def test_a_servers_continuations_become_groups(
     policy: Path, text: Path, tmp_path: Path, fake: FakeServer
 ) -> None:
-    fake.faults += [fails(429)]  # of the first request: prompts then go as text
+    fake.faults += [fails(429)]
     out = tmp_path / "out"
     one_by_one = ("--requests_in_flight", "1", "--only_finished")
     assert run(policy, text, out, "--endpoint", fake.url, *ANY_MODEL, *one_by_one) == 0
