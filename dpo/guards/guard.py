@@ -70,7 +70,11 @@ class Guard:
             distributed.start()
             self._watchdog.listen()
             entered.enter_context(self.stop)
-            entered.enter_context(self._lock)
+            try:
+                entered.enter_context(self._lock)  # all ranks take it together
+            except Exception as error:
+                self._end_with(error)
+                raise
             self._entered = entered.pop_all()
         return self
 
@@ -80,14 +84,18 @@ class Guard:
         """Agrees with the other ranks on the reason of an error, and raises it."""
         with self._entered:
             if error is not None:
-                self.stop.end()
-            by_launcher = isinstance(error, StoppedBySignal) and self.stop.raised_at_once
-            if isinstance(error, UserError | StoppedBySignal | RunFailed) and not by_launcher:
-                self._watchdog.publish_end(error)
-            elif isinstance(error, Exception):
-                reason = self._watchdog.explain(_without_traceback(error, self._folder))
-                if reason is not error:
-                    raise reason from error
+                self._end_with(error)
+
+    def _end_with(self, error: BaseException) -> None:
+        """Raises another rank's reason in place of an error of this one; returns where it is its own."""
+        self.stop.end()
+        by_launcher = isinstance(error, StoppedBySignal) and self.stop.raised_at_once
+        if isinstance(error, UserError | StoppedBySignal | RunFailed) and not by_launcher:
+            self._watchdog.publish_end(error)
+        elif isinstance(error, Exception):
+            reason = self._watchdog.explain(_without_traceback(error, self._folder))
+            if reason is not error:
+                raise reason from error
 
 
 def _without_traceback(error: Exception, folder: RunFolder) -> Exception:

@@ -52,6 +52,19 @@ def test_an_evaluation_stops_on_all_ranks_after_a_signal(
             guard.may_continue("evaluation")
 
 
+def test_a_rank_that_dies_while_all_take_the_lock_is_named(
+    guard: Guard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(lock: object) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(run_lock.RunLock, "__enter__", fails)
+    monkeypatch.setattr(Watchdog, "explain", lambda self, error: RunFailed("rank 1 is gone"))
+    with pytest.raises(RunFailed, match="rank 1 is gone"), guard:
+        pass
+    assert guard._watchdog._ended.is_set()
+
+
 @pytest.mark.parametrize("error", [UserError("bad"), StoppedBySignal("stop"), RunFailed("failed")])
 def test_an_error_for_the_user_is_published_and_stays_itself(
     guard: Guard, error: Exception, monkeypatch: pytest.MonkeyPatch
