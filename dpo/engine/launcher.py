@@ -79,11 +79,6 @@ def _check_zero_3(model: ModelConfig) -> None:
             "model.offload_activations: it has not been tried under ZeRO-3, whose gathered weights would be "
             "moved too: take a launch file of ZeRO-2, or set model.gradient_checkpointing: full instead"
         )
-    if model.gradient_checkpointing == "selective":
-        raise UserError(
-            "model.gradient_checkpointing: selective; it has not been tried under ZeRO-3, which gathers "
-            "weights between what is kept: set full"
-        )
     if model.compile:
         raise UserError(
             "model.compile: true; it has not been tried under ZeRO-3, which gathers weights inside of what "

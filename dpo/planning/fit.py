@@ -147,8 +147,7 @@ class Fit:
     def ways(self, *, recomputed: Recomputed) -> list[Way]:
         """Every sharding that is possible with this number of GPUs, compute type and optimizer."""
         whole = bool(self._optimizer.not_sharded)
-        unsharded = whole or self._model.quantization is not None or recomputed == "selective"
-        unsharded = unsharded or self._model.offload_activations
+        unsharded = whole or self._model.quantization is not None or self._model.offload_activations
         impossible = {
             "no DeepSpeed": self._machine.num_gpus > 1 and not whole,
             "ZeRO-0": whole or not is_offered("ZeRO-0", self._dtype),

@@ -50,7 +50,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 CASES: list[Case]
 CASES = [(ranks, stage, "float32", None, "plain") for ranks in (1, 2, 4) for stage in (0, 2, 3)]
 CASES += [(2, stage, "bfloat16", lora_rank, "plain") for stage in (2, 3) for lora_rank in (None, 8)]
-CASES += [(2, 2, "float32", None, "selective")]
+CASES += [(2, stage, "float32", None, "selective") for stage in (2, 3)]
 
 
 Measured = dict[str, dict[str, Any]]

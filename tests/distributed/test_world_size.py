@@ -61,6 +61,13 @@ def test_a_cached_gradient_gives_the_same_steps(
     assert_same_steps(metrics(rig.completed(f"cached_{stage}", *cut, stage=stage)), expected)
 
 
+def test_recomputed_activations_give_the_same_steps_where_weights_are_gathered(
+    rig: Rig, expected: list[dict[str, float]]
+) -> None:
+    recomputed = ("--model.gradient_checkpointing", "selective")
+    assert_same_steps(metrics(rig.completed("selective_3", *recomputed, stage=3)), expected)
+
+
 def test_a_moving_reference_gives_the_same_steps(rig: Rig) -> None:
     """Also where a rank dies in an update, and the sharded run is resumed on as many ranks."""
     keys = (

@@ -317,9 +317,6 @@ def test_zero_3_is_refused_before_a_model_is_loaded(base: Path, scheme: Any) -> 
     check_launcher(environment | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, trained=configured(base, scheme))
     with pytest.raises(UserError, match=rf"model\.quantization: {scheme}; ZeRO-3 cannot shard"):
         check_launcher(environment, trained=configured(base, scheme))
-    selective = replace(configured(base, scheme), quantization=None, gradient_checkpointing="selective")
-    with pytest.raises(UserError, match=r"gradient_checkpointing: selective; .* under ZeRO-3.*: set full"):
-        check_launcher(environment, trained=selective)
     moved = replace(configured(base, scheme), quantization=None, offload_activations=True)
     with pytest.raises(UserError, match=r"model\.offload_activations: .* under ZeRO-3"):
         check_launcher(environment, trained=moved)

@@ -84,7 +84,7 @@ def chosen(advice: Advice) -> tuple[Name | None, int, Any]:
         (1200, ("ZeRO-3", 1000, False)),
         (1050, ("ZeRO-3 offload", 1000, False)),
         (700, ("ZeRO-2", 400, False)),  # smaller micro-batches before recomputation
-        (240, ("ZeRO-3", 1000, "full")),
+        (240, ("ZeRO-3", 280, "selective")),
         (110, ("ZeRO-3 offload", 1000, "full")),
         (60, ("ZeRO-3 offload", 600, "full")),
         (0, (None, 1000, "full")),
@@ -107,8 +107,7 @@ def test_activations_are_recomputed_but_those_of_attention_where_that_is_enough(
     advice = fit(700, gpus=1, optimizer="adafactor").advice()  # which cannot be offloaded
     assert chosen(advice) == ("no DeepSpeed", 400, "selective")
     assert "but those of attention are recomputed" in advice.reason
-    sharded = {way.sharding for way in fit(700).ways(recomputed="selective")}
-    assert not any(name.startswith("ZeRO-3") for name in sharded)
+    assert "ZeRO-3" in {way.sharding for way in fit(700).ways(recomputed="selective")}
 
 
 def test_one_gpu_trains_without_deepspeed() -> None:
@@ -146,6 +145,6 @@ def test_a_cached_gradient_needs_room_for_one_completion_instead_of_a_group() ->
     large = {"requested": 100, "longest": 5000}
     assert fit(400, **large).advice().sharding is None
     found = fit(400, **large, cached=True).advice()
-    assert (found.sharding, found.cached, found.gradient_checkpointing) == ("ZeRO-2", True, "full")
+    assert (found.sharding, found.cached, found.gradient_checkpointing) == ("ZeRO-3", True, "selective")
     assert found.max_tokens_per_micro_batch >= 500
     assert "not even one completion" in fit(20, **large, cached=True).advice().reason
