@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from dpo.evaluate.asked import Asked
 from dpo.evaluate.scoring import ClassifierScorer, Scorer
 from dpo.evaluate.statistics import mean_interval, share_by_cluster, win_rate
-from dpo.files import write_file
+from dpo.files import read_lines, write_file
 from dpo.tracking.run_folder import RunFolder
 
 PACKAGES = Path("data/packages")
@@ -128,7 +128,7 @@ def best_of(judge: Scorer, rows: Sequence[dict[str, list[float]]]) -> dict[str, 
 def score(judge: Scorer, runs: Path) -> None:
     """Writes second_judge.json beside every samples.jsonl of the study's runs."""
     for file in sorted(runs.glob("**/samples.jsonl")):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = read_lines(file)
         is_best_of = file.parent == RunFolder(file.parent.parent).best_of
         found = best_of(judge, rows) if is_best_of else compared(judge, rows)
         write_file(file.parent / SCORES, json.dumps(found, indent=1))

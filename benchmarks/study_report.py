@@ -21,6 +21,7 @@ from benchmarks import second_judge, study_harmless, study_sentiment
 from benchmarks.study_reward import RewardQuality
 from dpo.commands.frontier import BEST_OF, limit_points
 from dpo.evaluate.statistics import Interval
+from dpo.files import read_lines
 from dpo.report import labels
 from dpo.report.content import COLUMNS
 from dpo.report.escape import markdown_cell, prompt_end
@@ -303,7 +304,7 @@ def trees_table(runs: Path) -> str:
 def sentiment_table(runs: Path) -> str:
     """The first held-out queries, not cherry-picked, continued by both models with the same seed."""
     file = RunFolder(runs / MAIN).report() / "samples.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()[:QUERIES]] if file.is_file() else []
+    rows = read_lines(file)[:QUERIES] if file.is_file() else []
     cells = []
     for row in rows:
         both = [scored_cell(row[model], row[f"{model}_score"]) for model in ("reference", "policy")]

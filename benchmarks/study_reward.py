@@ -19,6 +19,7 @@ from dpo.data.records import TokenIds
 from dpo.engine.frozen import frozen_scorer
 from dpo.engine.scoring import settle_layout
 from dpo.evaluate.samples import PromptAndCompletion, log_probs
+from dpo.files import read_lines
 from dpo.model.load import load_tokenizer
 from dpo.model.probe_trees import trees_of
 from dpo.tracking.run_folder import RunFolder
@@ -53,7 +54,7 @@ def rewards_of_samples(reference: str, runs: dict[str, Path], samples: Path) -> 
         samples: samples.jsonl of `dpo best-of`.
     """
     tokenizer = load_tokenizer(ModelConfig(name_or_path=reference))
-    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    rows = read_lines(samples)
     scores = np.asarray([row["reference_scores"] for row in rows])
     sequences: list[PromptAndCompletion] = [
         (_ids(tokenizer, row["prompt"]), _ids(tokenizer, text))

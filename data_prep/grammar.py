@@ -4,7 +4,6 @@ An opening introduces a person, an object, a place and a companion; a continuati
 table serves both directions: `opening` and `continuation` generate text, `mood_of` recognises it.
 """
 
-import json
 import random
 import re
 import sys
@@ -12,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
+
+from dpo.files import read_lines
 
 Mood = Literal["happy", "neutral", "sad"]
 MOODS: tuple[Mood, ...] = get_args(Mood)
@@ -259,7 +260,7 @@ _PATTERNS = {
 
 def main(path: str) -> None:
     """Prints the share of each mood among the samples of a report's samples.jsonl."""
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = read_lines(Path(path))
     for model in ("reference", "policy"):
         moods = Counter(mood_of(row[model]) or "not of the grammar" for row in rows)
         shares = ", ".join(f"{count / len(rows):.1%} {mood}" for mood, count in moods.most_common())

@@ -7,6 +7,7 @@ A reader sees the old content or the new one, never a part. A temporary name sta
 import glob
 import hashlib
 import io
+import json
 import os
 import shutil
 import time
@@ -24,6 +25,15 @@ REPLACED = ".replaced"
 LONGEST_WRITE_SECONDS = 86_400.0
 UNIVERSAL = ".universal"
 """A checkpoint in another form, while it is loaded."""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object per line.
+
+    Only a line feed ends a line: `str.splitlines` also cuts where a text holds U+2028, U+0085 and the like.
+    """
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write_file(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:

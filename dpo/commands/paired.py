@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dpo.evaluate.statistics import Interval, mean_interval
+from dpo.files import read_lines
 from dpo.report import labels
 
 SHOWN_PROMPTS = 3
@@ -138,4 +139,4 @@ def _json_of(file: Path) -> dict[str, Any]:
 
 
 def _lines_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return read_lines(file) if file.is_file() else []

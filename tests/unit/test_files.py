@@ -1,6 +1,7 @@
 """Atomic files and folders: the old content or the new one, whatever happens in between."""
 
 import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo import files
-from dpo.files import atomic_folder, publish_folder, sha256_of, write_file
+from dpo.files import atomic_folder, publish_folder, read_lines, sha256_of, write_file
 from dpo.processes import this_process
 
 
@@ -170,3 +171,10 @@ def test_only_what_dead_processes_left_half_written_is_removed_from_a_shared_fol
     left = {name for name, path in names.items() if path.exists()}
     assert left == {"living", "elsewhere", "of an older version", "complete"}
     files.remove_abandoned(tmp_path / "not there")
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    rows = [{"text": f"before {sign} after"} for sign in ("\u2028", "\u2029", "\x85", "\x1c", "\r", "\n")]
+    file = tmp_path / "samples.jsonl"
+    write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert read_lines(file) == rows
