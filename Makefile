@@ -23,7 +23,7 @@ ready := .venv/.ready
 slowest := --durations=10
 
 .PHONY: help setup demo data data-report sft plan precompute-ref train eval frontier compare sentiment tensorboard
-.PHONY: study study-harmless check cache best-of chat convert
+.PHONY: study study-harmless check cache best-of chat convert rounds
 .PHONY: test test-unit test-distributed test-e2e test-faults torture torture-rounds bench bench-peers bench-cache lint docs format clean
 
 help: ## list the targets

@@ -111,19 +111,25 @@ def _sampled_cells(summary: Summary, *, win_rate: str) -> list[str]:
 
 def second_judge_table(runs: Path) -> str:
     """What a judge that did not make the labels says of the same samples."""
-    folder = RunFolder(runs / FRONTIER / "reference").best_of
-    best = _read(folder / second_judge.SCORES)
-    scores = {"reference": best.get("1", {})}
-    scores |= {
-        name: _read(RunFolder(run).report() / second_judge.SCORES) for name, run in policies(runs).items()
-    }
-    scores |= {f"best of {n}, by vader": best.get(n, {}) for n in ("2", "4", "8")}
     rows = []
-    for name, summary in scores.items():
-        if summary:
-            shown = [_with_ends(summary, "score/policy"), _share(summary, "positive_share/policy")]
-            rows.append([name, *shown, _share(summary, "win_rate") if "win_rate" in summary else ""])
+    for name, summary in second_judge_scores(runs).items():
+        shown = [_with_ends(summary, "score/policy"), _share(summary, "positive_share/policy")]
+        rows.append([name, *shown, _share(summary, "win_rate") if "win_rate" in summary else ""])
     return table(["policy", "P(positive), second judge", "positive", "win rate"], rows)
+
+
+def second_judge_scores(runs: Path) -> dict[str, Summary]:
+    """Name in the table -> the second judge's scores, of the snapshots of a run too."""
+    best = _read(RunFolder(runs / FRONTIER / "reference").best_of / second_judge.SCORES)
+    found = {"reference": best.get("1", {})}
+    for name, path in policies(runs).items():
+        run = RunFolder(path)
+        for snapshot in sorted(run.snapshots.glob("step_*")):
+            step = int(snapshot.name.removeprefix("step_"))
+            found[f"{name}, step {step}"] = _read(run.report(step) / second_judge.SCORES)
+        found[name] = _read(run.report() / second_judge.SCORES)
+    found |= {f"best of {n}, by vader": best.get(n, {}) for n in ("2", "4", "8")}
+    return {name: summary for name, summary in found.items() if summary}
 
 
 def dpo_curves(runs: Path) -> dict[str, list[Summary]]:
@@ -342,8 +348,14 @@ def main() -> None:
     text = "\n\n".join(f"## {title}\n\n{content}" for title, content in sections.items())
     (output / "tables.md").write_text(text + "\n")
     summaries = sentiment_runs(runs)
-    numbers = {"books": summaries, "books_curve": books, "harmless": folds, "best_of": _best_of(runs)}
-    numbers["rewards"] = _rewards(runs)
+    numbers: dict[str, Any] = {
+        "books": summaries,
+        "books_curve": books,
+        "harmless": folds,
+        "best_of": _best_of(runs),
+    }
+    numbers |= {"rewards": _rewards(runs), "curves": dpo_curves(runs)}
+    numbers["second_judge"] = second_judge_scores(runs)
     (output / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
     save_png(curves_figure(books, harmless), output / "accuracy_against_pairs.png")
     if summaries:

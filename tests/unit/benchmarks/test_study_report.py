@@ -74,6 +74,20 @@ def test_what_is_not_there_is_left_out_and_the_rest_is_written(runs: Path) -> No
     }
 
 
+def test_the_second_judge_is_shown_for_snapshots_too(runs: Path) -> None:
+    run = runs / "frontier" / "beta_0.1"
+    for folder, share in ((run / "snapshots" / "step_00000035", 0.5), (run, 0.75)):
+        numbers = {"score/policy": share, "positive_share/policy": share, "win_rate": share}
+        numbers |= {f"{name}/{end}": share for name in [*numbers] for end in ("low", "high")}
+        (folder / "report").mkdir(parents=True)
+        (folder / "report" / "second_judge.json").write_text(json.dumps(numbers))
+    rows = study_report.second_judge_table(runs).splitlines()[2:]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| DPO, beta 0.1, step 35", "0.500 [0.500, 0.500]"],
+        ["| DPO, beta 0.1", "0.750 [0.750, 0.750]"],
+    ]
+
+
 def test_the_interval_of_five_folds_is_students() -> None:
     # Deviations -2, -1, 0, 1, 2: standard deviation sqrt(10 / 4), over sqrt(5), times 2.776.
     interval = fold_interval([1, 2, 3, 4, 5])
