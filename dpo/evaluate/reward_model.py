@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, terminal
 from dpo.config import ModelConfig
@@ -20,6 +20,7 @@ from dpo.data.tokenize import tokenizer_digest
 from dpo.distributed import device, on_main
 from dpo.errors import UserError
 from dpo.evaluate.asked import Asked
+from dpo.evaluate.classifier import load_classifier
 from dpo.evaluate.score_cache import CACHE, ScoreCache, content_key
 from dpo.files import sha256_of
 from dpo.model.files import raw_config, weight_files
@@ -44,21 +45,9 @@ class RewardScorer:
     def __init__(self, model: str, *, plain: bool = False, cache: Path = CACHE) -> None:
         self.name = f"{'reward-plain' if plain else 'reward'}:{model}"
         self._plain = plain
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model)
-            loaded, report = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype="auto", use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"scorer {self.name}: cannot load {model}; expected a folder or a hub name: {reason}"
-            ) from error
-        self._check(loaded.config.num_labels, sorted(report["missing_keys"]))
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._tokenizer, loaded, missing = load_classifier(self.name, model, "auto")
+        self._check(loaded.config.num_labels, missing)
         loaded.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
-        loaded.config.pad_token_id = self._tokenizer.pad_token_id
         self._tokenizer.padding_side = "right"  # the output is read at the last token that is not padding
         self._tokenizer.truncation_side = "left"  # the answer is what is judged
         positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)

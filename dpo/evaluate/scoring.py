@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dpo.config import SCORER_NAMES
 from dpo.distributed import device, gather_objects, share_of
 from dpo.errors import UserError
 from dpo.evaluate.asked import Asked
+from dpo.evaluate.classifier import load_classifier
 from dpo.evaluate.own_scorers import CommandScorer, FunctionScorer
 from dpo.evaluate.reward_model import RewardScorer, plain_reward
 
@@ -70,26 +70,14 @@ class ClassifierScorer:
     def __init__(self, model: str) -> None:
         self.name = f"hf:{model}"
         self.identity: str | None = None
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(model)
-            loaded, report = AutoModelForSequenceClassification.from_pretrained(
-                model, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"scorer {self.name}: cannot load {model}; expected a folder or a hub name: {reason}"
-            ) from error
-        if report["missing_keys"]:
+        self._tokenizer, loaded, missing = load_classifier(self.name, model, torch.float32)
+        if missing:
             raise UserError(
                 f"scorer {self.name}: {model} is not a trained classifier: it lacks "
-                f"{', '.join(sorted(report['missing_keys']))}; expected a text-classification model"
+                f"{', '.join(missing)}; expected a text-classification model"
             )
         config = loaded.config
         self._positive = _positive_class(config.id2label, self.name)
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        config.pad_token_id = self._tokenizer.pad_token_id
         # A tokenizer without a limit has 1e30 here. RoBERTa counts its positions from 2.
         positions = getattr(config, "max_position_embeddings", 512) - 2
         self._max_length = min(self._tokenizer.model_max_length, positions)
