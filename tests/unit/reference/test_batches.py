@@ -14,8 +14,10 @@ from unit.reference.samples import raw, store_of
 from dpo import distributed
 from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset
+from dpo.data.plan import deal
 from dpo.data.trees import Layout
-from dpo.reference.batches import MissingPlan, batch_offsets, place_of, plan_batches
+from dpo.reference import batches
+from dpo.reference.batches import MissingPlan, batch_offsets, even_budget, place_of, plan_batches
 from dpo.reference.precompute import find_missing
 
 Rows = list[dict[str, Any]]
@@ -140,6 +142,38 @@ def test_batches_stay_within_the_budget_and_are_as_few_as_it_allows(
         assert end > start
         assert end - start == 1 or size(start, end) <= budget
         assert end == len(lengths) or size(start, end + 1) > budget  # one more would not fit
+
+
+@given(LENGTHS.filter(len), st.integers(1, 300), st.booleans())
+def test_the_even_budget_is_the_smallest_for_its_number_of_batches(
+    lengths: list[int], budget: int, padded: bool
+) -> None:
+    tokens = np.array(lengths, dtype=np.int64)
+
+    def number(tokens_each: int) -> int:
+        return len(batch_offsets(tokens, tokens_each, padded=padded)) - 1
+
+    even = even_budget(tokens, budget, padded=padded)
+    assert 1 <= even <= budget
+    assert number(budget) <= number(even) <= 4 * number(budget)
+    assert even == 1 or number(even - 1) > number(even)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("num_trees", "world_size"), [(24, 2), (100, 2), (100, 4), (1000, 8), (20_000, 64)])
+def test_ranks_share_few_trees_evenly(num_trees: int, world_size: int, padded: bool) -> None:
+    lengths = np.random.default_rng(0).integers(60, 300, num_trees)
+    tokens = np.sort(lengths)[::-1].astype(np.int64)
+    offsets = batch_offsets(tokens, even_budget(tokens, 2048, padded=padded), padded=padded)
+    work = np.diff(offsets) * tokens[offsets[:-1]] if padded else np.add.reduceat(tokens, offsets[:-1])
+    loads = [work[part].sum() for part in deal(work, world_size)]
+    assert np.mean(loads) > 0.95 * max(loads)
+
+
+def test_many_batches_keep_the_whole_budget() -> None:
+    tokens = np.full(batches.ENOUGH, 10, dtype=np.int64)
+    assert even_budget(tokens, 19, padded=False) == 19
+    assert even_budget(tokens[:-1], 19, padded=False) < 19
 
 
 def test_a_sequence_is_found_in_its_data_set() -> None:
