@@ -11,10 +11,13 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +39,7 @@ BUSY_BYTES = 65536
 """Bytes per second that a process which loads or downloads moves at least."""
 IS_GONE = "is gone: killed, or out of memory"
 STATUS = {UserError: 2, StoppedBySignal: 3}
+Answer = TypeVar("Answer")
 
 
 class Watchdog:
@@ -137,6 +141,29 @@ class Watchdog:
             self._heard_at = time.monotonic()
             self._ended.wait(hearts.HEARTBEAT_SECONDS)
 
+    def _answer(self, ask: Callable[[], Answer]) -> Answer:
+        """What the store answers, asked in a thread of its own: the process that holds it may be stopped.
+
+        Raises:
+            DistError: It does not answer, now or later.
+        """
+        answers: list[Answer] = []
+        failed: list[Exception] = []
+
+        def work() -> None:
+            try:
+                answers.append(ask())
+            except Exception as error:  # raised below
+                failed.append(error)
+
+        thread = threading.Thread(target=work, name="question to the store", daemon=True)
+        thread.start()
+        thread.join(timeout=hearts.SILENT_AFTER_SECONDS + hearts.GONE_AFTER_SECONDS)  # `silent` takes some
+        if answers:
+            return answers[0]
+        self._store_is_gone = True
+        raise failed[0] if failed else dist.DistStoreError("the store does not answer")
+
     def _others(self) -> Hearts | None:
         """Those of the other ranks, as long as the store answers."""
         late = time.monotonic() - self._heard_at > hearts.SILENT_AFTER_SECONDS
@@ -174,7 +201,7 @@ class Watchdog:
         try:
             reason = self._first_end.as_error() if self._first_end else None
             if reason is None and others is not None:
-                missing = gone(others.silent())
+                missing = gone(self._answer(others.silent))
                 if not missing:
                     self._trouble_since = None
                     return
@@ -192,22 +219,25 @@ class Watchdog:
         others = self._others()
         missing: dict[int, hearts.Heartbeat] = {}
         try:
-            if others and (life.waits or life.loading) and others.others_get_on(self._stuck_after):
-                return
+            if others is not None and (life.waits or life.loading):
+                if self._answer(partial(others.others_get_on, self._stuck_after)):
+                    return
+            elif others is None and self._hearts is not None:
+                raise dist.DistStoreError("the store does not answer")
             culprits = self._culprits(others)
             if others:
                 missing = gone(culprits)
             said = f"behind: {listed(culprits)}" if culprits else "not all ranks have joined"
-        except dist.DistError as error:
-            said = f"the rank that is behind cannot be determined ({error})"
-        if life.advanced_at == last and not self._ended.is_set():
             stuck = f"no progress for {idle:.0f} s (train.stuck_after_seconds: {self._stuck_after:g}); {said}"
-            where = f"The stacks of all threads are in {self._folder.stacks}"
-            self._end(RunFailed(f"{stuck}. {where}"), missing, after=2 * hearts.HEARTBEAT_SECONDS)
+            reason: Exception = RunFailed(f"{stuck}. The stacks of all threads are in {self._folder.stacks}")
+        except dist.DistError:
+            reason = self._without_store(None)
+        if life.advanced_at == last and not self._ended.is_set():
+            self._end(reason, missing, after=2 * hearts.HEARTBEAT_SECONDS)
 
     def _culprits(self, others: Hearts | None) -> dict[int, hearts.Heartbeat]:
         if others is not None:
-            return others.silent() or behind(others.read())
+            return self._answer(lambda: others.silent() or behind(others.read()))
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and self._hearts is None:
             return {}
@@ -228,7 +258,7 @@ class Watchdog:
             rank = os.environ.get("RANK", "0")
             if (others := self._others()) is not None:
                 with suppress(dist.DistError):
-                    others.publish_end(reason, of=None)
+                    self._answer(partial(others.publish_end, reason, of=None))
             self._write_stacks()
             self._report(missing, reason)
             print(f"dpo: [rank {rank}] failed: {reason}", file=sys.stderr, flush=True)

@@ -135,6 +135,11 @@ class RunFolder:
         return self.path / ".exit.previous.json"
 
     @property
+    def launcher_log(self) -> Path:
+        """What the launcher said when ranks failed; the only file of a run that was killed at its start."""
+        return self.path / "launcher.log"
+
+    @property
     def stacks(self) -> Path:
         """The stacks of all threads of a run that got stuck, one file per rank."""
         return self.path / "stacks"
@@ -147,7 +152,7 @@ class RunFolder:
     @property
     def is_run(self) -> bool:
         """Whether a command of ours made this folder."""
-        marks = (self.config, self.exit_record, self.previous_exit_record, self.lock)
+        marks = (self.config, self.exit_record, self.previous_exit_record, self.lock, self.launcher_log)
         return any(path.is_file() for path in marks) or self.stacks.is_dir()
 
     @property

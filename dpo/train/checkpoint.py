@@ -6,6 +6,7 @@ of (seed, epoch).
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -38,6 +39,8 @@ T = TypeVar("T")
 PROGRESS = "progress.json"
 ASIDE = "aside_"
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
+TORCHS_WRITER = re.compile("iostream error|inline_container|PytorchStreamWriter")
+"""Errors of torch.save whose reason is lost."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -243,6 +246,20 @@ def _write_random_states(states: dict[str, torch.Tensor], building: Path) -> Pat
     return _random_state_file(building)
 
 
+def _cause(error: BaseException) -> str:
+    """Why a file could not be written: the system's own words, where the libraries between have kept them.
+
+    torch.save loses them, and what it raises last is a consequence, "unexpected pos".
+    """
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    system = next((link for link in chain if isinstance(link, OSError)), None)
+    said = " ".join(str(system or chain[-1]).split())
+    lost = system is None and isinstance(error, RuntimeError) and TORCHS_WRITER.search(str(error))
+    return f"the disk did not take all bytes, torch does not say why: {said}" if lost else said
+
+
 def _on_all_ranks(work: Callable[[], T], building: Path) -> list[T]:
     """Every rank's result; if one could not write, `building` is removed and all ranks raise UserError."""
     result: T | None = None
@@ -250,7 +267,7 @@ def _on_all_ranks(work: Callable[[], T], building: Path) -> list[T]:
     try:
         result = work()
     except CANNOT_WRITE as error:
-        problem = " ".join(str(error).split())
+        problem = _cause(error)
     outcomes = distributed.gather_objects((result, problem))
     failed = {rank: said for rank, (_, said) in enumerate(outcomes) if said}
     if failed:

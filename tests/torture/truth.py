@@ -60,7 +60,7 @@ def wrong_after_attempt(attempt: Attempt, run_dir: Path, seed: Seed) -> list[str
     if (
         status == 2
         and happened & ERRORS_OF_A_DISK
-        and not re.search(r"space|[Ii]nput/output|[Ss]tale|iostream", message)
+        and not re.search(r"space|[Ii]nput/output|[Ss]tale|the disk did not take all bytes", message)
     ):
         found.append(f"status 2, and the disk's error is not named: {message}")
     if (said := CHECKPOINT.search(message)) and not (

@@ -79,13 +79,15 @@ class World:
         longest = UNDISTURBED if duration is None else max(LONGEST, PATIENCE * duration)
         world_size = self.seed.last_ranks if last else self.seed.ranks
         token = f"{self.folder.name}_{time.monotonic_ns()}"
-        started = self._start(faults, token, world_size)
+        # The undisturbed attempt may be the first on this machine: DeepSpeed then compiles an extension.
+        patience = UNDISTURBED if duration is None else STUCK_AFTER
+        started = self._start(faults, token, world_size, patience)
         happened = {fault for fault in faults if fault.call is None and fault.kind != "second launch"}
         second = None
         for fault in sorted((fault for fault in faults if fault.call is None), key=lambda fault: fault.at):
             time.sleep(max(0.0, started.began + fault.at * (duration or 0.0) - time.monotonic()))
             if fault.kind == "second launch":
-                other = self._start([], f"{token}_second", world_size)
+                other = self._start([], f"{token}_second", world_size, patience)
                 second = self._end(other, [], f"{token}_second", longest, read_record=False)
                 happened.add(fault)
             elif not self._break(fault, started, token):
@@ -95,7 +97,7 @@ class World:
         ended.faults, ended.second = [fault for fault in faults if fault in happened], second
         return ended
 
-    def _start(self, faults: list[Fault], token: str, world_size: int) -> Started:
+    def _start(self, faults: list[Fault], token: str, world_size: int, stuck_after: float) -> Started:
         before = "".join(
             ARM.format(
                 rank=fault.rank,
@@ -111,7 +113,7 @@ class World:
             if fault.call is not None
         )
         rig_module.LAUNCHER = self.seed.launcher
-        more = ["--train.stuck_after_seconds", str(STUCK_AFTER), "--evaluate.num_prompts", "2"]
+        more = ["--train.stuck_after_seconds", str(stuck_after), "--evaluate.num_prompts", "2"]
         more += ["--evaluate.completion_tokens", "4", "--reference.flush_every_seconds", "0.05"]
         more += ["--train.checkpoint_async", "true"]
         if self.seed.own_data:

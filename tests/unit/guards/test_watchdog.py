@@ -275,8 +275,9 @@ def test_a_store_that_is_gone_ends_a_main_thread_that_cannot_notice_unless_the_l
     assert "rank 0, which holds the store" in record(tmp_path)["message"]
 
 
+@pytest.mark.parametrize("stuck_after", [60, 0.2])
 def test_a_store_that_does_not_answer_ends_the_run_too(
-    others: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stuck_after: float, others: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.yaml").touch()
     monkeypatch.setattr(distributed, "rank", lambda: 1)
@@ -289,9 +290,10 @@ def test_a_store_that_does_not_answer_ends_the_run_too(
             answers.wait(60)
             raise dist.DistNetworkError("too late")
 
-    dog = Watchdog(RunFolder(tmp_path), "train", 60)
+    dog = Watchdog(RunFolder(tmp_path), "train", stuck_after)
     with watched(dog, monkeypatch) as ended:
         assert dog._hearts is not None
+        alive.loading("a model")  # where it waits, it asks the store whether others get on
         dog._hearts._store = Frozen()
         assert wait_for_end(ended) == [1]
         answers.set()

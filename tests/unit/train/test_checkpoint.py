@@ -1,5 +1,6 @@
 """A checkpoint is complete and as it was written, or it does not exist."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,33 @@ def test_a_crash_while_writing_leaves_the_older_one_and_the_next_attempt_succeed
     assert newest_checkpoint(tmp_path) == older
     assert save(tmp_path, 4) == newest_checkpoint(tmp_path)
     assert names(tmp_path) == ["step_00000002", "step_00000004"]
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+def test_a_disk_that_is_full_is_named_where_torch_hides_it(size: int, tmp_path: Path) -> None:
+    class Full(FakeEngine):
+        def save(self, folder: Path, *, copied: bool) -> Any:
+            return lambda: torch.save(torch.zeros(size), "/dev/full")
+
+    engine: Any = Full()
+    with pytest.raises(UserError, match=r"rank 0: the disk did not take all bytes, torch does not say why"):
+        save_checkpoint(engine, Progress(step=2), RunFolder(tmp_path), 2, {})
+
+
+def test_the_systems_own_words_are_kept(tmp_path: Path) -> None:
+    def write() -> None:
+        try:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "state.pt")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    class Stale(FakeEngine):
+        def save(self, folder: Path, *, copied: bool) -> Any:
+            return write
+
+    engine: Any = Stale()
+    with pytest.raises(UserError, match=r"rank 0: \[Errno 116\] Stale file handle: 'state.pt'; "):
+        save_checkpoint(engine, Progress(step=2), RunFolder(tmp_path), 2, {})
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
