@@ -204,9 +204,9 @@ def test_a_source_whose_prompts_are_all_held_out_is_one_message(
 
 
 def test_only_what_the_model_finished_is_complete(policy: Path, text: Path, tmp_path: Path) -> None:
-    assert run(policy, text, tmp_path / "all", "--num_prompts", "8", "--num_test_prompts", "2") == 0
+    assert run(policy, text, tmp_path / "all", "--num_prompts", "10", "--num_test_prompts", "10") == 0
     cut = run(
-        policy, text, tmp_path / "cut", "--num_prompts", "8", "--num_test_prompts", "2", "--only_finished"
+        policy, text, tmp_path / "cut", "--num_prompts", "10", "--num_test_prompts", "10", "--only_finished"
     )
     assert cut == 0
     complete = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("all", "cut")]
