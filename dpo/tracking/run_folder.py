@@ -152,15 +152,15 @@ class RunFolder:
     @property
     def is_run(self) -> bool:
         """Whether a command of ours made this folder."""
-        marks = (self.config, self.exit_record, self.previous_exit_record, self.lock, self.launcher_log)
+        marks = (self.config, self.exit_record, self.previous_exit_record, self.lock)
         return any(path.is_file() for path in marks) or self.stacks.is_dir()
 
     @property
     def may_be_written(self) -> bool:
-        """Whether the folder is a run of ours, empty, or not there yet."""
+        """Whether the folder is a run of ours, not there yet, or empty but for what the launcher said."""
         if not self.path.exists():
             return True
-        return self.path.is_dir() and (self.is_run or not any(self.path.iterdir()))
+        return self.path.is_dir() and (self.is_run or not {*self.path.iterdir()} - {self.launcher_log})
 
     @property
     def unused_name(self) -> Path:

@@ -255,8 +255,8 @@ def _cause(error: BaseException) -> str:
     while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(before)
     system = next((link for link in chain if isinstance(link, OSError)), None)
-    said = " ".join(str(system or chain[-1]).split())
-    lost = system is None and isinstance(error, RuntimeError) and TORCHS_WRITER.search(str(error))
+    said = " ".join(str(system or error).split())
+    lost = system is None and isinstance(error, RuntimeError) and TORCHS_WRITER.search(said)
     return f"the disk did not take all bytes, torch does not say why: {said}" if lost else said
 
 

@@ -116,10 +116,10 @@ def test_a_run_is_known_by_its_configuration_or_its_exit_record(folder: RunFolde
 
 def test_a_run_that_was_killed_at_its_start_left_what_the_launcher_said(folder: RunFolder) -> None:
     folder.path.mkdir()
+    folder.launcher_log.touch()
+    assert folder.may_be_written
     (folder.path / "notes.txt").touch()
     assert not folder.may_be_written
-    (folder.path / "launcher.log").touch()
-    assert folder.may_be_written
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(folder: RunFolder, tmp_path: Path) -> None:
