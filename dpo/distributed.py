@@ -254,6 +254,7 @@ def require_shared(folder: Path, key: str) -> None:
     name = on_main(lambda: _leave_token(folder, key))
     seen, deadline = (folder / name).is_file(), time.monotonic() + SHARED_WAIT_SECONDS
     while not seen and time.monotonic() < deadline:  # a network file system may show a new file late
+        alive.advanced()
         time.sleep(0.1)
         seen = (folder / name).is_file()
     views = gather_objects((seen, gethostname(), str(folder.absolute())))

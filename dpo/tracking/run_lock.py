@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from dpo import distributed
+from dpo import alive, distributed
 from dpo.errors import RunInUse
 from dpo.processes import Process, this_process
 from dpo.tracking.run_folder import RunFolder
@@ -129,6 +129,7 @@ def _is_touched(lock: Path) -> bool:
     """Whether somebody touches a file within the time after which its holder counts as dead."""
     first, until = _touched(lock), time.monotonic() + DEAD_AFTER_SECONDS
     while time.monotonic() < until:
+        alive.advanced()  # a wait that ends is no hang, however short the watchdog's patience is
         time.sleep(min(0.5, TOUCH_SECONDS / 2))
         if _touched(lock) != first:
             return lock.is_file()  # it may have been given back

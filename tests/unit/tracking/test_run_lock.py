@@ -7,10 +7,12 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from dpo import alive
 from dpo.errors import RunInUse
 from dpo.tracking import run_lock
 from dpo.tracking.run_folder import RunFolder
@@ -30,6 +32,21 @@ def hold(folder: RunFolder, **changed: object) -> None:
     folder.path.mkdir(exist_ok=True)
     holder = replace(run_lock._this_process(), **changed)  # type: ignore[arg-type]
     folder.lock.write_text(json.dumps(asdict(holder)))
+
+
+def test_a_lock_that_was_never_written_is_taken_over_and_the_wait_is_no_hang(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signs: list[float] = []
+    monkeypatch.setattr(alive, "advanced", lambda: signs.append(time.monotonic()))
+    folder.path.mkdir()
+    folder.lock.touch()  # its process was killed between making and writing it
+    began = time.monotonic()
+    with RunLock(folder):
+        moments = [began, *signs, time.monotonic()]
+        assert holder_of(folder) is not None
+    assert moments[-1] - began >= run_lock.DEAD_AFTER_SECONDS
+    assert max(later - earlier for earlier, later in pairwise(moments)) < run_lock.DEAD_AFTER_SECONDS / 2
 
 
 def test_the_second_process_is_refused_and_told_who_is_there(folder: RunFolder) -> None:
