@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from data_prep.splits import part_of
 from dpo.errors import UserError
+from dpo.interrupts import keyboard
 
 
 class Source(NamedTuple):
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser(chosen=arguments[0] if arguments else None)
     args = parser.parse_args(arguments)
     try:
-        importlib.import_module(f"data_prep.{args.source}").run(args)
+        with keyboard():
+            importlib.import_module(f"data_prep.{args.source}").run(args)
         if os.environ.get("RANK", "0") == "0":  # `sample` may run on several ranks; rank 0 writes
             print(_summary(args.output))
     except UserError as error:

@@ -28,6 +28,7 @@ FLAGS = {"--quiet": "quiet", "--json_lines": "json"}
 FILE_SECONDS = 30.0
 """How often a bar writes a line into a file."""
 WIDEST = 100
+tqdm.monitor_interval = 0  # a thread that shares a lock: see dpo.interrupts
 _started = time.monotonic()
 
 
@@ -197,7 +198,11 @@ class _LivingBar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
 
 
 def _appearance() -> dict[str, Any]:
-    found: dict[str, Any] = {"disable": mode() != "plain" or not _prints(), "dynamic_ncols": True}
+    found: dict[str, Any] = {
+        "disable": mode() != "plain" or not _prints(),
+        "dynamic_ncols": True,
+        "miniters": 1,  # each update looks at the clock, so that no thread has to
+    }
     if not sys.stderr.isatty():
         found |= {
             "file": _Lines(sys.stderr),

@@ -19,6 +19,7 @@ from dpo.cli.tools import run_tool
 from dpo.config import Config, SftConfig
 from dpo.config.foreign import nearest
 from dpo.errors import RunFailed, RunInUse, StoppedBySignal, UserError
+from dpo.interrupts import keyboard
 from dpo.tracking.exit_record import record_end
 from dpo.tracking.run_folder import RunFolder
 
@@ -92,7 +93,8 @@ def _ended(work: Callable[[], int], record: Callable[[int, str], None] = lambda 
         record: Told of the status and its reason.
     """
     try:
-        status = work()
+        with keyboard():
+            status = work()
         message = "done"
     except UserError as error:
         status, message = 2, str(error)

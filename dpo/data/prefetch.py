@@ -5,7 +5,10 @@ The order of items does not change, and an error in the thread is raised in the 
 
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import TypeVar
+
+from dpo.pools import in_order
 
 Item = TypeVar("Item")
 
@@ -18,8 +21,8 @@ def prefetch(items: Iterable[Item]) -> Generator[Item, None, None]:
     """
     end = object()
     source = iter(items)
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
-        ahead = worker.submit(next, source, end)
-        while (item := ahead.result()) is not end:
-            ahead = worker.submit(next, source, end)
-            yield item  # type: ignore[misc]  # `end` is no item
+    worker = ThreadPoolExecutor(1, thread_name_prefix="batches")
+    for item in in_order(worker, lambda _: next(source, end), repeat(None), ahead=1):
+        if item is end:
+            return
+        yield item  # type: ignore[misc]  # `end` is no item

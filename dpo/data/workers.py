@@ -8,15 +8,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
 from dpo.errors import RunFailed
+from dpo.pools import in_order
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,22 +53,14 @@ def map_in_order(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([work.__module__])
-    waiting: deque[Future[Result]] = deque()
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start, initargs=(work, state))
     try:
-        for item in chain(first, stream):
-            waiting.append(pool.submit(_run, item))
-            if len(waiting) > 2 * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from in_order(pool, _run, chain(first, stream), ahead=2 * num_workers)
     except BrokenProcessPool as error:
         raise RunFailed(
             "a process that tokenizes was killed, perhaps for lack of memory; the same command goes on, with "
             "fewer of them by data.num_workers"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _start(work: Callable[[State, Item], Result], state: State) -> None:

@@ -27,6 +27,7 @@ from urllib.request import (
 )
 
 from dpo.errors import UserError
+from dpo.pools import in_order
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,13 +80,8 @@ class Server:
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         """`work` of each item in their order, `in_flight` at a time; the first error ends it."""
-        with ThreadPoolExecutor(min(self.in_flight, max(1, len(items)))) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                for future in futures:
-                    yield future.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = ThreadPoolExecutor(min(self.in_flight, max(1, len(items))))
+        return in_order(pool, work, items, ahead=len(items), wait=False)
 
     def _ask(self, request: Request, read: Callable[[Any], R]) -> R:
         wait, reason = self.first_wait, ""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from dpo.errors import StoppedBySignal
+from dpo.interrupts import interrupt
 from dpo.processes import LAUNCHED
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -47,7 +48,7 @@ def signal_handler(handler: Handler) -> Iterator[None]:
 class StopRequests:
     """The stopping signals of this process, while it is entered.
 
-    Until `wait_for_step` is called a signal raises StoppedBySignal at once, wherever the main thread is.
+    Until `wait_for_step` is called a signal raises StoppedBySignal at once, as `dpo.interrupts` allows it.
     """
 
     def __init__(self, at_once: str = AT_ONCE) -> None:
@@ -114,7 +115,8 @@ class StopRequests:
         if self.name is None:
             self.name, self._at = signal.Signals(number).name, now
             if not self._waits:
-                raise self._stopped(self.name)
+                interrupt(self._stopped(self.name))
+                return
             _say(f"{self.name}: saving after this step; a second signal exits at once, without saving")
         elif now - self._at > REPEATS_WITHIN_SECONDS:
             _say("a second signal: exiting at once")

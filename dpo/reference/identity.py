@@ -23,6 +23,7 @@ from dpo.errors import UserError
 from dpo.files import sha256_of, write_file
 from dpo.model.files import adapter_files, base_of, code_files, raw_config, weight_files
 from dpo.model.quantized import scheme
+from dpo.pools import in_order
 
 logger = logging.getLogger(__name__)
 
@@ -189,8 +190,9 @@ def _digests(paths: list[Path], hashes: Path) -> dict[str, str]:
         else:
             found[names[path]] = digest
     if unknown:
-        with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing releases the GIL
-            entries = dict(zip(unknown, pool.map(_hashed, unknown), strict=True))
+        pool = ThreadPoolExecutor(HASH_THREADS)  # hashing releases the GIL
+        hashed = in_order(pool, _hashed, unknown, ahead=len(unknown))
+        entries = dict(zip(unknown, hashed, strict=True))
         found |= {names[path]: str(entry["sha256"]) for path, entry in entries.items()}
         _add_hashes(hashes, {str(path.resolve()): entry for path, entry in entries.items()})
     return {name: found[name] for name in names.values()}

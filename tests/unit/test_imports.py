@@ -9,7 +9,18 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 GROUND = {
-    f"dpo.{name}" for name in ("alive", "processes", "errors", "config", "terminal", "files", "distributed")
+    f"dpo.{name}"
+    for name in (
+        "alive",
+        "processes",
+        "errors",
+        "config",
+        "terminal",
+        "files",
+        "distributed",
+        "interrupts",
+        "pools",
+    )
 }
 """Open to every room; these modules import nothing of ours but each other."""
 ROOMS = {  # a room -> the rooms it may import, besides itself and the ground
