@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gradient_checkpointing", choices=["full", "selective"], default=False)
     parser.add_argument("--lora_rank", type=int, help="train only an adapter of this rank")
     parser.add_argument("--quantization", choices=["nf4", "int8"], help="of the frozen base of an adapter")
-    parser.add_argument("--output", type=Path, required=True, help="file for the numbers of rank 0")
+    parser.add_argument("--output", type=Path, required=True, help="file for the numbers")
     args = parser.parse_args(arguments)
     measured = {}
     for name in args.models:
@@ -66,8 +66,9 @@ def some_trees(number: int) -> list[Tree]:
 
 
 def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
-    """Bytes of this rank: after loading, peak while loading, between steps, peak of a step; and the messages
-    to each kind of collective in a step, as DeepSpeed's communication logger counts them.
+    """Bytes of this rank after loading, at the peak while loading, and between steps; at the peak of a step, of
+    the rank that needs most; and this rank's messages to each kind of collective in a step, as DeepSpeed's
+    communication logger counts them.
     """
     live = LiveBytes()
     with live:
@@ -91,7 +92,8 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
         name: sum(size * record[0] for size, record in sizes.items())
         for name, sizes in comms_logger.get_raw_data().items()
     }
-    return {"loaded": loaded, "loading": loading, "kept": live.now, "peak": live.peak, "sent": sent}
+    peak = max(distributed.gather_objects(live.peak))  # the last rank has gradients of its own first
+    return {"loaded": loaded, "loading": loading, "kept": live.now, "peak": peak, "sent": sent}
 
 
 def predict(config: ModelConfig, trees: list[Tree], sharding: Name, world_size: int) -> dict[str, int]:

@@ -64,7 +64,7 @@ class Memory:
     projection: int
     """Output projection and backward pass of a block, or the update, whichever is larger."""
     buckets: int
-    """Gradients that wait to be sent."""
+    """Gradients that wait to be sent, or to be added."""
     host: int
     """Bytes in the host's memory instead."""
 
@@ -194,9 +194,9 @@ def _zero_2(rank: _Rank) -> Memory:
     kept = _Kept(weights=rank.all_weights, gradients=FLOAT32 * rank.part, optimizer=rank.part_states)
     two_buckets = 2 * rank.width * rank.bucket  # filled in turn
     if rank.width == FLOAT32:
-        # The last backward pass moves the accumulated gradients; on one rank, twice.
-        update = two_buckets + FLOAT32 * rank.part * (2 if rank.world_size == 1 else 1)
-        return _peak(kept, rank.step, buckets=two_buckets, update=update)
+        # The last pass collects its own gradients beside the accumulated ones, on the last rank from the start.
+        copies = max(0, FLOAT32 * rank.part - rank.freed)
+        return _peak(kept, rank.step, buckets=two_buckets + copies)
     # A bucket that is sent is copied, and converted to float32.
     copies = max(0, (FLOAT32 + rank.width) * rank.bucket - rank.freed)
     # The norm squares the gradients one by one.

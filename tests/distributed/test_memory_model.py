@@ -46,11 +46,12 @@ Case = tuple[int, int, Dtype, int | None, str]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "selective": {"gradient_checkpointing": "selective"},
+    "full": {"gradient_checkpointing": "full"},
 }
 CASES: list[Case]
 CASES = [(ranks, stage, "float32", None, "plain") for ranks in (1, 2, 4) for stage in (0, 2, 3)]
 CASES += [(2, stage, "bfloat16", lora_rank, "plain") for stage in (2, 3) for lora_rank in (None, 8)]
-CASES += [(2, stage, "float32", None, "selective") for stage in (2, 3)]
+CASES += [(2, stage, "float32", None, option) for stage in (2, 3) for option in ("selective", "full")]
 
 
 Measured = dict[str, dict[str, Any]]
