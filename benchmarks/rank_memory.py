@@ -66,9 +66,9 @@ def some_trees(number: int) -> list[Tree]:
 
 
 def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
-    """Bytes of this rank after loading, at the peak while loading, and between steps; at the peak of a step, of
-    the rank that needs most; and this rank's messages to each kind of collective in a step, as DeepSpeed's
-    communication logger counts them.
+    """Bytes of this rank after loading, at the peak while loading, and between steps; at the peak of a step
+    those of the rank that needs most; and this rank's messages to each kind of collective in a step, as
+    DeepSpeed's communication logger counts them.
     """
     live = LiveBytes()
     with live:

@@ -194,7 +194,7 @@ def _zero_2(rank: _Rank) -> Memory:
     kept = _Kept(weights=rank.all_weights, gradients=FLOAT32 * rank.part, optimizer=rank.part_states)
     two_buckets = 2 * rank.width * rank.bucket  # filled in turn
     if rank.width == FLOAT32:
-        # The last pass collects its own gradients beside the accumulated ones, on the last rank from the start.
+        # The last pass has its own gradients beside the accumulated ones: on the last rank, from its start.
         copies = max(0, FLOAT32 * rank.part - rank.freed)
         return _peak(kept, rank.step, buckets=two_buckets + copies)
     # A bucket that is sent is copied, and converted to float32.

@@ -25,7 +25,7 @@ from rig import Rig, make_rig
 from tiny import make_tiny_model
 
 from torture.plan import Fault, Seed, plan
-from torture.truth import wrong_after_attempt, wrong_at_the_end
+from torture.truth import stopped_at, wrong_after_attempt, wrong_at_the_end
 from torture.world import World, compile_library, is_loaded
 
 
@@ -44,15 +44,17 @@ class Torture:
         undisturbed, duration = self._baseline(seed)
         world = self._world(f"seed_{seed.number}", seed, undisturbed)
         found: list[str] = []
+        stops: set[str] = set()
         for faults in seed.attempts:
             attempt = world.attempt(faults, duration)
             self.counts.update(fault.kind for fault in attempt.faults)
+            stops |= stopped_at(attempt)
             wrong = wrong_after_attempt(attempt, world.run_dir, seed)
             found += [f"{line} (attempt of {attempt.seconds:.0f} s: {attempt.statuses})" for line in wrong]
         if seed.last_ranks != seed.ranks:
             self.counts["other world size"] += 1
         last = world.attempt([], duration, last=True)
-        found += wrong_at_the_end(last, world.folder, undisturbed, seed)
+        found += wrong_at_the_end(last, world.folder, undisturbed, seed, stops)
         if found:
             found.append(f"everything is in {world.folder}, the output of each attempt beside its run")
         else:

@@ -44,6 +44,8 @@ def wrong_after_attempt(attempt: Attempt, run_dir: Path, seed: Seed) -> list[str
         if is_refused(attempt) or attempt.record == {}:  # the second one has the folder, or wrote last
             return found + _wrong_of_second(attempt)
         found += _wrong_of_second(attempt.second)
+        if attempt.record["started"] >= attempt.second_at:  # both ran, and the second one wrote last
+            return found + ([] if attempt.record["status"] == 0 else [f"exit.json: {attempt.record}"])
     status: int | None = attempt.record.get("status")
     message = str(attempt.record.get("message", ""))
     allowed = {0}.union(*(ALLOWED[kind] for kind in happened))
@@ -89,14 +91,29 @@ def _of_ranks(output: str) -> str:
     return output if "torch.distributed.elastic" not in output else ""
 
 
-def wrong_at_the_end(attempt: Attempt, folder: Path, undisturbed: Path, seed: Seed) -> list[str]:
-    """What differs from an undisturbed run after an attempt that nothing disturbed."""
+def stopped_at(attempt: Attempt) -> set[str]:
+    """Names of the checkpoints that an attempt says it has stopped with."""
+    return {f"step_{int(step):08d}" for step in CHECKPOINT.findall(attempt.output)}
+
+
+def wrong_at_the_end(
+    attempt: Attempt, folder: Path, undisturbed: Path, seed: Seed, stops: set[str]
+) -> list[str]:
+    """What differs from an undisturbed run after an attempt that nothing disturbed.
+
+    Args:
+        attempt: The last one.
+        folder: Everything that the run has written.
+        undisturbed: Of the run that nothing disturbed.
+        seed: What happened.
+        stops: Checkpoints at which earlier attempts stopped: they may be there besides.
+    """
     if {*attempt.statuses} != {0}:
         return [f"the undisturbed attempt ended with {attempt.statuses}: {attempt.output[-3000:]}"]
     found = [] if attempt.record.get("status") == 0 else [f"exit.json: {attempt.record}"]
     run, whole = folder / "run", undisturbed / "run"
     if seed.stage == "train":
-        found += _other_training(run, whole, exact=seed.last_ranks == seed.ranks)
+        found += _other_training(run, whole, stops, exact=seed.last_ranks == seed.ranks)
     elif seed.stage == "precompute-ref":
         found += _other_values(folder / "reference", undisturbed / "reference")
     else:
@@ -107,13 +124,14 @@ def wrong_at_the_end(attempt: Attempt, folder: Path, undisturbed: Path, seed: Se
     return found + [f"left behind: {name}" for name in sorted(left)]
 
 
-def _other_training(run: Path, whole: Path, *, exact: bool) -> list[str]:
+def _other_training(run: Path, whole: Path, stops: set[str], *, exact: bool) -> list[str]:
     ours, theirs = metrics(run), metrics(whole)
     if exact:
+        regular, there = {*checkpoints(whole)}, {*checkpoints(run)}
         same = {
             "metrics.jsonl": ours == theirs,
             "model": weights(run) == weights(whole),
-            "checkpoints": checkpoints(run) == checkpoints(whole),
+            "checkpoints": regular <= there <= regular | stops,
         }
     else:
         losses = [[line.get("train/loss", 0.0) for line in lines] for lines in (ours, theirs)]

@@ -53,6 +53,8 @@ class Attempt:
     """Processes that had to be killed, apart from those that the attempt itself has stopped."""
     second: "Attempt | None" = None
     """The second launch into the same folder."""
+    second_at: float = 0.0
+    """When that was started, in seconds since 1970."""
 
 
 @dataclass(kw_only=True)
@@ -83,10 +85,11 @@ class World:
         patience = UNDISTURBED if duration is None else STUCK_AFTER
         started = self._start(faults, token, world_size, patience)
         happened = {fault for fault in faults if fault.call is None and fault.kind != "second launch"}
-        second = None
+        second, second_at = None, 0.0
         for fault in sorted((fault for fault in faults if fault.call is None), key=lambda fault: fault.at):
             time.sleep(max(0.0, started.began + fault.at * (duration or 0.0) - time.monotonic()))
             if fault.kind == "second launch":
+                second_at = time.time()
                 other = self._start([], f"{token}_second", world_size, patience)
                 second = self._end(other, [], f"{token}_second", longest, read_record=False)
                 happened.add(fault)
@@ -94,7 +97,8 @@ class World:
                 happened.discard(fault)
         ended = self._end(started, faults, token, longest, read_record=True)
         happened |= {fault for n, fault in enumerate(faults) if self._mark(token, n).exists()}
-        ended.faults, ended.second = [fault for fault in faults if fault in happened], second
+        ended.faults = [fault for fault in faults if fault in happened]
+        ended.second, ended.second_at = second, second_at
         return ended
 
     def _start(self, faults: list[Fault], token: str, world_size: int, stuck_after: float) -> Started:
