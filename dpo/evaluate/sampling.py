@@ -15,10 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,6 +35,7 @@ from dpo.evaluate.generation import (
     own_generation_config,
     together,
 )
+from dpo.evaluate.noise import ExponentialRace, stream_key
 from dpo.model.attention import restore_attention
 
 
@@ -75,34 +74,6 @@ class _Row(NamedTuple):
 
     prompt: int
     sample: int
-
-
-class _GumbelNoise(LogitsProcessor):
-    """Makes greedy decoding an exact sampler: argmax(x + Gumbel) ~ softmax(x) for x = logits / temperature.
-
-    Each row has its own generator, which draws once per vocabulary entry and step, whatever other rows do.
-    """
-
-    def __init__(
-        self, rows: Sequence[_Row], *, temperature: float, seed: int, stop_ids: Sequence[int]
-    ) -> None:
-        self._generators = [np.random.default_rng([seed, row.prompt, row.sample]) for row in rows]
-        self._temperature = temperature
-        self._stop_ids = frozenset(stop_ids)
-        self._started = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores plus noise, float32 (S, V). Finished rows are padded with a stop token and need no noise."""
-        last = input_ids[:, -1].tolist()
-        active = [row for row, token in enumerate(last) if not self._started or token not in self._stop_ids]
-        self._started = True
-        # -log of an exponential is Gumbel. Drawn in float64: a float32 draw is 0 about once in 2^24, which is
-        # every few hundred tokens with a vocabulary of 50,000, and infinite noise makes the token random.
-        exponential = np.ones(tuple(scores.shape), dtype=np.float64)
-        for row in active:
-            self._generators[row].standard_exponential(out=exponential[row])
-        noise = torch.from_numpy(exponential).to(torch.float32).log_().neg_()
-        return scores / self._temperature + noise.to(scores.device)
 
 
 def sample(
@@ -174,8 +145,10 @@ def sample(
                 break
             alive.step("sampling")
             batch = own or rows[:1]  # other ranks need this pass; a sample that is drawn twice is the same
-            noise = _GumbelNoise(batch, temperature=temperature, seed=seed, stop_ids=stop_ids)
-            processors = LogitsProcessorList([noise] if temperature > 0 else [])
+            keys = [stream_key(seed, row.prompt, row.sample) for row in batch]
+            processors = LogitsProcessorList()
+            if temperature > 0:
+                processors.append(ExponentialRace(keys, temperature, device()))
             asked = [prompts[row.prompt] for row in batch]
             start = {}
             if shares and min(map(len, asked)) > 1:
