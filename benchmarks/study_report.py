@@ -92,16 +92,16 @@ def main_table(runs: Path) -> str:
         one = best["best_of"]["1"]
         rows.append(["reference", "0", *_sampled_cells(one, win_rate="50 %"), ""])
     for name, summary in sentiment_runs(runs).items():
-        kl, win_rate = _with_ends(summary, "kl/sequence", 2), _share(summary, "win_rate")
+        kl, win_rate = with_ends(summary, "kl/sequence", 2), _share(summary, "win_rate")
         accuracy = "eval/rewards/accuracies"
-        accuracy_cell = _with_ends(summary, accuracy) if accuracy in summary else ""
+        accuracy_cell = with_ends(summary, accuracy) if accuracy in summary else ""
         rows.append([name, kl, *_sampled_cells(summary, win_rate=win_rate), accuracy_cell])
     return table(["policy", *map(labels.short, MAIN_COLUMNS)], rows)
 
 
 def _sampled_cells(summary: Summary, *, win_rate: str) -> list[str]:
     return [
-        _with_ends(summary, "score/policy"),
+        with_ends(summary, "score/policy"),
         _share(summary, "positive_share/policy"),
         win_rate,
         f"{summary['distinct_2/policy']:.3f}",
@@ -113,7 +113,7 @@ def second_judge_table(runs: Path) -> str:
     """What a judge that did not make the labels says of the same samples."""
     rows = []
     for name, summary in second_judge_scores(runs).items():
-        shown = [_with_ends(summary, "score/policy"), _share(summary, "positive_share/policy")]
+        shown = [with_ends(summary, "score/policy"), _share(summary, "positive_share/policy")]
         rows.append([name, *shown, _share(summary, "win_rate") if "win_rate" in summary else ""])
     return table(["policy", "P(positive), second judge", "positive", "win rate"], rows)
 
@@ -152,13 +152,13 @@ def equal_kl_table(runs: Path) -> str:
         if not name.startswith((SFT, "best of")):
             continue
         kl = summary["kl/sequence"]
-        cells = [name, f"{kl:.2f}", _with_ends(summary, "score/policy")]
-        cells += [_between(points, kl) for points in curves.values()]
+        cells = [name, f"{kl:.2f}", with_ends(summary, "score/policy")]
+        cells += [score_at(points, kl) for points in curves.values()]
         rows.append(cells)
     return table(["baseline", "its KL", "its score", *(f"DPO, beta {beta}" for beta in curves)], rows)
 
 
-def _between(points: Sequence[Summary], kl: float) -> str:
+def score_at(points: Sequence[Summary], kl: float) -> str:
     """The score of a curve at a KL, with its interval; empty beyond the curve's last KL."""
     start = {f"score/policy{end}": points[0][f"score/reference{end}"] for end in ("", "/low", "/high")}
     line = [{"kl/sequence": 0.0, **start}, *points]
@@ -166,7 +166,7 @@ def _between(points: Sequence[Summary], kl: float) -> str:
         if left["kl/sequence"] <= kl <= right["kl/sequence"]:
             part = (kl - left["kl/sequence"]) / (right["kl/sequence"] - left["kl/sequence"])
             mixed = {name: left[name] + part * (right[name] - left[name]) for name in start}
-            return _with_ends(mixed, "score/policy")
+            return with_ends(mixed, "score/policy")
     return ""
 
 
@@ -383,7 +383,8 @@ def _pairs_and_accuracy(run: Path) -> tuple[float, float] | None:
     return round(pairs), history[-1]["eval/rewards/accuracies"]
 
 
-def _with_ends(summary: Summary, name: str, digits: int = 3) -> str:
+def with_ends(summary: Summary, name: str, digits: int = 3) -> str:
+    """A value of a summary with its interval."""
     return _ends(Interval.of(summary, name), digits)
 
 
