@@ -24,7 +24,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", work, source], check=True)
     (wheel,) = work.glob("cached_dpo-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--prefix", work / "prefix", wheel], check=True)
+    install = [*pip, "install", "--no-deps", "--ignore-installed", "--prefix", work / "prefix", wheel]
+    subprocess.run(install, check=True)  # without --ignore-installed pip removes the environment's own dpo
     return work / "prefix"
 
 
@@ -53,6 +54,13 @@ def test_the_commands_of_the_readme_work_from_a_wheel(installed: Path, tmp_path:
     assert (packages / "dpo" / "py.typed").is_file()
     assert (packages / "dpo" / "report" / "page.html").is_file()
     assert (packages / "data_prep" / "cli.py").is_file()
+
+
+def test_the_environment_of_the_tests_keeps_its_own_installation(installed: Path, tmp_path: Path) -> None:
+    code = "import importlib.metadata, dpo; importlib.metadata.version('cached-dpo'); print(dpo.__file__)"
+    found = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert Path(found.stdout.strip()).is_relative_to(ROOT)
 
 
 def test_files_of_ones_own_are_not_overwritten(installed: Path, tmp_path: Path) -> None:
