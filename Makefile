@@ -47,7 +47,7 @@ $(ready): $(VERSIONS) pyproject.toml
 	@touch $@
 
 demo: $(ready) ## run the whole pipeline on generated stories: base model, samples, DPO, report (no network)
-	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/demo
+	PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/demo $(ARGS)
 
 data: $(ready) ## prepare preference data: make data ARGS="hh FILE --output DIR" (without ARGS: list the sources)
 	$(py) -m data_prep $(or $(ARGS),--help)
