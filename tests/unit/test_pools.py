@@ -5,11 +5,14 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from dpo.interrupts import interrupt
 from dpo.pools import in_order
+
+ROOT = Path(__file__).parents[2]
 
 
 class StoppedError(Exception):
@@ -78,3 +81,13 @@ def test_a_signal_while_a_lock_is_taken_leaves_it_free(
             pass
     assert taken > number
     assert threading.active_count() == threads
+
+
+def test_no_other_module_hands_work_to_a_pool_by_itself() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("dpo", "data_prep")
+        for path in (ROOT / folder).rglob("*.py")
+        if ".submit(" in path.read_text()
+    }
+    assert found == {"dpo/pools.py"}

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from tqdm import tqdm
 
 from dpo import terminal
 from dpo.cli import main as cli
@@ -79,6 +80,11 @@ def test_a_bar_writes_whole_lines_into_a_file(monkeypatch: pytest.MonkeyPatch) -
     assert lines[-1].startswith("walk: 3/3 steps [")
     assert "\r" not in file.getvalue()
     assert all(lines)
+
+
+def test_a_bar_starts_no_thread() -> None:
+    with terminal.bar(3, description="work", unit="steps"):
+        assert tqdm.monitor is None
 
 
 def test_a_bar_into_a_file_does_not_write_a_line_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

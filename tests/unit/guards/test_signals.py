@@ -9,6 +9,7 @@ import pytest
 from dpo.errors import StoppedBySignal
 from dpo.guards import signals
 from dpo.guards.signals import STOPPING, StopRequests
+from dpo.interrupts import deferred
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,19 @@ def test_only_rank_0_speaks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 def test_before_the_loop_a_signal_ends_the_command(number: signal.Signals) -> None:
     with StopRequests(), pytest.raises(StoppedBySignal, match=number.name):
         send(number)
+
+
+def test_before_the_loop_a_signal_waits_for_the_end_of_a_block_that_shares_locks() -> None:
+    reached = []
+
+    def work() -> None:
+        with deferred():
+            send(signal.SIGTERM)
+            reached.append("end")
+
+    with StopRequests(), pytest.raises(StoppedBySignal, match="SIGTERM"):
+        work()
+    assert reached == ["end"]
 
 
 def test_a_signal_that_some_library_swallowed_before_the_loop_ends_the_command_at_its_start() -> None:
