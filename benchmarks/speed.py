@@ -3,10 +3,12 @@
     python -m benchmarks.speed --output speed.json            the tables of docs/performance.md
     python -m benchmarks.speed --profile              where the time of one of our steps goes
     python -m benchmarks.speed --loss_curve 50 --layers 2 --width 64 --learning_rate 1e-4
+    python -m benchmarks.speed --gpu --family llama ...     see benchmarks/gpu/README.md
 
 Every number is measured in a process of its own, and the systems take turns: ours, textbook, trl, ours, ...
-All train the same pairs in the same optimizer steps from the same weights, in float32 on the CPU, with AdamW
-and without dropout. This module only starts processes and compares: it imports neither torch nor dpo's model.
+All train the same pairs in the same optimizer steps from the same weights, with AdamW and without dropout, in
+float32 on the CPU; with --gpu in bfloat16 with float32 masters on one GPU, TRL with Liger's kernels. This
+module only starts processes and compares: it imports neither torch nor dpo's model.
 """
 
 import argparse
@@ -32,6 +34,7 @@ SHARED = ROOT.parent / "shared"
 WORKS = ("hh", "best4")
 TASKS = ("precompute", "train")
 SYSTEMS = ("ours", "textbook", "trl")
+FAMILIES = ("gpt2", "llama")
 PAIRS_PER_PROMPT = {"hh": 1, "best4": 3}
 LOSS_TOLERANCE = 1e-4
 """Largest relative difference of two loss curves that counts as the same curve."""
@@ -63,6 +66,14 @@ class Settings:
     """Longest prompt + completion, in tokens."""
     threads: int
     seed: int
+    family: str = "gpt2"
+    """Architecture of the model: one of FAMILIES."""
+    gpu: bool = False
+    """One GPU instead of the CPU; TRL then takes Liger's kernels."""
+    dtype: str = "float32"
+    """bfloat16: this system with float32 masters, TRL with autocast over float32 weights."""
+    peers_python: str = str(PEERS_PYTHON)
+    """Interpreter that has TRL."""
 
     @classmethod
     def read(cls, path: str) -> "Settings":
@@ -92,8 +103,8 @@ class Measurement:
     """Time of the steps after the first one, or of the forward passes of precompute; without loading."""
     tokens: int
     """Tokens that went through the layers in `seconds`, without padding."""
-    peak_rss_bytes: int
-    """Most resident memory since the process began, over its ranks."""
+    peak_bytes: int
+    """Most resident memory since the process began, over its ranks; on a GPU, most allocated there."""
     losses: list[float]
     """Of every optimizer step, the first included; empty for precompute."""
 
@@ -116,7 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS), help="pairs, or best of 4")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all that can run there")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each system; the median counts")
     parser.add_argument("--steps", type=int, default=3, help="timed optimizer steps of a run, after one more")
     parser.add_argument("--pairs_per_step", type=int, default=24)
@@ -125,8 +136,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--beta", type=float, default=0.1)
     parser.add_argument("--max_length", type=int, default=512, help="tokens of prompt + completion")
+    parser.add_argument("--family", choices=FAMILIES, default="gpt2")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768, help="d_model; heads are 64 wide")
+    parser.add_argument("--gpu", action="store_true", help="on one GPU; the textbook path cannot")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32"
+    )
+    parser.add_argument(
+        "--peers_python", type=Path, default=PEERS_PYTHON, metavar="FILE", help="interpreter that has TRL"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="cores of each system")
     parser.add_argument("--seed", type=int, default=0, help="of weights, subset, scores and order")
     parser.add_argument(
@@ -145,6 +164,8 @@ def arguments() -> argparse.Namespace:
         help="instead: what the last optimizer step of ours spends its time on",
     )
     args = parser.parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.gpu else "float32")
+    args.systems = args.systems or [name for name in SYSTEMS if not (args.gpu and name == "textbook")]
     args.systems.sort(key=SYSTEMS.index)
     args.task.sort(key=TASKS.index)
     return args
@@ -157,6 +178,12 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}: {getattr(args, name)}; expected at least 1")
     if args.width < 64 or args.width % 64:
         raise UserError(f"--width: {args.width}; expected a multiple of 64, the width of a head")
+    if args.gpu and "textbook" in args.systems:
+        raise UserError("--systems: textbook is written for CPUs; expected ours and trl with --gpu")
+    if args.dtype != "float32" and "textbook" in args.systems:
+        raise UserError(
+            f"--dtype: {args.dtype}; the textbook path computes in float32, choose --systems ours trl"
+        )
     whole = [args.pairs_per_micro_batch, *(PAIRS_PER_PROMPT[work] for work in args.work)]
     if wrong := [number for number in whole if args.pairs_per_step % number]:
         raise UserError(
@@ -170,8 +197,16 @@ def check(args: argparse.Namespace) -> None:
     ):
         if needed and not Path(path).exists():
             raise UserError(f"{option}: {path} does not exist; give {option}, or leave its --work out")
-    if args.loss_curve is None and not args.profile and "trl" in args.systems and not PEERS_PYTHON.exists():
-        raise UserError("no .venv-peers with TRL: run make bench-peers, or --systems ours textbook")
+    if (
+        args.loss_curve is None
+        and not args.profile
+        and "trl" in args.systems
+        and not args.peers_python.exists()
+    ):
+        raise UserError(
+            f"--peers_python: {args.peers_python} does not exist; run make bench-peers, or leave trl out "
+            "of --systems"
+        )
 
 
 def settings_of(args: argparse.Namespace, folder: Path) -> Settings:
@@ -180,6 +215,7 @@ def settings_of(args: argparse.Namespace, folder: Path) -> Settings:
     for name in ("hh", "books", "tokenizer"):
         values[name] = str(Path(values[name]).resolve()) if Path(values[name]).exists() else values[name]
     values["steps"] = args.loss_curve or args.steps + 1
+    values["peers_python"] = str(args.peers_python)
     settings = Settings(folder=str(folder.resolve()), **values)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=2))
@@ -194,7 +230,7 @@ def child(settings: Settings, command: Sequence[str], **variables: str) -> list[
         UserError: It ended with status 2; with what it said.
     """
     threads = {name: str(settings.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    device = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    device = {} if settings.gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     quiet = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
     env = {**os.environ, **threads, **device, **quiet, **variables}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
@@ -217,7 +253,7 @@ def measure(settings: Settings, job: Job) -> list[Measurement]:
     found: list[dict[str, Any]] = []
     if job.system == "trl":  # its constructor precomputes, so one process has both numbers
         script = str(ROOT / "benchmarks" / "peers" / "trl_dpo.py")
-        found = child(settings, [str(PEERS_PYTHON), script, path, job.work, *job.tasks])
+        found = child(settings, [settings.peers_python, script, path, job.work, *job.tasks])
     for task in job.tasks if job.system == "textbook" else []:
         found += child(settings, [sys.executable, "-m", "benchmarks.textbook", path, job.work, task])
     if job.system == "ours":
@@ -226,7 +262,10 @@ def measure(settings: Settings, job: Job) -> list[Measurement]:
         ranks = ["--num_processes", str(settings.threads), "--main_process_port", "0"]
         module = ["-m", "benchmarks.speed_work", "precompute", path, job.work]
         if "precompute" in job.tasks or not (settings.work(job.work) / "reference").exists():
-            found = child(settings, [*launch, *ranks, *module], OMP_NUM_THREADS="1")
+            alone = [sys.executable, *module]
+            found = child(
+                settings, alone if settings.gpu else [*launch, *ranks, *module], OMP_NUM_THREADS="1"
+            )
         if "train" in job.tasks:
             found += worker(settings, "train", job.work)
     return [Measurement(**one) for one in found if one["task"] in job.tasks]
@@ -247,7 +286,7 @@ def compare(args: argparse.Namespace, settings: Settings) -> None:
                     measured.append(one)
                     _say(
                         f"{work:5} {one.task:10} {system:8} {one.pairs / one.seconds:7.3f} pairs/s "
-                        f"{one.peak_rss_bytes / 2**30:5.2f} GiB"
+                        f"{one.peak_bytes / 2**30:5.2f} GiB"
                     )
         if args.output:
             write(args.output, settings, facts, peaks, measured)
@@ -262,10 +301,9 @@ def write(
     measured: Sequence[Measurement],
 ) -> None:
     """Writes everything that was measured so far."""
+    paths = ("folder", "hh", "books", "tokenizer", "peers_python")
     content = {
-        "settings": {
-            k: v for k, v in asdict(settings).items() if k not in ("folder", "hh", "books", "tokenizer")
-        },
+        "settings": {name: value for name, value in asdict(settings).items() if name not in paths},
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")},
         "processor": platform.processor() or platform.machine(),
         "peak_flops_per_second": peaks,
@@ -288,9 +326,9 @@ def tables(measured: Sequence[Measurement], facts: Mapping[str, Any], peak: floa
     for one in measured:
         turns.setdefault((one.work, one.task, one.system), []).append(one)
     rates = {key: statistics.median(one.pairs / one.seconds for one in own) for key, own in turns.items()}
-    memory = {key: statistics.median(one.peak_rss_bytes for one in own) for key, own in turns.items()}
+    memory = {key: statistics.median(one.peak_bytes for one in own) for key, own in turns.items()}
     lines = [
-        f"Matrix product of 512x768 by 768x3072: {peak / 1e9:.0f} GFLOP/s.\n",
+        f"Matrix product: {peak / 1e9:.0f} GFLOP/s.\n",
         "| work | task | system | pairs/s (of all rounds) | tokens/pair | useful GFLOP/s | of the product "
         "| peak memory, GiB |",
         "|---|---|---|---:|---:|---:|---:|---:|",

@@ -22,7 +22,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 import data_prep.cli
 from benchmarks.speed import PAIRS_PER_PROMPT, Measurement, Settings
@@ -50,7 +57,7 @@ POSITIONS = 1024
 HEAD_WIDTH = 64
 QUERY_TOKENS, RESPONSE_TOKENS, RESPONSES = 64, 24, 4
 """Of best4; a response's last token is EOS, which TRL adds to every completion."""
-PEAK_SHAPE = (512, 768, 3072)
+PEAK_SHAPE, PEAK_SHAPE_OF_GPU = (512, 768, 3072), (8192, 8192, 8192)
 PEAK_SAMPLES, PRODUCTS_PER_SAMPLE = 30, 10
 
 KINDS = {
@@ -96,7 +103,7 @@ def prepare(settings: Settings, work: str) -> None:
             row, group = kept[index]
             file.writelines(json.dumps(pair) + "\n" for pair in pairs_of(row, group))
     with torch.device("meta"):
-        of_groups = forward_flops(dataset, work_of(GPT2LMHeadModel(config)))
+        of_groups = forward_flops(dataset, work_of(AutoModelForCausalLM.from_config(config)))
     forward = [float(of_groups[step].sum()) for step in steps]
     flops = {"precompute": sum(forward), "train": 3 * sum(forward[1:])}
     pairs = settings.steps * settings.pairs_per_step
@@ -107,22 +114,37 @@ def prepare(settings: Settings, work: str) -> None:
     print(json.dumps({"prompts": number, "pairs": pairs, "tokens_a_pair": counts, "useful_flops": flops}))
 
 
-def write_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> GPT2Config:
-    """Saves a GPT-2 of random weights with the tokenizer."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=POSITIONS,
-        n_embd=settings.width,
-        n_layer=settings.layers,
-        n_head=settings.width // HEAD_WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
+def write_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Saves a model of random weights with the tokenizer."""
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    heads = settings.width // HEAD_WIDTH
+    config: PreTrainedConfig
+    if settings.family == "gpt2":
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=POSITIONS,
+            n_embd=settings.width,
+            n_layer=settings.layers,
+            n_head=heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **ids,
+        )
+    else:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=POSITIONS,
+            hidden_size=settings.width,
+            intermediate_size=4 * settings.width,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 4 or 1,
+            tie_word_embeddings=True,
+            **ids,
+        )
     torch.manual_seed(settings.seed)
-    GPT2LMHeadModel(config).save_pretrained(settings.model)
+    AutoModelForCausalLM.from_config(config).save_pretrained(settings.model)
     tokenizer.save_pretrained(settings.model)
     return config
 
@@ -223,7 +245,7 @@ def config_of(settings: Settings, work: str, command: str, run_dir: Path) -> lis
     values = {
         "run_dir": run_dir,
         "model.name_or_path": settings.model,
-        "model.dtype": "float32",
+        "model.dtype": settings.dtype,
         "data.train": folder / "groups.jsonl",
         "data.max_length": settings.max_length,
         "data.append_eos": "true",
@@ -251,7 +273,7 @@ def measure_precompute(settings: Settings, work: str) -> None:
     dataset, _, _ = open_data(config.data, config.model)
     store = reference_store(config.model, Path(config.reference.cache_dir))
     result = precompute(config.model, config.reference, [dataset], store)
-    peak = sum(distributed.gather_objects(peak_rss_bytes()))
+    peak = sum(distributed.gather_objects(peak_bytes(settings)))
     if distributed.is_main():
         Measurement(
             system="ours",
@@ -260,7 +282,7 @@ def measure_precompute(settings: Settings, work: str) -> None:
             pairs=len(dataset.pairs),
             seconds=result.seconds,
             tokens=int(dataset.tree_tokens.sum()),
-            peak_rss_bytes=peak,
+            peak_bytes=peak,
             losses=[],
         ).print()
 
@@ -282,7 +304,7 @@ def measure_train(settings: Settings, work: str) -> None:
         pairs=pairs * (len(steps) - 1),
         seconds=sum(pairs / step["perf/pairs_per_second"] for step in steps[1:]),
         tokens=int(steps[-1]["train/num_tokens"] - steps[0]["train/num_tokens"]),
-        peak_rss_bytes=peak_rss_bytes(),
+        peak_bytes=peak_bytes(settings),
         losses=[step["train/loss"] for step in steps],
     ).print()
 
@@ -316,22 +338,28 @@ def kind_of(operation: str) -> str:
     return "everything else"
 
 
-def peak_rss_bytes() -> int:
-    """Most resident memory that this process has had."""
+def peak_bytes(settings: Settings) -> int:
+    """Most resident memory that this process has had; on a GPU, most that it has allocated there."""
+    if settings.gpu:
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_peak(settings: Settings) -> None:
-    """Prints the best rate of a float32 matrix product on all threads: what a GPT-2 layer could reach."""
+    """Prints the best rate of a matrix product on all threads, in the systems' compute type."""
     torch.set_num_threads(settings.threads)
-    rows, inner, columns = PEAK_SHAPE
-    left, right = torch.randn(rows, inner), torch.randn(inner, columns)
-    out = torch.empty(rows, columns)
+    device, dtype = "cuda" if settings.gpu else "cpu", getattr(torch, settings.dtype)
+    rows, inner, columns = PEAK_SHAPE_OF_GPU if settings.gpu else PEAK_SHAPE
+    left = torch.randn(rows, inner, device=device, dtype=dtype)
+    right = torch.randn(inner, columns, device=device, dtype=dtype)
+    out = torch.empty(rows, columns, device=device, dtype=dtype)
     seconds = []
     for _ in range(PEAK_SAMPLES):
         started = time.perf_counter()
         for _ in range(PRODUCTS_PER_SAMPLE):
             torch.mm(left, right, out=out)
+        if settings.gpu:
+            torch.cuda.synchronize()
         seconds.append((time.perf_counter() - started) / PRODUCTS_PER_SAMPLE)
     print(json.dumps({"flops_per_second": 2 * rows * inner * columns / min(seconds)}))
 

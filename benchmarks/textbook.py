@@ -134,7 +134,7 @@ def main() -> int:
     model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     measured = {"precompute": precompute, "train": train}[task](settings, read_pairs(settings, work), model)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    Measurement(system="textbook", work=work, task=task, peak_rss_bytes=peak, **measured).print()
+    Measurement(system="textbook", work=work, task=task, peak_bytes=peak, **measured).print()
     return 0
 
 

@@ -43,7 +43,7 @@ LAUNCHERS = {
     "ZeRO-2": "launch/one_gpu.yaml",
     "ZeRO-3": "launch/one_node_zero3.yaml",
 }
-STEPS, REHEARSED_STEPS, STOP_AFTER = 60, 12, 2
+STEPS, REHEARSED_STEPS, STOP_AFTER = 60, 36, 2
 LN_2 = math.log(2)
 AUDIT = re.compile(r"largest difference (\S+) nats, (\d+)% of the tolerance")
 
@@ -164,7 +164,7 @@ class Pipeline:
                     "reference": {"cache_dir": str(self._folder / "reference")},
                     "train": {
                         "pairs_per_step": 8,
-                        "num_epochs": 3,
+                        "num_epochs": 8,
                         "max_steps": self._steps,
                         "learning_rate": 1e-4,
                     },

@@ -3,8 +3,9 @@
     .venv-peers/bin/python benchmarks/peers/trl_dpo.py SETTINGS WORK {precompute,train} ...
 
 Started by benchmarks/speed.py; imports nothing of this project, which that environment does not have. TRL's
-defaults hold except where they would make other work: float32, no gradient checkpointing (our runs have none
-either), pairs in the given order, a constant learning rate from the first step on.
+defaults hold except where they would make other work: float32 on CPUs, no gradient checkpointing (our runs
+have none either), pairs in the given order, a constant learning rate from the first step on. On a GPU it has
+float32 weights under bfloat16 autocast, and Liger's kernels.
 """
 
 import json
@@ -30,17 +31,19 @@ class MeasuredTrainer(DPOTrainer):  # type: ignore[misc]
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Any:
         warm_up = self.data_collator([dataset[index] for index in range(batch_size)])
         self.compute_ref_log_probs(self.model, warm_up)
+        _wait()
         started = time.perf_counter()
         with_logps = super()._precompute_ref_logps(dataset, name, batch_size)
+        _wait()
         self.precompute_seconds = time.perf_counter() - started
-        self.precompute_peak = peak_rss_bytes()
-        self.micro_losses: list[float] = []
+        self.precompute_peak = peak_bytes()
+        self.micro_losses: list[torch.Tensor] = []
         return with_logps
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         """A micro-batch's mean loss, which is kept."""
         loss = super().compute_loss(*arguments, **options)
-        self.micro_losses.append(float(loss.detach()))
+        self.micro_losses.append(loss.detach())
         return loss
 
 
@@ -52,6 +55,7 @@ class StepTimes(TrainerCallback):
 
     def on_step_end(self, *arguments: Any, **options: Any) -> None:
         """Called after each optimizer step."""
+        _wait()
         self.ends.append(time.perf_counter())
 
 
@@ -64,8 +68,9 @@ def make_trainer(settings: dict[str, Any], work: str, output: str, times: StepTi
     config = DPOConfig(
         output_dir=output,
         model_init_kwargs={"dtype": "float32"},
-        bf16=False,
-        use_cpu=True,
+        bf16=settings["dtype"] == "bfloat16",
+        use_cpu=not settings["gpu"],
+        use_liger_kernel=settings["gpu"],
         gradient_checkpointing=False,
         precompute_ref_log_probs=True,
         max_length=settings["max_length"],
@@ -96,8 +101,15 @@ def num_tokens(dataset: Dataset) -> int:
     )
 
 
-def peak_rss_bytes() -> int:
-    """Most resident memory that this process has had."""
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_bytes() -> int:
+    """Most resident memory that this process has had; on a GPU, most that it has allocated there."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -119,7 +131,7 @@ def main() -> int:
             "pairs": len(data),
             "seconds": trainer.precompute_seconds,
             "tokens": num_tokens(data),
-            "peak_rss_bytes": trainer.precompute_peak,
+            "peak_bytes": trainer.precompute_peak,
             "losses": [],
         }
         if "precompute" in tasks:
@@ -127,13 +139,13 @@ def main() -> int:
         if "train" in tasks:
             trainer.train()
             parts = trainer.args.gradient_accumulation_steps
-            losses = trainer.micro_losses
+            losses = [float(loss) for loss in trainer.micro_losses]
             measured = {
                 "task": "train",
                 "pairs": len(data) - first,
                 "seconds": times.ends[-1] - times.ends[0],
                 "tokens": num_tokens(data.select(range(first, len(data)))),
-                "peak_rss_bytes": peak_rss_bytes(),
+                "peak_bytes": peak_bytes(),
                 "losses": [sum(losses[at : at + parts]) / parts for at in range(0, len(losses), parts)],
             }
             print(json.dumps(common | measured), flush=True)

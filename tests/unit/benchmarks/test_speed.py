@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks import speed, textbook
+from benchmarks.speed_work import write_model
 from dpo.data.trees import sequence_batch
 from dpo.errors import UserError
 from dpo.model.load import ready
@@ -16,7 +17,7 @@ from dpo.model.scorer import SequenceScorer
 def measurement(system: str, pairs: int, seconds: float, memory: int) -> speed.Measurement:
     return speed.Measurement(
         system=system, work="hh", task="train", pairs=pairs, seconds=seconds,
-        tokens=pairs * 100, peak_rss_bytes=memory, losses=[0.7, 0.6],
+        tokens=pairs * 100, peak_bytes=memory, losses=[0.7, 0.6],
     )  # fmt: skip
 
 
@@ -70,6 +71,8 @@ def test_losses_of_different_runs_are_not_compared() -> None:
         (["--pairs_per_step", "10", "--work", "best4"], "--pairs_per_step: 10; expected a multiple of 4"),
         (["--width", "100"], "--width: 100; expected a multiple of 64"),
         (["--rounds", "0"], "--rounds: 0; expected at least 1"),
+        (["--gpu", "--systems", "ours", "textbook"], "--systems: textbook is written for CPUs"),
+        (["--dtype", "bfloat16", "--systems", "textbook"], "--dtype: bfloat16; the textbook path computes"),
     ],
 )
 def test_bad_usage_is_one_message(
@@ -87,8 +90,28 @@ def test_bad_usage_is_one_message(
 def test_trl_without_its_environment_names_the_command(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(speed, "PEERS_PYTHON", tmp_path / "none")
     files = ["--hh", str(tmp_path), "--books", str(tmp_path), "--tokenizer", str(tmp_path)]
+    files += ["--peers_python", str(tmp_path / "none")]
     monkeypatch.setattr(sys, "argv", ["speed", *files])
     with pytest.raises(UserError, match="make bench-peers"):
         speed.check(speed.arguments())
+
+
+def test_on_a_gpu_all_but_the_textbook_path_take_part_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["speed", "--gpu"])
+    given = speed.arguments()
+    assert (given.systems, given.dtype) == (["ours", "trl"], "bfloat16")
+
+
+@pytest.mark.parametrize("family", speed.FAMILIES)
+def test_a_model_of_each_family_is_written(
+    family: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    settings = speed.Settings(
+        folder=str(tmp_path), hh="", books="", tokenizer="", layers=2, width=128, steps=1, pairs_per_step=3,
+        pairs_per_micro_batch=1, max_tokens_per_micro_batch=64, learning_rate=1e-6, beta=0.1, max_length=64,
+        threads=1, seed=0, family=family,
+    )  # fmt: skip
+    config = write_model(settings, tokenizer)
+    assert config.model_type == family
+    assert AutoConfig.from_pretrained(settings.model).num_hidden_layers == 2
