@@ -20,7 +20,6 @@ launch := PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/run
 model_key := $(if $(MODEL),--model.name_or_path $(MODEL))
 study_keys = $(if $(STUDY),--name $(STUDY)) $(if $(filter command line environment,$(origin CONFIG)),--config $(CONFIG))
 ready := .venv/.ready
-slowest := --durations=10
 
 .PHONY: help setup demo data data-report sft plan precompute-ref train eval frontier compare sentiment tensorboard
 .PHONY: study study-harmless check cache best-of chat convert rounds
@@ -111,10 +110,8 @@ tensorboard: $(ready) ## show the runs under runs/ at http://localhost:6006
 	$(py) -m tensorboard.main --logdir runs --host localhost $(ARGS)
 
 test: $(ready) ## run all tests
-	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(slowest) $(ARGS)
-	$(py) -m pytest tests/distributed -n 2 --dist loadfile -q $(slowest) $(ARGS)
-	$(py) -m pytest tests/end_to_end -n 2 --dist loadfile -q $(slowest) $(ARGS)
-	$(py) -m pytest tests/faults -n 2 --dist loadfile -q $(slowest) $(ARGS)
+	OMP_NUM_THREADS=1 $(py) -m pytest tests/distributed tests/faults tests/end_to_end tests/unit \
+	    -n 2 --dist loadfile --no-loadscope-reorder -q --durations=10 $(ARGS)
 
 test-unit: $(ready) ## run the fast tests of single modules
 	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(ARGS)

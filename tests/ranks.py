@@ -3,18 +3,20 @@
 Tests that start ranks dozens of times cannot afford the launcher's ten seconds; it has its own tests.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [f"dpo.commands.{name}" for name in ("train", "sft", "evaluate", "precompute_ref")]
-    + ["dpo.cli.main", "ranks", "deepspeed"]
+    + ["dpo.cli.main", "deepspeed"]
     # What is imported late, when an engine or a model starts, and costs every rank a second or more.
     + ["deepspeed.runtime.zero.muon.muon_optimizer", "deepspeed.ops.op_builder.all_ops", "pyarrow.compute"]
     + ["setuptools", "torch.utils.cpp_extension"]
@@ -50,9 +52,20 @@ def start_ranks(
         alone = world_size == 1 and not variables
         environment = {} if alone else rank_environment(rank, world_size, port) | dict(variables or {})
         given = (environment, list(arguments), logs / f"rank{rank}.log", folder, before)
-        processes.append(FORKS.Process(target=_work, args=given))
-        processes[-1].start()
+        processes.append(start_rank(_work, *given))
     return processes
+
+
+def start_rank(work: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """Starts a function in a process of its own."""
+    process = FORKS.Process(target=_run, args=(work, arguments))
+    process.start()
+    return process
+
+
+def _run(work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    gc.freeze()  # DeepSpeed collects garbage for each engine: 0.3 s where it looks at all that was imported
+    work(*arguments)
 
 
 def free_port() -> int:

@@ -1,8 +1,8 @@
 """A small training run on real ranks that a test can break: a tiny model, 60 pairs, 12 steps, a filled cache.
 
 There are two ways to start the ranks. By default they are forked with the environment that the launcher would
-set, in a second or two. With TEST_LAUNCHER=1 (`make test-faults`) each start goes through `launch/run`,
-accelerate and torchelastic.
+set, in a second or two. `launcher=True` starts them through `launch/run`, accelerate and torchelastic;
+TEST_LAUNCHER=1 (`make test-faults`) does so everywhere.
 """
 
 import contextlib
@@ -150,6 +150,7 @@ class Rig:
         before: str = "",
         place: Path | None = None,
         variables: Mapping[str, str] | None = None,
+        launcher: bool = False,
     ) -> Started:
         """Starts a command.
 
@@ -162,6 +163,7 @@ class Rig:
             before: Code that each rank runs first.
             place: Parent of the run folder. Default: the rig's folder.
             variables: Additional environment variables of the ranks.
+            launcher: Start through launch/run also without TEST_LAUNCHER.
         """
         place = place or self.folder
         logs = self.folder / f"{run}_logs_{time.monotonic_ns()}"
@@ -179,7 +181,7 @@ class Rig:
             (place / run / "exit.json").unlink(missing_ok=True)
         code = PIDS + before
         variables = {"PIDS": str(logs / "pids"), **(variables or {})}
-        if LAUNCHER and stage is not None:
+        if (launcher or LAUNCHER) and stage is not None:
             processes: Sequence[Any] = [self._launch(arguments, logs, world_size, stage, code, variables)]
         else:
             variables = deepspeed_variables(self.folder, stage) | variables

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from family_ranks import BALANCED, IN_BFLOAT16, KINDS, STEPS, measure, on_ranks
-from ranks import FORKS, free_port, rank_environment, wait
+from ranks import free_port, rank_environment, start_rank, wait
 from rig import deepspeed_variables
 from safetensors.torch import load_file
 
@@ -42,8 +42,7 @@ def sharded(models: Path) -> dict[int, Measured]:
     environments, port, processes = [deepspeed_variables(models, stage) for stage in STAGES], free_port(), []
     for rank in range(2):
         mine = [{**rank_environment(rank, 2, port), **environment} for environment in environments]
-        processes.append(FORKS.Process(target=on_ranks, args=(mine, models, models)))
-        processes[-1].start()
+        processes.append(start_rank(on_ranks, mine, models, models))
     assert wait(processes, 240) == [0, 0]
     return {stage: torch.load(models / f"{number}.pt") for number, stage in enumerate(STAGES)}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from loss_ranks import BUDGETS, STEPS, SWEEP, sweep, write_experts, write_scored
-from ranks import FORKS, free_port, rank_environment, wait
+from ranks import free_port, rank_environment, start_rank, wait
 from rig import Rig, make_rig
 
 Steps = list[dict[str, float]]
@@ -22,8 +22,7 @@ def measured(folder: Path, model: Path, world_size: int) -> dict[str, Steps]:
     processes = []
     for rank in range(world_size):
         environment = rank_environment(rank, world_size, port) if world_size > 1 else {}
-        processes.append(FORKS.Process(target=sweep, args=(environment, folder, model, out)))
-        processes[-1].start()
+        processes.append(start_rank(sweep, environment, folder, model, out))
     assert wait(processes, 240) == [0] * world_size
     found: dict[str, Steps] = json.loads(out.read_text())
     return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from optimizer_ranks import DTYPES, STEPS, Dtype, measure, on_ranks
-from ranks import FORKS, free_port, rank_environment, wait
+from ranks import free_port, rank_environment, start_rank, wait
 from rig import deepspeed_variables
 
 from dpo.engine.optimizer import OPTIMIZERS
@@ -30,8 +30,7 @@ def started(folder: Path, model: Path, stages: list[int | None]) -> list[Measure
     environments, port, processes = [deepspeed_variables(folder, stage) for stage in stages], free_port(), []
     for rank in range(2):
         mine = [{**rank_environment(rank, 2, port), **environment} for environment in environments]
-        processes.append(FORKS.Process(target=on_ranks, args=(mine, model, folder)))
-        processes[-1].start()
+        processes.append(start_rank(on_ranks, mine, model, folder))
     assert wait(processes, 240) == [0, 0]
     return [json.loads((folder / f"{number}.json").read_text()) for number in range(len(stages))]
 

@@ -18,6 +18,7 @@ def rig(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Rig:
     options: dict[str, Any] = {
         "checkpoint_every": 0,
         "max_steps": STEPS,
+        "evaluate_every": 5,
         "weight_decay": 0.1,
         "max_grad_norm": 0.5,
     }

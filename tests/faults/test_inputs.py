@@ -107,12 +107,11 @@ def test_changed_data_is_refused(rig: Rig, tmp_path: Path) -> None:
     "without MASTER_PORT a free port is chosen; a MASTER_PORT that is in use is an error",
 )
 def test_a_port_in_use(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rig.LAUNCHER", True)
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("localhost", 0))
         taken.listen()
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        ended = rig.run("port", "--train.max_steps", "1")
+        ended = rig.run("port", "--train.max_steps", "1", launcher=True)
     assert ended.statuses == [2], ended.output[-2000:]
     assert "MASTER_PORT" in ended.output.strip().splitlines()[-1]

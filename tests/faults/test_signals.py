@@ -109,10 +109,9 @@ def test_a_signal_before_the_first_step(rig: Rig) -> None:
 )
 @pytest.mark.parametrize("way", ["SIGTERM", pytest.param("Ctrl-C", marks=pytest.mark.sweep)])
 def test_a_signal_to_the_launcher(rig: Rig, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    monkeypatch.setattr("rig.LAUNCHER", True)
     if way == "Ctrl-C":
         monkeypatch.setattr("rig.RUN", [sys.executable, "-c", TERMINAL, *RUN])
-    ranks = rig.start(f"launched_{way}", before=SLOWLY)
+    ranks = rig.start(f"launched_{way}", before=SLOWLY, launcher=True)
     ranks.steps(3)
     os.kill(ranks.processes[0].pid, signal.SIGTERM)
     ended = ranks.end(40)

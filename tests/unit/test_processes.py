@@ -21,12 +21,13 @@ os.read(0, 1)
 os._exit(0)
 """
 CHILD = """
-import signal, sys
+import signal, sys, time
 from dpo.processes import end_with_launcher
 signal.signal(signal.SIGTERM, lambda *_: (print("SIGTERM", flush=True), sys.exit(0)))
 end_with_launcher()
 print("ready", flush=True)
-signal.pause()
+while True:
+    time.sleep(0.1)
 """
 
 
@@ -93,8 +94,8 @@ signal.signal(signal.SIGTERM, save)
 import ctypes
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 print("ready", flush=True)
-signal.pause()
-time.sleep(9)
+while True:  # signal.pause would miss a signal that arrives just before it
+    time.sleep(0.1)
 """
 LAUNCHER = """
 import subprocess, sys
