@@ -9,6 +9,7 @@ it again, and it continues. `--rows` does some of the rows; each takes minutes o
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -81,6 +82,7 @@ def table() -> str:
     """The rows that are done, as Markdown; times are relative to those of all weights."""
     head = [
         "",
+        "first loss less ln 2",
         "held-out accuracy",
         "KL, nats",
         "peak memory, GB",
@@ -93,10 +95,13 @@ def table() -> str:
     for name, mean in seconds.items():
         folder = RunFolder(RUNS / name)
         summary = json.loads((folder.report() / "summary.json").read_text())
-        peak = max(line.get("perf/peak_memory_gb", 0.0) for line in read_history(folder))
+        history = read_history(folder)
+        peak = max(line.get("perf/peak_memory_gb", 0.0) for line in history)
+        first = next(line["eval/loss"] for line in history if "eval/loss" in line)
         checkpoint = next(iter(sorted((folder.path / "checkpoints").glob("step_*"))))
         relative = f"{mean / seconds['full']:.2f} x" if "full" in seconds else f"{mean:.1f} s"
-        cells = [NAMES[name], f"{summary['eval/rewards/accuracies']:.3f}", f"{summary['kl/sequence']:.2f}"]
+        cells = [NAMES[name], f"{first - math.log(2):.0e}"]
+        cells += [_interval(summary, "eval/rewards/accuracies", 3), _interval(summary, "kl/sequence", 2)]
         cells += [
             f"{peak:.2f}",
             relative,
@@ -105,6 +110,12 @@ def table() -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _interval(summary: dict[str, float], key: str, digits: int) -> str:
+    """A number of the summary with its interval of 95 %."""
+    low, high = summary[f"{key}/low"], summary[f"{key}/high"]
+    return f"{summary[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _is_done(name: str) -> bool:

@@ -7,6 +7,7 @@ largest difference is given as a share of it. An adapter of rank 8 with random w
 """
 
 import argparse
+import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("model", help="a folder or a hub name")
     name = parser.parse_args().model
     torch.set_num_threads(1)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it mentions a cast for every product
     ids = np.array(load_tokenizer(ModelConfig(name_or_path=name))(TEXT.read_text()).input_ids, dtype=np.int32)
     rows = [(ids[at : at + PROMPT], ids[at + PROMPT : at + PROMPT + n]) for at, n in ROWS]
     for line in (*_beside_others(name, rows), *_merged(name, rows)):
