@@ -22,7 +22,7 @@ from dpo.evaluate.asked import Asked
 from dpo.evaluate.best_of import Limit, ReferenceSamples, best_of_summary, score_limit, values_of_n
 from dpo.evaluate.samples import PromptAndCompletion, held_out_prompts, log_probs, texts_of
 from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
-from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
+from dpo.evaluate.scoring import Scorer, check_scorer, load_scorer, score_over_ranks
 from dpo.files import remove_abandoned, write_file
 from dpo.guards.guard import Guard
 from dpo.model.files import max_positions
@@ -47,13 +47,14 @@ def best_of(config: Config) -> None:
 
 
 def check_best_of(options: EvaluateConfig) -> None:
-    """Raises UserError, with all problems at once, if best-of has no scorer or no prompts."""
+    """Raises UserError, with all problems at once, if best-of has no scorer, a wrong one, or no prompts."""
     problems = [
         *(["evaluate.scorer: none; expected one, such as vader"] if options.scorer is None else []),
         *(["evaluate.num_prompts: 0; expected at least 1"] if options.num_prompts < 1 else []),
     ]
     if problems:
         raise UserError("\n".join(f"{problem}: best-of scores samples" for problem in problems))
+    check_scorer(options)
 
 
 def best_of_reference(

@@ -17,6 +17,7 @@ from dpo.engine.launcher import check_launcher, deepspeed_settings
 from dpo.engine.optimizer import check_optimizer
 from dpo.errors import UserError
 from dpo.evaluate.samples import check_room
+from dpo.evaluate.scoring import check_scorer
 from dpo.model.files import base_of, check_model_path, check_token_ids, max_positions, num_parameters
 from dpo.model.load import load_tokenizer
 from dpo.model.lora import check_policy
@@ -85,6 +86,7 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
             check_best_of(config.evaluate)
         if command in ("evaluate", "best-of") and config.evaluate.num_prompts:
             check_room(config.evaluate.completion_tokens, max_positions(config.model))
+            check_scorer(config.evaluate)
     if command in ("train", "sft"):
         distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
 

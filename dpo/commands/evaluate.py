@@ -47,6 +47,7 @@ from dpo.evaluate.samples import (
     log_probs,
 )
 from dpo.evaluate.sampling import Continuation, stop_ids_of
+from dpo.evaluate.scoring import check_scorer
 from dpo.files import remove_abandoned, write_file
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference
@@ -149,7 +150,8 @@ def evaluate_run(
     Returns:
         What summary.json holds; empty on ranks other than the main one.
     """
-    judge = distributed.on_main(lambda: open_judge(config.evaluate))  # before what takes long
+    distributed.on_main(lambda: check_scorer(config.evaluate))  # before what takes long
+    judge = distributed.on_main(lambda: open_judge(config.evaluate))
     by_policy = _use_policy(config, policy, data, tokenizer)
     samples: ComparedSamples | None = None
     if by_policy.prompts:

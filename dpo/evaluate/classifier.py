@@ -3,9 +3,27 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from dpo.errors import UserError
+
+
+def describe_classifier(scorer: str, model: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """Tokenizer and configuration of a classifier, without its weights; arguments as for `load_classifier`.
+
+    Raises:
+        UserError: One of them cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(scorer, model, error) from error
 
 
 def load_classifier(
@@ -30,11 +48,13 @@ def load_classifier(
             model, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"scorer {scorer}: cannot load {model}; expected a folder or a hub name: {reason}"
-        ) from error
+        raise _cannot_load(scorer, model, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded.config.pad_token_id = tokenizer.pad_token_id
     return tokenizer, loaded, sorted(report["missing_keys"])
+
+
+def _cannot_load(scorer: str, model: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"scorer {scorer}: cannot load {model}; expected a folder or a hub name: {reason}")

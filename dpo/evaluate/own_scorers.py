@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import shutil
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -46,12 +47,22 @@ class CommandScorer:
 
     Args:
         command: The program and its arguments, as in a shell, without its operators.
+
+    Raises:
+        UserError: There is no such program.
     """
 
     def __init__(self, command: str) -> None:
         self.name = f"command:{command}"
         self.identity: str | None = None
-        self._command = shlex.split(command)
+        try:
+            self._command = shlex.split(command)
+        except ValueError as error:
+            raise UserError(f"scorer {self.name}: {error}; expected a program and its arguments") from error
+        if not self._command or shutil.which(self._command[0]) is None:
+            raise UserError(
+                f"scorer {self.name}: no such program, or not executable; expected one and its arguments"
+            )
 
     def score(self, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
         """The numbers that the program prints.

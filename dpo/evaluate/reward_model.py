@@ -20,7 +20,7 @@ from dpo.data.tokenize import tokenizer_digest
 from dpo.distributed import device, on_main
 from dpo.errors import UserError
 from dpo.evaluate.asked import Asked
-from dpo.evaluate.classifier import load_classifier
+from dpo.evaluate.classifier import describe_classifier, load_classifier
 from dpo.evaluate.score_cache import CACHE, ScoreCache, content_key
 from dpo.files import sha256_of
 from dpo.model.files import raw_config, weight_files
@@ -46,7 +46,7 @@ class RewardScorer:
         self.name = f"{'reward-plain' if plain else 'reward'}:{model}"
         self._plain = plain
         self._tokenizer, loaded, missing = load_classifier(self.name, model, "auto")
-        self._check(loaded.config.num_labels, missing)
+        _check(self.name, loaded.config.num_labels, missing, self._tokenizer)
         loaded.config.get_text_config().pad_token_id = self._tokenizer.pad_token_id
         self._tokenizer.padding_side = "right"  # the output is read at the last token that is not padding
         self._tokenizer.truncation_side = "left"  # the answer is what is judged
@@ -60,19 +60,6 @@ class RewardScorer:
         )
         self._cache = ScoreCache(self.identity, cache)
         self._said_cut = False
-
-    def _check(self, num_labels: int, missing: list[str]) -> None:
-        if num_labels != 1 or missing:
-            why = f"it lacks {', '.join(missing)}" if missing else f"it has {num_labels} outputs"
-            raise UserError(
-                f"scorer {self.name}: not a reward model: {why}; expected a sequence-classification model "
-                "with one trained output (num_labels 1), or use hf:MODEL for a classifier"
-            )
-        if self._tokenizer.chat_template is None and not self._plain:
-            raise UserError(
-                f"scorer {self.name}: the model has no chat template, by which it would read prompt and "
-                "answer; give one that has, or reward-plain:MODEL if it was trained on both as one text"
-            )
 
     def score(self, prompts: Sequence[Asked], completions: Sequence[str]) -> list[float]:
         """The reward of each completion after its prompt; what is in the cache is not computed.
@@ -141,6 +128,33 @@ class RewardScorer:
 def plain_reward(model: str) -> RewardScorer:
     """`reward-plain:MODEL`."""
     return RewardScorer(model, plain=True)
+
+
+def check_reward_model(scorer: str, model: str) -> None:
+    """Raises UserError for what is known to be wrong of a reward model before its weights are loaded.
+
+    Args:
+        scorer: reward:MODEL or reward-plain:MODEL.
+        model: MODEL.
+    """
+    tokenizer, config = describe_classifier(scorer, model)
+    _check(scorer, config.num_labels, [], tokenizer)
+
+
+def _check(
+    scorer: str, num_labels: int | None, missing: list[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    if num_labels != 1 or missing:
+        why = f"it lacks {', '.join(missing)}" if missing else f"it has {num_labels} outputs"
+        raise UserError(
+            f"scorer {scorer}: not a reward model: {why}; expected a sequence-classification model "
+            "with one trained output (num_labels 1), or use hf:MODEL for a classifier"
+        )
+    if tokenizer.chat_template is None and not scorer.startswith("reward-plain:"):
+        raise UserError(
+            f"scorer {scorer}: the model has no chat template, by which it would read prompt and "
+            "answer; give one that has, or reward-plain:MODEL if it was trained on both as one text"
+        )
 
 
 def _is_finite(score: float) -> bool:

@@ -6,19 +6,19 @@ A scorer gives one number per text, higher is better, and decides which scores c
 not depend on the number of ranks.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from dpo.config import SCORER_NAMES
+from dpo.config import SCORER_NAMES, EvaluateConfig
 from dpo.distributed import device, gather_objects, share_of
 from dpo.errors import UserError
 from dpo.evaluate.asked import Asked
-from dpo.evaluate.classifier import load_classifier
+from dpo.evaluate.classifier import describe_classifier, load_classifier
 from dpo.evaluate.own_scorers import CommandScorer, FunctionScorer
-from dpo.evaluate.reward_model import RewardScorer, plain_reward
+from dpo.evaluate.reward_model import RewardScorer, check_reward_model, plain_reward
 
 CLASSIFIER_BATCH = 64
 
@@ -119,6 +119,23 @@ def load_scorer(name: str) -> Scorer:
     raise UserError(f"scorer: {name}; expected {SCORER_NAMES}")
 
 
+def check_scorer(options: EvaluateConfig) -> None:
+    """Raises UserError for what is known to be wrong of `evaluate.scorer` before any weights are loaded.
+
+    Sampling, which comes before scoring, may take hours.
+    """
+    if options.scorer is None or not options.num_prompts:
+        return
+    name = options.scorer
+    kind, _, argument = name.partition(":")
+    if kind == "hf" and argument:
+        _positive_class(describe_classifier(name, argument)[1].id2label or {}, name)
+    elif kind.startswith("reward") and argument:
+        check_reward_model(name, argument)
+    else:
+        load_scorer(name)
+
+
 SCORERS: dict[str, Callable[[str], Scorer]] = {
     "hf": ClassifierScorer,
     "reward": RewardScorer,
@@ -142,7 +159,7 @@ def score_over_ranks(scorer: Scorer, prompts: Sequence[Asked], completions: Sequ
     return [score for start in starts for score in scored[start]]
 
 
-def _positive_class(id2label: dict[int, str], scorer: str) -> int:
+def _positive_class(id2label: Mapping[Any, str], scorer: str) -> int:
     named = [index for index, label in id2label.items() if label.lower() in ("positive", "pos")]
     if not named and len(id2label) == 2:
         named = [index for index, label in id2label.items() if label.lower() == "label_1"]
@@ -151,4 +168,4 @@ def _positive_class(id2label: dict[int, str], scorer: str) -> int:
             f"scorer {scorer}: no single positive class among the labels {', '.join(id2label.values())}; "
             "expected one named POSITIVE or pos, or LABEL_0 and LABEL_1"
         )
-    return named[0]
+    return int(named[0])

@@ -15,11 +15,13 @@ from fake_server import FakeServer, serving
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from dpo.commands import evaluate
 from dpo.commands.evaluate import evaluate_run
 from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import preference_data
 from dpo.engine import frozen
+from dpo.errors import UserError
 from dpo.evaluate import samples
 from dpo.model.load import load_model
 from dpo.reference.identity import reference_identity
@@ -176,3 +178,12 @@ def test_without_a_scorer_there_are_samples_but_no_scores(experiment: Config, su
     assert not any(name.startswith(("score/", "positive_share/", "win_rate")) for name in summary)
     lines = Path(config.run_dir, "report", "samples.jsonl").read_text().splitlines()
     assert len(lines) == 6
+
+
+def test_a_wrong_scorer_ends_before_anything_is_sampled(
+    experiment: Config, summarize: Summarize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = replace(experiment, evaluate=replace(experiment.evaluate, scorer="hf:nowhere"))
+    monkeypatch.setattr(evaluate, "_use_policy", lambda *_: pytest.fail("the policy was loaded"))
+    with pytest.raises(UserError, match="scorer hf:nowhere: cannot load"):
+        summarize(wrong, experiment.model)

@@ -13,9 +13,10 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from dpo.config import EvaluateConfig
 from dpo.errors import UserError
 from dpo.evaluate.asked import Asked
-from dpo.evaluate.scoring import CLASSIFIER_BATCH, Scorer, load_scorer, score_over_ranks
+from dpo.evaluate.scoring import CLASSIFIER_BATCH, Scorer, check_scorer, load_scorer, score_over_ranks
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "good", "bad", "film", "a"]
 
@@ -120,6 +121,31 @@ def test_missing_models_pickled_weights_and_unknown_names_are_errors(tmp_path: P
     for name in ("happy", "hf:", ""):
         with pytest.raises(UserError, match="hf:MODEL"):
             load_scorer(name)
+
+
+def checked(scorer: str | None, num_prompts: int = 4) -> None:
+    check_scorer(EvaluateConfig(scorer=scorer, num_prompts=num_prompts))
+
+
+def test_a_wrong_scorer_is_known_before_its_weights_are_loaded(tmp_path: Path, tiny_model: Path) -> None:
+    for name, labels in (("right", ["negative", "positive"]), ("wrong", ["joy", "grief"])):
+        save_classifier(tmp_path / name, labels)
+        (tmp_path / name / "model.safetensors").unlink()
+    checked(f"hf:{tmp_path / 'right'}")
+    checked("vader")
+    checked(None)
+    for scorer, said in (
+        (f"hf:{tmp_path / 'wrong'}", "joy, grief"),
+        (f"hf:{tmp_path / 'nowhere'}", "cannot load"),
+        (f"reward:{tmp_path / 'nowhere'}", "cannot load"),
+        (f"reward:{tiny_model}", "it has 2 outputs"),
+        (f"reward-plain:{tiny_model}", "it has 2 outputs"),
+        ("python:no_such_module.words", "No module named"),
+        ("command:./no_such_program", "no such program"),
+    ):
+        with pytest.raises(UserError, match=said):
+            checked(scorer)
+        checked(scorer, num_prompts=0)  # nothing is scored
 
 
 def test_all_texts_are_scored_in_order() -> None:
