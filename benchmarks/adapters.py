@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.study import Study, run_to_its_end
+from benchmarks.study_report import with_ends
 from dpo.commands.journal import start
 from dpo.tracking.history import read_history
 from dpo.tracking.run_folder import RunFolder
@@ -101,7 +102,7 @@ def table() -> str:
         checkpoint = next(iter(sorted((folder.path / "checkpoints").glob("step_*"))))
         relative = f"{mean / seconds['full']:.2f} x" if "full" in seconds else f"{mean:.1f} s"
         cells = [NAMES[name], f"{first - math.log(2):.0e}"]
-        cells += [_interval(summary, "eval/rewards/accuracies", 3), _interval(summary, "kl/sequence", 2)]
+        cells += [with_ends(summary, "eval/rewards/accuracies"), with_ends(summary, "kl/sequence", 2)]
         cells += [
             f"{peak:.2f}",
             relative,
@@ -110,12 +111,6 @@ def table() -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _interval(summary: dict[str, float], key: str, digits: int) -> str:
-    """A number of the summary with its interval of 95 %."""
-    low, high = summary[f"{key}/low"], summary[f"{key}/high"]
-    return f"{summary[key]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _is_done(name: str) -> bool:

@@ -82,11 +82,11 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         check_data(config.data, config.model, exact=exact, loss=config.loss)
         if command == "evaluate":
             finished_model(config)
+            check_scorer(config.evaluate)
         if command == "best-of":
             check_best_of(config.evaluate)
         if command in ("evaluate", "best-of") and config.evaluate.num_prompts:
             check_room(config.evaluate.completion_tokens, max_positions(config.model))
-            check_scorer(config.evaluate)
     if command in ("train", "sft"):
         distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
 
