@@ -1,5 +1,6 @@
 """`dpo check` knows the launcher that a shell will start, and refuses what would fail under it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,21 @@ def test_an_optimizer_that_the_launcher_would_shard(
     lines = [line for line in said.splitlines() if "train.optimizer" in line]
     assert len(lines) == bool(refused)
     assert refused in said
+
+
+@pytest.mark.parametrize("command", ["evaluate", "best-of"])
+def test_a_scorer_that_cannot_be_used(
+    tiny_model: Path,
+    pairs_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    shutil.copytree(tiny_model, tmp_path / "run" / "model")
+    keys = ["--model.name_or_path", str(tiny_model), "--data.train", str(pairs_file)]
+    keys += ["--run_dir", str(tmp_path / "run"), "--evaluate.completion_tokens", "4"]
+    assert run(["check", command, *keys, "--evaluate.scorer", "vader"]) == 0, capsys.readouterr().err
+    assert run(["check", command, *keys, "--evaluate.scorer", "hf:./nowhere/at/all"]) == 2
+    assert "scorer hf:./nowhere/at/all: cannot load" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_without_a_scorer_there_are_samples_but_no_scores(experiment: Config, su
 def test_a_wrong_scorer_ends_before_anything_is_sampled(
     experiment: Config, summarize: Summarize, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = replace(experiment, evaluate=replace(experiment.evaluate, scorer="hf:nowhere"))
+    wrong = replace(experiment, evaluate=replace(experiment.evaluate, scorer="hf:./nowhere/at/all"))
     monkeypatch.setattr(evaluate, "_use_policy", lambda *_: pytest.fail("the policy was loaded"))
-    with pytest.raises(UserError, match="scorer hf:nowhere: cannot load"):
+    with pytest.raises(UserError, match="scorer hf:./nowhere/at/all: cannot load"):
         summarize(wrong, experiment.model)
