@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from dpo.errors import UserError
+from dpo.model.files import ask_hub
 
 
 def describe_classifier(scorer: str, model: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
@@ -20,6 +21,7 @@ def describe_classifier(scorer: str, model: str) -> tuple[PreTrainedTokenizerBas
     Raises:
         UserError: One of them cannot be loaded.
     """
+    ask_hub(model)
     try:
         return AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
@@ -42,6 +44,7 @@ def load_classifier(
     Raises:
         UserError: It cannot be loaded.
     """
+    ask_hub(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded, report = AutoModelForSequenceClassification.from_pretrained(
