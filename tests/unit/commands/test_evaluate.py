@@ -185,5 +185,5 @@ def test_a_wrong_scorer_ends_before_anything_is_sampled(
 ) -> None:
     wrong = replace(experiment, evaluate=replace(experiment.evaluate, scorer="hf:./nowhere/at/all"))
     monkeypatch.setattr(evaluate, "_use_policy", lambda *_: pytest.fail("the policy was loaded"))
-    with pytest.raises(UserError, match="scorer hf:./nowhere/at/all: cannot load"):
+    with pytest.raises(UserError, match=r"scorer hf:\./nowhere/at/all: cannot load"):
         summarize(wrong, experiment.model)
