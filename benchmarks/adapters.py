@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.study import Study, run_to_its_end
-from benchmarks.study_report import with_ends
+from benchmarks.study_numbers import with_ends
 from dpo.commands.journal import start
 from dpo.tracking.history import read_history
 from dpo.tracking.run_folder import RunFolder

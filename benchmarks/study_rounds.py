@@ -7,8 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.study_report import Summary, score_at, with_ends
+from benchmarks.study_numbers import Summary, with_ends
 from benchmarks.study_reward import RewardQuality, rewards_of_samples
+from benchmarks.study_sentiment_tables import score_at
 from dpo.commands.frontier import limit_points
 from dpo.report.figures import Point, save_png, score_against_kl
 from dpo.report.markdown import table

@@ -79,6 +79,13 @@ def main() -> None:
         study.train(run, *data, *keys)
         study.evaluate(run, *data, *keys)
 
+    # The same run without bfloat16's rounding, with a reference cache of its own.
+    if dtype == "bfloat16":
+        exact = [*data, "--model.dtype", "float32"]
+        study.precompute("float32", *exact)
+        study.train("float32", *exact)
+        study.evaluate("float32", *exact)
+
     # Held-out accuracy against training pairs: each point is a run of its own.
     for steps in CURVE_STEPS:
         study.train(f"steps_{steps}", *data, "--train.max_steps", str(steps))

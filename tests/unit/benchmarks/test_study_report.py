@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import study_report
-from benchmarks.study_report import fold_interval
+from benchmarks.study_harmless_tables import fold_interval
+from benchmarks.study_sentiment_tables import equal_kl_table, second_judge_table
 
 
 def _run(folder: Path, accuracy: float, steps: int = 2) -> None:
@@ -43,7 +44,7 @@ def test_a_baseline_is_compared_at_its_own_kl(runs: Path) -> None:
     _report(runs / "frontier" / "beta_0.1", 3.0, 0.5)
     _report(runs / "sft_3e-5", 0.5, 0.15)
     _report(runs / "sft_3e-4", 2.0, 0.2)
-    table = study_report.equal_kl_table(runs).splitlines()
+    table = equal_kl_table(runs).splitlines()
     assert table[0].endswith("| its score | DPO, beta 0.1 |")
     # From the reference (0 nats, 0.1) to (1, 0.3) at 0.5 nats: 0.2; from (1, 0.3) to (3, 0.5) at 2: 0.4.
     assert [line.split(" | ")[-1] for line in table[2:]] == [
@@ -81,7 +82,7 @@ def test_the_second_judge_is_shown_for_snapshots_too(runs: Path) -> None:
         numbers |= {f"{name}/{end}": share for name in [*numbers] for end in ("low", "high")}
         (folder / "report").mkdir(parents=True)
         (folder / "report" / "second_judge.json").write_text(json.dumps(numbers))
-    rows = study_report.second_judge_table(runs).splitlines()[2:]
+    rows = second_judge_table(runs).splitlines()[2:]
     assert [row.split(" | ")[:2] for row in rows] == [
         ["| DPO, beta 0.1, step 35", "0.500 [0.500, 0.500]"],
         ["| DPO, beta 0.1", "0.750 [0.750, 0.750]"],
