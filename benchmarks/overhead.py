@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import SHARED, Settings, child, worker
+from benchmarks.speed_processes import SHARED, Settings, child, worker
 from benchmarks.speed_work import config_of
 from dpo import alive, distributed
 from dpo.cli.main import run

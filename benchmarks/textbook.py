@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.speed import Measurement, Settings
+from benchmarks.speed_processes import Measurement, Settings
 
 MAX_GRAD_NORM = 1.0
 Row = tuple[list[int], int]

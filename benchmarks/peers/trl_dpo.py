@@ -114,7 +114,7 @@ def peak_bytes() -> int:
 
 
 def main() -> int:
-    """Prints a JSON line a task, in the form of benchmarks.speed.Measurement."""
+    """Prints a JSON line a task, in the form of benchmarks.speed_processes.Measurement."""
     path, work, *tasks = sys.argv[1:]
     settings = json.loads(Path(path).read_text())
     torch.set_num_threads(settings["threads"])

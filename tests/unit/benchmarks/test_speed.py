@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks import speed, textbook
-from benchmarks.speed_work import write_model
+from benchmarks.speed_data import write_model
 from dpo.data.trees import sequence_batch
 from dpo.errors import UserError
 from dpo.model.load import ready
