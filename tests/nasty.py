@@ -3,9 +3,8 @@
 import numpy as np
 
 from dpo.evaluate.statistics import Interval
-from dpo.report.content import PairRow, Provenance, Report, SampleRow, Section
+from dpo.report.content import Captioned, PairRow, Provenance, Report, SampleRow, Section
 from dpo.report.figures import (
-    Captioned,
     Point,
     histogram_before_and_after,
     histograms,

@@ -14,10 +14,9 @@ from dpo.data.dataset import TokenizedDataset
 from dpo.evaluate.breakdown import pair_summary
 from dpo.evaluate.rewards import PairScores
 from dpo.evaluate.samples import ComparedSamples
-from dpo.report.content import PairRow, Provenance, Report, SampleRow, Section
+from dpo.report.content import Captioned, PairRow, Provenance, Report, SampleRow, Section
 from dpo.report.data_sections import pair_rows
 from dpo.report.figures import (
-    Captioned,
     Point,
     histogram_before_and_after,
     losses_and_margins,

@@ -5,9 +5,10 @@ Records and the fixed texts around them; nothing here computes or writes.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo.report.figures import Captioned
+if TYPE_CHECKING:  # matplotlib takes a third of a second to import, and training draws nothing
+    from matplotlib.figure import Figure
 
 COLUMNS = ("query", "reference policy", "DPO-trained policy")
 """Of the table of samples."""
@@ -17,6 +18,18 @@ WORST_SAMPLES = (
 PAIR_COLUMNS = ("query", "chosen", "rejected")
 """Of a table of pairs, before that of their measure."""
 WORST_PAIRS = "Selected as failures: the held-out pairs with the largest margin in the wrong direction."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captioned:
+    """A figure with its title and caption."""
+
+    name: str
+    """Of its file, without the extension."""
+    title: str
+    caption: str
+    """What is drawn and how to read it."""
+    figure: "Figure"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,8 @@ from dpo.evaluate.described_data import HELD_OUT, TRAINING, DescribedData
 from dpo.evaluate.reference_ranking import FAR, ReferenceRanking
 from dpo.evaluate.samples import texts_of
 from dpo.evaluate.statistics import Interval
-from dpo.report.content import PairRow, Section
-from dpo.report.figures import Captioned, histograms
+from dpo.report.content import Captioned, PairRow, Section
+from dpo.report.figures import histograms
 
 Int64s = npt.NDArray[np.int64]
 

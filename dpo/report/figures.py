@@ -32,18 +32,6 @@ LONGEST_RAW = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Captioned:
-    """A figure with its title and caption."""
-
-    name: str
-    """Of its file, without the extension."""
-    title: str
-    caption: str
-    """What is drawn and how to read it."""
-    figure: Figure
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
     """One model in the plane of KL and score."""
 

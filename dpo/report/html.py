@@ -9,9 +9,9 @@ from typing import Any
 
 import jinja2
 
-from dpo.report.content import COLUMNS, PAIR_COLUMNS, WORST_PAIRS, WORST_SAMPLES, Report, Section
+from dpo.report.content import COLUMNS, PAIR_COLUMNS, WORST_PAIRS, WORST_SAMPLES, Captioned, Report, Section
 from dpo.report.escape import prompt_end, visible
-from dpo.report.figures import Captioned, inline_svg
+from dpo.report.figures import inline_svg
 from dpo.report.headline import headline_cards
 from dpo.report.labels import MEASURE_COLUMNS, measures
 from dpo.report.reading import reading

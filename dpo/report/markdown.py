@@ -10,13 +10,13 @@ from dpo.report.content import (
     PAIR_COLUMNS,
     WORST_PAIRS,
     WORST_SAMPLES,
+    Captioned,
     PairRow,
     Report,
     SampleRow,
     Section,
 )
 from dpo.report.escape import markdown_cell, prompt_end
-from dpo.report.figures import Captioned
 from dpo.report.labels import MEASURE_COLUMNS, measures
 from dpo.report.reading import reading
 

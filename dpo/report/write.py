@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from dpo.files import remove_abandoned, write_file
-from dpo.report.content import Report, Section
+from dpo.report.content import Captioned, Report, Section
 from dpo.report.escape import markdown_cell
-from dpo.report.figures import Captioned, save_png
+from dpo.report.figures import save_png
 from dpo.report.html import data_page, html_page
 from dpo.report.markdown import figure_file, markdown, section_markdown
 
