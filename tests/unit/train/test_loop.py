@@ -12,24 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from unit.train.runs import STEPS, KilledError, Run, Trained, assert_resumed_alike, changed
+from unit.train.runs import STEPS, KilledError, Run, Trained, changed
 
-from dpo.commands.inputs import settings_of
 from dpo.config import Config, LossConfig, OptimizationConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.preference_data import preference_data
 from dpo.data.trees import sequence_batch
 from dpo.engine.optimizer import OPTIMIZERS
-from dpo.errors import RunFailed, StoppedBySignal, UserError
-from dpo.loss.pairs import LossValues, Pairs
-from dpo.loss.preference_loss import FUNCTIONS
+from dpo.errors import StoppedBySignal, UserError
 from dpo.model.load import load_model
 from dpo.tracking.metrics import MetricSums
-from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import Progress
 from dpo.train.loop import due_actions
 from dpo.train.preference_objective import PreferenceObjective
-from dpo.train.resume import Resume, find_start
 
 
 @pytest.mark.parametrize("beta", [0.05, 0.1])
@@ -242,62 +237,6 @@ def test_checkpoints_are_written_every_so_often_and_at_the_end(experiment: Confi
     assert not (run(changed(experiment, "never")).folder / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-def test_a_step_whose_loss_is_not_finite_changes_nothing_and_is_counted(
-    experiment: Config,
-    run: Trained,
-    spoil: Callable[..., None],
-    capsys: pytest.CaptureFixture[str],
-    value: float,
-    optimizer: str,
-) -> None:
-    config = changed(experiment, "spoiled", optimizer=optimizer, checkpoint_every=1, keep_last=9)
-    spoil({3}, value)
-    trained = run(config)
-    at = {line["step"]: line for line in trained.lines()}
-    assert at[3]["train/skipped_steps"] == 1
-    assert "train/grad_norm" not in at[3]
-    assert "train/skipped_steps" not in at[4]
-    assert "NaN" not in (trained.folder / "metrics.jsonl").read_text()
-    said = capsys.readouterr()
-    assert "step 3 is skipped, weights unchanged: the loss is not finite on rank 0" in said.out + said.err
-    names = sorted(path.name for path in (trained.folder / "checkpoints").iterdir())
-    assert names == [f"step_{number:08d}" for number in (1, 2, 4, 5, 6)]  # none of a skipped step
-    assert all(bool(weight.isfinite().all()) for weight in trained.weights.values())
-
-
-def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
-    experiment: Config, run: Trained, spoil: Callable[..., None]
-) -> None:
-    """A run that skips its last step ends with the weights of one that is a step shorter."""
-    shorter = run(changed(experiment, "shorter", max_steps=STEPS - 1))
-    spoil({STEPS})
-    longer = run(changed(experiment, "longer"))
-    for name, weight in shorter.weights.items():
-        assert torch.equal(longer.weights[name], weight), name
-
-
-def test_too_many_in_a_row_stop_the_run_with_its_last_good_checkpoint_intact(
-    experiment: Config, run: Trained, spoil: Callable[..., None]
-) -> None:
-    config = changed(experiment, "doomed", max_skipped_steps=2, checkpoint_every=1, keep_last=1)
-    spoil({2, 4, 5, 6})
-    with pytest.raises(RunFailed, match=r"3 steps in a row, up to step 6.*max_skipped_steps: 2"):
-        run(config)
-    start = find_start(RunFolder(Path(config.run_dir)), settings_of(config), config.train)
-    assert isinstance(start, Resume)
-    assert start.checkpoint.name == "step_00000003"
-
-
-def test_a_reference_that_is_not_finite_stops_the_run(
-    experiment: Config, run: Trained, open_data: Callable[[Config], TokenizedDataset]
-) -> None:
-    reference = np.full(len(open_data(experiment).keys), np.nan)
-    with pytest.raises(RunFailed, match=r"1 steps in a row, up to step 1.*loss is not finite on rank 0"):
-        run(changed(experiment, "nan", max_skipped_steps=0), reference=reference)
-
-
 @pytest.mark.parametrize("stop_at", [0, 3, STEPS])
 def test_a_run_that_is_stopped_in_an_evaluation_ends_as_one_that_never_was(
     experiment: Config, run: Trained, stop_at: int
@@ -352,52 +291,6 @@ def test_rows_and_trees_train_alike_and_trees_compute_less(experiment: Config, r
         assert (step["perf/padding_fraction"], in_rows["perf/shared_prefix_fraction"]) == (0, 0)
         assert step["perf/shared_prefix_fraction"] > 0.1
         assert step["perf/rank_imbalance"] == 0
-
-
-def relative_to_the_mean(pairs: Pairs, loss: LossConfig) -> LossValues:
-    """DPO on margins relative to their mean over all steps before."""
-    last = pairs.so_far
-    mean = last["margins"] / last["pairs"] if last else 0.0
-    losses = -torch.nn.functional.logsigmoid(loss.beta * (pairs.margins - mean))
-    return LossValues(
-        losses=losses, sums={"margins": pairs.margins.sum(), "pairs": torch.ones_like(losses).sum()}
-    )
-
-
-def test_a_loss_may_look_at_the_steps_before_and_is_resumed_with_them(
-    experiment: Config, run: Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(FUNCTIONS, "sigmoid", relative_to_the_mean)
-    options = {"checkpoint_every": 2, "evaluate_every": 1}
-    whole = run(changed(experiment, "whole", **options), evaluation=float)
-    small = run(changed(experiment, "small", max_tokens_per_micro_batch=40, **options), evaluation=float)
-    assert small.curve("train/loss") == pytest.approx(whole.curve("train/loss"), rel=1e-5)
-    assert not any("loss_sum" in name for line in whole.lines() for name in line)  # no metric of its own
-    assert_resumed_alike(run, changed(experiment, "killed", **options), whole)
-    plain = run(
-        changed(replace(experiment, loss=LossConfig(type="hinge")), "plain", **options), evaluation=float
-    )
-    assert plain.curve("train/loss") != whole.curve("train/loss")
-
-
-def test_the_shift_of_bco_is_resumed_and_does_not_depend_on_micro_batches(
-    experiment: Config, run: Trained
-) -> None:
-    experiment = replace(experiment, loss=LossConfig(type="bco_pair", beta=0.5))
-    options = {"checkpoint_every": 2, "evaluate_every": 1}
-    whole = run(changed(experiment, "whole", **options), evaluation=float)
-    small = run(changed(experiment, "small", max_tokens_per_micro_batch=40, **options), evaluation=float)
-    assert small.curve("train/loss") == pytest.approx(whole.curve("train/loss"), rel=1e-5)
-    assert_resumed_alike(run, changed(experiment, "killed", **options), whole)
-
-
-def test_a_step_that_is_skipped_does_not_spoil_the_shift_of_bco(
-    experiment: Config, run: Trained, spoil: Callable[..., None]
-) -> None:
-    spoil({2}, math.nan)
-    trained = run(changed(replace(experiment, loss=LossConfig(type="bco_pair")), "spoiled"))
-    assert [line["step"] for line in trained.lines() if "train/skipped_steps" in line] == [2]
-    assert [math.isfinite(line.get("train/loss", math.nan)) for line in trained.lines()][2:4] == [True, True]
 
 
 @pytest.mark.parametrize(
