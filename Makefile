@@ -14,6 +14,7 @@ MODEL ?=
 ARGS ?=
 STUDY ?=
 LABELS ?= sentiment
+WORKERS ?= $(shell nproc | awk '{ print $$1 < 4 ? $$1 : 4 }')
 
 py := .venv/bin/python
 launch := PYTHON=$(py) $(if $(NPROC),NPROC=$(NPROC)) launch/run
@@ -109,15 +110,15 @@ sentiment: $(ready) ## sentiment experiment on GPT-2: MODEL (default gpt2, or a 
 tensorboard: $(ready) ## show the runs under runs/ at http://localhost:6006
 	$(py) -m tensorboard.main --logdir runs --host localhost $(ARGS)
 
-test: $(ready) ## run all tests
+test: $(ready) ## run all tests, as many at once as there are cores, at most 4 (or WORKERS=N)
 	OMP_NUM_THREADS=1 $(py) -m pytest tests/distributed tests/faults tests/end_to_end tests/unit \
-	    -n 2 --dist loadfile --no-loadscope-reorder -q --durations=10 $(ARGS)
+	    -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q --durations=10 $(ARGS)
 
 test-unit: $(ready) ## run the fast tests of single modules
-	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n 2 -q $(ARGS)
+	OMP_NUM_THREADS=1 $(py) -m pytest tests/unit -n $(WORKERS) -q $(ARGS)
 
 test-distributed: $(ready) ## run tests with real ranks, launcher and DeepSpeed
-	$(py) -m pytest tests/distributed -n 2 --dist loadfile -q $(ARGS)
+	$(py) -m pytest tests/distributed -n $(WORKERS) --dist loadfile -q $(ARGS)
 
 test-e2e: $(ready) ## run tests of the commands as a user runs them
 	$(py) -m pytest tests/end_to_end -q $(ARGS)
