@@ -7,7 +7,7 @@ written is named by a digest of everything that decides it, so a folder is never
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -22,8 +22,8 @@ from dpo.data.tokenize import tokenizer_digest
 from dpo.errors import UserError
 
 DEFAULT_MAX_LENGTH = 1024
-READER_VERSION = 5
-"""Part of the digest of tokenized data: what an earlier version read or encoded otherwise is made again."""
+READER_VERSION = 6
+"""Part of the digest of tokenized data: what an earlier version read, encoded or noted is made again."""
 
 
 def open_datasets(
@@ -113,17 +113,23 @@ def _open(
         recipe = Recipe(sources=sources, data=data, max_length=max_length, tokenizer=tokenizer, folder=folder)
         build_dataset(recipe, split)
     dataset = map_dataset(folder, digest)
-    for source in dataset.sources if data.strict else ():
-        if source.first_fault:
-            raise UserError(source.first_fault)
-    notes = [line for source in dataset.sources for line in source.notes]
+    read = [
+        written.named(
+            source.path, [*map(str, source.files)]
+        )  # the folder may be of files that had other names
+        for written, source in zip(dataset.sources, sources, strict=True)
+    ]
+    for source in read if data.strict else ():
+        if source.notes.first_fault:
+            raise UserError(source.notes.first_fault)
+    notes = [line for source in read for line in source.notes.lines(source.name)]
     if len(dataset) == 0:
         names = ", ".join(source.path for source in sources)
         what = f"data.{split}: {names}: nothing left after filtering: {listed(dataset.counts)}"
         raise UserError("\n".join([what, *notes]))
     terminal.note(*notes)
-    terminal.warning(*(line for source in dataset.sources for line in source.warnings))
-    return dataset
+    terminal.warning(*(line for source in read for line in source.notes.warnings(source.name)))
+    return replace(dataset, sources=tuple(read))
 
 
 def _digest(

@@ -10,17 +10,18 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dpo.data.notes import SourceGroups
 from dpo.data.plan import Sizes
 from dpo.data.records import KEY_BYTES, NO_RIVAL, Pair, TokenIds, TokenizedGroup, num_trained, sequence_key
 from dpo.data.trees import Layout
@@ -44,21 +45,6 @@ ARRAYS = {
 READ_ONLY = "tokens_not_trained"
 """In counts: tokens of completions that are read and not trained on; not there where there are none."""
 LARGEST = "largest_id"  # in that file; an earlier version did not write it
-
-
-class SourceGroups(NamedTuple):
-    """A source's part of a data set: its groups are contiguous."""
-
-    name: str
-    """As in the configuration: a path or a hub name."""
-    groups: int
-    """Number of groups that it contributed."""
-    notes: Sequence[str] = ()
-    """What of it is not used, in lines for people."""
-    warnings: Sequence[str] = ()
-    """What a person should check or mend in it."""
-    first_fault: str = ""
-    """What is wrong with its first faulty row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +294,7 @@ def map_dataset(folder: Path, digest: str) -> TokenizedDataset:
         digest=digest,
         counts=counts,
         largest_id=int(tokens.max(initial=-1)) if largest is None else largest,
-        sources=tuple(SourceGroups(*source) for source in named),
+        sources=tuple(map(SourceGroups.of, named)),
         tokens=tokens,
         **arrays,
     )

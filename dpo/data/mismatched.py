@@ -6,7 +6,6 @@ a step's estimate does not depend on how the step is cut. Made of a tokenized da
 """
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo import distributed, terminal
-from dpo.data.dataset import SOURCES, TokenizedDataset, is_written, map_dataset, new_dataset, write_arrays
+from dpo.data.dataset import TokenizedDataset, is_written, map_dataset, new_dataset, write_arrays
 from dpo.data.records import TokenizedGroup
 from dpo.errors import UserError
 
@@ -42,7 +41,7 @@ def with_mismatched(dataset: TokenizedDataset, key: str) -> TokenizedDataset:
             _write(dataset, folder, key)
 
     distributed.on_main(write)
-    return map_dataset(folder, digest)
+    return replace(map_dataset(folder, digest), sources=dataset.sources)
 
 
 def _write(dataset: TokenizedDataset, folder: Path, key: str) -> None:
@@ -53,8 +52,6 @@ def _write(dataset: TokenizedDataset, folder: Path, key: str) -> None:
     try:
         with new_dataset(folder) as building:
             write_arrays(groups, building, counts)
-            named = [list(source) for source in dataset.sources]
-            (building / SOURCES).write_text(json.dumps(named))
     except OSError as error:
         raise UserError(
             f"data.cache_dir: cannot write the token ids to {folder} ({error.strerror or error}); make room, "

@@ -5,9 +5,9 @@ ignored without a line: a column that is not read is named with its number of ro
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, Self
 
 MUCH_DROPPED = 0.2
 """Share of the rows above which their loss is a warning."""
@@ -59,6 +59,16 @@ class RowNotes:
     def of(cls, plain: Mapping[str, Any]) -> Self:
         """The notes that are written as `plain` has them."""
         return cls(**{**plain, "drops": Counter(plain["drops"]), "ignored": Counter(plain["ignored"])})
+
+    def moved(self, files: Mapping[str, str]) -> "RowNotes":
+        """The notes where the files have other names: old name -> new name."""
+
+        def place(text: str) -> str:
+            old = next((old for old in files if text.startswith(f"{old}:")), None)
+            return text if old is None else files[old] + text[len(old) :]
+
+        first = {reason: place(detail) for reason, detail in self.first.items()}
+        return replace(self, first=first, first_fault=place(self.first_fault))
 
     def add(self, later: "RowNotes") -> None:
         """Adds the notes of rows that come after these."""
@@ -135,6 +145,33 @@ class RowNotes:
                 "Leave the column 'pairs' out, or prepare the data with python -m data_prep ... --pairing"
             )
         return warnings
+
+
+class SourceGroups(NamedTuple):
+    """A source's part of a data set: its groups are contiguous."""
+
+    name: str
+    """As in the configuration: a path or a hub name."""
+    groups: int
+    """Number of groups that it contributed."""
+    notes: RowNotes
+    """What of it is not used, and what a person should mend."""
+    files: tuple[str, ...] = ()
+    """The files that were read, in their order."""
+
+    def named(self, name: str, files: Sequence[str]) -> "SourceGroups":
+        """The same content under another name and in other files, in the same order."""
+        moved = dict(zip(self.files, files, strict=True))
+        return SourceGroups(name, self.groups, self.notes.moved(moved), tuple(files))
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self._asdict(), "notes": self.notes.plain()}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Self:
+        """The source that is written as `plain` has it."""
+        return cls(plain["name"], plain["groups"], RowNotes.of(plain["notes"]), tuple(plain["files"]))
 
 
 def _share_kept(dropped: int, of: int) -> float:

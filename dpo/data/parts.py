@@ -25,12 +25,11 @@ from dpo.data.dataset import (
     LARGEST,
     SOURCES,
     TOKENS,
-    SourceGroups,
     is_written,
     new_dataset,
     write_arrays,
 )
-from dpo.data.notes import RowNotes
+from dpo.data.notes import RowNotes, SourceGroups
 from dpo.data.records import PreferenceGroup
 from dpo.data.rows import read_groups
 from dpo.data.sources import PreferenceSource, blocks
@@ -224,13 +223,7 @@ def _describe(recipe: Recipe, parts: Sequence[Path], building: Path) -> None:
     for of_source in notes:
         counts.update({f"dropped/{reason}": number for reason, number in of_source.drops.items()})
     named = [
-        SourceGroups(
-            source.path,
-            groups[number],
-            found.lines(source.path),
-            found.warnings(source.path),
-            found.first_fault,
-        )
+        SourceGroups(source.path, groups[number], found, tuple(map(str, source.files))).plain()
         for number, (source, found) in enumerate(zip(recipe.sources, notes, strict=True))
     ]
     described = {LARGEST: largest, "groups": 0, "pairs": 0, "tokens": 0, **dict(sorted(counts.items()))}

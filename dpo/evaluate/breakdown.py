@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo.data.dataset import SourceGroups
+from dpo.data.notes import SourceGroups
 from dpo.evaluate.rewards import Float64s, PairScores
 from dpo.evaluate.statistics import mean_interval, ratio_interval, share_by_cluster
 

@@ -273,6 +273,30 @@ def test_the_folder_is_used_again_and_an_option_that_decides_ids_makes_another(
     assert open_with(str(moved))[0].path == first.path
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_a_file_that_was_moved_has_its_own_name_in_messages(
+    open_with: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+) -> None:
+    """The folder of token ids is used again, and it was made under the earlier name."""
+    rows = {
+        "jsonl": '{"prompt": "a", "chosen": " cat", "rejected": " mat", "more": 1}\n{"prompt": "b"}\n',
+        "csv": "prompt,chosen,rejected,more\na, cat, mat,1\nb,x,,\n",
+    }
+    first = tmp_path / f"first.{ending}"
+    first.write_text(rows[ending])
+    made = open_with(str(first), strict=False, test=str(first))
+    seen = capsys.readouterr().out
+    second = first.rename(tmp_path / f"second.{ending}")
+    moved = open_with(str(second), strict=False, test=str(second))
+    assert [data.path for data in moved if data] == [data.path for data in made if data]
+    assert seen.count(str(first)) > 5
+    assert capsys.readouterr().out == seen.replace(str(first), str(second))
+    assert [source.name for data in moved if data for source in data.sources] == [str(second)] * 2
+    with pytest.raises(UserError, match="second") as fault:
+        open_with(str(second), strict=True)
+    assert str(first) not in str(fault.value)
+
+
 def test_an_edited_source_or_another_tokenizer_makes_another_folder(
     open_with: Open,
     write_jsonl: Callable[..., str],
@@ -290,9 +314,15 @@ def test_data_tokenized_by_an_earlier_version_of_the_reader_is_not_used(
 ) -> None:
     monkeypatch.setattr(build_module, "tokenizer_digest", lambda _: "tokenizer")
     data, _ = open_with(numbered(write_jsonl, 3, "x"), max_length=32)
-    earlier = {"7f162118312552dd", "fbd335d11907dec4", "6375aa5f4d714c59", "6b7505374b22d82f"}
+    earlier = {
+        "7f162118312552dd",
+        "fbd335d11907dec4",
+        "6375aa5f4d714c59",
+        "6b7505374b22d82f",
+        "41161ad9e2fb24da",
+    }
     assert data.path.name not in earlier  # which may hold what those versions read otherwise
-    assert data.path.name == "41161ad9e2fb24da"
+    assert data.path.name == "af0f192e7cc89e99"
 
 
 def test_the_longest_length_is_the_models_at_most() -> None:

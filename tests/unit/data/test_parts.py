@@ -78,8 +78,8 @@ def test_what_was_dropped_and_not_used_is_counted_over_all_parts(
     data = built(files[1:], tokenizer, tmp_path)
     (source,) = data.sources
     assert data.counts["dropped/missing_field"] == 2  # 5, 18
-    assert source.first_fault.startswith(f"{files[1].path}:6: ")
-    assert f"{files[1].path}: columns that are not used: x (9 rows)" in source.notes
+    assert source.notes.first_fault.startswith(f"{files[1].path}:6: ")
+    assert f"{files[1].path}: columns that are not used: x (9 rows)" in source.notes.lines(source.name)
     assert source.groups == len(data) == 18
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dpo.data.dataset import SourceGroups
+from dpo.data.notes import RowNotes, SourceGroups
 from dpo.evaluate.breakdown import length_summary, margin_parts, pair_summary, source_summary
 from dpo.evaluate.rewards import PairScores
 
@@ -25,6 +25,10 @@ def scores(chosen_tokens: list[int], rejected_tokens: list[int], margins: list[f
         chosen_tokens=np.array(chosen_tokens),
         rejected_tokens=np.array(rejected_tokens),
     )
+
+
+def of(name: str, groups: int) -> SourceGroups:
+    return SourceGroups(name, groups, RowNotes())
 
 
 def test_a_policy_that_learned_only_length_is_recognised() -> None:
@@ -50,9 +54,7 @@ def test_metrics_without_pairs_are_left_out() -> None:
 
 def test_every_source_has_its_own_accuracy() -> None:
     three = scores([1] * 4, [1] * 4, [1.0, -1.0, 2.0, 3.0])  # one group per pair
-    found = source_summary(
-        three, [SourceGroups("a.jsonl", 2), SourceGroups("b", 1), SourceGroups("a.jsonl", 1)]
-    )
+    found = source_summary(three, [of("a.jsonl", 2), of("b", 1), of("a.jsonl", 1)])
     assert found["source/a.jsonl/accuracy"] == 2 / 3
     assert found["source/a.jsonl/pairs"] == 3
     assert found["source/b/accuracy"] == found["source/b/accuracy/high"] == 1
@@ -60,13 +62,13 @@ def test_every_source_has_its_own_accuracy() -> None:
 
 
 def test_a_single_source_is_not_listed() -> None:
-    assert source_summary(scores([1], [1], [1.0]), [SourceGroups("a", 1)]) == {}
+    assert source_summary(scores([1], [1], [1.0]), [of("a", 1)]) == {}
     assert source_summary(scores([1], [1], [1.0]), []) == {}
 
 
 def test_the_summary_of_pairs_has_means_intervals_and_both_breakdowns() -> None:
     two = scores([2, 1], [1, 2], [1.0, -3.0])
-    found = pair_summary(two, [SourceGroups("a", 1), SourceGroups("b", 1)])
+    found = pair_summary(two, [of("a", 1), of("b", 1)])
     assert found["eval/rewards/accuracies"] == 0.5
     assert found["eval/rewards/margins"] == -1.0
     assert (found["eval/rewards/margins/low"], found["eval/rewards/margins/high"]) == (-3.0, 1.0)
