@@ -42,6 +42,8 @@ class TokenLogProbs(nn.Module):
         self._scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
         self._cap: float | None = cap
+        self.device_type: str | None = None
+        """Whose slices and products are used, such as "cuda"; None: those of the hidden states' device."""
         self.slice_elements: int | None = None
         """Number of logits in one slice; None: as in `SLICE_ELEMENTS`."""
         self.kernels: ModuleType | Literal[False] | None = None
@@ -60,11 +62,12 @@ class TokenLogProbs(nn.Module):
             (N, 2), the second column without gradient.
         """
         head = self._head[0]
-        elements = self.slice_elements or SLICE_ELEMENTS.get(hidden.device.type, SLICE_ELEMENTS["cuda"])
+        device = self.device_type or hidden.device.type
+        elements = self.slice_elements or SLICE_ELEMENTS.get(device, SLICE_ELEMENTS["cuda"])
         size = _slice_size(len(hidden), elements)
         kernels = kernels_on(hidden.device) if self.kernels is None else self.kernels
         logps: Tensor = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no types for it
-            hidden, head.weight, head.bias, targets, self._scale, self._cap, size, kernels or None
+            hidden, head.weight, head.bias, targets, self._scale, self._cap, size, kernels or None, device
         )
         if not squares:
             return logps
@@ -90,6 +93,7 @@ class _TokenLogProbs(torch.autograd.Function):
         cap: float | None,
         size: int,
         kernels: ModuleType | None,
+        device: str,
     ) -> Tensor:
         shape = (scale, cap) if kernels is None else (1.0, None)  # the kernels scale and cap
         total: Tensor | None = None
@@ -111,13 +115,13 @@ class _TokenLogProbs(torch.autograd.Function):
                 kept.append(logits)
         assert total is not None
         ctx.save_for_backward(hidden, weight, bias, targets, total)
-        ctx.options, ctx.kept = (size, scale, cap, shape, kernels), kept
+        ctx.options, ctx.kept = (size, scale, cap, shape, kernels, device), kept
         return picked - total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, total = ctx.saved_tensors
-        (size, scale, cap, shape, kernels), kept = ctx.options, ctx.kept
+        (size, scale, cap, shape, kernels, device), kept = ctx.options, ctx.kept
         ctx.kept = []  # they are overwritten below; a second backward pass recomputes them
         outer, dtype = gradients[0].float(), hidden.dtype
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
@@ -138,13 +142,13 @@ class _TokenLogProbs(torch.autograd.Function):
                 for_bias[start:end] = slopes.sum(0, dtype=torch.float32)
             narrow = slopes.to(dtype)
             if for_hidden is not None:
-                _add_product(for_hidden, slopes, narrow, weight[start:end].to(dtype))
+                _add_product(for_hidden, slopes, narrow, weight[start:end].to(dtype), device)
             if for_weight is not None and weight.dtype == dtype:
                 torch.mm(narrow.T, hidden, out=for_weight[start:end])
             elif for_weight is not None:
                 for_weight[start:end] = narrow.T @ hidden
         wanted = None if for_hidden is None else for_hidden.to(hidden.dtype)
-        return wanted, for_weight, for_bias, None, None, None, None, None
+        return wanted, for_weight, for_bias, None, None, None, None, None, None
 
 
 def _slopes(
@@ -188,11 +192,11 @@ def _log_sum_squares(
     return doubled - 2 * total
 
 
-def _add_product(total: Tensor, wide: Tensor, narrow: Tensor, right: Tensor) -> None:
+def _add_product(total: Tensor, wide: Tensor, narrow: Tensor, right: Tensor, device: str) -> None:
     """Adds the float32 product of `narrow` (`wide`, rounded) and `right`: no sum is rounded."""
     if narrow.dtype == torch.float32:
         total += narrow @ right
-    elif narrow.device.type == "cpu":  # CPUs have no such kernel: few rows at a time are widened
+    elif device == "cpu":  # CPUs have no such kernel: few rows at a time are widened
         for start in range(0, len(right), MIN_SLICE):
             rows = slice(start, start + MIN_SLICE)
             total.addmm_(wide[:, rows].float(), right[rows].float())

@@ -23,7 +23,6 @@ from dpo.errors import UserError
 from dpo.model.files import first_line
 from dpo.model.lora import empty_policy
 from dpo.model.offload import offload
-from dpo.model.projection import SLICE_ELEMENTS
 from dpo.model.recomputation import recompute
 from dpo.model.scorer import SequenceScorer
 from dpo.planning.cut import Blocks
@@ -179,7 +178,7 @@ def _rehearse_blocks(
         scorer = SequenceScorer(bare)
         if gpu:
             if scorer.projection is not None:
-                scorer.projection.slice_elements = SLICE_ELEMENTS["cuda"]
+                scorer.projection.device_type = "cuda"
             if layout == "packed" and model.attention in ("auto", "flex"):
                 layout = "flex"
                 scorer.packed_attention = ONE_KERNEL

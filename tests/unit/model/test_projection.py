@@ -165,7 +165,7 @@ def test_on_a_device_with_such_a_kernel_no_matrix_is_widened() -> None:
     narrow = torch.empty(4, 8, dtype=torch.bfloat16, device="meta")
     total = torch.empty(4, 4, device="meta")
     with _NothingWidened():
-        projection._add_product(total, torch.empty(4, 8, device="meta"), narrow, narrow.T)
+        projection._add_product(total, torch.empty(4, 8, device="meta"), narrow, narrow.T, "cuda")
 
 
 def test_the_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:

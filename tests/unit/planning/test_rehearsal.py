@@ -112,15 +112,16 @@ def test_code_that_needs_values_is_refused_in_one_line(family: str) -> None:
         rehearse(tiny_config(family), MODEL, trees(1), **GPU)
 
 
-def test_operations_grow_with_the_blocks_and_not_with_the_tokens() -> None:
-    def operations(layers: int, number: int) -> int:
-        config = GPT2Config(vocab_size=600, n_embd=64, n_head=4, n_layer=layers, n_positions=128)
+def test_operations_grow_with_the_blocks_and_not_with_tokens_or_vocabulary() -> None:
+    def operations(layers: int, number: int, vocabulary: int = 600) -> int:
+        config = GPT2Config(vocab_size=vocabulary, n_embd=64, n_head=4, n_layer=layers, n_positions=128)
         return rehearse(config, MODEL, trees(number), dtype=torch.bfloat16, gpu=True).operations
 
     of_a_block = operations(3, 4) - operations(2, 4)
     assert 30 < of_a_block < 60
     assert operations(12, 4) == operations(2, 4) + 10 * of_a_block
     assert operations(2, 40) == operations(2, 4)
+    assert operations(2, 4, 50_000) == operations(2, 4)  # one slice: a GPU multiplies it at once
 
 
 def test_the_mask_of_a_gpu_counts_and_is_small() -> None:
