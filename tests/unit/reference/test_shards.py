@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path, PurePath
 
@@ -26,6 +28,7 @@ from dpo.reference.shards import (
 )
 from dpo.reference.table import ReferenceRows
 
+ROOT = Path(__file__).parents[3]
 MODEL, OTHER_MODEL = "ab" * 32, "cd" * 32
 
 
@@ -216,6 +219,42 @@ def test_an_empty_cell_is_refused(tmp_path: Path) -> None:
     path = by_hand(tmp_path, [KEY, pa.array([-1.0, None]), pa.array([1, 2], pa.int32())])
     with pytest.raises(UserError, match=rf"{path}: damaged shard"):
         read_shard(path, MODEL)
+
+
+def test_an_empty_cell_among_the_token_log_probs_is_refused(tmp_path: Path) -> None:
+    lists = pa.array([[-1.0], [-1.0, None]], pa.list_(pa.float32()))
+    arrays = [KEY, pa.array([-1.0, -2.0]), pa.array([1, 2], pa.int32()), lists]
+    path = by_hand(tmp_path, arrays, SCHEMA.append(shards_module.TOKENS))
+    with pytest.raises(UserError, match=rf"{path}: damaged shard \(it has empty cells"):
+        read_shard(path, MODEL, token_logps=True)
+
+
+def test_rows_without_tokens_have_no_token_log_probs(tmp_path: Path) -> None:
+    lists = pa.array([[], []], pa.list_(pa.float32()))
+    arrays = [KEY, pa.array([0.0, 0.0]), pa.array([0, 0], pa.int32()), lists]
+    path = by_hand(tmp_path, arrays, SCHEMA.append(shards_module.TOKENS))
+    found = read_shard(path, MODEL, token_logps=True).token_logps
+    assert found is not None
+    assert (found.dtype, len(found)) == (np.float32, 0)
+
+
+WITHOUT_PANDAS = """
+import sys
+from pathlib import Path
+import numpy as np
+from dpo.reference.shards import read_shard, write_shard
+from dpo.reference.table import ReferenceRows
+keys = np.frombuffer(b"k" * 32, "V16")
+rows = ReferenceRows(keys=keys, logps=np.array([-1.0, -2.0]), num_tokens=np.array([1, 1], np.int32),
+                     token_logps=np.array([-1.0, -2.0], np.float32))
+read_shard(write_shard(Path(sys.argv[1]), rows, "model"), "model", token_logps=True)
+assert "pandas" not in sys.modules
+"""
+
+
+def test_pandas_is_not_imported_to_read_or_write_a_shard(tmp_path: Path) -> None:
+    """It takes 0.3 s, and pyarrow imports it to convert arrays."""
+    subprocess.run([sys.executable, "-c", WITHOUT_PANDAS, str(tmp_path)], check=True, cwd=ROOT)
 
 
 def test_another_number_of_token_log_probs_than_of_tokens_is_refused(tmp_path: Path) -> None:
