@@ -253,7 +253,7 @@ def make_rig(folder: Path, model: Path, **train: Any) -> Rig:
             "cache_dir": str(folder / "tokenized"),
         },
         "reference": {"cache_dir": str(folder / "reference"), "max_tokens_per_batch": 256},
-        "evaluate": {"completion_tokens": 4},  # of the watched samples: under ZeRO-3 a token takes 25 ms
+        "evaluate": {"watched_prompts": 0, "completion_tokens": 4},  # under ZeRO-3 a token takes 25 ms
         "train": {
             "learning_rate": 1e-3,
             "warmup_steps": 0,

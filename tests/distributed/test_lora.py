@@ -40,7 +40,8 @@ def run_of(rigs: dict[str, Rig]) -> Runs:
 
     @cache
     def made(head: str, ranks: int, stage: int | None) -> Path:
-        return rigs[head].completed(f"{ranks}_{stage}", *LORA, world_size=ranks, stage=stage)
+        keys = [*LORA, *(("--evaluate.watched_prompts", "4") if ranks > 1 else ())]
+        return rigs[head].completed(f"{ranks}_{stage}", *keys, world_size=ranks, stage=stage)
 
     return made
 

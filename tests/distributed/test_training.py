@@ -82,7 +82,7 @@ def launch_script(script: Path, code: str, *arguments: str) -> subprocess.Comple
 
 COUNT_LOADS = """
 import transformers
-loads = []
+SLOW, loads = {"matplotlib", "pandas", "datasets", "dpo.commands.evaluate"}, []
 original = transformers.PreTrainedModel.from_pretrained.__func__
 def counted(cls, *args, **kwargs):
     loads.append(args[0])
@@ -90,6 +90,7 @@ def counted(cls, *args, **kwargs):
 transformers.PreTrainedModel.from_pretrained = classmethod(counted)
 def after(status):
     sys.stdout.write(f"LOADED {len(loads)}\\n")
+    sys.stdout.write(f"IMPORTED {sorted(SLOW & sys.modules.keys())}\\n")
     sys.exit(status)
 """
 
@@ -179,6 +180,11 @@ def test_training_from_the_cache_equals_a_textbook_loop_with_the_live_reference(
 
 def test_every_rank_loads_exactly_one_model(trained: Trained) -> None:
     assert trained.output.count("LOADED 1\n") == 2
+
+
+def test_no_rank_imports_what_training_does_not_need(trained: Trained) -> None:
+    """Each of them takes every start half a second or more."""
+    assert trained.output.count("IMPORTED []\n") == 2
 
 
 def test_missing_cache_rows_stop_training_with_status_2_and_name_the_command(

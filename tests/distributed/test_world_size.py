@@ -27,8 +27,9 @@ def rig(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Rig:
 
 def steps(rig: Rig, ranks: int, stage: int | None, budget: int) -> list[dict[str, float]]:
     name = f"{ranks}_{stage}_{budget}"
-    budgeted = ("--train.max_tokens_per_micro_batch", str(budget))
-    run_dir = rig.completed(name, *budgeted, world_size=ranks, stage=stage)
+    keys = ["--train.max_tokens_per_micro_batch", str(budget)]
+    keys += ["--evaluate.watched_prompts", "4"] if budget == BUDGETS[0] and ranks > 1 else []
+    run_dir = rig.completed(name, *keys, world_size=ranks, stage=stage)
     engine = json.loads((run_dir / "environment.json").read_text())["engine"]
     alone = "one device" if ranks == 1 else "DDP"
     offloaded = "DeepSpeed ZeRO-3, optimizer on the host"
