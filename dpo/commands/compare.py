@@ -5,8 +5,10 @@ Reads only run folders. Prints a table, and writes it with figures and numbers.
 
 import json
 import shutil
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -184,22 +186,31 @@ def points_of(runs: Sequence[FinishedRun]) -> dict[str, list[Point]]:
 
 
 def table(runs: Sequence[FinishedRun], sections: dict[str, Rows], width: int) -> str:
-    """For a terminal: one column per run. Cells that do not fit are cut."""
-    heads = [label for rows in sections.values() for label, _ in rows]
-    first = max(map(len, [*heads, *sections]), default=0)
-    widest = max(len(value) for rows in sections.values() for _, values in rows for value in values)
-    widest = max(widest, *(len(run.label) for run in runs))
+    """For a terminal: one column per run. Cells that do not fit are wrapped."""
+    labelled = [("", [run.label for run in runs]), *chain.from_iterable(sections.values())]
+    first = max(len(label) for label, _ in labelled)
+    widest = max(len(value) for _, values in labelled for value in values)
     room = max(12, min(widest, (width - first) // len(runs) - 2))
 
-    def line(head: str, cells: Sequence[str]) -> str:
-        cut = [cell if len(cell) <= room else "…" + cell[1 - room :] for cell in cells]
-        return "  ".join([head.ljust(first), *(cell.ljust(room) for cell in cut)]).rstrip()
+    def lines_of(row: tuple[str, list[str]]) -> Iterator[str]:
+        cells = [_wrapped(text, room) for text in row[1]]
+        for parts in zip_longest([row[0]], *cells, fillvalue=""):
+            head, *others = parts
+            yield "  ".join([head.ljust(first), *(part.ljust(room) for part in others)]).rstrip()
 
-    lines = [line("", [run.label for run in runs])]
+    lines = [*lines_of(labelled[0])]
     for title, rows in sections.items():
         if rows:
-            lines += ["", f"{title}", *(line(label, values) for label, values in rows)]
+            lines += ["", title, *chain.from_iterable(map(lines_of, rows))]
     return "\n".join(lines)
+
+
+def _wrapped(text: str, room: int) -> list[str]:
+    """Lines of a cell; an interval is not broken if it fits into one."""
+    whole = text.replace(", ", ",\N{NO-BREAK SPACE}")
+    fits = all(len(word) <= room for word in whole.split(" "))
+    lines = textwrap.wrap(whole if fits else text, room, break_on_hyphens=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
 def markdown(

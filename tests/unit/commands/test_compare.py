@@ -84,8 +84,13 @@ def test_runs_of_the_same_name_are_labelled_by_path(tmp_path: Path) -> None:
 def test_the_table_fits_the_terminal_if_possible(tmp_path: Path, width: int) -> None:
     folders = [make_run(tmp_path / f"{n}_{'x' * 60}", 0.1 * n, report=REPORT | KL) for n in (1, 2)]
     runs = read_runs(folders)
-    lines = table(runs, {"results": results(runs)}, width).splitlines()
-    assert max(map(len, lines)) <= max(width, len("KL, nats per sequence") + 2 * (12 + 2))
+    title = "differences from another run, by pair and prompt"
+    shown = table(runs, {"results": results(runs), title: [("mean score", ["", "0.1"])]}, width)
+    longest = max(len(line) for line in shown.splitlines() if line != title)
+    assert longest <= max(width, len("KL, nats per sequence") + 2 * (12 + 2))
+    for text in (value for _, values in results(runs) for value in values):
+        assert all(part in shown for part in text.replace("[", " [ ").replace("]", " ] ").split())
+    assert "…" not in shown  # a number without its first digits says something else
 
 
 def test_the_command_writes_table_numbers_and_figures(
