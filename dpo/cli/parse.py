@@ -115,7 +115,8 @@ def _built(parser: ArgumentParser, namespace: Namespace) -> dict[str, Any]:
 
 
 def _problems_of_keys(kind: type, arguments: Sequence[str]) -> Iterator[str]:
-    """Unreadable files and unknown keys, in files and among the arguments."""
+    """Unreadable files, words without a key, and unknown keys, in files and among the arguments."""
+    yield from (_without_key(word) for key, word in _words(arguments) if not key)
     leaves = _leaves(kind)
     for place, key, value in _given(kind, arguments):
         branch = any(known.startswith(f"{key}.") for known in leaves)
@@ -182,17 +183,35 @@ def _given(kind: type, arguments: Sequence[str]) -> Iterator[tuple[str, str, Any
     for key, value in _words(arguments):
         if key == "config":
             yield from ((f"{value}: ", *entry) for entry in _flat(_read_yaml(value), "", legal))
-        else:
+        elif key:
             yield "", key, value
 
 
 def _words(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(key, value) of the arguments, in their order."""
-    words = iter(arguments)
-    for word in words:
+    """(key, value) of the arguments, in their order; a word that follows no key has an empty one."""
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
         key, separator, value = word[2:].partition("=")
-        if word.startswith("--") and key not in ("help", "print_config"):
-            yield key, value if separator else next(words, "")
+        if not word.startswith("--"):
+            if word != "-h":
+                yield "", word
+        elif key not in ("help", "print_config"):
+            takes_next = not separator and bool(words) and not words[0].startswith("--")
+            yield key, words.pop(0) if takes_next else value
+
+
+def _without_key(word: str) -> str:
+    """What to write instead of a word that follows no key."""
+    place, meant_key = Path(word), ""
+    if place.suffix in (".yaml", ".yml"):
+        meant_key = "--config"
+    elif (place / "config.yaml").is_file():
+        meant_key, word = "--config", str(place / "config.yaml")
+    elif place.exists():
+        meant_key = "--data.train"
+    hint = f"; did you mean {meant_key} {word}?" if meant_key else ""
+    return f"{place}: a word without a key; expected --KEY VALUE, or --config FILE{hint}"
 
 
 def _read_yaml(name: str) -> dict[str, Any]:

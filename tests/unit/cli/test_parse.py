@@ -203,8 +203,24 @@ def test_a_section_without_keys_is_refused(tmp_path: Path, value: str) -> None:
     assert "expected keys below it" in problem
 
 
-def test_a_stray_word_is_refused() -> None:
-    assert "stray" in refusal("stray", *REQUIRED)[1]
+def test_a_word_without_a_key_is_refused_with_the_key_that_it_needs(tmp_path: Path) -> None:
+    run_dir, rows = tmp_path / "run", tmp_path / "rows.jsonl"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("run_dir: run\n")
+    rows.write_text("{}\n")
+    for word, hint in {
+        "stray": "",
+        "my.yaml": "; did you mean --config my.yaml?",
+        str(run_dir): f"; did you mean --config {run_dir}/config.yaml?",
+        str(rows): f"; did you mean --data.train {rows}?",
+    }.items():
+        expected = f"{word}: a word without a key; expected --KEY VALUE, or --config FILE{hint}"
+        for arguments in ([word], [*REQUIRED, word], [word, *REQUIRED], ["--train.resume", *REQUIRED, word]):
+            with pytest.raises(UserError) as found:
+                parse("train", arguments)
+            assert expected in str(found.value)
+    with pytest.raises(UserError, match="train.seed: ''; expected"):
+        parse("train", ["--train.seed", *REQUIRED])  # the next key is no value
 
 
 @pytest.mark.parametrize(
