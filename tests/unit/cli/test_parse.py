@@ -219,7 +219,7 @@ def test_a_word_without_a_key_is_refused_with_the_key_that_it_needs(tmp_path: Pa
             with pytest.raises(UserError) as found:
                 parse("train", arguments)
             assert expected in str(found.value)
-    with pytest.raises(UserError, match="train.seed: ''; expected"):
+    with pytest.raises(UserError, match=r"train\.seed: ''; expected"):
         parse("train", ["--train.seed", *REQUIRED])  # the next key is no value
 
 
