@@ -113,10 +113,8 @@ def _open(
         recipe = Recipe(sources=sources, data=data, max_length=max_length, tokenizer=tokenizer, folder=folder)
         build_dataset(recipe, split)
     dataset = map_dataset(folder, digest)
-    read = [
-        written.named(
-            source.path, [*map(str, source.files)]
-        )  # the folder may be of files that had other names
+    read = [  # under today's names: the folder may be of files that had others
+        written.named(source.path, [str(file) for file in source.files])
         for written, source in zip(dataset.sources, sources, strict=True)
     ]
     for source in read if data.strict else ():
