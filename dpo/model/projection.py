@@ -7,8 +7,7 @@ kernels of `dpo.model.projection_kernels` do what is between the products.
 """
 
 from importlib.util import find_spec
-from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,27 @@ MIN_SLICE = 1024
 """Vocabulary entries; the size of a slice is a multiple of this."""
 KEPT_BYTES = 2**28
 """Bytes of logits that are kept for the backward pass instead of being recomputed."""
+
+
+class Kernels(Protocol):
+    """What is done between the products, as in `dpo.model.projection_kernels`, which says what is what."""
+
+    def reduced(
+        self, logits: Tensor, targets: Tensor, start: int, scale: float, cap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp and target's logit of each row of a slice."""
+
+    def slopes_(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        start: int,
+        scale: float,
+        cap: float | None,
+        totals: Tensor,
+        outer: Tensor,
+    ) -> Tensor:
+        """The slice, overwritten with the gradient of the product."""
 
 
 class TokenLogProbs(nn.Module):
@@ -46,7 +66,7 @@ class TokenLogProbs(nn.Module):
         """Whose slices and products are used, such as "cuda"; None: those of the hidden states' device."""
         self.slice_elements: int | None = None
         """Number of logits in one slice; None: as in `SLICE_ELEMENTS`."""
-        self.kernels: ModuleType | Literal[False] | None = None
+        self.kernels: Kernels | Literal[False] | None = None
         """The Triton kernels; False: without them; None: where they run."""
 
     def forward(self, hidden: Tensor, targets: Tensor, *, squares: bool = False) -> Tensor:
@@ -92,7 +112,7 @@ class _TokenLogProbs(torch.autograd.Function):
         scale: float,
         cap: float | None,
         size: int,
-        kernels: ModuleType | None,
+        kernels: Kernels | None,
         device: str,
     ) -> Tensor:
         shape = (scale, cap) if kernels is None else (1.0, None)  # the kernels scale and cap
@@ -171,7 +191,7 @@ def _slopes(
     return slopes.mul_(scale) if scale != 1 else slopes
 
 
-def kernels_on(device: torch.device) -> ModuleType | None:
+def kernels_on(device: torch.device) -> Kernels | None:
     """The Triton kernels where they run: on a GPU, with Triton and what it needs."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None

@@ -27,7 +27,7 @@ from dpo.model.recomputation import recompute
 from dpo.model.scorer import SequenceScorer
 from dpo.planning.cut import Blocks
 from dpo.planning.live_bytes import LiveBytes
-from dpo.planning.stand_ins import ONE_KERNEL, Dropped, experts_of_any_dtype, quantize
+from dpo.planning.stand_ins import ONE_KERNEL, Dropped, TwoKernels, experts_of_any_dtype, quantize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +178,7 @@ def _rehearse_blocks(
         scorer = SequenceScorer(bare)
         if gpu:
             if scorer.projection is not None:
-                scorer.projection.device_type = "cuda"
+                scorer.projection.device_type, scorer.projection.kernels = "cuda", TwoKernels()
             if layout == "packed" and model.attention in ("auto", "flex"):
                 layout = "flex"
                 scorer.packed_attention = ONE_KERNEL

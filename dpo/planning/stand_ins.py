@@ -45,6 +45,30 @@ def _one_kernel(
     return output.transpose(1, 2).contiguous(), None
 
 
+class TwoKernels:
+    """The Triton kernels of the output projection: one reads a slice, one writes over it."""
+
+    def reduced(
+        self, logits: Tensor, targets: Tensor, start: int, scale: float, cap: float | None
+    ) -> tuple[Tensor, Tensor]:
+        """Two numbers per row."""
+        totals, picked = (torch.empty(len(logits), dtype=torch.float32) for _ in range(2))
+        return totals, picked
+
+    def slopes_(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        start: int,
+        scale: float,
+        cap: float | None,
+        totals: Tensor,
+        outer: Tensor,
+    ) -> Tensor:
+        """The slice."""
+        return logits
+
+
 class _OfQuantized(torch.autograd.Function):
     """A product with values that are made in each pass, from a weight that is kept in few bits."""
 

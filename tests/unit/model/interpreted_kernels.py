@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dpo.model import projection, projection_kernels
-from dpo.model.projection import TokenLogProbs
+from dpo.model.projection import Kernels, TokenLogProbs
+from dpo.planning.stand_ins import TwoKernels
 
 VOCABULARY, WIDTH, TOKENS = 2500, 8, 6
 KINDS: dict[str, dict[str, float]] = {
@@ -56,6 +57,15 @@ def compared(kind: str, dtype: torch.dtype, *, bias: bool) -> list[float]:
     return [float((one - other).abs().max()) for one, other in zip(ours, plain, strict=True)]
 
 
+def allocated(kernels: Kernels) -> list[object]:
+    """What comes back from both kernels, and whether the second one writes over its slice."""
+    logits, rows = torch.randn(TOKENS, 1024), torch.zeros(TOKENS)
+    targets = torch.zeros(TOKENS, dtype=torch.int64)
+    made = kernels.reduced(logits, targets, 0, 1.0, None)
+    slopes = kernels.slopes_(logits, targets, 0, 1.0, None, rows, rows)
+    return [*((tensor.shape, tensor.dtype) for tensor in made), slopes is logits]
+
+
 def main() -> None:
     differences: dict[str, list[float]] = {}
     for kind in KINDS:
@@ -73,6 +83,7 @@ def main() -> None:
     differences["large"] = [float(layer(hidden * 1e4, targets).abs().max())]
     differences["no rows"] = [float(layer(hidden[:0], targets[:0]).numel())]
     differences["not a number"] = [float((~layer(hidden * torch.nan, targets).isnan()).sum())]
+    differences["stand-in"] = [float(allocated(projection_kernels) != allocated(TwoKernels()))]
     print(json.dumps(differences))
 
 
