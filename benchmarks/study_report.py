@@ -43,6 +43,7 @@ def main() -> None:
             columns, [[f"{pairs:,.0f}", f"{accuracy:.3f}"] for pairs, accuracy in books]
         ),
         "Groups in one step, or independent pairs": sentiment.trees_table(runs),
+        "The loss in bfloat16 and float32": sentiment.rounding_table(runs),
         "HH: accuracy against training pairs": table(
             columns, [[f"{pairs:,.0f}", ends(accuracy)] for pairs, accuracy in curve]
         ),

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import yaml
 from matplotlib.figure import Figure
@@ -206,6 +206,22 @@ def trees_table(runs: Path) -> str:
         rows.append([name, str(len(steps)), f"{tokens:,}", f"{seconds:.2f}", f"{rate:.1f}"])
     columns = ["pairs of a prompt", "steps", "tokens per epoch", "seconds per step, median"]
     return table([*columns, labels.short("perf/pairs_per_second")], rows)
+
+
+def rounding_table(runs: Path) -> str:
+    """Mean training loss of ten steps at a time, in bfloat16, in float32, and of `benchmarks.dithered`."""
+    losses = {}
+    for name, run in {"bfloat16": "frontier/beta_0.1", "float32": "float32", "dithered": "dithered"}.items():
+        lines = read_history(RunFolder(runs / run))
+        losses[name] = {int(line["step"]): line["train/loss"] for line in lines if "train/loss" in line}
+    found = {name: by_step for name, by_step in losses.items() if by_step}
+    last = min((max(by_step) for by_step in found.values()), default=0)
+    rows = []
+    for start in range(1, last - 8, 10):
+        steps = range(start, start + 10)
+        means = [f"{mean(by_step[step] for step in steps):.4f}" for by_step in found.values()]
+        rows.append([f"{start} to {start + 9}", *means])
+    return table(["steps", *found], rows)
 
 
 def sentiment_table(runs: Path) -> str:

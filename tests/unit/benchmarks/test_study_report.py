@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import study_report
 from benchmarks.study_harmless_tables import fold_interval
-from benchmarks.study_sentiment_tables import equal_kl_table, second_judge_table
+from benchmarks.study_sentiment_tables import equal_kl_table, rounding_table, second_judge_table
 
 
 def _run(folder: Path, accuracy: float, steps: int = 2) -> None:
@@ -93,3 +93,17 @@ def test_the_interval_of_five_folds_is_students() -> None:
     # Deviations -2, -1, 0, 1, 2: standard deviation sqrt(10 / 4), over sqrt(5), times 2.776.
     interval = fold_interval([1, 2, 3, 4, 5])
     assert interval == pytest.approx((3, 3 - 2.776 * 0.5**0.5, 3 + 2.776 * 0.5**0.5))
+
+
+def test_losses_are_averaged_over_ten_steps_of_the_runs_that_are_there(runs: Path) -> None:
+    for name, loss in {"frontier/beta_0.1": 0.6, "float32": 0.5}.items():
+        (runs / name).mkdir(parents=True)
+        lines = [{"step": step, "train/loss": loss + 0.01 * (step % 2)} for step in range(1, 26)]
+        (runs / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert rounding_table(runs).splitlines() == [
+        "| steps | bfloat16 | float32 |",
+        "|---|---|---|",
+        "| 1 to 10 | 0.6050 | 0.5050 |",
+        "| 11 to 20 | 0.6050 | 0.5050 |",
+    ]
+    assert len(rounding_table(runs / "none").splitlines()) == 2
