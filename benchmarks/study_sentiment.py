@@ -79,8 +79,10 @@ def main() -> None:
         study.train(run, *data, *keys)
         study.evaluate(run, *data, *keys)
 
-    # The same run without bfloat16's rounding, with a reference cache of its own.
+    # The same run with masters that start on bfloat16 values, and without bfloat16, with a cache of its own.
     if dtype == "bfloat16":
+        study.train("undithered", *data, "--train.dither_masters", "false")
+        study.evaluate("undithered", *data, "--train.dither_masters", "false")
         exact = [*data, "--model.dtype", "float32"]
         study.precompute("float32", *exact)
         study.train("float32", *exact)

@@ -25,6 +25,12 @@ from dpo.tracking.run_folder import RunFolder
 FRONTIER = "frontier"
 MAIN = Path(FRONTIER) / "beta_0.1"
 SFT = "preferred-FT"
+ROUNDED = {
+    "bfloat16": MAIN,
+    "bfloat16, not dithered": Path("undithered"),
+    "float32": Path("float32"),
+}
+"""What of bfloat16 holds training back: name -> run of beta 0.1."""
 QUERIES = 12
 MAIN_COLUMNS = (
     "kl/sequence",
@@ -57,7 +63,7 @@ def policies(runs: Path) -> dict[str, Path]:
     folders |= {
         "DPO, beta 0.1, seed 1": runs / "seed_1",
         "DPO, beta 0.1, independent pairs": runs / "independent_pairs",
-        "DPO, beta 0.1, float32": runs / "float32",
+        **{f"DPO, beta 0.1, {name}": runs / run for name, run in ROUNDED.items() if run != MAIN},
     }
     rates = {folder.name.removeprefix("sft_"): folder for folder in runs.glob("sft_*")}
     if (baseline := frontier / "preferred_sft.yaml").is_file():
@@ -209,9 +215,9 @@ def trees_table(runs: Path) -> str:
 
 
 def rounding_table(runs: Path) -> str:
-    """Mean training loss of ten steps at a time, in bfloat16, in float32, and of `benchmarks.dithered`."""
+    """Mean training loss of ten steps at a time, in float32 and in bfloat16 with and without dither."""
     losses = {}
-    for name, run in {"bfloat16": "frontier/beta_0.1", "float32": "float32", "dithered": "dithered"}.items():
+    for name, run in ROUNDED.items():
         lines = read_history(RunFolder(runs / run))
         losses[name] = {int(line["step"]): line["train/loss"] for line in lines if "train/loss" in line}
     found = {name: by_step for name, by_step in losses.items() if by_step}

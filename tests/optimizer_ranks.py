@@ -1,5 +1,6 @@
 """Three steps with every optimizer that a sharding allows; test_optimizers.py compares them."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from accelerate.state import AcceleratorState
+from deepspeed.utils import safe_get_full_fp32_param
 
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
@@ -18,7 +20,7 @@ from dpo.engine.optimizer import OPTIMIZERS
 from dpo.errors import UserError
 from dpo.model.load import load_model
 
-STEPS, RATE = 3, 1e-3
+STEPS, RATE, SEED = 3, 1e-3, 5
 Dtype = Literal["float32", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
@@ -50,12 +52,26 @@ def measure(model: Path, folder: Path, dtype: Dtype) -> dict[str, Any]:
     return found
 
 
+def digests_of_masters(model: Path) -> dict[str, str]:
+    """Weight -> digest of its master in bfloat16, dithered, before the first step."""
+    engine, found = _engine(model, "adamw", "bfloat16"), dict[str, str]()
+    engine.dither(SEED)
+    for name, weight in engine.model.named_parameters():
+        if hasattr(engine, "_masters"):
+            master = engine._masters.of[weight]
+        else:
+            master = safe_get_full_fp32_param(weight)
+        found[name] = hashlib.sha256(master.detach().contiguous().numpy().tobytes()).hexdigest()
+    return found
+
+
 def on_ranks(environments: list[Mapping[str, str]], model: Path, folder: Path) -> None:
     """One rank's work: `measure` under each sharding in each compute type; rank 0 writes the results."""
     for number, environment in enumerate(environments):
         os.environ.update(environment)
         AcceleratorState._reset_state()
         found = {dtype: measure(model, folder / str(number) / dtype, dtype) for dtype in DTYPES}
+        found["masters"] = digests_of_masters(model)
         if distributed.is_main():
             (folder / f"{number}.json").write_text(json.dumps(found))
 

@@ -139,8 +139,10 @@ class OptimizationConfig:
     """cached: score the step, then backward in pieces, of one group too; auto: where the loss needs that."""
     max_tokens_per_micro_batch: Tokens | None = None
     """Tokens per pass and rank, padding included; changes no result. Default: 1024 on CPUs, 16384 on GPUs."""
+    dither_masters: bool = True
+    """In bfloat16, start master weights at random between bfloat16 values, so that small updates count."""
     seed: CountOrZero = 0
-    """Fixes the order of the data and the initialization of an adapter."""
+    """Fixes the order of the data, the initialization of an adapter, and that of master weights."""
     evaluate_every: CountOrZero = 0
     """Evaluate on held-out data every N steps, and at both ends; 0: only at both ends."""
     checkpoint_every: CountOrZero = 0

@@ -20,6 +20,7 @@ from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, TreeBatch
 from dpo.engine.deepspeed_config import fit_buckets, refuse_rounding, set_ours, without_waiting
+from dpo.engine.dither import dither_replicas, dither_shards
 from dpo.engine.masters import Masters
 from dpo.engine.optimizer import check_optimizer, load_state, make_optimizer, set_learning_rate
 from dpo.engine.scoring import gathered, make_scorer, not_of_text, register_head, settle_layout
@@ -33,7 +34,7 @@ from dpo.model.offload import Offload, offload
 from dpo.model.probe import Probed
 from dpo.model.probe_trees import ProbeTrees
 from dpo.model.quantized import num_elements
-from dpo.model.recomputation import recompute
+from dpo.model.recomputation import learning, recompute
 from dpo.model.routers import Routers
 from dpo.model.scorer import SequenceScorer
 
@@ -77,7 +78,7 @@ class Engine:
         if config.offload_activations:
             offload(model, Offload(model))
         self.routers = Routers(model, balanced=config.router_aux_loss_weight > 0)
-        _learning(model)
+        learning(model)
         scorer = make_scorer(model, config)
         self._scorer: Any  # ours, or DeepSpeed's engine around it
         self.num_parameters = num_elements(model.parameters())
@@ -196,6 +197,14 @@ class Engine:
         self._masters.zero_gradients()
         return float(norm)
 
+    def dither(self, seed: int) -> None:
+        """Starts masters of bfloat16 weights between bfloat16 values; see `dpo.engine.dither`."""
+        bare = self._accelerator.unwrap_model(self._scorer)
+        if self._zero:
+            dither_shards(bare, seed)
+        else:
+            dither_replicas(self._masters, bare, seed)
+
     def weights(self) -> dict[str, Tensor]:
         """The policy's full state dict in its compute type, on the main rank. All ranks must call it.
 
@@ -248,7 +257,7 @@ class Engine:
         try:
             yield self.model
         finally:
-            _learning(self.model)
+            learning(self.model)
 
     def save(self, folder: Path, *, copied: bool = False) -> Callable[[], list[Path]]:
         """Takes what is trained, and the optimizer's state. All ranks must call it.
@@ -301,14 +310,3 @@ class Engine:
         wrong = [*(set(outcome.missing_keys) - self._frozen), *outcome.unexpected_keys]
         if wrong:
             raise RuntimeError(f"the checkpoint does not hold what is trained: {sorted(wrong)[0]}")
-
-
-def _learning(model: PreTrainedModel) -> None:
-    """Sets what recomputes activations to training mode, and nothing else.
-
-    All other modules stay in evaluation mode: some families draw their experts at random in training (law 0).
-    """
-    model.eval()
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True

@@ -32,7 +32,9 @@ class Masters:
             for weight in trained:
                 dist.broadcast(weight.data, src=0)
         self.of: Mapping[nn.Parameter, nn.Parameter] = {
-            weight: nn.Parameter(weight.detach().float()) if weight.itemsize < FLOAT32 else weight
+            weight: nn.Parameter(weight.detach().float().contiguous())
+            if weight.itemsize < FLOAT32
+            else weight
             for weight in trained
         }
         """Weight -> its master, which the optimizer updates."""

@@ -35,8 +35,9 @@ from dpo.evaluate.generation import (
     own_generation_config,
     together,
 )
-from dpo.evaluate.noise import ExponentialRace, stream_key
+from dpo.evaluate.noise import ExponentialRace
 from dpo.model.attention import restore_attention
+from dpo.random_bits import stream_key
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,17 @@ def recompute(model: PreTrainedModel, kind: Recomputed) -> None:
     model.activation_checkpointing_enable(options)
 
 
+def learning(model: PreTrainedModel) -> None:
+    """Sets what recomputes activations to training mode, and nothing else.
+
+    All other modules stay in evaluation mode: some families draw their experts at random in training (law 0).
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
 def recomputed_share(model: PreTrainedModel, kind: Recomputed) -> float:
     """Part of the forward pass that runs twice, by the weights of the blocks' attention and of the rest.
 

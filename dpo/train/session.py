@@ -272,6 +272,8 @@ class Session:
 
     def _load(self) -> Progress:
         if self.checkpoint is None:
+            if self.options.dither_masters:
+                self.engine.dither(self.options.seed)
             return Progress()
         if not self.resharded:
             return load_checkpoint(self.engine, self.checkpoint, self.checkpoint)

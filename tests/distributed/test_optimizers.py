@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optimizer_ranks import DTYPES, STEPS, Dtype, measure, on_ranks
+from optimizer_ranks import DTYPES, STEPS, Dtype, digests_of_masters, measure, on_ranks
 from ranks import free_port, rank_environment, start_rank, wait
-from rig import deepspeed_variables
+from rig import OFFLOAD, deepspeed_variables
 
 from dpo.engine.optimizer import OPTIMIZERS
 
 PAGES_ON_A_GPU = "ignore:Paged optimizers are not supported on CPU:UserWarning"
 SHARDED = ("adamw", "rmsprop", "lion")
-ALLOWED = {"ZeRO-2": SHARDED, "ZeRO-3": SHARDED, "DDP": tuple(OPTIMIZERS)}
+ALLOWED = {"ZeRO-2": SHARDED, "ZeRO-3": SHARDED, "DDP": tuple(OPTIMIZERS), "offloaded": ("adamw",)}
 Measured = dict[str, Any]
 """Compute type -> optimizer -> what `measure` found."""
 WITHIN = {"float32": 1e-4, "bfloat16": 0.02}
@@ -31,7 +31,7 @@ def started(folder: Path, model: Path, stages: list[int | None]) -> list[Measure
     for rank in range(2):
         mine = [{**rank_environment(rank, 2, port), **environment} for environment in environments]
         processes.append(start_rank(on_ranks, mine, model, folder))
-    assert wait(processes, 240) == [0, 0]
+    assert wait(processes, 480) == [0, 0]  # the first to offload compiles an Adam
     return [json.loads((folder / f"{number}.json").read_text()) for number in range(len(stages))]
 
 
@@ -39,8 +39,8 @@ def started(folder: Path, model: Path, stages: list[int | None]) -> list[Measure
 def measured(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Measured]:
     folder = tmp_path_factory.mktemp("optimizers")
     (ddp,) = started(folder / "ddp", tiny_model, [None])
-    two, three = started(folder / "zero", tiny_model, [2, 3])
-    return {"DDP": ddp, "ZeRO-2": two, "ZeRO-3": three}
+    two, three, offloaded = started(folder / "zero", tiny_model, [2, 3, OFFLOAD])
+    return {"DDP": ddp, "ZeRO-2": two, "ZeRO-3": three, "offloaded": offloaded}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,13 @@ def test_in_bfloat16_our_masters_take_the_steps_of_zeros(measured: dict[str, Mea
     assert ours[0] == pytest.approx(zeros[0], rel=1e-6)
     for found, expected in zip(ours, zeros, strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_dithered_masters_are_the_same_bits_however_they_are_sharded(
+    measured: dict[str, Measured], tiny_model: Path
+) -> None:
+    alone = digests_of_masters(tiny_model)
+    assert {where: found["masters"] for where, found in measured.items()} == dict.fromkeys(ALLOWED, alone)
 
 
 @pytest.mark.filterwarnings(PAGES_ON_A_GPU)

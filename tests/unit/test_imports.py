@@ -20,6 +20,7 @@ GROUND = {
         "distributed",
         "interrupts",
         "pools",
+        "random_bits",
     )
 }
 """Open to every room; these modules import nothing of ours but each other."""

@@ -196,6 +196,7 @@ def test_the_baseline_equals_the_experiment_on_every_key_that_both_have(rig: Rig
             checkpoint_async=False,
             keep_last=9,
             keep_best=True,
+            dither_masters=False,
             deterministic=True,
             max_skipped_steps=1,
             stuck_after_seconds=11.0,

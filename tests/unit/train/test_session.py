@@ -1,6 +1,7 @@
 """What a session does besides steps: descriptions for people, and exports that fail in one line."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dpo.guards.guard import Guard
 from dpo.model.load import load_model
 from dpo.tracking.run_folder import RunFolder
 from dpo.train import session as session_module
+from dpo.train.checkpoint import Progress
 from dpo.train.preference_objective import PreferenceObjective
 from dpo.train.resume import Settings
 from dpo.train.session import GROUPS_SHOWN, Session
@@ -64,6 +66,20 @@ def test_opening_claims_the_folder_and_knows_the_work_of_each_group(session: Ses
         assert session.group_flops is not None
         assert len(session.group_flops) == len(session.objective.dataset)
         assert session.peak_flops is None  # of a CPU nothing is known
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_masters_are_dithered_once_by_the_seed_and_never_after_a_resume(
+    session: Session, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wanted: bool, resumed: bool
+) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(session.engine, "dither", seeds.append)
+    monkeypatch.setattr(session_module, "load_checkpoint", lambda engine, checkpoint, state: Progress())
+    session.options = replace(session.options, seed=7, dither_masters=wanted)
+    session.checkpoint = tmp_path if resumed else None
+    with session.opened():
+        assert seeds == ([7] if wanted and not resumed else [])
 
 
 def test_an_export_that_fails_is_one_line_for_the_user(
