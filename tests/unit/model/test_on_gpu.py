@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo.data.trees import Layout, tree_batch
+from dpo.engine.dither import dither
 from dpo.loss.pairs import pair_logps
 from dpo.model.first_blocks import in_float32
 from dpo.model.probe import Comparison, probe
@@ -107,3 +108,11 @@ def test_a_pass_does_not_wait_for_the_device() -> None:
         scorer(batch).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_masters_are_dithered_to_the_bits_of_a_cpu() -> None:
+    values = torch.randn(2**23 + 5).bfloat16().float()  # more than are computed at once
+    on_card = values.to(CARD)
+    for masters in (values, on_card):
+        dither(masters, key=-7, start=3)
+    assert torch.equal(on_card.cpu(), values)
