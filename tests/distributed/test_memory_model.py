@@ -17,9 +17,11 @@ TREES = 3
 MEASURE = """
 import os, sys
 from benchmarks.rank_memory import main
+from products import ProductsAreZero
 for variables, arguments in {cases!r}:
     os.environ.update(variables)
-    main(arguments)
+    with ProductsAreZero():
+        main(arguments)
 sys.stdout.flush()
 os._exit(0)
 """

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
+from products import ProductsAreZero
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.rank_memory import measure, predict, some_trees
@@ -49,4 +50,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_step_allocates_what_was_planned(llama: Path, case: str) -> None:
     model = ModelConfig(name_or_path=str(llama), **{"dtype": "float32", **CASES[case]})
     expected = predict(model, some_trees(3), "no DeepSpeed", 1)
-    assert expected["total"] == pytest.approx(measure(model, some_trees(3))["peak"], rel=0.03)
+    with ProductsAreZero():
+        found = measure(model, some_trees(3))
+    assert expected["total"] == pytest.approx(found["peak"], rel=0.03)
