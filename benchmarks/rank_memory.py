@@ -1,14 +1,14 @@
 """Memory and traffic of one real rank in training, to compare with the prediction of `dpo plan`.
 
-Runs as a rank, started by a launcher or a test; tensor storages are counted. `predict` and `predict_traffic`
-must run in the parent process: under ZeRO-3, transformers would shard the rehearsed model too.
+Runs as a rank, started by a launcher or a test; tensor storages are counted. `Planned.of` must
+run in the parent process: under ZeRO-3, transformers would shard the rehearsed model too.
 """
 
 import argparse
 import gc
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from dpo.model.load import DTYPES, load_config
 from dpo.model.lora import empty_policy, load_policy
 from dpo.planning.live_bytes import LiveBytes
 from dpo.planning.memory import Name, Shape, rank_memory, shape_of
-from dpo.planning.rehearsal import rehearse
+from dpo.planning.rehearsal import Rehearsal, rehearse
 from dpo.planning.traffic import Traffic, traffic
 
 STEPS, MICRO_BATCHES = 2, 2
@@ -96,29 +96,40 @@ def measure(config: ModelConfig, trees: list[Tree]) -> dict[str, Any]:
     return {"loaded": loaded, "loading": loading, "kept": live.now, "peak": peak, "sent": sent}
 
 
-def predict(config: ModelConfig, trees: list[Tree], sharding: Name, world_size: int) -> dict[str, int]:
-    """The memory that `dpo plan` predicts for this rank, by component, and the total."""
-    described, dtype, shape = load_config(config), DTYPES[config.dtype], _shape(config)
-    step = rehearse(described, config, trees, dtype=dtype, gpu=False)
-    memory = rank_memory(sharding, shape, step, world_size=world_size, dtype=dtype, state_bytes=8)
-    return {**asdict(memory), "total": memory.total + memory.host, "parameters": shape.parameters}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What `dpo plan` knows of a model and its micro-batch, from which it predicts for any sharding."""
 
+    shape: Shape
+    step: Rehearsal
+    dtype: torch.dtype
 
-def predict_traffic(config: ModelConfig, sharding: Name, world_size: int) -> Traffic:
-    """The messages to collectives that `dpo plan` predicts for this rank in a step."""
-    return traffic(
-        sharding,
-        _shape(config),
-        world_size=world_size,
-        dtype=DTYPES[config.dtype],
-        micro_batches=MICRO_BATCHES,
-    )
+    @classmethod
+    def of(cls, config: ModelConfig, trees: list[Tree]) -> "Planned":
+        """Rehearses a micro-batch of these trees.
 
+        Args:
+            config: The model, its compute type, and what is recomputed.
+            trees: As `measure` is given.
+        """
+        described, dtype = load_config(config), DTYPES[config.dtype]
+        with torch.device("meta"):
+            bare = empty_policy(described, config, dtype=dtype)
+        step = rehearse(described, config, trees, dtype=dtype, gpu=False)
+        return cls(shape=shape_of(bare, quantization=config.quantization), step=step, dtype=dtype)
 
-def _shape(config: ModelConfig) -> Shape:
-    with torch.device("meta"):
-        bare = empty_policy(load_config(config), config, dtype=DTYPES[config.dtype])
-    return shape_of(bare, quantization=config.quantization)
+    def memory(self, sharding: Name, world_size: int) -> dict[str, int]:
+        """Bytes that this rank needs, by component, and the total."""
+        memory = rank_memory(
+            sharding, self.shape, self.step, world_size=world_size, dtype=self.dtype, state_bytes=8
+        )
+        return {**asdict(memory), "total": memory.total + memory.host, "parameters": self.shape.parameters}
+
+    def messages(self, sharding: Name, world_size: int) -> Traffic:
+        """What this rank gives to each kind of collective in a step."""
+        return traffic(
+            sharding, self.shape, world_size=world_size, dtype=self.dtype, micro_batches=MICRO_BATCHES
+        )
 
 
 if __name__ == "__main__":

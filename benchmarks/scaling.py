@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedConfig
 
-from benchmarks.rank_memory import predict, predict_traffic, some_trees
+from benchmarks.rank_memory import Planned, some_trees
 from dpo.config import DataConfig, ModelConfig
 from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
@@ -90,14 +90,15 @@ def measured() -> Iterator[Row]:
         GPT2LMHeadModel(model).save_pretrained(folder / "model")
         for dtype in ("float32", "bfloat16"):
             config = ModelConfig(name_or_path=str(folder / "model"), dtype=dtype)
+            planned = Planned.of(config, some_trees(TREES))
             for ranks in MEASURED_RANKS:
                 for sharding in STAGES:
                     if sharding == "ZeRO-0" and dtype == "bfloat16":
                         continue  # DeepSpeed does not offer it
                     print(f"{ranks} rank(s), {sharding}, {dtype}", file=sys.stderr, flush=True)
                     real = _on_ranks(folder, config, sharding, ranks)
-                    expected = predict(config, some_trees(TREES), sharding, ranks)
-                    messages = predict_traffic(config, sharding, ranks)
+                    expected = planned.memory(sharding, ranks)
+                    messages = planned.messages(sharding, ranks)
                     yield {
                         "ranks": ranks, "sharding": sharding, "dtype": dtype, "peak": real["peak"],
                         "expected_peak": expected["total"], "sent": sum(real["sent"].values()),

@@ -1,6 +1,7 @@
 """The memory that `dpo plan` estimates is what real ranks allocate, measured from their tensors' storages."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from ranks import output_of, start_ranks, wait
 from rig import deepspeed_variables
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.rank_memory import predict, predict_traffic, some_trees
+from benchmarks.rank_memory import Planned, some_trees
 from dpo.config import LoraConfig, ModelConfig
 from dpo.planning.memory import Name
 
@@ -84,17 +85,23 @@ def own_cases(ranks: int) -> list[tuple[int, Case]]:
     return sorted(mine, key=lambda entry: entry[1][1])
 
 
+@cache
+def planned(model: str, dtype: Dtype, lora_rank: int | None, option: str) -> Planned:
+    lora = LoraConfig(rank=lora_rank) if lora_rank else None
+    config = ModelConfig(name_or_path=model, dtype=dtype, lora=lora, **OPTIONS[option])
+    return Planned.of(config, some_trees(TREES))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_ranks_allocate_and_send_what_was_planned(measured: dict[Case, Measured], case: Case) -> None:
     ranks, stage, dtype, lora_rank, option = case
     names: dict[int, Name] = {0: "ZeRO-0", 2: "ZeRO-2", 3: "ZeRO-3"}
     for model, found in measured[case].items():
-        lora = LoraConfig(rank=lora_rank) if lora_rank else None
-        config = ModelConfig(name_or_path=model, dtype=dtype, lora=lora, **OPTIONS[option])
-        expected = predict(config, some_trees(TREES), names[stage], ranks)
+        plan = planned(model, dtype, lora_rank, option)
+        expected = plan.memory(names[stage], ranks)
         assert expected["total"] == pytest.approx(found["peak"], rel=0.1), (found, expected)
         if ranks > 1:
-            messages = predict_traffic(config, names[stage], ranks)
+            messages = plan.messages(names[stage], ranks)
             others = sum(size for kind, size in found["sent"].items() if kind not in messages)
             assert others < 0.01 * sum(messages.values())
             assert {kind: found["sent"][kind] for kind in messages} == pytest.approx(messages, rel=0.02)

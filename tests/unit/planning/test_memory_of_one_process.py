@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState
 from products import ProductsAreZero
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.rank_memory import measure, predict, some_trees
+from benchmarks.rank_memory import Planned, measure, some_trees
 from dpo.config import LoraConfig, ModelConfig
 
 LORA: dict[str, Any] = {"lora": LoraConfig(rank=8)}
@@ -49,7 +49,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_allocates_what_was_planned(llama: Path, case: str) -> None:
     model = ModelConfig(name_or_path=str(llama), **{"dtype": "float32", **CASES[case]})
-    expected = predict(model, some_trees(3), "no DeepSpeed", 1)
+    expected = Planned.of(model, some_trees(3)).memory("no DeepSpeed", 1)
     with ProductsAreZero():
         found = measure(model, some_trees(3))
     assert expected["total"] == pytest.approx(found["peak"], rel=0.03)
