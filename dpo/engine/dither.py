@@ -7,6 +7,7 @@ same weight, so the policy is still the reference; but then an update moves the 
 proportion to it, from the first step on, as dither does in signal processing.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,20 +58,28 @@ def dither_shards(module: nn.Module, seed: int) -> None:
         module: Prepared by DeepSpeed; weights in float32 are left as they are.
         seed: As for `dither_replicas`; each master gets what it gets there.
     """
-    for name, weight in module.named_parameters():
-        if not weight.requires_grad or weight.itemsize == FLOAT32:
-            continue
-        key, shard = stream_key(seed, name), getattr(weight, "_hp_mapping", None)
-        if hasattr(weight, "ds_id"):
-            _dither_at_stage_3(weight, key)
-        elif shard is not None:  # another rank may have the whole
-            dither(shard.hp_fragment, key, shard.lp_fragment_address.start)
+    named = {name: w for name, w in module.named_parameters() if w.requires_grad and w.itemsize < FLOAT32}
+    _dither_at_stage_3({name: weight for name, weight in named.items() if hasattr(weight, "ds_id")}, seed)
+    for name, weight in named.items():
+        shard: Any = getattr(weight, "_hp_mapping", None)  # None where another rank has the whole
+        if shard is not None:
+            dither(shard.hp_fragment, stream_key(seed, name), shard.lp_fragment_address.start)
 
 
-def _dither_at_stage_3(weight: Any, key: int) -> None:
-    """DeepSpeed's `safe_set_local_fp32_param` refuses a weight that it has moved to a disk."""
-    optimizer = weight._z3_optimizer
-    shard, group = optimizer._get_fp32_opt_state_partition(weight, release_swap_buffers=False)
-    dither(shard, key, optimizer._get_param_partition_rank(weight) * shard.numel())
-    if optimizer._swappable_optimizer_subgroup(group):
-        optimizer._optimizer_states_and_gradient_swap_out(group)
+def _dither_at_stage_3(named: Mapping[str, Any], seed: int) -> None:
+    """As DeepSpeed's `safe_set_local_fp32_param`, which reads a whole group for each weight from a disk."""
+    groups = dict[int, list[tuple[str, int, int]]]()
+    for name, weight in named.items():
+        group, offset, number = weight._z3_optimizer.grad_position[weight._z3_optimizer.get_param_id(weight)]
+        groups.setdefault(group, []).append((name, offset, number))
+    for group, members in groups.items():
+        optimizer = named[members[0][0]]._z3_optimizer
+        on_disk = optimizer._swappable_optimizer_subgroup(group)
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_in(group)
+        for name, offset, number in members:
+            shard = optimizer.fp32_partitioned_groups_flat[group].narrow(0, offset, number)
+            first = optimizer._get_param_partition_rank(named[name]) * number
+            dither(shard, stream_key(seed, name), first)
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_out(group)

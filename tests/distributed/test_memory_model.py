@@ -74,7 +74,7 @@ def measured(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> di
             output = folder / f"{number}.json"
             cases.append((deepspeed_variables(folder, stage), [*arguments, "--output", str(output)]))
         code, logs = MEASURE.format(cases=cases), folder / f"logs{ranks}"
-        statuses = wait(start_ranks(ranks, [], logs, variables=cases[0][0], before=code))
+        statuses = wait(start_ranks(ranks, [], logs, variables=cases[0][0], before=code), 300)
         assert statuses == [0] * ranks, output_of(logs)[-3000:]
     return {case: json.loads((folder / f"{number}.json").read_text()) for number, case in enumerate(CASES)}
 

@@ -5,15 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo import random_bits
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import sequence_batch
 from dpo.engine import world
-from dpo.engine.dither import dither
+from dpo.engine.dither import dither, dither_shards
 from dpo.engine.engine import Engine
 from dpo.model.load import load_model
+from dpo.random_bits import stream_key
 
 SEQUENCES = [(np.arange(3, dtype=np.int32), np.arange(3, 9, dtype=np.int32))]
 EVERY_BFLOAT16 = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16)
@@ -107,6 +108,50 @@ def test_masters_depend_on_the_seed_and_on_the_name_of_a_weight(tiny_model: Path
 def test_float32_weights_are_left_alone(tiny_model: Path) -> None:
     plain, engine = (masters_of(engine_of(tiny_model, "float32", seed)) for seed in (None, 3))
     assert all(torch.equal(master, plain[name]) for name, master in engine.items())
+
+
+class OnDisk:
+    """DeepSpeed's optimizer at stage 3, as far as its masters go: rank 1 of two, two groups on a disk."""
+
+    def __init__(self, groups: list[list[nn.Parameter]]) -> None:
+        self.fp32_partitioned_groups_flat = [torch.zeros(0) for _ in groups]
+        self._disk = [torch.cat([weight.detach().float()[4:] for weight in group]) for group in groups]
+        self.grad_position = {
+            id(weight): [number, 4 * place, 4]
+            for number, group in enumerate(groups)
+            for place, weight in enumerate(group)
+        }
+        self.swaps: list[tuple[str, int]] = []
+
+    def get_param_id(self, weight: nn.Parameter) -> int:
+        return id(weight)
+
+    def _get_param_partition_rank(self, weight: nn.Parameter) -> int:
+        return 1
+
+    def _swappable_optimizer_subgroup(self, group: int) -> bool:
+        return True
+
+    def _optimizer_states_and_gradient_swap_in(self, group: int) -> None:
+        self.swaps.append(("in", group))
+        self.fp32_partitioned_groups_flat[group] = self._disk[group].clone()
+
+    def _optimizer_states_and_gradient_swap_out(self, group: int) -> None:
+        self.swaps.append(("out", group))
+        self._disk[group] = self.fp32_partitioned_groups_flat[group]
+        self.fp32_partitioned_groups_flat[group] = torch.zeros(0)
+
+
+def test_masters_on_a_disk_are_read_and_written_once_a_group() -> None:
+    module = nn.ParameterDict({name: nn.Parameter(normal(8)) for name in ("a", "b", "c")})
+    optimizer = OnDisk([[module["a"], module["c"]], [module["b"]]])
+    for weight in module.values():
+        weight.ds_id, weight._z3_optimizer = 0, optimizer
+    dither_shards(module, seed=3)
+    assert optimizer.swaps == [("in", 0), ("out", 0), ("in", 1), ("out", 1)]
+    whole = {name: dithered(normal(8), stream_key(3, name)) for name in module}
+    assert torch.equal(optimizer._disk[0], torch.cat([whole["a"][4:], whole["c"][4:]]))
+    assert torch.equal(optimizer._disk[1], whole["b"][4:])
 
 
 def test_steps_follow_float32_from_the_first_on(tiny_model: Path) -> None:
