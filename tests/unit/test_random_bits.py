@@ -16,7 +16,7 @@ SPLITMIX64_OF_1234567 = [
 
 
 OF_A_WEIGHT = 5144412895507905081
-"""The key of lm_head.weight with seed 7: a resumed run must not draw another."""
+"""The key of lm_head.weight with seed 7: a run that starts again must draw the same."""
 
 
 def keys(*numbers: int) -> torch.Tensor:
@@ -42,4 +42,4 @@ def test_keys_differ_in_seed_prompt_and_sample() -> None:
 def test_keys_differ_in_the_names_of_weights() -> None:
     places = [("a",), ("b",), ("a.b",), ("a", "b"), ("", "a"), (1, "a"), ("a", 1)]
     assert len({stream_key(seed, *place) for seed in range(3) for place in places}) == 3 * len(places)
-    assert stream_key(7, "lm_head.weight") == stream_key(7, "lm_head.weight") == OF_A_WEIGHT
+    assert stream_key(7, "lm_head.weight") == OF_A_WEIGHT
