@@ -3,13 +3,11 @@
 In a single process that was not launched the same functions work with a world of one.
 """
 
-import io
 import itertools
 import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -46,17 +44,29 @@ def start() -> None:
     if "WORLD_SIZE" not in os.environ:
         PartialState()
         return
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not trains_without_deepspeed():
-        remove_abandoned_build_locks()
     backend = None if torch.cuda.is_available() else "gloo"
+    if not trains_without_deepspeed():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            remove_abandoned_build_locks()
+        if backend:
+            _without_op_for_inference()
     options: dict[str, Any] = {"timeout": COLLECTIVE_TIMEOUT} | ({"backend": backend} if backend else {})
-    with redirect_stdout(io.StringIO()):  # DeepSpeed prints that its build succeeded
-        PartialState(cpu=trains_on_cpu_alone(), **options)
+    PartialState(cpu=trains_on_cpu_alone(), **options)
     if is_distributed():
         _on_host()
     if backend and os.environ.get("OMP_NUM_THREADS", "1") == "1":  # the launcher's default, not the user's
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+
+
+def _without_op_for_inference() -> None:
+    """Keeps DeepSpeed from compiling its all-reduce for inference when it joins a group on CPUs.
+
+    Training does not call it, and the first start on a machine would take half a minute longer and need g++.
+    """
+    import deepspeed.ops  # here: DeepSpeed looks for devices when imported
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @cache

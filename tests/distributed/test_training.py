@@ -70,6 +70,7 @@ def launch_script(script: Path, code: str, *arguments: str) -> subprocess.Comple
         ENVIRONMENT["ACCELERATE_CONFIG"],
     ]
     environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["TORCH_EXTENSIONS_DIR"] = str(script.parent / "extensions")
     return subprocess.run(
         [*command, str(script), *arguments],
         env=environment,
@@ -185,6 +186,11 @@ def test_every_rank_loads_exactly_one_model(trained: Trained) -> None:
 def test_no_rank_imports_what_training_does_not_need(trained: Trained) -> None:
     """Each of them takes every start half a second or more."""
     assert trained.output.count("IMPORTED []\n") == 2
+
+
+def test_nothing_is_compiled(trained: Trained) -> None:
+    """DeepSpeed's op for inference on CPUs needs g++, and takes a machine's first start half a minute."""
+    assert not [*(trained.folder / "extensions").rglob("*")]
 
 
 def test_missing_cache_rows_stop_training_with_status_2_and_name_the_command(
