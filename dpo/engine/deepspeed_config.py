@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dpo import alive
 from dpo.errors import UserError
 from dpo.model.authors import kept_in_float32
 from dpo.model.quantized import num_elements
@@ -190,6 +191,31 @@ def offloads_optimizer(settings: dict[str, Any]) -> bool:
     """
     offload: dict[str, str] = settings["zero_optimization"].get("offload_optimizer") or {}
     return offload.get("device", "none") != "none"
+
+
+def compile_for_host(settings: dict[str, Any]) -> None:
+    """Compiles DeepSpeed's AdamW for an offloaded optimizer, where this machine has not done so.
+
+    Args:
+        settings: A DeepSpeed configuration; without an offloaded optimizer nothing is compiled.
+
+    Raises:
+        UserError: It could not be compiled.
+    """
+    if not offloads_optimizer(settings):
+        return
+    from deepspeed.ops.op_builder import CPUAdamBuilder  # here: DeepSpeed looks for devices when imported
+
+    alive.loading("compiling DeepSpeed's AdamW for the host")
+    try:
+        CPUAdamBuilder().load()
+    except Exception as error:
+        lines = str(error).splitlines()  # of the compiler's whole output
+        reason = next((line for line in lines if "error: " in line or "not found" in line), lines[0])
+        raise UserError(
+            f"offload_optimizer: DeepSpeed cannot compile its AdamW for the host ({reason}): install g++ and "
+            "ninja, or use a DeepSpeed configuration without offload_optimizer"
+        ) from error
 
 
 def without_waiting(settings: dict[str, Any]) -> None:

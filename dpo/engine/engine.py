@@ -19,7 +19,13 @@ from transformers import PreTrainedModel
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, TreeBatch
-from dpo.engine.deepspeed_config import fit_buckets, refuse_rounding, set_ours, without_waiting
+from dpo.engine.deepspeed_config import (
+    compile_for_host,
+    fit_buckets,
+    refuse_rounding,
+    set_ours,
+    without_waiting,
+)
 from dpo.engine.dither import dither_replicas, dither_shards
 from dpo.engine.masters import Masters
 from dpo.engine.optimizer import check_optimizer, load_state, make_optimizer, set_learning_rate
@@ -96,6 +102,7 @@ class Engine:
         fit_buckets(settings, model)
         set_ours(settings, max_grad_norm=options.max_grad_norm, universal=universal)
         without_waiting(settings)
+        compile_for_host(settings)
         optimizer = make_optimizer(scorer, options, zero_half_ratio=ratio)
         self._scorer, self._optimizer = accelerator.prepare(scorer, optimizer)
         if self._stage == 3:

@@ -164,6 +164,8 @@ def _problems(environment: Mapping[str, str]) -> Iterator[str]:
     if several and _uses(environment, "ACCELERATE_USE_CPU"):
         yield f"--cpu or MULTI_CPU: accelerate has started one process instead of several; {INSTEAD}"
     if _uses(environment, "ACCELERATE_USE_DEEPSPEED"):
+        if _uses(environment, "ACCELERATE_USE_CPU"):
+            yield "ACCELERATE_USE_CPU: true; accelerate then leaves DeepSpeed half started: unset it"
         yield from _inline_problems(environment)
 
 

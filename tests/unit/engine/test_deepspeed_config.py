@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from dpo.engine.deepspeed_config import (
     LARGEST_BUCKET,
     SMALLEST_BUCKET,
+    compile_for_host,
     fit_buckets,
     offloads_optimizer,
     problems,
@@ -69,6 +71,22 @@ def test_a_size_that_somebody_chose_stays() -> None:
 def test_an_offloaded_optimizer_is_recognized(offload: dict[str, str] | None, expected: bool) -> None:
     assert offloads_optimizer({"zero_optimization": {"stage": 3, "offload_optimizer": offload}}) is expected
     assert not offloads_optimizer({"zero_optimization": {"stage": 3}})
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, on a compiler that it does not know
+@pytest.mark.parametrize("offload", [None, {"device": "cpu"}])
+def test_an_offloaded_optimizer_without_a_compiler_is_refused_in_one_line(
+    offload: dict[str, str] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "/none/c++")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    said = pytest.raises(
+        UserError, match=r"^offload_optimizer: .*/none/c\+\+: not found\): install g\+\+ .*$"
+    )
+    with said if offload else nullcontext():
+        compile_for_host({"zero_optimization": {"stage": 3, "offload_optimizer": offload}})
+    assert [*tmp_path.iterdir()] == ([tmp_path / "cpu_adam"] if offload else [])
 
 
 @pytest.mark.parametrize("name", ["ds_zero2.json", "ds_zero3.json", "ds_zero3_offload.json"])

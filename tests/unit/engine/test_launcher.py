@@ -103,6 +103,7 @@ def test_what_would_train_something_else_is_refused(
         {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
         {"ACCELERATE_FP8_BACKEND": "TE"},
         {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"},  # MULTI_CPU: one process was started
+        {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"},  # exported
     ],
 )
 def test_a_rank_refuses_what_the_command_line_said(environment: dict[str, str]) -> None:
