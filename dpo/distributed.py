@@ -62,7 +62,7 @@ def start() -> None:
 def _without_op_for_inference() -> None:
     """Keeps DeepSpeed from compiling its all-reduce for inference when it joins a group on CPUs.
 
-    Training does not call it, and the first start on a machine would take half a minute longer and need g++.
+    Training does not call it, and the first start on a machine would wait for the build and need g++.
     """
     import deepspeed.ops  # here: DeepSpeed looks for devices when imported
 

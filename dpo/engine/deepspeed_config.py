@@ -210,7 +210,7 @@ def compile_for_host(settings: dict[str, Any]) -> None:
     try:
         CPUAdamBuilder().load()
     except Exception as error:
-        lines = str(error).splitlines()  # of the compiler's whole output
+        lines = str(error).splitlines() or [type(error).__name__]  # of the compiler's whole output
         reason = next((line for line in lines if "error: " in line or "not found" in line), lines[0])
         raise UserError(
             f"offload_optimizer: DeepSpeed cannot compile its AdamW for the host ({reason}): install g++ and "

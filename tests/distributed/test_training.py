@@ -189,7 +189,7 @@ def test_no_rank_imports_what_training_does_not_need(trained: Trained) -> None:
 
 
 def test_nothing_is_compiled(trained: Trained) -> None:
-    """DeepSpeed's op for inference on CPUs needs g++, and takes a machine's first start half a minute."""
+    """DeepSpeed's op for inference on CPUs needs g++, and a machine's first start waits for it."""
     assert not [*(trained.folder / "extensions").rglob("*")]
 
 
