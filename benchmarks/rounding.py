@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from dpo.config import LoraConfig, ModelConfig
 from dpo.data.trees import sequence_batch
 from dpo.engine.scoring import make_scorer
-from dpo.model.load import DTYPES, load_model, load_tokenizer
+from dpo.model.load import DTYPES, load_model
 from dpo.model.lora import load_policy, load_start
 from dpo.model.lora_export import save_adapter
+from dpo.model.tokenizer import load_tokenizer
 from dpo.reference.table import tolerance
 
 TEXT = Path(__file__).parents[1] / "docs" / "how-it-works.md"

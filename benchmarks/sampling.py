@@ -24,7 +24,8 @@ from dpo.evaluate import sampling
 from dpo.evaluate.endpoint import Endpoint, connect, sample_endpoint
 from dpo.evaluate.sampling import stop_ids_of
 from dpo.evaluate.server import server_at
-from dpo.model.load import load_model, load_tokenizer
+from dpo.model.load import load_model
+from dpo.model.tokenizer import load_tokenizer
 
 WAYS = ("shared", "apart")
 ROUNDS = 3

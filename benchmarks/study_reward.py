@@ -20,8 +20,8 @@ from dpo.engine.frozen import frozen_scorer
 from dpo.engine.scoring import settle_layout
 from dpo.evaluate.samples import PromptAndCompletion, log_probs
 from dpo.files import read_lines
-from dpo.model.load import load_tokenizer
 from dpo.model.probe_trees import trees_of
+from dpo.model.tokenizer import load_tokenizer
 from dpo.tracking.run_folder import RunFolder
 
 SAMPLES_PER_QUERY = 4

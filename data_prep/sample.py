@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> None:
     from dpo.evaluate.samples import texts_of
     from dpo.evaluate.scoring import load_scorer, score_over_ranks
     from dpo.model.files import check_model_path
-    from dpo.model.load import load_tokenizer
+    from dpo.model.tokenizer import load_tokenizer
 
     for name, minimum in MINIMA.items():
         value = getattr(args, name)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dpo.config import Config, DataConfig, ModelConfig, ReferenceConfig, TrainConfig
 from dpo.data.build import open_datasets
 from dpo.data.dataset import TokenizedDataset
-from dpo.model.load import load_tokenizer
+from dpo.model.tokenizer import load_tokenizer
 
 WORDS = ("the", "cat", "day", "good", "bad", "film", "well", "mat", "we", "like", "ended", "on")
 

@@ -17,8 +17,9 @@ from dpo.engine.engine import Engine
 from dpo.engine.world import start
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import LOSSES, averaged_over_groups, needs_mismatched, needs_quantiles, needs_reference
-from dpo.model.load import load_model, load_tokenizer
+from dpo.model.load import load_model
 from dpo.model.probe_trees import trees_of
+from dpo.model.tokenizer import load_tokenizer
 from dpo.reference.precompute import precompute
 from dpo.reference.store import reference_store
 from dpo.reference.values import open_reference

@@ -4,7 +4,7 @@ from dpo import distributed, terminal
 from dpo.config import ModelConfig, SftTrainConfig, TrainConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan
-from dpo.engine.optimizer import warmup_steps
+from dpo.engine.schedule import warmup_steps
 from dpo.report.content import Ran
 
 FEW_STEPS = 20

@@ -17,12 +17,12 @@ from dpo.config import Config, EvaluateConfig, ModelConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.engine.frozen import frozen_scorer, is_sharded
 from dpo.engine.scoring import bare_scorer, settle_layout, token_budget
-from dpo.errors import UserError
 from dpo.evaluate.asked import Asked
 from dpo.evaluate.best_of import Limit, ReferenceSamples, best_of_summary, score_limit, values_of_n
+from dpo.evaluate.checks import check_best_of
 from dpo.evaluate.samples import PromptAndCompletion, held_out_prompts, log_probs, texts_of
 from dpo.evaluate.sampling import Continuation, sample, stop_ids_of
-from dpo.evaluate.scoring import Scorer, check_scorer, load_scorer, score_over_ranks
+from dpo.evaluate.scoring import Scorer, load_scorer, score_over_ranks
 from dpo.files import remove_abandoned, write_file
 from dpo.guards.guard import Guard
 from dpo.model.files import max_positions
@@ -44,17 +44,6 @@ def best_of(config: Config) -> None:
         _, test_data, tokenizer = open_held_out(config.data, config.model, "best-of")
         reference = open_reference_model(config)
         best_of_reference(config, reference, test_data, tokenizer)
-
-
-def check_best_of(options: EvaluateConfig) -> None:
-    """Raises UserError, with all problems at once, if best-of has no scorer, a wrong one, or no prompts."""
-    problems = [
-        *(["evaluate.scorer: none; expected one, such as vader"] if options.scorer is None else []),
-        *(["evaluate.num_prompts: 0; expected at least 1"] if options.num_prompts < 1 else []),
-    ]
-    if problems:
-        raise UserError("\n".join(f"{problem}: best-of scores samples" for problem in problems))
-    check_scorer(options)
 
 
 def best_of_reference(

@@ -19,7 +19,8 @@ from dpo.data.tokenize import encode_prompt
 from dpo.errors import UserError
 from dpo.evaluate.samples import texts_of
 from dpo.evaluate.sampling import sample, stop_ids_of
-from dpo.model.load import load_model, load_tokenizer
+from dpo.model.load import load_model
+from dpo.model.tokenizer import load_tokenizer
 from dpo.report.terminal_table import side_by_side
 
 NAMES = ("reference", "policy")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dpo import distributed, terminal
 from dpo.commands.amount import unusual_rate
-from dpo.commands.best_of import check_best_of
-from dpo.commands.inputs import check_labels, refuse_labels, settings_of
+from dpo.commands.labels import check_labels, refuse_labels
+from dpo.commands.settings import settings_of
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, OptimizationConfig, SftConfig
 from dpo.data.build import open_datasets, test_sources_of, train_sources_of
 from dpo.data.preview import preview_data
@@ -16,11 +16,11 @@ from dpo.data.text import check_text, is_text
 from dpo.engine.launcher import check_launcher, deepspeed_settings
 from dpo.engine.optimizer import check_optimizer
 from dpo.errors import UserError
-from dpo.evaluate.samples import check_room
+from dpo.evaluate.checks import check_best_of, check_room
 from dpo.evaluate.scoring import check_scorer
 from dpo.model.files import base_of, check_model_path, check_token_ids, max_positions, num_parameters
-from dpo.model.load import load_tokenizer
-from dpo.model.lora import check_policy
+from dpo.model.tokenizer import load_tokenizer
+from dpo.model.trainable import check_family, is_plain, refuse_adapter
 from dpo.reference.vocabulary import check_vocabulary
 from dpo.tracking.hub import check_repository
 from dpo.tracking.run_folder import RunFolder
@@ -57,7 +57,7 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
     if (said := unusual_rate(config.train)) and not _stage_follows():
         terminal.warning(said)
     if command in ("train", "sft"):
-        check_policy(config.model, local=True)
+        _check_policy(config.model)
         deepspeed = deepspeed_settings(os.environ, file=Path(launcher) if launcher else None)
         check_optimizer(config.train, deepspeed)
         check_trackers(config.train.trackers)
@@ -82,13 +82,32 @@ def _check(command: str, config: Config | SftConfig, *, exact: bool) -> None:
         check_data(config.data, config.model, exact=exact, loss=config.loss)
         if command == "evaluate":
             finished_model(config)
-            check_scorer(config.evaluate)
-        if command == "best-of":
-            check_best_of(config.evaluate)
-        if command in ("evaluate", "best-of") and config.evaluate.num_prompts:
-            check_room(config.evaluate.completion_tokens, max_positions(config.model))
+        if command in ("evaluate", "best-of"):
+            _check_samples(command, config)
     if command in ("train", "sft"):
         distributed.require_shared(folder.path, "run_dir")  # or it cannot be written to
+
+
+def _check_policy(model: ModelConfig) -> None:
+    """What is wrong with the model; only adapters, quantized weights and routers need its class for that."""
+    is_here = bool(model.name_or_path) and Path(model.name_or_path).is_dir()
+    if is_here:
+        refuse_adapter(model)
+    if not is_plain(model):
+        from dpo.model.lora import check_policy
+
+        check_policy(model, local=True)
+    elif is_here:
+        check_family(model)
+
+
+def _check_samples(command: str, config: Config) -> None:
+    if command == "evaluate":
+        check_scorer(config.evaluate)
+    else:
+        check_best_of(config.evaluate)
+    if config.evaluate.num_prompts:
+        check_room(config.evaluate.completion_tokens, max_positions(config.model))
 
 
 def check_data(data: DataConfig, model: ModelConfig, *, exact: bool, loss: LossConfig | None = None) -> None:

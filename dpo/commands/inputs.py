@@ -1,43 +1,37 @@
 """What several commands open before they work: data sets, the reference cache."""
 
-import json
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from dpo import alive, distributed, terminal
-from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig, flat, resolved
+from dpo.commands.labels import check_labels
+from dpo.config import Config, DataConfig, LossConfig, ModelConfig
 from dpo.data.build import open_datasets, test_sources_of
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.notes import RowNotes
 from dpo.data.parts import groups_of
 from dpo.data.preference_data import PreferenceData, preference_data
-from dpo.data.records import NO_RIVAL, TokenIds
+from dpo.data.records import TokenIds
 from dpo.data.sources import blocks
 from dpo.errors import UserError
 from dpo.evaluate.asked import Asked, asked_of
 from dpo.evaluate.samples import texts_of
 from dpo.loss.catalog import (
-    LOSSES,
     averaged_over_groups,
-    names_of,
     needs_mismatched,
     needs_quantiles,
-    takes_labels,
 )
 from dpo.model.files import check_token_ids, max_positions
-from dpo.model.load import load_tokenizer
+from dpo.model.tokenizer import load_tokenizer
 from dpo.reference.identity import reference_model
 from dpo.reference.values import ReferenceUse
 from dpo.reference.vocabulary import check_vocabulary
-from dpo.train.resume import Settings
 
 
 def quieten_libraries() -> None:
@@ -47,25 +41,6 @@ def quieten_libraries() -> None:
     if terminal.mode() != "plain" or not sys.stderr.isatty():
         disable_progress_bar()  # of loading and writing weights
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-
-
-def settings_of(config: Config | SftConfig) -> Settings:
-    """The resolved configuration with the defaults of its keys, as resuming compares it."""
-    return Settings(resolved(config), flat(_defaults(type(config))))
-
-
-def _defaults(kind: type) -> dict[str, Any]:
-    """Name -> default of a configuration class, nested; without keys that have none."""
-    found: dict[str, Any] = {}
-    hints = get_type_hints(kind)
-    for option in fields(kind):
-        if is_dataclass(hints[option.name]):
-            found[option.name] = _defaults(hints[option.name])
-        elif option.default is not MISSING:
-            found[option.name] = option.default
-        elif option.default_factory is not MISSING:
-            found[option.name] = option.default_factory()
-    return dict(json.loads(json.dumps(found)))
 
 
 def open_data(
@@ -152,39 +127,6 @@ def with_reference(
         raise UserError(
             f"{wanted}; the data has {error}: give data with prompt, completions and scores, or {instead}"
         ) from error
-
-
-def check_labels(loss: LossConfig, train: TokenizedDataset, test: TokenizedDataset | None) -> None:
-    """Raises UserError where data has labels and the loss needs pairs, or all labels are the same."""
-    for key, data in (("data.train", train), ("data.test", test)):
-        if data is None or data.has_rivals.all():
-            continue
-        refuse_labels(loss, key, data.contents)
-        for place, label in ((1, "true"), (0, "false")):
-            if (data.pairs[:, place] == NO_RIVAL).all():
-                raise UserError(
-                    f"{key}: all {len(data.pairs)} labels are {label}; expected desirable and undesirable "
-                    "completions: add rows of the other label"
-                )
-
-
-def refuse_labels(loss: LossConfig, key: str, contents: str) -> None:
-    """Raises UserError where the loss, or an option of it, needs pairs.
-
-    Args:
-        loss: With its options.
-        key: The option that names the data.
-        contents: What the data has, for the message.
-    """
-    if not takes_labels(loss):
-        fitting = ", ".join(name for name, kind in LOSSES.items() if kind.takes_labels)
-        raise UserError(
-            f"loss.type: {', '.join(names_of(loss))}; it needs pairs, and {key} has {contents}: use one of "
-            f"{fitting}, or rows of chosen and rejected"
-        )
-    for name in ("ld_alpha", "pair_weights"):
-        if (value := getattr(loss, name)) != getattr(LossConfig(), name):
-            raise UserError(f"loss.{name}: {value}; it needs pairs, and {key} has {contents}: leave it out")
 
 
 def described(split: str, data: TokenizedDataset | None) -> str:

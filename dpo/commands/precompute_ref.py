@@ -4,7 +4,8 @@ from pathlib import Path
 
 from dpo import distributed, terminal
 from dpo.commands.amount import preference_plan, warn_of_amount
-from dpo.commands.inputs import described, open_data, open_reference_model, quieten_libraries, settings_of
+from dpo.commands.inputs import described, open_data, open_reference_model, quieten_libraries
+from dpo.commands.settings import settings_of
 from dpo.config import Config
 from dpo.guards.guard import Guard
 from dpo.loss.catalog import needs_reference, title_of

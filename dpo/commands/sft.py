@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed
 from dpo.commands.amount import ran, warn_of_amount
-from dpo.commands.inputs import settings_of
+from dpo.commands.settings import settings_of
 from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import ModelConfig, SftConfig
 from dpo.data.dataset import TokenizedDataset
@@ -22,9 +22,10 @@ from dpo.errors import UserError
 from dpo.guards.guard import Guard
 from dpo.model.files import check_token_ids, max_positions, num_parameters
 from dpo.model.from_scratch import scratch_model, scratch_positions, scratch_tokenizer
-from dpo.model.load import DTYPES, load_tokenizer
+from dpo.model.load import DTYPES
 from dpo.model.lora import check_policy, load_policy
 from dpo.model.quantized import num_elements
+from dpo.model.tokenizer import load_tokenizer
 from dpo.report.model_card import sft_card
 from dpo.tracking.metrics import Evaluation
 from dpo.tracking.run_folder import RunFolder

@@ -12,14 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo import alive, distributed, terminal
 from dpo.commands.amount import preference_plan, ran, warn_of_amount
-from dpo.commands.inputs import (
-    counted,
-    described,
-    open_data,
-    open_reference_model,
-    settings_of,
-    with_reference,
-)
+from dpo.commands.inputs import counted, described, open_data, open_reference_model, with_reference
+from dpo.commands.settings import settings_of
 from dpo.commands.training import run_training, settle_layout, summarize
 from dpo.config import Config, EvaluateConfig, LossConfig
 from dpo.data.dataset import TokenizedDataset

@@ -19,13 +19,8 @@ from transformers import PreTrainedModel
 from dpo import distributed
 from dpo.config import ModelConfig, OptimizationConfig
 from dpo.data.trees import Layout, TreeBatch
-from dpo.engine.deepspeed_config import (
-    compile_for_host,
-    fit_buckets,
-    refuse_rounding,
-    set_ours,
-    without_waiting,
-)
+from dpo.engine.deepspeed_config import compile_for_host, set_ours, without_waiting
+from dpo.engine.deepspeed_model import fit_buckets, refuse_rounding
 from dpo.engine.dither import dither_replicas, dither_shards
 from dpo.engine.masters import Masters
 from dpo.engine.optimizer import check_optimizer, load_state, make_optimizer, set_learning_rate

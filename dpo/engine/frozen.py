@@ -14,7 +14,8 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from dpo import alive, distributed
 from dpo.config import ModelConfig
-from dpo.engine.deepspeed_config import refuse_rounding, without_waiting
+from dpo.engine.deepspeed_config import without_waiting
+from dpo.engine.deepspeed_model import refuse_rounding
 from dpo.engine.scoring import make_scorer, register_head
 from dpo.model.files import num_parameters
 from dpo.model.load import DTYPES, load_model

@@ -19,8 +19,8 @@ from dpo.config import EvaluateConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.records import TokenIds
 from dpo.data.trees import Layout, sequence_batch
-from dpo.errors import UserError
 from dpo.evaluate.asked import Asked
+from dpo.evaluate.checks import check_room
 from dpo.evaluate.judge import Judge, Judged, judge_all, judged_summary
 from dpo.evaluate.sampling import Continuation, sample
 from dpo.evaluate.scoring import load_scorer, score_over_ranks
@@ -95,15 +95,6 @@ def held_out_prompts(
         if len(found) == number:
             break
     return list(found.values())
-
-
-def check_room(completion_tokens: int, positions: int | None) -> None:
-    """Raises UserError if the longest continuation leaves no room for a prompt."""
-    if positions is not None and completion_tokens >= positions:
-        raise UserError(
-            f"evaluate.completion_tokens: {completion_tokens}; the model has {positions} positions, and "
-            "the prompt needs some: lower it"
-        )
 
 
 def continue_prompts(

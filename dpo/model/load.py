@@ -14,14 +14,11 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
@@ -30,15 +27,13 @@ from dpo.errors import UserError
 from dpo.model.adapter import attach, stored_options
 from dpo.model.authors import remember, remove_noise
 from dpo.model.files import (
-    ask_hub,
     base_of,
     check_model_path,
     first_line,
-    lacks,
     raw_config,
-    tokenizer_home,
 )
 from dpo.model.quantized import compute_plainly, loading_options
+from dpo.model.trainable import check_family
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OWN_ATTENTION = {"auto": None, "sdpa": "sdpa", "flex": "sdpa", "eager": "eager"}
@@ -51,48 +46,13 @@ LARGE_BLOCK = 2**20
 _M_MMAP_THRESHOLD = -3  # of mallopt, from malloc.h
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with EOS as padding where it has none; padding is always masked.
-
-    That of an adapter without one is its base's.
-
-    Raises:
-        UserError: There is no tokenizer, or it has no EOS token.
-    """
-    ask_hub(model.name_or_path)
-    model = tokenizer_home(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise lacks(model.name_or_path, "tokenizer", first_line(error)) from error
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up by transformers
-        raise UserError(
-            f"model.name_or_path: no tokenizer in {model.name_or_path}; save one beside the model"
-        )
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.name_or_path: the tokenizer of {model.name_or_path} has no EOS token; set one and save it"
-        )
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def check_class(model: ModelConfig) -> None:
     """Raises UserError if transformers has no causal class for the model, or lacks a package for its weights.
 
     Reads its config.json only.
     """
-    raw = raw_config(base_of(model))
-    family = raw.get("model_type")
-    if "auto_map" not in raw and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(
-            f"model.name_or_path: {model.name_or_path} is a {family}, of which transformers has no causal "
-            "language model; expected a decoder such as llama, qwen3 or gpt2"
-        )
-    if quantized := raw.get("quantization_config"):
+    check_family(model)
+    if quantized := raw_config(base_of(model)).get("quantization_config"):
         if model.quantization is not None:
             raise UserError(
                 f"model.quantization: {model.quantization}; {model.name_or_path} has quantized weights "

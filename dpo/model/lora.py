@@ -23,6 +23,7 @@ from dpo.model.load import DTYPES, check_class, empty_model, load_config, load_m
 from dpo.model.lora_layers import cannot_adapt, cannot_stack, left_out, new_options, refuse_other_layers
 from dpo.model.quantized import check_quantization
 from dpo.model.routers import check_balancing
+from dpo.model.trainable import refuse_adapter
 
 
 def load_policy(model: ModelConfig, *, dtype: torch.dtype, seed: int) -> PreTrainedModel:
@@ -108,15 +109,11 @@ def check_policy(model: ModelConfig, *, local: bool = False) -> None:
 
 def _check_start(model: ModelConfig) -> None:
     """Raises UserError unless `lora.start` is one that this model has."""
-    start, files = model.lora.start if model.lora is not None else "new", adapter_files(model)
-    if start == "new" and files:
-        raise UserError(
-            f"model.name_or_path: {model.name_or_path} is an adapter: set model.lora.start to continue, "
-            "which trains it on, or to merge, which adds it to its base and trains a new one"
-        )
+    refuse_adapter(model)
+    start = model.lora.start if model.lora is not None else "new"
     if start == "new" or model.lora is None:
         return
-    if not files:
+    if not adapter_files(model):
         raise UserError(
             f"model.lora.start: {start}; {model.name_or_path} is not an adapter (it has no "
             "adapter_config.json): leave it out to train a new one"

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from dpo.engine.deepspeed_config import blocks_of, bucket_elements
+from dpo.engine.deepspeed_model import blocks_of, bucket_elements
 from dpo.model.quantized import packed_bytes, packed_weights
 from dpo.planning.rehearsal import Rehearsal
 

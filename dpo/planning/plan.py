@@ -17,9 +17,10 @@ from dpo.engine.optimizer import OPTIMIZERS, state_bytes
 from dpo.errors import UserError
 from dpo.model.files import base_of, check_model_path, max_positions, num_parameters, weights_at_hand
 from dpo.model.flops import Work, forward_flops, work_of
-from dpo.model.load import DTYPES, load_config, load_tokenizer
+from dpo.model.load import DTYPES, load_config
 from dpo.model.lora import check_policy, empty_policy
 from dpo.model.recomputation import recomputed_share
+from dpo.model.tokenizer import load_tokenizer
 from dpo.planning.data_sample import SampledData, sample_data
 from dpo.planning.fit import Advice, Fit, Machine, Way
 from dpo.planning.memory import Shape, shape_of

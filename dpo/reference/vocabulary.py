@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo.config import ModelConfig, ReferenceConfig
 from dpo.data.tokenize import tokenizer_digest
 from dpo.errors import UserError
-from dpo.model.load import load_tokenizer
+from dpo.model.tokenizer import load_tokenizer
 
 SHOWN = 3
 

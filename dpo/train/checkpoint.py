@@ -24,9 +24,9 @@ from dpo.errors import UserError
 from dpo.files import REPLACED, WRITING, publish_folder, sync, temporary_of, write_file
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.manifest import (
-    MANIFEST,
     FileDigests,
     Manifest,
+    complete_checkpoints,
     digest_of,
     make_key,
     read_manifest,
@@ -163,15 +163,6 @@ def load_checkpoint(engine: Engine, checkpoint: Path, state: Path) -> Progress:
         for name, value in load_file(own).items():
             torch.set_rng_state(value) if name == "cpu" else torch.cuda.set_rng_state(value)
     return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
-
-
-def complete_checkpoints(folder: RunFolder) -> list[Path]:
-    """Checkpoints with a manifest, oldest first; one that was being replaced when the run died counts."""
-    found = {path.parent for path in folder.checkpoints.glob(f"step_*/{MANIFEST}")}
-    for aside in folder.checkpoints.glob(f".step_*{REPLACED}/{MANIFEST}"):
-        if aside.parent.with_name(aside.parent.name[1:].removesuffix(REPLACED)) not in found:
-            found.add(aside.parent)
-    return sorted(found, key=lambda path: path.name.lstrip("."))
 
 
 def set_aside_newer(folder: RunFolder, step: int) -> list[Path]:

@@ -18,7 +18,7 @@ import torch
 from dpo import distributed, terminal
 from dpo.config import OptimizationConfig
 from dpo.data.prefetch import prefetch
-from dpo.engine.optimizer import learning_rate
+from dpo.engine.schedule import learning_rate
 from dpo.engine.scoring import token_budget
 from dpo.errors import RunFailed, StoppedBySignal
 from dpo.guards.signals import StopRequestedError

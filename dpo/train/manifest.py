@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dpo.files import sha256_of, sync_tree, write_file
+from dpo.files import REPLACED, sha256_of, sync_tree, write_file
 from dpo.tracking.run_folder import RunFolder
 
 MANIFEST = "manifest.json"
@@ -117,3 +117,12 @@ def digest_of(path: Path) -> dict[str, int | str]:
 
 def _signature(content: Mapping[str, object], key: bytes) -> str:
     return hmac.new(key, json.dumps(content, sort_keys=True).encode(), "sha256").hexdigest()
+
+
+def complete_checkpoints(folder: RunFolder) -> list[Path]:
+    """Checkpoints with a manifest, oldest first; one that was being replaced when the run died counts."""
+    found = {path.parent for path in folder.checkpoints.glob(f"step_*/{MANIFEST}")}
+    for aside in folder.checkpoints.glob(f".step_*{REPLACED}/{MANIFEST}"):
+        if aside.parent.with_name(aside.parent.name[1:].removesuffix(REPLACED)) not in found:
+            found.add(aside.parent)
+    return sorted(found, key=lambda path: path.name.lstrip("."))

@@ -15,8 +15,7 @@ from dpo import alive, terminal
 from dpo.errors import UserError
 from dpo.files import WRITING, publish_folder, remove, sync_tree, temporary_of
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.checkpoint import complete_checkpoints
-from dpo.train.manifest import MANIFEST, NotValid, read_manifest, verify
+from dpo.train.manifest import MANIFEST, NotValid, complete_checkpoints, read_manifest, verify
 
 CHECKPOINTS = "checkpoints"
 

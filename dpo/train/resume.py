@@ -14,8 +14,7 @@ from dpo.config import OptimizationConfig, flat
 from dpo.errors import UserError
 from dpo.tracking.history import last_step, load_history
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.checkpoint import complete_checkpoints
-from dpo.train.manifest import NotValid, read_manifest, run_of, verify
+from dpo.train.manifest import NotValid, complete_checkpoints, read_manifest, run_of, verify
 
 FREE_TO_CHANGE = (  # when a run is resumed: they change no weight
     "run_dir",

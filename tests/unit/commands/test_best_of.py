@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dpo.commands.best_of import best_of_reference, check_best_of
+from dpo.commands.best_of import best_of_reference
 from dpo.config import Config, EvaluateConfig
 from dpo.data.dataset import TokenizedDataset
 from dpo.errors import UserError
 from dpo.evaluate.asked import Asked
+from dpo.evaluate.checks import check_best_of
 from dpo.evaluate.scoring import VaderScorer
 
 

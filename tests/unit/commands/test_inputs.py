@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from dpo.commands.inputs import asked_prompts, check_labels, described, open_data, settings_of, with_reference
+from dpo.commands.inputs import asked_prompts, described, open_data, with_reference
+from dpo.commands.labels import check_labels
+from dpo.commands.settings import settings_of
 from dpo.commands.sft import refuse_undesirable
 from dpo.commands.train import cautions
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SftConfig, SftModelConfig, flat, resolved

@@ -10,16 +10,14 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dpo.engine.deepspeed_config import (
-    LARGEST_BUCKET,
-    SMALLEST_BUCKET,
     compile_for_host,
-    fit_buckets,
     offloads_optimizer,
     problems,
     read_settings,
     set_ours,
     without_waiting,
 )
+from dpo.engine.deepspeed_model import LARGEST_BUCKET, SMALLEST_BUCKET, fit_buckets
 from dpo.errors import UserError
 
 CONFIGS = Path(__file__).parents[3] / "configs"

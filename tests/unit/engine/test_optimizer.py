@@ -9,14 +9,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo.config import OptimizationConfig, SftTrainConfig
-from dpo.engine.optimizer import (
-    OPTIMIZERS,
-    check_optimizer,
-    learning_rate,
-    make_optimizer,
-    state_bytes,
-    typical_state_bytes,
-)
+from dpo.engine.optimizer import OPTIMIZERS, check_optimizer, make_optimizer, state_bytes, typical_state_bytes
+from dpo.engine.schedule import learning_rate
 from dpo.errors import UserError
 
 PAGES_ON_A_GPU = "ignore:Paged optimizers are not supported on CPU:UserWarning"

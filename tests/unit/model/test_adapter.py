@@ -22,9 +22,10 @@ from dpo.engine import world
 from dpo.engine.engine import Engine
 from dpo.errors import UserError
 from dpo.model import files
-from dpo.model.load import load_model, load_tokenizer
+from dpo.model.load import load_model
 from dpo.model.lora import check_policy, load_policy, num_adapter_parameters
 from dpo.model.lora_export import export_trained
+from dpo.model.tokenizer import load_tokenizer
 from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import Progress, load_checkpoint, save_checkpoint

@@ -26,7 +26,8 @@ from dpo.model.files import (
     weight_files,
     weights_at_hand,
 )
-from dpo.model.load import load_model, load_tokenizer
+from dpo.model.load import load_model
+from dpo.model.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("name", ["gpt2", "org/model"])

@@ -17,8 +17,9 @@ from dpo.errors import UserError
 from dpo.model import adapter as adapter_module
 from dpo.model.authors import remove_noise
 from dpo.model.files import adapter_files, base_of, num_parameters, raw_config
-from dpo.model.load import load_model, load_tokenizer
+from dpo.model.load import load_model
 from dpo.model.lora import check_policy
+from dpo.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")  # peft calls it by an old name
 IDS = torch.tensor([[5, 6, 7, 8]])

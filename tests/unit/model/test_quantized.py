@@ -23,11 +23,12 @@ from dpo.engine.launcher import check_launcher
 from dpo.errors import UserError
 from dpo.model import quantized
 from dpo.model.flops import work_of
-from dpo.model.load import load_model, load_tokenizer
+from dpo.model.load import load_model
 from dpo.model.lora import check_policy, load_policy
 from dpo.model.lora_export import export_trained
 from dpo.model.probe_trees import ProbeTrees
 from dpo.model.quantized import num_elements, packed_bytes, packed_weights, plain
+from dpo.model.tokenizer import load_tokenizer
 from dpo.reference.identity import policy_is_reference, reference_identity, reference_model
 from dpo.tracking.run_folder import RunFolder
 from dpo.train.checkpoint import Progress, load_checkpoint, save_checkpoint

@@ -16,7 +16,7 @@ from unit.planning.conftest import Planned
 from dpo.cli.main import run
 from dpo.cli.parse import parse
 from dpo.config import Config, DataSource, LossConfig, sources_of
-from dpo.engine.optimizer import learning_rate
+from dpo.engine.schedule import learning_rate
 
 RECIPES = {path.stem: path for path in (Path(__file__).parents[3] / "configs" / "recipes").glob("*.yaml")}
 NORMALISED = LossConfig(type="sigmoid_norm", beta=5.0)

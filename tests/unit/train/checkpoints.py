@@ -7,8 +7,8 @@ from threading import Event
 from typing import Any
 
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.checkpoint import Progress, complete_checkpoints, save_checkpoint
-from dpo.train.manifest import NotValid, read_manifest, verify
+from dpo.train.checkpoint import Progress, save_checkpoint
+from dpo.train.manifest import NotValid, complete_checkpoints, read_manifest, verify
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from unit.train.runs import OPTIONS, KilledError, Run, WithoutExport
 
-from dpo.commands.inputs import settings_of
+from dpo.commands.settings import settings_of
 from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset
 from dpo.data.plan import BatchPlan

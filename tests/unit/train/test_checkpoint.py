@@ -11,13 +11,8 @@ from unit.train.checkpoints import FakeEngine, names, newest_checkpoint, problem
 
 from dpo.errors import UserError
 from dpo.tracking.run_folder import RunFolder
-from dpo.train.checkpoint import (
-    Progress,
-    complete_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-    set_aside_newer,
-)
+from dpo.train.checkpoint import Progress, load_checkpoint, save_checkpoint, set_aside_newer
+from dpo.train.manifest import complete_checkpoints
 
 
 def test_a_checkpoint_restores_engine_and_progress(tmp_path: Path) -> None:

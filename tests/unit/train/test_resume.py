@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpo.cli.validate import problems
-from dpo.commands.inputs import settings_of
+from dpo.commands.settings import settings_of
 from dpo.config import Config, resolved
 from dpo.errors import UserError
 from dpo.tracking.run_folder import RunFolder

@@ -9,7 +9,7 @@ import pytest
 import torch
 from unit.train.runs import STEPS, Trained, changed
 
-from dpo.commands.inputs import settings_of
+from dpo.commands.settings import settings_of
 from dpo.config import Config
 from dpo.data.dataset import TokenizedDataset
 from dpo.errors import RunFailed
