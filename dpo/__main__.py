@@ -5,7 +5,7 @@ import sys
 import traceback
 
 from dpo.cli.main import run
-from dpo.processes import end_with_launcher
+from dpo.processes import collect_from_here, end_with_launcher, put_off_collections
 
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 """Where torch reads how a GPU's memory is managed. Our batches vary in width, and segments that cannot grow
@@ -20,6 +20,7 @@ def main() -> None:
     Everything that must be on disk is there when `run` returns.
     """
     end_with_launcher()
+    put_off_collections()
     if not ALLOCATOR & os.environ.keys():  # before torch is loaded
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     status = 1
@@ -30,6 +31,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         traceback.print_exc()
+    finally:
+        collect_from_here()
     if "WORLD_SIZE" not in os.environ:
         sys.exit(status)
     if status in (0, 3) and "torch" in sys.modules:  # done, or stopped by a signal: all ranks end alike

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dpo import terminal
 from dpo.cli.help import fitted
@@ -20,6 +21,7 @@ from dpo.config import Config, SftConfig
 from dpo.config.foreign import nearest
 from dpo.errors import RunFailed, RunInUse, StoppedBySignal, UserError
 from dpo.interrupts import keyboard
+from dpo.processes import collect_from_here
 from dpo.tracking.exit_record import record_end
 from dpo.tracking.run_folder import RunFolder
 
@@ -47,6 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     command, *rest = arguments
     rest = _choose_output(rest)
     if command in TOOLS:
+        collect_from_here()
         return _ended(lambda: run_tool(command, rest), lambda status, said: _end(command, status, said))
     folder: RunFolder | None = None
     started, in_use = time.time(), False
@@ -129,27 +132,22 @@ def _execute(command: str, config: Config | SftConfig, *, only_check: bool, exac
     if only_check:
         from dpo.commands.check import check
 
+        collect_from_here()
         check(command, config, exact=exact)
-    elif isinstance(config, SftConfig):
-        from dpo.commands.sft import sft
-
-        sft(config)
+        return
+    stage: Callable[[Any], object]
+    if isinstance(config, SftConfig):
+        from dpo.commands.sft import sft as stage
     elif command == "precompute-ref":
-        from dpo.commands.precompute_ref import precompute_ref
-
-        precompute_ref(config)
+        from dpo.commands.precompute_ref import precompute_ref as stage
     elif command == "train":
-        from dpo.commands.train import train
-
-        train(config)
+        from dpo.commands.train import train as stage
     elif command == "evaluate":
-        from dpo.commands.evaluate import evaluate
-
-        evaluate(config)
+        from dpo.commands.evaluate import evaluate as stage
     else:
-        from dpo.commands.best_of import best_of
-
-        best_of(config)
+        from dpo.commands.best_of import best_of as stage
+    collect_from_here()
+    stage(config)
 
 
 def _say(message: str) -> None:
